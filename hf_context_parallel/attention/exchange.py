@@ -1,0 +1,50 @@
+"""Point-to-point messages inside a CP group, posted now and waited for later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+Message = tuple[int, torch.Tensor]
+"""A rank of the group, and the contiguous tensor that goes to it or comes from it."""
+
+
+class Pending:
+    """Messages under way. The buffers live until they have been waited for."""
+
+    def __init__(self, works: Sequence[dist.Work] = (), buffers: Sequence[torch.Tensor] = ()):
+        self._works = works
+        self._buffers = buffers
+
+    def wait(self) -> None:
+        """Return once what was received can be read and what was sent can be overwritten (on CUDA: by the current
+        stream)."""
+        for work in self._works:
+            work.wait()
+        self._works = self._buffers = ()
+
+
+class Exchange(Protocol):
+    """What a strategy needs of a process group. Messages between two ranks arrive in the order they were posted."""
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending: ...
+
+
+class GroupExchange:
+    """The messages of a `torch.distributed` process group (None: a group of one rank, which has nobody to talk to)."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self._group = group
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        operations = [
+            dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
+            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for peer, tensor in messages
+        ]
+        if not operations:  # which batch_isend_irecv does not take
+            return Pending()
+        return Pending(dist.batch_isend_irecv(operations), [tensor for _, tensor in (*sends, *receives)])

@@ -1,0 +1,35 @@
+"""Attention over some of the keys, merged with attention over others by log-sum-exp (LSE)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..intervals import Interval
+
+
+def merge_(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    runs: tuple[Interval, ...],
+    part_output: torch.Tensor,
+    part_lse: torch.Tensor,
+) -> None:
+    """Merge a part into `output` and `lse`, in place.
+
+    With L = log(exp(lse) + exp(part_lse)), the output over both sets of keys is their mean with weights exp(lse - L)
+    and exp(part_lse - L) (Milakov and Gimelshein, 2018, arXiv:1805.02867).
+
+    Args:
+        output, lse: `[T, H, D]` and `[T, H]`, in the dtype that sums are kept in. Rows that have seen no key yet are 0
+            and -inf.
+        runs: the rows of `output` that the part is of, in order.
+        part_output, part_lse: `[total of runs, H, D]` and `[total of runs, H]`. Every row has seen a key.
+    """
+    offset = 0
+    for start, stop in runs:
+        part = slice(offset, offset + stop - start)
+        offset = part.stop
+        merged = torch.logaddexp(lse[start:stop], part_lse[part])
+        weight = (part_lse[part] - merged).exp_()
+        output[start:stop].lerp_(part_output[part].to(output.dtype), weight.unsqueeze(-1))
+        lse[start:stop] = merged

@@ -1,0 +1,162 @@
+"""Ring attention: keys and values travel from rank to rank while attention is computed with those already here.
+
+The ring is that of Liu et al., "Ring Attention with Blockwise Transformers" (2023, arXiv:2310.01889), with the
+transfers cut to what the plan says is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..kernels.base import Kernel
+from ..plan import Plan, Step, Transfer
+from .exchange import Exchange, Message, Pending
+from .merge import merge_
+
+
+def ring_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    plan: Plan,
+    exchange: Exchange,
+    kernel: Kernel,
+    scale: float,
+    guard: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Attention of this rank's queries to the keys of all ranks that the plan says they read.
+
+    Args:
+        query: `[T, H, D]`, this rank's tokens, numbered as in the plan.
+        key, value: `[T, H_kv, D]` and `[T, H_kv, D_v]`, of the same dtype. H_kv divides H.
+        scale: what scores are multiplied with.
+        guard: called before backward; raises if the batch is no longer the one being computed.
+
+    Returns:
+        `[T, H, D_v]` in the dtype of `query`; 0 for tokens that the plan computes nothing for.
+    """
+    key_value = torch.cat([key, value], dim=-1)  # one message a transfer instead of two
+    return _RingAttention.apply(query.contiguous(), key_value, key.shape[-1], plan, exchange, kernel, scale, guard)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over ranks are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key_value, key_dim, plan, exchange, kernel, scale, guard):
+        with torch.autocast(query.device.type, enabled=False):
+            output, lse = _forward(query, key_value, key_dim, plan, exchange, kernel, scale)
+        ctx.save_for_backward(query, key_value, output, lse)
+        # Backward may run in a thread of autograd's own, so it looks nothing up: all it needs is here.
+        ctx.environment = (key_dim, plan, exchange, kernel, scale)
+        ctx.guard = guard
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        ctx.guard()  # before the saved tensors, whose recomputation under gradient checkpointing would communicate
+        with torch.autocast(grad_output.device.type, enabled=False):
+            grads = _backward(grad_output.contiguous(), *ctx.saved_tensors, *ctx.environment)
+        return *grads, None, None, None, None, None, None
+
+
+def _forward(query, key_value, key_dim, plan, exchange, kernel, scale):
+    """The output `[T, H, D_v]` and its LSE `[T, H]`."""
+    dtype = accumulation_dtype(query.dtype)
+    output = query.new_zeros(*query.shape[:2], key_value.shape[-1] - key_dim, dtype=dtype)
+    lse = query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
+    for step, keys in _travelling(plan, exchange, key_value):
+        for call in step.calls:
+            part = kernel.forward(query, keys[..., :key_dim], keys[..., key_dim:], call, scale)
+            merge_(output, lse, call.query_runs, *part)
+        del keys  # or it would be a fourth buffer while the next step's is allocated
+    return output.to(query.dtype), lse
+
+
+def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchange, kernel, scale):
+    """The gradients of the query `[T, H, D]` and of this rank's keys and values `[T, H_kv, D + D_v]`."""
+    dtype = accumulation_dtype(query.dtype)
+    grad_query = torch.zeros_like(query, dtype=dtype)
+    grad_own = grad_keys = previous = None
+    for step, keys in chain(_travelling(plan, exchange, key_value), [(None, None)]):
+        joining, homecoming, pending = _post_gradients(exchange, previous, grad_keys, step)
+        if step is not None:
+            grad_keys = keys.new_zeros(keys.shape, dtype=dtype)
+            for call in step.calls:
+                key, value = keys[..., :key_dim], keys[..., key_dim:]
+                grads = kernel.backward(grad_output, query, key, value, output, lse, call, scale)
+                _add_(grad_query, call.query_runs, grads[0])
+                _add_(grad_keys[..., :key_dim], call.key_runs, grads[1])
+                _add_(grad_keys[..., key_dim:], call.key_runs, grads[2])
+                del key, value
+        del keys
+        pending.wait()
+        for transfer, part in joining:
+            grad_keys[transfer.start : transfer.stop] += part
+        for transfer, part in homecoming:
+            grad_own[transfer.start : transfer.stop] += part
+        grad_own = grad_keys if grad_own is None else grad_own
+        previous = step
+    return grad_query.to(query.dtype), grad_own.to(key_value.dtype)
+
+
+def _travelling(plan: Plan, exchange: Exchange, own: torch.Tensor) -> Iterator[tuple[Step, torch.Tensor]]:
+    """Each step with its keys. The next step's are on their way while the caller computes with these.
+
+    Three buffers are alive at most: this rank's own keys, those of this step, and those that arrive.
+    """
+    held = own
+    for step, upcoming in zip(plan.steps, (*plan.steps[1:], None)):
+        if upcoming is None:
+            yield step, held
+            return
+        arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
+        pending = exchange.post(
+            sends=_messages(upcoming.relays, held) + _messages(upcoming.serves, own),
+            receives=_messages(upcoming.receives, arriving),
+        )
+        yield step, held
+        pending.wait()
+        held = arriving
+
+
+def _post_gradients(
+    exchange: Exchange, previous: Step | None, leaving: torch.Tensor | None, step: Step | None
+) -> tuple[list[tuple[Transfer, torch.Tensor]], list[tuple[Transfer, torch.Tensor]], Pending]:
+    """Hand on the sums `leaving` of the step before, and receive what joins this step's and what comes home."""
+    if previous is None:
+        return [], [], Pending()
+
+    def expect(transfers):
+        return [
+            (transfer, leaving.new_empty(transfer.stop - transfer.start, *leaving.shape[1:])) for transfer in transfers
+        ]
+
+    joining, homecoming = expect(step.joins if step else ()), expect(previous.homecomings)
+    pending = exchange.post(
+        sends=_messages(previous.hands_on, leaving),
+        receives=[(transfer.peer, part) for transfer, part in joining + homecoming],
+    )
+    return joining, homecoming, pending
+
+
+def _messages(transfers: tuple[Transfer, ...], buffer: torch.Tensor) -> list[Message]:
+    """The transfers' ranges of `buffer`: contiguous views, since tokens are its first dimension."""
+    return [(transfer.peer, buffer[transfer.start : transfer.stop]) for transfer in transfers]
+
+
+def _add_(total: torch.Tensor, runs: tuple[tuple[int, int], ...], part: torch.Tensor) -> None:
+    """Add the rows of `part`, which are those of `runs` one after another, to `total`."""
+    offset = 0
+    for start, stop in runs:
+        total[start:stop] += part[offset : offset + stop - start]
+        offset += stop - start

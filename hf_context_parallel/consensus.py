@@ -1,0 +1,64 @@
+"""All ranks of a group go on, or all of them raise the same error."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from .mesh import Groups
+
+
+def agree(groups: Groups, error: Exception | None, fingerprint: int, what: str, length: int = 0) -> list[int]:
+    """Compare notes with the group: one all-reduce of three integers a rank, which every rank enters.
+
+    Args:
+        error: what went wrong on this rank, if anything.
+        fingerprint: a number that must be the same on all ranks.
+        what: what the fingerprint is of, for the message.
+        length: a number to share.
+
+    Returns:
+        The ranks' `length`s.
+
+    Raises:
+        ValueError: on every rank with the same message, if a rank had an error or the fingerprints differ.
+    """
+    if groups.size == 1:
+        if error is not None:
+            raise error
+        return [length]
+    notes = torch.zeros(groups.size, 3, dtype=torch.int64)
+    notes[groups.rank] = torch.tensor([error is not None, fingerprint, length])
+    notes = notes.to(groups.device)
+    dist.all_reduce(notes, group=groups.group)
+    failed, fingerprints, lengths = notes.T.tolist()
+    if any(failed):
+        first = failed.index(1)
+        message = [str(error)]
+        dist.broadcast_object_list(message, group=groups.group, group_src=first, device=groups.device)
+        raise ValueError(f"rank {first} of the CP group: {message[0]}") from error
+    if len(set(fingerprints)) > 1:
+        odd = next(rank for rank, value in enumerate(fingerprints) if value != fingerprints[0])
+        raise ValueError(
+            f"ranks 0 and {odd} of the CP group have different {what}. All ranks of a CP group must be given the "
+            "same: use cp.prepare_data_loader() or ContextParallelTrainer, which deal samples to CP groups rather "
+            "than ranks."
+        )
+    return lengths
+
+
+def fingerprint(content: Mapping[str, object]) -> int:
+    """63 bits that tell contents apart. Tensors count by dtype, shape and values, other values by their repr."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(content):
+        value = content[name]
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            digest.update(repr(value).encode())
+    return int.from_bytes(digest.digest(), "big") >> 1

@@ -1,0 +1,221 @@
+"""`ContextParallel`: what a training loop holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DataLoader
+
+from . import mask as masks
+from .attention.exchange import Exchange, GroupExchange
+from .attention.p2p import ring_attention
+from .config import ContextParallelConfig
+from .consensus import agree, fingerprint
+from .gather import gather_sequence
+from .integration.attention import one_dtype, tokens_first
+from .integration.context import ShardedBatch, current_batch
+from .kernels import check_kernel, choose_kernel
+from .kernels.base import Kernel
+from .layout import LAYOUTS
+from .loader import prepare_data_loader
+from .mesh import build_groups
+from .plan import Plan, build_plan
+
+
+class ContextParallel:
+    """This process's part in context parallelism: its group, its shards of batches, its attention.
+
+    Args:
+        config: the settings.
+        mesh: where CP groups lie. Without one they are `config.size` consecutive ranks of the world; with one, its
+            `cp` dimension, or `config.size` consecutive ranks along its data dimension (`fsdp`, `dp_shard`, `dp`).
+
+    Every process of the world makes one, with the same arguments.
+
+    Raises:
+        ValueError: if the sizes do not divide, torch.distributed is not initialised, or the kernel is not here.
+
+    Example:
+
+        cp = ContextParallel(ContextParallelConfig(size=2))
+        with cp.shard(batch, model) as local:
+            loss = model(**local).loss
+            loss.backward()
+    """
+
+    def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
+        self.config = config
+        self.groups = build_groups(config.size, mesh)
+        self.exchange: Exchange = GroupExchange(self.groups.group)
+        agree(self.groups, None, fingerprint({"config": config}), "ContextParallelConfigs")
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in its CP group."""
+        return self.groups.rank
+
+    @property
+    def size(self) -> int:
+        """The ranks of a CP group."""
+        return self.groups.size
+
+    @property
+    def kernel(self) -> Kernel:
+        """What computes attention here."""
+        return choose_kernel(self.config.kernel, self.groups.device.type)
+
+    def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:
+        """This rank's share of a batch, for a `with` block that covers the model's forward and backward.
+
+        Losses and parameters' gradients, *summed* over the CP group, equal those of one process with stock attention
+        and `use_cache=False`.
+
+        Args:
+            batch: the whole batch, the same on every rank of the group, as one process would give it to the model; or
+                what `ContextParallelDataCollator` yields. See `data.shard_batch` for what it may hold.
+            model: the model that is going to run, so that a model that would not be exact is refused at once.
+
+        Returns:
+            A context manager that yields the model's inputs, to be entered once. Blocks for different batches nest.
+            Outputs at padded positions are unspecified.
+
+        Raises:
+            ValueError: on entering, with the same message on all ranks of the group, if a rank's batch cannot be exact
+                or batches differ.
+            RuntimeError: on entering twice; on running backward, or gradient checkpointing's recomputation, after
+                leaving; on leaving after a model ran without its attention being sharded.
+        """
+        return ShardedBatch(self, batch, model)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, S_local, ...]` of the current batch as `[B, S, ...]` in the original order, on every rank.
+
+        Differentiable. The objective is the sum of the ranks' losses, so the backward sums the ranks' gradients. A
+        loss that every rank computes of gathered tensors is N times in that sum: divide it by `cp.size`.
+
+        Raises:
+            RuntimeError: outside `cp.shard`.
+            ValueError: if the tensor's first two dimensions are not the shard's.
+        """
+        batch = current_batch()
+        if batch is None or batch.cp is not self:
+            raise RuntimeError(
+                "cp.gather() restores the order of the current batch: call it inside `with cp.shard(...)`."
+            )
+        shard = batch.shard
+        expected = (shard.batch_size, shard.layout.local_length(self.rank))
+        if tuple(x.shape[:2]) != expected:
+            raise ValueError(
+                f"cp.gather() takes a tensor that begins with {expected}, this shard's; got {tuple(x.shape)}."
+            )
+        return gather_sequence(x, shard.layout, shard.length, self.groups.group)
+
+    def positions(self, seq_len: int, cu_seqlens: torch.Tensor | None = None) -> torch.LongTensor:
+        """The positions of a sequence of `seq_len` tokens that this rank holds, in local order.
+
+        These are the tokens that `attention` takes. Where the layout does not divide `seq_len`, ranks hold different
+        numbers of tokens; `shard` pads instead, so that all hold equally many.
+
+        Args:
+            cu_seqlens: cumulative lengths of the sequence's documents, checked. Layouts deal positions regardless of
+                documents.
+        """
+        if cu_seqlens is not None:
+            masks.from_cu_seqlens(cu_seqlens, seq_len)
+        return LAYOUTS[self.config.layout](seq_len, self.size).positions(self.rank)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention over a sequence that the group holds together. Differentiable.
+
+        Args:
+            q: `[B, H, S_local, D]`, the tokens that `positions` lists.
+            k, v: `[B, H_kv, S_local, D]` and `[B, H_kv, S_local, D_v]`, with H_kv dividing H.
+            causal: a token reads itself and what comes before it; otherwise, all of its document.
+            scale: what scores are multiplied with, D ** -0.5 unless given.
+            cu_seqlens: `[documents + 1]`, cumulative lengths of the documents of every row.
+            attention_mask: `[B, S]` of the whole sequence, 0 at padding, which is neither read nor reads.
+
+        Returns:
+            `[B, H, S_local, D_v]`; 0 for tokens that read nothing.
+
+        Raises:
+            ValueError: on every rank alike, if lengths, heads or dtypes do not fit, before any key moves.
+        """
+        local_length, error = q.shape[2] if q.dim() == 4 else 0, None
+        try:
+            _check_heads(q, k, v)
+            q, k, v = one_dtype(q, k, v)
+            check_kernel(self.kernel, q, v)
+        except ValueError as caught:
+            error = caught
+        heads = [(*x.shape[:2], *x.shape[3:], x.dtype) for x in (q, k, v)]
+        settings = {"causal": causal, "scale": scale, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        mark = fingerprint({"heads": heads, **settings})
+        lengths = agree(self.groups, error, mark, "arguments of cp.attention", local_length)
+        # From here on all ranks know the same, so what one of them refuses all of them refuse.
+        plan = self._plan(q.shape[0], lengths, causal, cu_seqlens, attention_mask)
+        output = ring_attention(
+            tokens_first(q),
+            tokens_first(k),
+            tokens_first(v),
+            plan=plan,
+            exchange=self.exchange,
+            kernel=self.kernel,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        )
+        return output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+
+    def prepare_data_loader(self, loader: DataLoader) -> DataLoader:
+        """The loader, dealing every CP group its own samples, and all ranks of a group the same ones."""
+        return prepare_data_loader(loader, self.groups)
+
+    def _plan(self, batch_size, lengths, causal, cu_seqlens, attention_mask) -> Plan:
+        """The plan of one call of `attention`, for ranks that hold `lengths` tokens."""
+        layout = LAYOUTS[self.config.layout](sum(lengths), self.size)
+        expected = [layout.local_length(rank) for rank in range(self.size)]
+        if lengths != expected:
+            raise ValueError(
+                f"the ranks' queries have {lengths} tokens, {layout.length} in all; of a sequence that long the "
+                f"{self.config.layout} layout deals them {expected}. Give each rank the tokens that "
+                f"cp.positions({layout.length}) lists."
+            )
+        if cu_seqlens is not None and attention_mask is not None:
+            raise ValueError("cu_seqlens and attention_mask exclude each other: give padding a document of its own.")
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, layout.length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be of the whole sequence, "
+                f"{(batch_size, layout.length)}."
+            )
+        if attention_mask is not None:
+            rows = masks.from_attention_mask(attention_mask)
+        elif cu_seqlens is not None:
+            rows = (masks.from_cu_seqlens(cu_seqlens, layout.length),) * batch_size
+        else:
+            rows = masks.whole_rows(batch_size, layout.length)
+        return build_plan(layout, masks.Mask(layout.length, rows, causal), self.rank)
+
+
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Refuse shapes that do not make attention."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"q, k and v must be [B, H, S_local, D]; got {shapes}.")
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
+        raise ValueError(f"q, k and v must have the same rows and tokens; got {shapes}.")
+    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"k and v must have as many heads, a number that divides q's, and q and k the same head dim; got {shapes}."
+        )

@@ -1,0 +1,232 @@
+"""From a whole batch to one rank's share of it: shift labels, find documents, pad, shard.
+
+Everything here is integers on the host. There are no process groups and no collectives, so a collator can do it in a
+worker process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from . import mask as masks
+from .config import ContextParallelConfig
+from .consensus import fingerprint
+from .layout import LAYOUTS, Layout
+from .plan import Plan, build_plan
+
+IGNORED = -100
+"""The label that the loss leaves out."""
+SHARD = "context_parallel_shard"
+"""The key under which a sharded batch carries its `Shard`."""
+PADDING = {
+    "input_ids": 0,
+    "inputs_embeds": 0,
+    "token_type_ids": 0,
+    "position_ids": 0,
+    "labels": IGNORED,
+    "shift_labels": IGNORED,
+}
+"""The inputs with a sequence dimension (their second), and what fills them up."""
+CONSUMED = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""The inputs that say what the documents are. The plan says it from there on."""
+PASSED_ON = ("num_items_in_batch", "return_dict", "output_hidden_states")
+"""The inputs that mean on a shard what they mean on the whole."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a sharded batch knows of the whole. It pickles.
+
+    Args:
+        batch_size, length: rows of the batch, and tokens a row.
+        layout: where each token lives, once rows are padded to a length that the layout deals out equally.
+        plan: what this rank computes and moves.
+        num_items: valid targets of the whole batch, or None where it has no labels.
+        fingerprint: of the whole batch, 0 where that is not checked.
+    """
+
+    batch_size: int
+    length: int
+    layout: Layout
+    plan: Plan
+    num_items: int | None
+    fingerprint: int
+
+
+def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: int) -> dict[str, Any]:
+    """This rank's share of a batch, ready for the model, with its `Shard` under the key `SHARD`.
+
+    Args:
+        batch: what one process would give the model: `input_ids` (or `inputs_embeds`) of `[B, S]`, and any of
+            `attention_mask` (2-D padding), `position_ids`, `labels`, `shift_labels`, `token_type_ids`,
+            `cu_seq_lens_q` (with B = 1), `num_items_in_batch`.
+        rank: of `config.size` ranks.
+
+    Returns:
+        The inputs with a sequence dimension as `[B, S_local]`; `shift_labels` (and `labels`, without which a model
+        computes no loss), `position_ids`, `use_cache=False`, and the whole batch's count of valid targets as
+        `num_items_in_batch`, unless the batch brings its own.
+
+    Raises:
+        ValueError: if the batch holds something that cannot be exact on a shard.
+    """
+    if batch.get("input_ids", batch.get("inputs_embeds")) is None:
+        raise ValueError(f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}.")
+    batch = {name: value for name, value in batch.items() if value is not None}
+    _refuse_unknown(batch)
+    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    batch_size, length = tokens.shape[:2]
+    _check_shapes(batch, batch_size, length)
+    rows = _documents(batch, batch_size, length)
+
+    whole = {name: batch[name] for name in PADDING if name in batch}
+    if "position_ids" not in whole:
+        whole["position_ids"] = torch.arange(length, device=tokens.device)
+    whole["position_ids"] = whole["position_ids"].expand(batch_size, -1)
+    num_items = None
+    if "labels" in whole or "shift_labels" in whole:
+        if "shift_labels" not in whole:
+            whole["shift_labels"] = pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:]
+        whole["labels"] = whole["shift_labels"]
+        _refuse_padded_targets(whole["shift_labels"], batch.get("attention_mask"))
+        num_items = int((whole["shift_labels"] != IGNORED).sum())
+
+    layout = padded_layout(config, length)
+    plan = build_plan(layout, masks.Mask(layout.length, rows), rank)
+    positions = layout.positions(rank).to(tokens.device)
+    local = {name: batch[name] for name in PASSED_ON if name in batch}
+    local |= {name: _take(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
+    local["use_cache"] = False
+    if num_items is not None:
+        local.setdefault("num_items_in_batch", torch.tensor(num_items, device=tokens.device))
+    mark = fingerprint(batch) if config.check_batch else 0
+    local[SHARD] = Shard(batch_size, length, layout, plan, num_items, mark)
+    return local
+
+
+def padded_layout(config: ContextParallelConfig, length: int) -> Layout:
+    """The layout of rows of `length` tokens, padded so that all ranks hold equally many."""
+    make = LAYOUTS[config.layout]
+    chunks = len(make(length, config.size).chunk_owners)
+    return make(-(-length // chunks) * chunks, config.size)
+
+
+def _take(tensor: torch.Tensor, positions: torch.Tensor, length: int, fill: int) -> torch.Tensor:
+    """The columns `positions` of `[B, S, ...]`, filled up to `length` columns."""
+    filled = pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]), value=fill)
+    return filled.index_select(1, positions)
+
+
+def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[tuple[masks.Document, ...], ...]:
+    """The documents of each row, from whichever input says it."""
+    mask, position_ids, cu_seqlens = (batch.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
+    packed = position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
+    if mask is not None and (packed or cu_seqlens is not None):
+        source = "cu_seq_lens_q" if cu_seqlens is not None else "position_ids that step by other than 1"
+        raise ValueError(
+            f"the batch has both an attention_mask and {source}: packed rows have no padding mask, and with one, "
+            "Transformers lets documents see each other. Leave the attention_mask out, to keep the documents apart; "
+            "or give position_ids that count up by 1 (or none), to make each row one document."
+        )
+    if cu_seqlens is not None:
+        keys = batch.get("cu_seq_lens_k", cu_seqlens)
+        if batch_size != 1 or not torch.equal(keys, cu_seqlens):
+            raise ValueError(
+                f"cu_seq_lens_q describes one flattened row, with cu_seq_lens_k the same; the batch has {batch_size} "
+                f"row(s) and cu_seq_lens_k={masks.shortened(keys.tolist())}. Flatten the batch, or give position_ids "
+                "that begin again in each document."
+            )
+        return (masks.from_cu_seqlens(cu_seqlens, length),)
+    if mask is not None:
+        return masks.from_attention_mask(mask)
+    if packed:
+        return masks.from_position_ids(position_ids.expand(batch_size, -1))
+    return masks.whole_rows(batch_size, length)
+
+
+def _refuse_unknown(batch: Mapping[str, Any]) -> None:
+    for name, value in batch.items():
+        if name == SHARD:
+            raise ValueError("the batch is sharded already; give cp.shard what the collator yields, or a whole batch.")
+        if name == "use_cache" and value:
+            raise ValueError(
+                "use_cache=True: keys of a shard cannot be cached. Leave it out, or call the model unsharded."
+            )
+        if name not in (*PADDING, *CONSUMED, *PASSED_ON) and value is not False:
+            raise ValueError(
+                f"the batch has {name!r}, and it is not known how that is sharded. Known are {', '.join(PADDING)}, "
+                f"{', '.join(CONSUMED)}. Remove it from the batch if the model does not need it."
+            )
+
+
+def _check_shapes(batch: Mapping[str, Any], batch_size: int, length: int) -> None:
+    if batch_size == 0 or length == 0:
+        raise ValueError(f"the batch is empty: {batch_size} rows of {length} tokens.")
+    for name in (*PADDING, "attention_mask"):
+        if name not in batch:
+            continue
+        shape = tuple(batch[name].shape)
+        if name == "attention_mask" and len(shape) != 2:
+            raise ValueError(
+                f"attention_mask has shape {shape}: only a 2-D padding mask can be sharded. Give documents as "
+                "position_ids that begin again, or as cu_seq_lens_q."
+            )
+        rows = (1, batch_size) if name == "position_ids" else (batch_size,)
+        if len(shape) != (3 if name == "inputs_embeds" else 2) or shape[0] not in rows or shape[1] != length:
+            raise ValueError(
+                f"{name} has shape {shape}; with {batch_size} rows of {length} tokens it must begin with these."
+            )
+
+
+def _refuse_padded_targets(shift_labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Padding is never a target, and nothing is predicted from padding that follows a token.
+
+    Padding before the first token reads nothing, here as in SDPA, so the first token may be predicted from it.
+    """
+    if attention_mask is None:
+        return
+    tokens = attention_mask.bool().to(shift_labels.device)
+    follows_token = tokens.cumsum(dim=1) > 0
+    unusable = ~pad(tokens, (0, 1), value=True)[:, 1:] | (~tokens & follows_token)
+    wrong = ((shift_labels != IGNORED) & unusable).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise ValueError(
+            f"row {row} has a label other than {IGNORED} for token {column + 1}, which is padding or is predicted "
+            f"from padding that follows a token, by the attention_mask ({len(wrong)} such). Set labels to "
+            f"{IGNORED} where attention_mask is 0, and for the first token after padding inside a row."
+        )
+
+
+class ContextParallelDataCollator:
+    """A collator whose batches are one rank's share of what another collator yields.
+
+    Args:
+        collator: any callable that makes a whole batch (a dict of tensors) of a list of samples, or a tokenizer, which
+            then pads them.
+        config: the CP settings.
+        rank: of the CP group; `cp.rank`.
+
+    What it yields is for `cp.shard`, and says that it is sharded. All ranks of a CP group must collate the same
+    samples: see `ContextParallel.prepare_data_loader`.
+    """
+
+    def __init__(self, collator: Callable[[list], Mapping[str, Any]], config: ContextParallelConfig, rank: int):
+        if hasattr(collator, "pad") and not hasattr(collator, "tokenizer"):  # a tokenizer
+            from transformers import DataCollatorWithPadding
+
+            collator = DataCollatorWithPadding(collator)
+        if not 0 <= rank < config.size:
+            raise ValueError(f"rank={rank} is outside a CP group of size={config.size}; give it cp.rank.")
+        self.collator = collator
+        self.config = config
+        self.rank = rank
+
+    def __call__(self, samples: list) -> dict[str, Any]:
+        """The share of this rank of the batch of `samples`."""
+        return shard_batch(self.collator(samples), self.config, self.rank)

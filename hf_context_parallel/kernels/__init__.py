@@ -1,0 +1,58 @@
+"""The kernels, one file a backend, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from .base import Kernel
+from .cpu import CpuKernel
+from .flash_attn import FlashAttnKernel
+from .reference import ReferenceKernel
+from .torch_cuda import TorchKernel
+
+logger = logging.getLogger(__name__)
+
+KERNELS: dict[str, type[Kernel]] = {
+    kernel.name: kernel for kernel in (FlashAttnKernel, TorchKernel, CpuKernel, ReferenceKernel)
+}
+AUTOMATIC = {"cuda": ("flash_attn", "torch"), "cpu": ("cpu",)}
+"""For each device type, the kernels that `auto` tries, best first."""
+
+
+@cache
+def choose_kernel(name: str, device_type: str) -> Kernel:
+    """The kernel called `name`, or with `"auto"` the best one present for a device type (logged once).
+
+    Raises:
+        ValueError: if there is no such kernel here; it says how to get it.
+    """
+    if name != "auto":
+        missing = KERNELS[name].missing()
+        if missing:
+            raise ValueError(f"kernel={name!r} cannot be used: {missing}.")
+        return KERNELS[name]()
+    reasons = []
+    for candidate in AUTOMATIC.get(device_type, ()):
+        missing = KERNELS[candidate].missing()
+        if missing is None:
+            logger.info("context parallelism computes attention with kernel=%r on %s", candidate, device_type)
+            return KERNELS[candidate]()
+        reasons.append(f"{candidate!r}: {missing}")
+    raise ValueError(
+        f"kernel='auto' finds none for device type {device_type!r} ({'; '.join(reasons) or 'none is known for it'}). "
+        "kernel='reference' runs everywhere, but keeps a matrix of scores."
+    )
+
+
+def check_kernel(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> None:
+    """Refuse tensors that the kernel does not take.
+
+    Raises:
+        ValueError: naming the property that does not fit and what to do.
+    """
+    refusal = kernel.refusal(query.device, query.dtype, query.shape[-1], value.shape[-1])
+    if refusal:
+        raise ValueError(f"kernel={kernel.name!r} cannot take these tensors: {refusal}.")

@@ -1,0 +1,81 @@
+"""The flash-attn package's varlen kernels, 2.6 to 2.8. What differs between its versions is handled here.
+
+2.6 returns eight values from the forward, the output first and the LSE sixth, and takes `window_size`; since 2.7 there
+are four, the LSE second, and `window_size_left` and `window_size_right`. Since 2.6 the LSE is `[H, Q]`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from functools import cache
+
+import torch
+
+from .varlen import VarlenKernel
+
+
+class FlashAttnKernel(VarlenKernel):
+    name = "flash_attn"
+
+    @staticmethod
+    def missing() -> str | None:
+        if importlib.util.find_spec("flash_attn") is None:
+            return "the flash-attn package is not installed; pip install 'hf-context-parallel[flash]'"
+        if not torch.cuda.is_available():
+            return "PyTorch sees no CUDA device; on the CPU use kernel='cpu'"
+        return None
+
+    def varlen_forward(self, query, key, value, lengths, causal, scale):
+        from flash_attn import flash_attn_interface
+
+        function = flash_attn_interface._flash_attn_varlen_forward
+        results = function(
+            query,
+            key,
+            value,
+            lengths.cu_queries,
+            lengths.cu_keys,
+            lengths.max_queries,
+            lengths.max_keys,
+            0.0,
+            scale,
+            causal=causal,
+            return_softmax=False,
+            **_unlimited(function),
+        )
+        return results[0], results[1] if len(results) == 4 else results[5]
+
+    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths, causal, scale):
+        from flash_attn import flash_attn_interface
+
+        function = flash_attn_interface._flash_attn_varlen_backward
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        function(
+            grad_output,
+            query,
+            key,
+            value,
+            output,
+            lse,
+            *grads,
+            lengths.cu_queries,
+            lengths.cu_keys,
+            lengths.max_queries,
+            lengths.max_keys,
+            0.0,
+            scale,
+            causal,
+            **_unlimited(function),
+            alibi_slopes=None,
+            deterministic=False,
+        )
+        return tuple(grads)
+
+
+@cache
+def _unlimited(function) -> dict:
+    """The window and softcap arguments that switch both off, by the names that this version has for them."""
+    names = inspect.signature(function).parameters
+    window = {"window_size": (-1, -1)} if "window_size" in names else {"window_size_left": -1, "window_size_right": -1}
+    return {**window, "softcap": 0.0}

@@ -1,0 +1,107 @@
+"""What the CUDA flash-attention kernels share: segments as one call over packed rows and cumulative lengths.
+
+FlashAttention takes head dims up to 256 that 8 divides, the same for query, key and value, in bfloat16 or float16.
+Other head dims are padded with zeros, which changes neither scores nor outputs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ..intervals import Interval
+from ..plan import Segments, take
+from .base import Kernel
+
+
+class Lengths(NamedTuple):
+    """Cumulative lengths of query and key ranges, `[segments + 1]` int32, and the longest of each."""
+
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    max_queries: int
+    max_keys: int
+
+
+class VarlenKernel(Kernel):
+    """A kernel that takes all segments of a call at once."""
+
+    def refusal(self, device, dtype, query_dim, value_dim) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on CUDA and the tensors are on {device}; use kernel='auto'"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return (
+                f"it takes bfloat16 and float16, not {dtype}; train with bf16=True (autocast), or load the model with "
+                "dtype=torch.bfloat16, or accept a matrix of scores with kernel='reference'"
+            )
+        if max(query_dim, value_dim) > 256:
+            return f"it takes head dims up to 256, not {max(query_dim, value_dim)}; use kernel='reference'"
+        return None
+
+    @abstractmethod
+    def varlen_forward(self, query, key, value, lengths: Lengths, causal: bool, scale: float):
+        """Output `[Q, H, D]` and LSE `[H, Q]` of packed rows."""
+
+    @abstractmethod
+    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths: Lengths, causal, scale):
+        """The gradients of packed `query`, `key` and `value`, given LSE `[H, Q]`."""
+
+    def forward(self, query, key, value, segments, scale):
+        width = _head_dim(query, value)
+        output, lse = self.varlen_forward(
+            _pad(take(query, segments.query_runs), width),
+            _pad(take(key, segments.key_runs), width),
+            _pad(take(value, segments.key_runs), width),
+            _lengths(segments, query.device),
+            segments.causal,
+            scale,
+        )
+        return output[..., : value.shape[-1]], lse.T
+
+    def backward(self, grad_output, query, key, value, output, lse, segments, scale):
+        width = _head_dim(query, value)
+        grad_query, grad_key, grad_value = self.varlen_backward(
+            _pad(take(grad_output, segments.query_runs), width),
+            _pad(take(query, segments.query_runs), width),
+            _pad(take(key, segments.key_runs), width),
+            _pad(take(value, segments.key_runs), width),
+            _pad(take(output, segments.query_runs), width),
+            take(lse, segments.query_runs).T.contiguous(),
+            _lengths(segments, query.device),
+            segments.causal,
+            scale,
+        )
+        query_dim, value_dim = query.shape[-1], value.shape[-1]
+        return grad_query[..., :query_dim], grad_key[..., :query_dim], grad_value[..., :value_dim]
+
+
+@lru_cache(maxsize=4096)
+def _cumulative(ranges: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
+    """0 and the running sum of the ranges' lengths, made once: a layer finds them on the device."""
+    lengths = torch.tensor([0, *(stop - start for start, stop in ranges)], dtype=torch.int32)
+    pinned = lengths.cumsum(0, dtype=torch.int32)
+    if device.type == "cuda" and torch.cuda.is_available():
+        pinned = pinned.pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
+def _lengths(segments: Segments, device: torch.device) -> Lengths:
+    return Lengths(
+        _cumulative(segments.queries, device),
+        _cumulative(segments.keys, device),
+        max(stop - start for start, stop in segments.queries),
+        max(stop - start for start, stop in segments.keys),
+    )
+
+
+def _head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
+    """The least head dim that holds both and that 8 divides."""
+    return -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+
+
+def _pad(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """`tensor` with zeros up to `width` in its last dimension."""
+    return tensor if tensor.shape[-1] == width else torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))

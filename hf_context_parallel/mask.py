@@ -1,0 +1,79 @@
+"""What may be seen: the documents of each row, and which of a document's tokens a token reads.
+
+A mask is host integers. It is found on the whole batch, before sharding: a shard that begins inside a document cannot
+tell that it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .intervals import Interval
+
+Document = tuple[Interval, ...]
+"""The position ranges of one document's tokens. There are several where padding lies inside it."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which query-key pairs of a batch count.
+
+    Args:
+        length: tokens a row, padding included.
+        rows: for each row its documents. Tokens of no document are padding: they neither read nor are read.
+        causal: a token reads itself and what comes before it in its document; otherwise, all of its document.
+    """
+
+    length: int
+    rows: tuple[tuple[Document, ...], ...]
+    causal: bool = True
+
+
+def whole_rows(batch_size: int, length: int) -> tuple[tuple[Document, ...], ...]:
+    """Rows of one document each."""
+    return ((((0, length),),),) * batch_size
+
+
+def from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> tuple[Document, ...]:
+    """The documents of one row from their cumulative lengths, `[documents + 1]`: 0, ..., `length`.
+
+    Raises:
+        ValueError: if they do not begin at 0, ascend and end at `length`.
+    """
+    edges = cu_seqlens.tolist()
+    ascending = all(start <= stop for start, stop in zip(edges, edges[1:]))
+    if len(edges) < 2 or edges[0] != 0 or edges[-1] != length or not ascending:
+        raise ValueError(
+            f"cu_seqlens must ascend from 0 to the row's length of {length} tokens, but it is {shortened(edges)}. "
+            "Put padding at the end of the row into a document of its own."
+        )
+    return tuple(((start, stop),) for start, stop in zip(edges, edges[1:]) if start < stop)
+
+
+def from_position_ids(position_ids: torch.Tensor) -> tuple[tuple[Document, ...], ...]:
+    """The documents of each row of `[B, S]` positions: one begins wherever the step from the last is not 1."""
+    length = position_ids.shape[1]
+    rows = []
+    for row in position_ids:
+        starts = ((row.diff() != 1).nonzero().flatten() + 1).tolist()
+        edges = [0, *starts, length]
+        rows.append(tuple(((start, stop),) for start, stop in zip(edges, edges[1:])))
+    return tuple(rows)
+
+
+def from_attention_mask(attention_mask: torch.Tensor) -> tuple[tuple[Document, ...], ...]:
+    """One document a row of a `[B, S]` padding mask: its tokens that are not 0."""
+    rows = []
+    for row in attention_mask.bool():
+        tokens = torch.nn.functional.pad(row.int(), (1, 1))
+        edges = tokens.diff().nonzero().flatten().tolist()
+        runs = tuple(zip(edges[::2], edges[1::2]))
+        rows.append((runs,) if runs else ())
+    return tuple(rows)
+
+
+def shortened(values: list[int]) -> str:
+    """A list as an error message shows it."""
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"

@@ -1,0 +1,104 @@
+"""Process groups: which ranks share a sequence."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+CONTEXT_DIMENSION = "cp"
+DATA_DIMENSIONS = ("fsdp", "dp_shard", "dp")
+"""The mesh dimensions that CP may divide, by the names that Transformers, accelerate and torchtitan give them."""
+REPLICATED_INPUT_DIMENSIONS = ("tp", "pp")
+"""The mesh dimensions whose ranks see the same samples."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place.
+
+    Args:
+        group: the process group of its CP group, None where there is one process.
+        rank, size: its rank in that group, and the group's ranks.
+        data_rank, data_size: which share of the samples it gets, of how many.
+        first_ranks: for each share of the samples, the first rank of the world that gets it.
+        device: where tensors of collectives live.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    data_rank: int
+    data_size: int
+    first_ranks: list[int]
+    device: torch.device
+
+
+def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
+    """Make the CP groups. Every process of the world must call this with the same arguments.
+
+    Without a mesh, CP groups are `size` consecutive ranks of the world. With one, they are its `cp` dimension, or
+    `size` consecutive ranks along its data dimension (`fsdp`, `dp_shard` or `dp`).
+
+    Raises:
+        ValueError: if there is no process group, or the sizes do not divide.
+    """
+    if not dist.is_initialized():
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1 or world > 1:
+            raise ValueError(
+                f"size={size} with WORLD_SIZE={world} needs torch.distributed, which is not initialised. Start the "
+                "script with `accelerate launch` or `torchrun`, and make TrainingArguments, accelerate.PartialState() "
+                "or torch.distributed.init_process_group() come first."
+            )
+        return Groups(None, 0, 1, 0, 1, [0], torch.device("cpu"))
+    blocks = _blocks(size, mesh)
+    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks])
+    me = dist.get_rank()
+    ranks, data_rank = next(block for block in blocks if me in block[0])
+    device = _device(group)
+    dist.all_reduce(torch.zeros(1, device=device), group=group)  # NCCL: point-to-point must not be a group's first use
+    firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
+    first_ranks = [firsts[number] for number in sorted(firsts)]
+    return Groups(group, ranks.index(me), size, data_rank, len(first_ranks), first_ranks, device)
+
+
+def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:
+    """Every CP group of the world: its ranks, and which share of the samples it gets."""
+    if mesh is None:
+        names, ranks = ("dp",), torch.arange(dist.get_world_size())
+    else:
+        names, ranks = tuple(mesh.mesh_dim_names or ()), mesh.mesh
+    along = next((name for name in (CONTEXT_DIMENSION, *DATA_DIMENSIONS) if name in names), None)
+    if along is None:
+        raise ValueError(
+            f"the mesh has dimensions {names}: CP needs one called {CONTEXT_DIMENSION!r}, or a data dimension to "
+            f"divide, called {' or '.join(map(repr, DATA_DIMENSIONS))}."
+        )
+    extent = ranks.shape[names.index(along)]
+    if extent % size or (along == CONTEXT_DIMENSION and extent != size):
+        rule = "be" if along == CONTEXT_DIMENSION else "divide"
+        what = "the world size" if mesh is None else f"the mesh dimension {along!r}"
+        raise ValueError(
+            f"size={size} does not {rule} {what}, which is {extent}. Start a multiple of {size} processes, or choose "
+            f"a size that is right for {extent}."
+        )
+    # Replicas of the model outermost and CP ranks innermost: the rows are CP groups, and a group's number is its row
+    # within the dimensions whose ranks see different samples.
+    shared = [names.index(name) for name in names if name in REPLICATED_INPUT_DIMENSIONS]
+    other = [index for index, name in enumerate(names) if index not in shared and name != along]
+    rows = ranks.permute(*shared, *other, names.index(along)).reshape(-1, size)
+    copies = 1
+    for index in shared:
+        copies *= ranks.shape[index]
+    return [(row, number % (len(rows) // copies)) for number, row in enumerate(rows.tolist())]
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors of the group's collectives must be."""
+    if "nccl" in str(dist.get_backend_config(group)) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

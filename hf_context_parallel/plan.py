@@ -1,0 +1,300 @@
+"""Who must see whom, and what travels for it: built once a batch on the host, executed by every layer.
+
+A rank meets the keys of the others in `size` steps. At step k it computes with the keys of rank r + k (its owner), so
+that in a step every rank has a different owner. The keys come from rank r + 1 where that rank read the same keys in
+the step before, and straight from their owner where it did not. So each rank receives what it reads, once, and nothing
+else, whatever the mask; and where neighbours read the same keys, which for one long document is everywhere, they
+travel as in a ring: from neighbour to neighbour.
+
+Partial sums of key and value gradients follow the keys one step behind. Each reader adds its own and hands them to the
+next reader that got those keys from it, the last one to the owner.
+
+Tokens are numbered on their rank: row b's token i is b * local_length + i. Sets of tokens are intervals of those
+numbers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .intervals import Interval, difference, intersection, total, union
+from .layout import Layout
+from .mask import Mask
+
+
+class Piece(NamedTuple):
+    """Tokens of one document that are neighbours on their rank and in the sequence."""
+
+    start: int
+    stop: int
+    position: int
+
+
+class Transfer(NamedTuple):
+    """Tokens `[start, stop)` of a buffer, to or from rank `peer` of the group."""
+
+    peer: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One kernel call: query range i attends to key range i, for every i.
+
+    The query ranges ascend and do not overlap. With `causal`, query and key ranges are of the same tokens, and a
+    query sees the keys up to its own.
+    """
+
+    queries: tuple[Interval, ...]
+    keys: tuple[Interval, ...]
+    causal: bool
+
+    @cached_property
+    def query_runs(self) -> tuple[Interval, ...]:
+        """The query ranges, with neighbours joined."""
+        return joined(self.queries)
+
+    @cached_property
+    def key_runs(self) -> tuple[Interval, ...]:
+        """The key ranges in order, with neighbours joined."""
+        return joined(self.keys)
+
+    @property
+    def pairs(self) -> int:
+        """How many query-key pairs are computed."""
+        if self.causal:
+            return sum((stop - start) * (stop - start + 1) // 2 for start, stop in self.queries)
+        return sum((q[1] - q[0]) * (k[1] - k[0]) for q, k in zip(self.queries, self.keys))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does at one step. Ranges are of the step's key buffer, unless said otherwise.
+
+    Args:
+        tokens: length of the key buffer, which holds what this rank reads of the owner's keys. At step 0 the buffer
+            is this rank's own keys, all of them.
+        calls: the tiles to compute, as kernel calls.
+        receives: where the keys come from.
+        relays: keys to send on to rank r - 1, as ranges of the buffer of the step before.
+        serves: keys to send to readers that have no neighbour to get them from, as ranges of this rank's own keys.
+        joins: partial gradients to add to this rank's.
+        hands_on: to whom the sum goes.
+        homecomings: finished partial gradients from the rank that serves ended at, as ranges of this rank's own keys.
+    """
+
+    tokens: int
+    calls: tuple[Segments, ...]
+    receives: tuple[Transfer, ...] = ()
+    relays: tuple[Transfer, ...] = ()
+    serves: tuple[Transfer, ...] = ()
+    joins: tuple[Transfer, ...] = ()
+    hands_on: tuple[Transfer, ...] = ()
+    homecomings: tuple[Transfer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank computes and moves for one batch and mask.
+
+    Args:
+        rank, size: this rank and the ranks of its group.
+        tokens: how many tokens this rank holds, all rows counted.
+        idle: ranges of those tokens that no call computes (padding).
+        steps: `size` steps; the first is of this rank's own keys.
+    """
+
+    rank: int
+    size: int
+    tokens: int
+    idle: tuple[Interval, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that this rank computes."""
+        return sum(call.pairs for step in self.steps for call in step.calls)
+
+    @property
+    def sent_keys(self) -> int:
+        """Tokens whose keys and values this rank sends in a forward pass."""
+        return sum(t.stop - t.start for step in self.steps for t in (*step.relays, *step.serves))
+
+    @property
+    def sent_gradients(self) -> int:
+        """Tokens whose partial gradients this rank sends in a backward pass."""
+        return sum(t.stop - t.start for step in self.steps for t in step.hands_on)
+
+
+def build_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
+    """The plan of `rank` for a batch with this mask, dealt to the ranks by this layout."""
+    reads = _Reads(layout, mask)
+    tokens = len(mask.rows) * layout.local_length(rank)
+    own = ((0, tokens),) if tokens else ()
+    steps = [Step(tokens, reads.calls(rank, rank, own))]
+    computed = union(query for call in steps[0].calls for query in call.queries)
+    steps += [_step(reads, rank, distance) for distance in range(1, layout.size)]
+    return Plan(rank, layout.size, tokens, tuple(difference(list(own), computed)), tuple(steps))
+
+
+def _step(reads: _Reads, rank: int, distance: int) -> Step:
+    """Step `distance` of `rank`."""
+    size = reads.layout.size
+    owner, reader = (rank + distance) % size, (rank - distance) % size
+    before, after = (rank - 1) % size, (rank + 1) % size
+    held = reads.needed(rank, owner)
+    # The sender's lists and the receiver's are made from the same sets, in the same order, so they match.
+    relayed, direct = reads.relayed(rank, owner), reads.direct(rank, owner)
+    previous_owner = (rank + distance - 1) % size
+    sent_on = reads.relayed(before, previous_owner)
+    passed, home = reads.relayed(before, owner), reads.last(rank, owner)
+    return Step(
+        tokens=total(held),
+        calls=reads.calls(rank, owner, held),
+        receives=_transfers(after, relayed, held) + _transfers(owner, direct, held),
+        relays=_transfers(before, sent_on, reads.needed(rank, previous_owner)),
+        serves=tuple(Transfer(reader, *interval) for interval in reads.direct(reader, rank)),
+        joins=_transfers(after, relayed, held),
+        hands_on=_transfers(before, passed, held) + _transfers(owner, home, held),
+        homecomings=tuple(Transfer(reader, *interval) for interval in reads.last(reader, rank)),
+    )
+
+
+class _Reads:
+    """Which of `owner`'s keys each `reader` reads, and from whom it gets them."""
+
+    def __init__(self, layout: Layout, mask: Mask):
+        self.layout = layout
+        self.causal = mask.causal
+        self.documents = _pieces(layout, mask)
+        self.of_rank: list[set[int]] = [set() for _ in range(layout.size)]
+        for number, pieces in enumerate(self.documents):
+            for rank in pieces:
+                self.of_rank[rank].add(number)
+        self.needed = lru_cache(maxsize=None)(self._needed)
+
+    def _shared(self, reader: int, owner: int):
+        """For each document that both hold: the reader's pieces, and the owner's."""
+        for number in sorted(self.of_rank[reader] & self.of_rank[owner]):
+            yield self.documents[number][reader], self.documents[number][owner]
+
+    def _visible(self, query: Piece, keys: list[Piece]) -> list[Piece]:
+        """The pieces of another rank that `query` reads. Ranks hold different chunks, so it is all of one or none."""
+        return [key for key in keys if key.position < query.position] if self.causal else keys
+
+    def _needed(self, reader: int, owner: int) -> list[Interval]:
+        """The keys of `owner` that `reader` reads."""
+        # The last piece of a document reads what any earlier one reads.
+        shared = self._shared(reader, owner)
+        return union((key.start, key.stop) for queries, keys in shared for key in self._visible(queries[-1], keys))
+
+    def relayed(self, reader: int, owner: int) -> list[Interval]:
+        """Those that `reader` gets from the rank after it, which read them one step earlier."""
+        after = (reader + 1) % self.layout.size
+        return (
+            intersection(self.needed(reader, owner), self.needed(after, owner)) if owner not in (reader, after) else []
+        )
+
+    def direct(self, reader: int, owner: int) -> list[Interval]:
+        """Those that `reader` gets from their owner."""
+        return difference(self.needed(reader, owner), self.relayed(reader, owner))
+
+    def last(self, reader: int, owner: int) -> list[Interval]:
+        """Those that `reader` hands to nobody, so that their gradients go home from it."""
+        return difference(self.needed(reader, owner), self.relayed((reader - 1) % self.layout.size, owner))
+
+    def calls(self, reader: int, owner: int, buffer: list[Interval] | tuple[Interval, ...]) -> tuple[Segments, ...]:
+        """The tiles of `reader`'s queries and `owner`'s keys, keys as ranges of `buffer`, grouped into calls."""
+        tiles = [tile for shared in self._shared(reader, owner) for tile in self._tiles(*shared, reader == owner)]
+        calls: dict[tuple[bool, int], list[tuple[Interval, Interval]]] = {}
+        nth: dict[tuple[bool, Interval], int] = {}
+        for query, key, causal in tiles:
+            # The queries of a call must not overlap; those of two tiles are the same or disjoint.
+            order = nth[causal, query] = nth.get((causal, query), -1) + 1
+            calls.setdefault((causal, order), []).append((query, _within(key, buffer)))
+        return tuple(
+            Segments(*(tuple(column) for column in zip(*sorted(pairs))), causal)
+            for (causal, _), pairs in sorted(calls.items(), reverse=True)
+        )
+
+    def _tiles(self, queries: list[Piece], keys: list[Piece], own: bool):
+        """Tiles of one document as (query range, key range, causal), as few and large as can be."""
+        if own and self.causal:
+            # A rank holds its tokens in order, so a run of them is causal among itself whatever is missing between.
+            runs = _runs(queries)
+            for number, run in enumerate(runs):
+                yield run, run, True
+                for earlier in runs[:number]:
+                    yield run, earlier, False
+            return
+        groups: dict[int, list[Piece]] = {}
+        for query in queries:
+            groups.setdefault(len(self._visible(query, keys)), []).append(query)
+        for count, group in groups.items():
+            for query in _runs(group):
+                for key in _runs(keys[:count]):
+                    yield query, key, False
+
+
+def _pieces(layout: Layout, mask: Mask) -> list[dict[int, list[Piece]]]:
+    """For each document of the batch: the pieces that each rank holds, by position."""
+    local_lengths = [layout.local_length(rank) for rank in range(layout.size)]
+    documents = []
+    for row, row_documents in enumerate(mask.rows):
+        for document in row_documents:
+            pieces: dict[int, list[Piece]] = {}
+            for start, stop in document:
+                chunk = bisect_right(layout.bounds, start) - 1
+                while start < stop:
+                    end = min(stop, layout.bounds[chunk + 1])
+                    if start < end:
+                        rank = layout.chunk_owners[chunk]
+                        first = row * local_lengths[rank] + layout.chunk_offsets[chunk] + start - layout.bounds[chunk]
+                        pieces.setdefault(rank, []).append(Piece(first, first + end - start, start))
+                    start, chunk = end, chunk + 1
+            documents.append(pieces)
+    return documents
+
+
+def _runs(pieces: list[Piece]) -> tuple[Interval, ...]:
+    """The pieces as ranges of their rank's tokens, with neighbours joined."""
+    return joined(tuple((piece.start, piece.stop) for piece in pieces))
+
+
+def joined(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
+    """The intervals in their order, with each that begins where the last one ends joined to it."""
+    runs: list[Interval] = []
+    for start, stop in intervals:
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((start, stop))
+    return tuple(runs)
+
+
+def _within(interval: Interval, buffer: list[Interval] | tuple[Interval, ...]) -> Interval:
+    """An interval of a rank's tokens as one of a buffer that holds the intervals `buffer` one after another."""
+    offset = 0
+    for start, stop in buffer:
+        if start <= interval[0] and interval[1] <= stop:
+            return offset + interval[0] - start, offset + interval[1] - start
+        offset += stop - start
+    raise AssertionError(f"{interval} is not in {buffer}")
+
+
+def _transfers(peer: int, intervals: list[Interval], buffer: list[Interval]) -> tuple[Transfer, ...]:
+    """Transfers of `intervals` of a rank's tokens, as ranges of `buffer`."""
+    return tuple(Transfer(peer, *_within(interval, buffer)) for interval in intervals)
+
+
+def take(tensor: torch.Tensor, runs: tuple[Interval, ...]) -> torch.Tensor:
+    """The rows of `tensor` in `runs`, one after another: a view where there is one run."""
+    if len(runs) == 1:
+        return tensor[runs[0][0] : runs[0][1]]
+    return torch.cat([tensor[start:stop] for start, stop in runs])

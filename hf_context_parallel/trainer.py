@@ -1,0 +1,241 @@
+"""Transformers' Trainer over sharded sequences."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
+from transformers import Trainer, TrainerCallback
+
+from .config import ContextParallelConfig
+from .context_parallel import ContextParallel
+from .data import ContextParallelDataCollator
+from .integration.models import check_model
+from .loader import prepare_data_loader
+from .memory import PeakMemory
+
+
+class ContextParallelMixin:
+    """Makes a Trainer split each sequence over the ranks of a CP group: `class Mine(ContextParallelMixin, Trainer)`.
+
+    The Trainer takes the data set, the collator and the arguments that one process would: collators yield whole
+    batches, which are sharded here. All ranks of a CP group get the same samples, different groups different ones; the
+    batch size is per CP group. Losses, gradient norms, evaluations and predictions are those of one process.
+
+    Training logs gain `tokens_per_second` (of all ranks), `tokens_per_second_per_rank`, `sequence_length` (the longest
+    since the last log) and `peak_memory_gib` (of the rank that needed most, above the start of its step).
+
+    Args:
+        context_parallel: the settings; one rank a group unless given.
+        args, kwargs: the Trainer's own.
+
+    Raises:
+        ValueError: if an argument or the model cannot be exact on shards.
+    """
+
+    def __init__(self, *args, context_parallel: ContextParallelConfig | None = None, **kwargs):
+        self._config = context_parallel or ContextParallelConfig()
+        self._whole_num_items: torch.Tensor | int | None = None
+        self._predicting = False
+        self._tokens, self._longest, self._logged_at = 0, 0, time.perf_counter()
+        super().__init__(*args, **kwargs)
+        if isinstance(self.data_collator, ContextParallelDataCollator):
+            self.data_collator = self.data_collator.collator  # predictions need the whole batch, so shard it here
+        self._refuse()
+        self._memory = _StepMemory(self.cp.groups.device)
+        self.add_callback(self._memory)
+
+    def _refuse(self) -> None:
+        """Refuse what is known to be wrong on shards before anything is trained."""
+        check_model(self.model)
+        for wrong, remedy in (
+            (self.label_smoother is not None, "label_smoothing_factor shifts labels itself; set it to 0"),
+            (
+                self.compute_loss_func is not None,
+                "compute_loss_func gets a shard's outputs and already shifted labels; override compute_loss instead, "
+                "with inputs['shift_labels']",
+            ),
+            (
+                getattr(self.args, "train_sampling_strategy", None) == "batch_rebalance",
+                "train_sampling_strategy='batch_rebalance' deals samples to ranks and not to CP groups; use another",
+            ),
+            (self.args.eval_use_gather_object, "eval_use_gather_object gathers from every rank; set it to False"),
+        ):
+            if wrong:
+                raise ValueError(f"context parallelism: {remedy}.")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        settings = getattr(self.accelerator, "parallelism_config", None)
+        if settings is not None and (settings.cp_enabled or settings.sp_enabled):
+            raise ValueError(
+                "accelerate's own context or sequence parallelism is on as well (parallelism_config or "
+                "--parallelism_config_cp_size). Leave it off: context_parallel=ContextParallelConfig(size=...) "
+                "says it."
+            )
+        self.cp = ContextParallel(self._config)
+        # The Trainer makes its Accelerator itself, so it becomes ours afterwards.
+        self.accelerator.__class__ = _CpAccelerator
+        self.accelerator.cp = self.cp
+
+    def get_cp_size(self) -> int:
+        """The ranks that see the same samples. Trainer divides batch sizes and token counts by it."""
+        return self.cp.size
+
+    def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: Mapping[str, Any]):
+        """Trainer's hook: the context of a step, and its inputs."""
+        if self._predicting:  # prediction_step has sharded them
+            return nullcontext, inputs
+        sharded = self.cp.shard(self._prepare_inputs(inputs), model)
+        step = ExitStack()
+        local = step.enter_context(sharded)
+        self._tokens += sharded.shard.batch_size * sharded.shard.length
+        self._longest = max(self._longest, sharded.shard.length)
+        return lambda: step, local
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer's loss, so that its mean over all ranks is the loss of one process."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            return result  # which get_cp_size() has made Trainer scale
+        # The model divided its sum by the whole batch's count, and DDP will take the mean of the group's sums.
+        if return_outputs:
+            return result[0] * self.cp.size, result[1]
+        return result * self.cp.size
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        return self._whole_num_items if self._predicting else super()._get_num_items_in_batch(batch_samples, device)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Trainer's, with whole outputs in the order of the batch on every rank."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        self._whole_num_items = super()._get_num_items_in_batch([inputs], self.args.device)
+        with self.cp.shard(inputs, model) as local:
+            self._predicting = True
+            try:
+                loss, outputs, _ = super().prediction_step(model, local, prediction_loss_only, ignore_keys)
+                outputs = recursively_apply(self._gather_output, outputs) if outputs is not None else None
+            finally:
+                self._predicting = False
+        if loss is not None and self.cp.size > 1:
+            dist.all_reduce(loss, group=self.cp.groups.group)
+            loss = loss / self.cp.size
+        return loss, outputs, labels if outputs is not None else None
+
+    def _gather_output(self, output: torch.Tensor) -> torch.Tensor:
+        if output.dim() < 2:
+            raise ValueError(
+                f"the model returned an output of shape {tuple(output.shape)}, which has no sequence dimension to "
+                "restore. Name it in ignore_keys, or set prediction_loss_only=True."
+            )
+        return self.cp.gather(output)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
+        """This rank's share: the ranks' are added up, and each is shown the whole batch."""
+        return super().floating_point_ops(inputs) / self.cp.size
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)  # which adds up the ranks', each of which has the whole batch
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.cp.size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with throughput, sequence length and memory beside a training loss."""
+        if "loss" in logs:
+            logs |= self._throughput()
+        super().log(logs, start_time)
+
+    def _throughput(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._logged_at
+        peak = self._memory.highest
+        mine = torch.tensor(
+            [self._tokens / self.cp.size, self._longest, -1.0 if peak is None else peak],
+            dtype=torch.float64,
+            device=self.args.device,
+        )
+        tokens, longest, peaks = self.accelerator.gather(mine[None]).T
+        self._tokens, self._longest, self._logged_at = 0, 0, time.perf_counter()
+        self._memory.highest = None
+        figures = {
+            "tokens_per_second": tokens.sum().item() / seconds,
+            "tokens_per_second_per_rank": tokens.mean().item() / seconds,
+            "sequence_length": int(longest.max()),
+        }
+        if peaks.max() >= 0:
+            figures["peak_memory_gib"] = peaks.max().item()
+        return figures
+
+
+class ContextParallelTrainer(ContextParallelMixin, Trainer):
+    """`transformers.Trainer` with `context_parallel=ContextParallelConfig(...)`. See `ContextParallelMixin`."""
+
+
+class _CpAccelerator(Accelerator):
+    """An Accelerator that knows that the ranks of a CP group have the same samples."""
+
+    cp: ContextParallel
+    _for_metrics = False
+
+    def prepare_data_loader(self, data_loader, device_placement=None, slice_fn_for_dispatch=None):
+        if getattr(data_loader, "_is_accelerate_prepared", False):
+            return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        seed = data_loader.worker_init_fn
+        if isinstance(seed, functools.partial) and "rank" in seed.keywords:  # Trainer's: workers alike in a CP group
+            data_loader.worker_init_fn = functools.partial(
+                seed.func, *seed.args, **{**seed.keywords, "rank": self.cp.groups.data_rank}
+            )
+        loader = prepare_data_loader(
+            data_loader,
+            self.cp.groups,
+            device=self.device,
+            split_batches=self.split_batches,
+            put_on_device=self.device_placement if device_placement is None else device_placement,
+            rng_types=self.rng_types.copy(),
+            even_batches=self.even_batches,
+            use_seedable_sampler=self.use_seedable_sampler,
+            data_seed=self.dataloader_config.data_seed,
+            non_blocking=self.non_blocking,
+            use_stateful_dataloader=self.use_stateful_dataloader,
+        )
+        self._dataloaders.append(loader)
+        return loader
+
+    def gather_for_metrics(self, input_data, use_gather_object=False):
+        """Each sample once: of the ranks of a CP group, which have the same ones, the first's."""
+        self._for_metrics = True
+        try:
+            return super().gather_for_metrics(input_data, use_gather_object)
+        finally:
+            self._for_metrics = False
+
+    def gather(self, tensor):
+        gathered = super().gather(tensor)
+        return recursively_apply(self._first_of_each_group, gathered) if self._for_metrics else gathered
+
+    def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
+        ranks = gathered.unflatten(0, (self.num_processes, -1))
+        return ranks[self.cp.groups.first_ranks].flatten(0, 1)
+
+
+class _StepMemory(TrainerCallback):
+    """The most memory that a step needed above its start, since it was last reset."""
+
+    def __init__(self, device: torch.device):
+        self._peak = PeakMemory(device)
+        self.highest: float | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._peak.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        peak = self._peak.peak()
+        if peak is not None:
+            self.highest = max(peak, self.highest or 0.0)
