@@ -84,6 +84,7 @@ class ContextParallelMixin:
         # The Trainer makes its Accelerator itself, so it becomes ours afterwards.
         self.accelerator.__class__ = _CpAccelerator
         self.accelerator.cp = self.cp
+        self.gather_function = self.accelerator.gather_for_metrics
 
     def get_cp_size(self) -> int:
         """The ranks that see the same samples. Trainer divides batch sizes and token counts by it."""

@@ -1,0 +1,120 @@
+"""Models of every supported type, sharded, against the same model whole: loss, logits, and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import document_positions, some_labels, tiny_model, tokens
+
+import hf_context_parallel as hcp
+from hf_context_parallel.integration.models import EXACT
+
+
+def dense():
+    input_ids = tokens(2, 37)
+    return {"input_ids": input_ids, "labels": some_labels(input_ids)}
+
+
+def one_rank_without_targets():
+    input_ids = tokens(1, 32)
+    labels = input_ids.clone()
+    labels[:, 5:] = -100  # the targets are all in the first chunk
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def packed():
+    positions = document_positions(11, 1, 2, 20, 7)
+    input_ids = tokens(1, positions.shape[1])
+    return {"input_ids": input_ids, "labels": some_labels(input_ids), "position_ids": positions}
+
+
+def padded(side: str):
+    input_ids = tokens(3, 29)
+    mask = torch.ones_like(input_ids)
+    for row, padding in ((0, 9), (1, 24)):
+        mask[row, :padding] = 0
+    if side == "right":
+        mask = mask.flip(1)
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+def padded_inside():
+    input_ids = tokens(2, 31)
+    mask = torch.ones_like(input_ids)
+    mask[0, 4:7] = mask[1, 12] = mask[1, 15:20] = 0
+    labels = input_ids.masked_fill(mask == 0, -100)
+    labels[:, 1:][mask[:, :-1] == 0] = -100
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+
+
+BATCHES = {
+    "dense": dense(),
+    "one rank without targets": one_rank_without_targets(),
+    "packed": packed(),
+    "padded on the left": padded("left"),
+    "padded on the right": padded("right"),
+    "padded inside": padded_inside(),
+    "fewer tokens than ranks": {"input_ids": tokens(1, 3), "labels": tokens(1, 3)},
+}
+
+
+def errors_of_a_model(model_type: str, names: list[str], options: dict) -> dict[str, tuple[float, float, float]]:
+    """For each batch: how far loss, logits and gradients are from the whole model's, by the tensors' largest entry."""
+    cp = hcp.ContextParallel(
+        hcp.ContextParallelConfig(size=dist.get_world_size() if dist.is_initialized() else 1, **options)
+    )
+    whole, sharded = tiny_model(model_type, None), tiny_model(model_type, "context_parallel")
+    errors = {}
+    for name in names:
+        batch = BATCHES[name]
+        whole.zero_grad()
+        sharded.zero_grad()
+        expected = whole(**batch, use_cache=False)
+        expected.loss.backward()
+        with cp.shard(batch, sharded) as local:
+            found = sharded(**local)
+            found.loss.backward()
+            logits = cp.gather(found.logits)
+        assert not found.loss.isnan()
+        loss = reduced(found.loss)
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        gradients = [
+            error(reduced(torch.zeros_like(a) if a.grad is None else a.grad), b.grad)
+            for a, b in zip(sharded.parameters(), whole.parameters())
+        ]
+        errors[name] = error(loss, expected.loss), error(logits[real], expected.logits[real]), max(gradients)
+    return errors
+
+
+def reduced(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks."""
+    tensor = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, by the largest entry (or by 1e-8, where what is expected is rounding around 0)."""
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-8)).item()
+
+
+def check(results) -> None:
+    for errors in results:
+        for name, (loss, logits, gradients) in errors.items():
+            assert loss < 1e-6, (name, loss)
+            assert logits < 1e-7, (name, logits)
+            assert gradients < 1e-7, (name, gradients)
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_every_supported_type_is_exact_on_three_ranks(on_ranks, model_type):
+    check(on_ranks(3, errors_of_a_model, model_type, list(BATCHES), {}))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_other_group_sizes_and_layouts_are_exact(on_ranks, ranks, layout):
+    check(on_ranks(ranks, errors_of_a_model, "qwen3", list(BATCHES), {"layout": layout}))

@@ -1,0 +1,263 @@
+"""The Trainer on shards against Trainer on whole sequences: the same losses and gradient norms, step by step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from models import some_labels, tiny_model, tokens
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+
+import hf_context_parallel as hcp
+
+STOCK = "stock"
+SAMPLES = 8
+
+
+def samples(count: int = SAMPLES) -> list[dict]:
+    """Documents of many lengths. The first has a single target, so that most ranks have none."""
+    made = []
+    for number in range(count):
+        input_ids = tokens(1, 9 + 7 * number, seed=number)[0]
+        labels = some_labels(input_ids, seed=number)
+        if number == 0:
+            labels[:] = -100
+            labels[3] = input_ids[3]
+        made.append({"input_ids": input_ids.tolist(), "labels": labels.tolist()})
+    return made
+
+
+def padding_collator(rows: list[dict], side: str = "right") -> dict[str, torch.Tensor]:
+    """Rows padded to one length."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    batch = {name: [] for name in fill}
+    for row in rows:
+        for name, value in {**row, "attention_mask": [1] * len(row["input_ids"])}.items():
+            padding = [fill[name]] * (longest - len(value))
+            batch[name].append(value + padding if side == "right" else padding + value)
+    return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+def left_padding_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
+    return padding_collator(rows, "left")
+
+
+def no_labels_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
+    batch = padding_collator(rows)
+    del batch["labels"]
+    return batch
+
+
+COLLATORS = {
+    "right": padding_collator,
+    "left": left_padding_collator,
+    "packed": DataCollatorWithFlattening(),
+    "no labels": no_labels_collator,
+}
+
+
+def make_trainer(
+    kind, folder, *, model_type="llama", collator="right", accepts=True, model=None, data=None, **arguments
+):
+    """A Trainer of one process' kind (`STOCK`) or one that shards, with `kind` ranks a CP group."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    groups = world if kind == STOCK else world // kind
+    arguments = {"gradient_accumulation_steps": 1, "max_steps": 4, "global_batch": 2, **arguments}
+    args = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=arguments.pop("global_batch") // groups,
+        per_device_eval_batch_size=1,
+        logging_steps=1,
+        learning_rate=0.1,
+        optim="sgd",  # Adam would make steps of full length of gradients that are nothing but rounding
+        save_strategy=arguments.pop("save_strategy", "no"),
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+        **arguments,
+    )
+    if model is None:
+        model = tiny_model(model_type, None if kind == STOCK else "context_parallel", torch.float32)
+    if not accepts:
+        model.accepts_loss_kwargs = False
+    common = {"model": model, "args": args, "train_dataset": samples()}
+    if kind == STOCK:
+        return Trainer(**common, data_collator=COLLATORS[collator])
+    settings = hcp.ContextParallelConfig(size=kind)
+    return hcp.ContextParallelTrainer(**common, data_collator=COLLATORS[collator], context_parallel=settings)
+
+
+def history(kind, folder, options) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    trainer = make_trainer(kind, folder, **options)
+    trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+CASES = {
+    "padding": {},
+    "left padding": {"collator": "left"},
+    "packing": {"collator": "packed"},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "packing with accumulation": {"collator": "packed", "gradient_accumulation_steps": 3},
+    "tokens not averaged": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+    "a model that takes no loss keywords": {"accepts": False, "gradient_accumulation_steps": 2},
+    "gradient checkpointing": {"gradient_checkpointing": True, "collator": "packed"},
+    "reentrant checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "workers": {"dataloader_num_workers": 2},
+}
+DEPENDS_ON_GROUPS = ("left padding", "tokens not averaged", "a model that takes no loss keywords")
+"""Cases in which two data-parallel ranks differ from one process without CP already: they pad to other lengths, or their
+loss is by Trainer's rule the mean of what each rank sees. With two groups, two processes are the reference."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradient_norms_are_those_of_one_process(on_ranks, tmp_path, case):
+    options = CASES[case]
+    [expected] = on_ranks(1, history, STOCK, tmp_path, options)
+    assert len(expected) == 4
+    of_two = on_ranks(2, history, STOCK, tmp_path, options)[0] if case in DEPENDS_ON_GROUPS else expected
+    for ranks, size, reference in ((2, 2, expected), (4, 4, expected), (4, 2, of_two)):
+        for found in on_ranks(ranks, history, size, tmp_path, options):
+            np.testing.assert_allclose(found, reference, rtol=1e-5, err_msg=f"{ranks} ranks, CP {size}")
+
+
+def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.ndarray | None]:
+    """Evaluation loss, and predictions of 7 samples, which 2 groups do not divide."""
+    trainer = make_trainer(kind, folder, collator=collator)
+    data = samples(7)
+    loss = None if collator == "no labels" else trainer.evaluate(data)["eval_loss"]
+    predictions = trainer.predict(data)
+    return loss, predictions.predictions, predictions.label_ids
+
+
+@pytest.mark.parametrize("collator", ["right", "no labels"])
+def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path, collator):
+    [(loss, logits, labels)] = on_ranks(1, evaluation, STOCK, tmp_path, collator)
+    # Trainer weighs data-parallel ranks' losses by tokens and not by samples, so two processes are the reference of two.
+    loss_of_two = on_ranks(2, evaluation, STOCK, tmp_path, collator)[0][0]
+    for ranks, size, expected_loss in ((2, 2, loss), (4, 2, loss_of_two), (3, 3, loss)):
+        for found_loss, found_logits, found_labels in on_ranks(ranks, evaluation, size, tmp_path, collator):
+            if loss is not None:
+                np.testing.assert_allclose(found_loss, expected_loss, rtol=1e-5)
+            assert found_logits.shape == logits.shape
+            np.testing.assert_allclose(found_logits, logits, rtol=1e-4, atol=1e-5)
+            if labels is None:
+                assert found_labels is None
+            else:
+                np.testing.assert_array_equal(found_labels, labels)
+
+
+def resumed(kind, folder, checkpoint) -> list[tuple[float, float]]:
+    trainer = make_trainer(kind, folder, collator="packed", max_steps=4)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train_and_save(kind, folder) -> list[tuple[float, float]]:
+    options = {"collator": "packed", "save_strategy": "steps", "save_steps": 2}
+    return history(kind, folder, options)
+
+
+def test_a_checkpoint_is_ordinary_and_resumes_at_another_size(on_ranks, tmp_path):
+    [expected, _] = on_ranks(2, train_and_save, 2, tmp_path)
+    checkpoint = tmp_path / "checkpoint-2"
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert "context_parallel" not in Path(checkpoint, "config.json").read_text()
+    for ranks in (1, 4):
+        for found in on_ranks(ranks, resumed, ranks, tmp_path, checkpoint):
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def logged(folder) -> tuple[list[dict], int, float]:
+    trainer = make_trainer(2, folder, collator="packed", include_num_input_tokens_seen="all")
+    trainer.train()
+    return trainer.state.log_history, trainer.state.num_input_tokens_seen, trainer.state.total_flos
+
+
+def logged_by_stock(folder) -> tuple[int, float]:
+    trainer = make_trainer(STOCK, folder, collator="packed", include_num_input_tokens_seen="all")
+    trainer.train()
+    return trainer.state.num_input_tokens_seen, trainer.state.total_flos
+
+
+def test_logs_have_throughput_length_and_memory_and_counts_are_those_of_one_process(on_ranks, tmp_path):
+    [(entries, seen, flos), _] = on_ranks(2, logged, tmp_path)
+    for entry in entries[:4]:
+        assert entry["tokens_per_second"] == pytest.approx(2 * entry["tokens_per_second_per_rank"])
+        assert entry["sequence_length"] > 9
+        assert entry["peak_memory_gib"] >= 0
+        json.dumps(entry)
+    assert [(seen, flos)] == on_ranks(1, logged_by_stock, tmp_path)
+
+
+def lora_history(kind, folder, autocast) -> list[tuple[float, float]]:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("llama", None if kind == STOCK else "context_parallel", torch.float32)
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return history(kind, folder, {"model": model, "bf16": autocast})
+
+
+def test_lora_is_exact(on_ranks, tmp_path):
+    [expected] = on_ranks(1, lora_history, STOCK, tmp_path, False)
+    for found in on_ranks(2, lora_history, 2, tmp_path, False):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+class BytesOnTheWire(TrainerCallback):
+    """Notes the dtypes of the messages of a run."""
+
+    def __init__(self):
+        self.dtypes = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        post = self.trainer.cp.exchange.post
+
+        def noting(sends, receives):
+            self.dtypes |= {str(tensor.dtype) for _, tensor in (*sends, *receives)}
+            return post(sends, receives)
+
+        self.trainer.cp.exchange.post = noting
+
+
+def autocast_history(folder) -> tuple[list[tuple[float, float]], set[str]]:
+    trainer = make_trainer(2, folder, model_type="qwen3", bf16=True)
+    wire = BytesOnTheWire()
+    wire.trainer = trainer
+    trainer.add_callback(wire)
+    trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry], wire.dtypes
+
+
+def test_autocast_sends_bfloat16(on_ranks, tmp_path):
+    [expected] = on_ranks(1, history, STOCK, tmp_path, {"model_type": "qwen3", "bf16": True})
+    for found, dtypes in on_ranks(2, autocast_history, tmp_path):
+        assert dtypes == {"torch.bfloat16", "torch.float32"}  # keys; and their gradients, which are sums over ranks
+        np.testing.assert_allclose(found, expected, rtol=3e-2)
+
+
+def refusal(folder, change) -> str:
+    options = {"stock model": {"model": tiny_model("llama", "sdpa", torch.float32)}}.get(change, {})
+    arguments = {"label smoothing": {"label_smoothing_factor": 0.1}}.get(change, {})
+    with pytest.raises(ValueError) as caught:
+        make_trainer(1, folder, **options, **arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [("stock model", "attn_implementation='context_parallel'"), ("label smoothing", "label_smoothing_factor")],
+)
+def test_what_cannot_be_exact_is_refused_before_training(tmp_path, change, remedy):
+    assert remedy in refusal(tmp_path, change)
