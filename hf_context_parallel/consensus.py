@@ -11,13 +11,15 @@ import torch.distributed as dist
 from .mesh import Groups
 
 
-def agree(groups: Groups, error: Exception | None, fingerprint: int, what: str, length: int = 0) -> list[int]:
+def agree(
+    groups: Groups, error: Exception | None, fingerprint: int, what: str, remedy: str, length: int = 0
+) -> list[int]:
     """Compare notes with the group: one all-reduce of three integers a rank, which every rank enters.
 
     Args:
         error: what went wrong on this rank, if anything.
         fingerprint: a number that must be the same on all ranks.
-        what: what the fingerprint is of, for the message.
+        what, remedy: what the fingerprint is of, and what to do where it differs, for the message.
         length: a number to share.
 
     Returns:
@@ -39,14 +41,10 @@ def agree(groups: Groups, error: Exception | None, fingerprint: int, what: str, 
         first = failed.index(1)
         message = [str(error)]
         dist.broadcast_object_list(message, group=groups.group, group_src=first, device=groups.device)
-        raise ValueError(f"rank {first} of the CP group: {message[0]}") from error
+        raise ValueError(f"rank {first} of the group: {message[0]}") from error
     if len(set(fingerprints)) > 1:
         odd = next(rank for rank, value in enumerate(fingerprints) if value != fingerprints[0])
-        raise ValueError(
-            f"ranks 0 and {odd} of the CP group have different {what}. All ranks of a CP group must be given the "
-            "same: use cp.prepare_data_loader() or ContextParallelTrainer, which deal samples to CP groups rather "
-            "than ranks."
-        )
+        raise ValueError(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
     return lengths
 
 

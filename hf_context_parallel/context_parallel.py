@@ -21,7 +21,7 @@ from .kernels import check_kernel, choose_kernel
 from .kernels.base import Kernel
 from .layout import LAYOUTS
 from .loader import prepare_data_loader
-from .mesh import build_groups
+from .mesh import build_groups, world
 from .plan import Plan, build_plan
 
 
@@ -48,9 +48,10 @@ class ContextParallel:
 
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
         self.config = config
+        # Making groups is collective, so ranks that want different ones must learn of it before.
+        agree(world(), None, fingerprint({"config": config}), "settings", "Give every process the same ones.")
         self.groups = build_groups(config.size, mesh)
         self.exchange: Exchange = GroupExchange(self.groups.group)
-        agree(self.groups, None, fingerprint({"config": config}), "ContextParallelConfigs")
 
     @property
     def rank(self) -> int:
@@ -164,7 +165,7 @@ class ContextParallel:
         heads = [(*x.shape[:2], *x.shape[3:], x.dtype) for x in (q, k, v)]
         settings = {"causal": causal, "scale": scale, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
         mark = fingerprint({"heads": heads, **settings})
-        lengths = agree(self.groups, error, mark, "arguments of cp.attention", local_length)
+        lengths = agree(self.groups, error, mark, "arguments", "cp.attention needs the same on all.", local_length)
         # From here on all ranks know the same, so what one of them refuses all of them refuse.
         plan = self._plan(q.shape[0], lengths, causal, cu_seqlens, attention_mask)
         output = ring_attention(

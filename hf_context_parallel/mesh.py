@@ -37,6 +37,13 @@ class Groups:
     device: torch.device
 
 
+def world() -> Groups:
+    """All processes as one group, which see the same samples."""
+    if not dist.is_initialized():
+        return Groups(None, 0, 1, 0, 1, [0], torch.device("cpu"))
+    return Groups(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), 0, 1, [0], _device(dist.group.WORLD))
+
+
 def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
     """Make the CP groups. Every process of the world must call this with the same arguments.
 
@@ -47,14 +54,14 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
         ValueError: if there is no process group, or the sizes do not divide.
     """
     if not dist.is_initialized():
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if size > 1 or world > 1:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1 or launched > 1:
             raise ValueError(
-                f"size={size} with WORLD_SIZE={world} needs torch.distributed, which is not initialised. Start the "
+                f"size={size} with WORLD_SIZE={launched} needs torch.distributed, which is not initialised. Start the "
                 "script with `accelerate launch` or `torchrun`, and make TrainingArguments, accelerate.PartialState() "
                 "or torch.distributed.init_process_group() come first."
             )
-        return Groups(None, 0, 1, 0, 1, [0], torch.device("cpu"))
+        return world()
     blocks = _blocks(size, mesh)
     group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks])
     me = dist.get_rank()

@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 WORKERS = 4
-TIMEOUT = 300
+TIMEOUT = 120
 """Seconds that a task may take before the suite gives up on it."""
 
 

@@ -116,8 +116,8 @@ CASES = {
     "workers": {"dataloader_num_workers": 2},
 }
 DEPENDS_ON_GROUPS = ("left padding", "tokens not averaged", "a model that takes no loss keywords")
-"""Cases in which two data-parallel ranks differ from one process without CP already: they pad to other lengths, or their
-loss is by Trainer's rule the mean of what each rank sees. With two groups, two processes are the reference."""
+"""Cases in which two data-parallel ranks differ from one process without CP already: they pad to other lengths, or
+their loss is by Trainer's rule the mean of what each rank sees. With two groups, two processes are the reference."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,7 +143,7 @@ def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.nda
 @pytest.mark.parametrize("collator", ["right", "no labels"])
 def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path, collator):
     [(loss, logits, labels)] = on_ranks(1, evaluation, STOCK, tmp_path, collator)
-    # Trainer weighs data-parallel ranks' losses by tokens and not by samples, so two processes are the reference of two.
+    # Trainer weighs data-parallel ranks' losses by tokens, not by samples, so two processes are the reference of two.
     loss_of_two = on_ranks(2, evaluation, STOCK, tmp_path, collator)[0][0]
     for ranks, size, expected_loss in ((2, 2, loss), (4, 2, loss_of_two), (3, 3, loss)):
         for found_loss, found_logits, found_labels in on_ranks(ranks, evaluation, size, tmp_path, collator):

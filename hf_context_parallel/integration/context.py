@@ -55,7 +55,14 @@ class ShardedBatch(AbstractContextManager):
         except (ValueError, TypeError) as caught:
             error = caught
         mark = local[SHARD].fingerprint if local else 0
-        agree(self.cp.groups, error, mark, "batches")
+        agree(
+            self.cp.groups,
+            error,
+            mark,
+            "batches",
+            "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or ContextParallelTrainer, "
+            "which deal samples to CP groups rather than ranks.",
+        )
         self.shard = local.pop(SHARD)
         del self._batch, self._model
         _open.append(self)
