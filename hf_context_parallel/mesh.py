@@ -87,10 +87,10 @@ def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:
         )
     extent = ranks.shape[names.index(along)]
     if extent % size or (along == CONTEXT_DIMENSION and extent != size):
-        rule = "be" if along == CONTEXT_DIMENSION else "divide"
+        rule = "is not" if along == CONTEXT_DIMENSION else "does not divide"
         what = "the world size" if mesh is None else f"the mesh dimension {along!r}"
         raise ValueError(
-            f"size={size} does not {rule} {what}, which is {extent}. Start a multiple of {size} processes, or choose "
+            f"size={size} {rule} {what}, which is {extent}. Start a multiple of {size} processes, or choose "
             f"a size that is right for {extent}."
         )
     # Replicas of the model outermost and CP ranks innermost: the rows are CP groups, and a group's number is its row

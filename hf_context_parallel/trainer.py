@@ -66,6 +66,7 @@ class ContextParallelMixin:
                 getattr(self.args, "train_sampling_strategy", None) == "batch_rebalance",
                 "train_sampling_strategy='batch_rebalance' deals samples to ranks and not to CP groups; use another",
             ),
+            (self.args.n_gpu > 1, "one process sees several GPUs; start one process a GPU with `accelerate launch`"),
             (self.args.eval_use_gather_object, "eval_use_gather_object gathers from every rank; set it to False"),
         ):
             if wrong:

@@ -1,0 +1,56 @@
+"""The command `hf-context-parallel`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_context_parallel.compare import compare_with_one_process
+from hf_context_parallel.launch import launch
+from hf_context_parallel.recipe import RecipeError, load_recipe
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="such as recipes/demo_cpu.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[OVERRIDES]", help="such as training.max_steps=3")]
+
+
+@app.callback()
+def root() -> None:
+    """Context parallelism for Hugging Face Transformers."""
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="processes to start; else context_parallel.size of the recipe")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="one step of a tiny model, offline, on one process")
+    ] = False,
+) -> None:
+    """Fine-tune what RECIPE says, on this machine, through accelerate's launcher."""
+    # Read here as well, so that a mistake is reported once, before any process starts.
+    loaded = load_recipe(recipe, overrides or [])
+    processes = nproc or (1 if dry_run else loaded.context_parallel.size)
+    arguments = [str(recipe), *(overrides or []), *(["--dry-run"] if dry_run else [])]
+    sys.exit(launch(processes, arguments))
+
+
+@app.command()
+def compare(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Run RECIPE on one CP group and on one process, and print both side by side."""
+    sys.exit(compare_with_one_process(recipe, overrides or []))
+
+
+def main() -> None:
+    """Runs the command; what is wrong with a recipe is printed without a traceback."""
+    try:
+        app()
+    except RecipeError as error:
+        sys.exit(str(error))

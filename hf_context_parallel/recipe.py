@@ -1,0 +1,246 @@
+"""What a recipe may say, and how it is read.
+
+A recipe is a YAML file of five sections. OmegaConf reads it (safe tags only), merges the overrides of the command
+line and resolves `${...}`; pydantic turns the result into the dataclasses below. Both are strict: an unknown or
+ill-typed key is refused and named, with its section and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError, create_model
+from pydantic.dataclasses import dataclass
+from transformers import CONFIG_MAPPING, TrainingArguments
+from yaml import YAMLError
+
+from hf_context_parallel.config import ContextParallelConfig
+
+STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+# Names a folder of the running Python, such as ${python_path:stdlib}.
+OmegaConf.register_resolver("python_path", sysconfig.get_path, replace=True)
+
+
+class RecipeError(ValueError):
+    """A recipe, an override or a launch that cannot be run. The message names the value, the rule and the remedy."""
+
+
+def keywords_of(cls: type, **corrections: Any) -> type[BaseModel]:
+    """A model that takes the keywords of the dataclass `cls`, each optional and typed as `cls` types it.
+
+    It checks them without building `cls`, whose construction may start process groups. `corrections` are types that
+    `cls` documents but does not annotate.
+    """
+    hints = get_type_hints(cls) | corrections
+    fields = {field.name: (hints[field.name], None) for field in dataclasses.fields(cls) if field.init}
+    return create_model(cls.__name__, __config__=STRICT, **fields)
+
+
+TrainingKeywords = keywords_of(TrainingArguments, fsdp=bool | str | None)
+LoraKeywords = keywords_of(LoraConfig)
+
+
+@dataclass(config=STRICT)
+class ModelSection:
+    """The model, its attention and its tokenizer.
+
+    Args:
+        name: a hub id or a folder, whose weights are fine-tuned. Without it the weights are random.
+        type: the architecture (`llama`, `qwen3`, ...). Needed where there is no `name`, and by a dry run of a hub id.
+        config: values that replace those of the model's own configuration.
+        tokenizer: a hub id or a folder; `bytes` is ByT5's, which needs no file. Without it, `name`.
+        dtype: of the weights. Without it, what the checkpoint has, or float32 for random weights.
+        attention: `attn_implementation`; a dictionary for a composite model, such as
+            `{text_config: context_parallel, vision_config: sdpa}`.
+        trust_remote_code: run the code that the model's repository ships.
+    """
+
+    name: str | None = None
+    type: str | None = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    attention: str | dict[str, str] = "context_parallel"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.type is None:
+            raise ValueError("name one of 'name' (a hub id or a folder) and 'type' (an architecture, random weights).")
+        if self.name is None and self.tokenizer is None:
+            raise ValueError("a model without 'name' has no tokenizer; name one (`tokenizer: bytes` needs no file).")
+        if self.type is not None and not self.trust_remote_code:
+            check_model_config(self.type, self.config)
+
+
+def check_model_config(model_type: str, values: dict[str, Any]) -> None:
+    """Raises ValueError if `model_type` is no architecture, or its configuration has no field for a key of `values`.
+
+    Transformers itself keeps a misspelt key as one more attribute, without a word.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"type={model_type!r} is no architecture of Transformers.{did_you_mean(model_type, CONFIG_MAPPING)}"
+        )
+    known = model_config_keys(model_type)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key 'config.{key}' for the type {model_type!r}.{did_you_mean(key, known)}")
+
+
+def model_config_keys(model_type: str) -> set[str]:
+    """The fields of an architecture's configuration, under its own names and those that all architectures share."""
+    config_class = CONFIG_MAPPING[model_type]
+    return {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+
+
+@dataclass(config=STRICT)
+class DataSection:
+    """The documents, and how they become rows.
+
+    Args:
+        path, name, split, data_files, data_dir: what `datasets.load_dataset` takes.
+        options: further keywords of `load_dataset`, such as `{streaming: true}`.
+        eval_split: the split to evaluate on, if any; when is `training.eval_strategy`'s to say.
+        format: what a row holds. `text`; `chat`, a list of messages; or `tokens`, a list of token ids, with a column
+            `labels` beside it where some of them are not to be learnt (-100).
+        column: where it is. Without it, `text`, `messages` or `input_ids`.
+        max_length: tokens a row.
+        packing: join documents to rows of `max_length` tokens, where no document sees another. Without it, a row is
+            one document, cut at `max_length` and padded to the longest of its batch.
+    """
+
+    path: str
+    max_length: PositiveInt
+    name: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    data_dir: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    format: Literal["text", "chat", "tokens"] = "text"
+    column: str | None = None
+    packing: bool = False
+
+
+@dataclass(config=STRICT)
+class Recipe:
+    """A fine-tuning run: what to train, on what, and how. `lora` absent: all weights are trained."""
+
+    model: ModelSection
+    data: DataSection
+    training: TrainingKeywords = dataclasses.field(default_factory=TrainingKeywords)
+    context_parallel: ContextParallelConfig = ContextParallelConfig()
+    lora: LoraKeywords | None = None
+
+    def __post_init__(self) -> None:
+        attention = self.model.attention
+        names = attention.values() if isinstance(attention, dict) else [attention]
+        if self.context_parallel.size > 1 and "context_parallel" not in names:
+            raise ValueError(
+                f"model.attention={attention!r} does not split the sequence, and context_parallel.size="
+                f"{self.context_parallel.size} asks for it: take 'context_parallel', or size=1."
+            )
+
+    def training_arguments(self) -> TrainingArguments:
+        """The `TrainingArguments`. Building them starts the process group of a launched run.
+
+        Raises:
+            RecipeError: if TrainingArguments refuses a value.
+        """
+        try:
+            return TrainingArguments(**self.training.model_dump(exclude_unset=True))
+        except (ValueError, ImportError) as error:
+            raise RecipeError(f"training: {error}") from error
+
+    def lora_config(self) -> LoraConfig | None:
+        """The `LoraConfig`, or None for a full fine-tune.
+
+        Raises:
+            RecipeError: if LoraConfig refuses a value.
+        """
+        if self.lora is None:
+            return None
+        try:
+            return LoraConfig(**{"task_type": "CAUSAL_LM", **self.lora.model_dump(exclude_unset=True)})
+        except ValueError as error:
+            raise RecipeError(f"lora: {error}") from error
+
+
+VALID_KEYS = {
+    "model": {field.name for field in dataclasses.fields(ModelSection)},
+    "data": {field.name for field in dataclasses.fields(DataSection)},
+    "training": set(TrainingKeywords.model_fields),
+    "context_parallel": {field.name for field in dataclasses.fields(ContextParallelConfig)},
+    "lora": set(LoraKeywords.model_fields),
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads the recipe at `path`, with `overrides` such as `training.max_steps=3` in place of what it says.
+
+    Raises:
+        RecipeError: if the file cannot be read, or a key is unknown, missing or ill-typed. All are listed.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise RecipeError(f"{override!r} is no override: write section.key=value, such as training.max_steps=3.")
+    try:
+        settings = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(settings, resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {error}") from error
+    try:
+        # Read as JSON, pydantic's strict mode takes a mapping for a dataclass and a string for an enumeration.
+        return TypeAdapter(Recipe).validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise RecipeError("\n".join([f"{path} is no valid recipe:", *explain(error)])) from error
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line for each key that `error` is about."""
+    complaints: dict[str, list[str]] = {}
+    for details in error.errors():
+        # The location of a union's error goes on with the name of the alternative that did not fit.
+        location = tuple(map(str, details["loc"][:2]))
+        complaints.setdefault(".".join(location), []).append(complaint(location, details))
+    return [
+        f"  {key}: {' / '.join(dict.fromkeys(texts))}" if key else f"  {texts[0]}" for key, texts in complaints.items()
+    ]
+
+
+def complaint(location: tuple[str, ...], details: dict[str, Any]) -> str:
+    """What is wrong at `location`, which is empty, a section, or a section and a key."""
+    kind, value = details["type"], details["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        if len(location) == 1:
+            return f"no section has this name.{did_you_mean(location[0], VALID_KEYS, homes_of(location[0]))}"
+        section, key = location
+        return f"unknown key in the section '{section}'.{did_you_mean(key, VALID_KEYS[section], homes_of(key))}"
+    if kind in ("missing", "missing_argument"):
+        return "this is required."
+    if kind == "value_error":
+        return str(details["ctx"]["error"])
+    return f"{details['msg']}, and this is {value!r}."
+
+
+def homes_of(key: str) -> list[str]:
+    """Where a key of just this name belongs."""
+    return [f"{section}.{key}" for section, keys in VALID_KEYS.items() if key in keys]
+
+
+def did_you_mean(word: str, allowed: Sequence[str], exact: Sequence[str] = ()) -> str:
+    """` Did you mean ...?` with what is `exact`, or else nearest to `word`; all that is allowed if nothing is near."""
+    nearest = exact or difflib.get_close_matches(word, list(allowed), n=1)
+    if nearest:
+        return f" Did you mean {' or '.join(map(repr, nearest))}?"
+    return f" Valid are {', '.join(sorted(allowed))}." if len(allowed) <= 20 else ""

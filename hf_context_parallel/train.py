@@ -1,0 +1,104 @@
+"""The recipe runner.
+
+accelerate launch --multi_gpu --num_processes 2 -m hf_context_parallel.train RECIPE [OVERRIDES] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import datasets
+import typer
+from transformers import set_seed
+
+from hf_context_parallel import ContextParallelTrainer
+from hf_context_parallel.build import add_lora, load_model, load_tokenizer
+from hf_context_parallel.corpus import load_documents, make_collator, to_rows
+from hf_context_parallel.dry_run import made_up_documents, shrink
+from hf_context_parallel.launch import check_world
+from hf_context_parallel.recipe import Recipe, RecipeError, load_recipe
+from hf_context_parallel.report import write_report
+
+
+def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False) -> ContextParallelTrainer:
+    """Builds all that a run needs; `arguments` are the runner's own, for an error that shows how to launch it.
+
+    Raises:
+        RecipeError: if the launch does not fit the recipe, or something it names cannot be had.
+    """
+    training = recipe.training_arguments()
+    check_world(recipe, training, arguments)
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_model(recipe.model, tokenizer)
+    lora = recipe.lora_config()
+    if lora is not None:
+        model = add_lora(model, lora)
+
+    def rows(split: str) -> datasets.Dataset | datasets.IterableDataset:
+        documents = made_up_documents(recipe.data, tokenizer) if dry_run else load_documents(recipe.data, split)
+        return to_rows(documents, recipe.data, tokenizer)
+
+    if not training.should_log:
+        datasets.disable_progress_bars()
+    # The first process of a machine prepares the data, and the others read what it has cached.
+    with training.main_process_first(desc="preparing the data"):
+        train_rows = rows(recipe.data.split)
+        eval_rows = rows(recipe.data.eval_split) if recipe.data.eval_split else None
+    return ContextParallelTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=make_collator(recipe.data, tokenizer),
+        processing_class=tokenizer,
+        context_parallel=recipe.context_parallel,
+    )
+
+
+def run(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
+    """Trains what the recipe says; the report, and unless `save_strategy` is `no` the model, are in `output_dir`."""
+    recipe = load_recipe(path, overrides)
+    arguments = [str(path), *overrides, *(["--dry-run"] if dry_run else [])]
+    if not dry_run:
+        trainer = make_trainer(recipe, arguments)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_state()
+        if trainer.args.save_strategy != "no":
+            trainer.save_model()
+        if trainer.is_world_process_zero():
+            print(f"Report: {write_report(trainer.args.output_dir, f'Run of {path}', trainer.state.log_history)}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        small, replaced = shrink(recipe, int(os.environ.get("WORLD_SIZE", 1)), folder)
+        trainer = make_trainer(small, arguments, dry_run=True)
+        if trainer.is_world_process_zero():
+            print("\n".join([f"Dry run of {path}. In place of what it names:", *(f"  {line}" for line in replaced)]))
+        trainer.train()
+        if trainer.is_world_process_zero():
+            print(f"The recipe is valid: {path} ran one step.")
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/demo_cpu.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="such as training.max_steps=3")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="one step of a tiny model, offline")] = False,
+) -> None:
+    """Fine-tune what RECIPE says, in each process that `accelerate launch` starts."""
+    try:
+        run(recipe, overrides or [], dry_run)
+    except RecipeError as error:
+        # Mostly all ranks fail alike, and the launcher stops them all when the first exits: let rank 0 speak.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    typer.run(main)

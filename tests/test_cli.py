@@ -1,0 +1,108 @@
+"""The command, the runner and the example, as people start them: real processes, offline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parent.parent
+DEMO = "recipes/demo_cpu.yaml"
+COMMAND = [str(Path(sys.executable).parent / "hf-context-parallel")]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command in the project's folder, on an empty cache and without a network to fill it from."""
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TERM": "dumb",
+    }
+
+    def run(*command, **changes):
+        return subprocess.run(
+            command, cwd=ROOT, env=environment | changes, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    return run
+
+
+def test_mistakes_are_told_before_anything_starts(run):
+    result = run(*COMMAND, "train", DEMO, "training.max_stepz=3")
+    assert result.returncode == 1
+    assert "training.max_stepz: unknown key in the section 'training'. Did you mean 'max_steps'?" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_too_few_processes_are_told_with_the_right_command(run):
+    # Whatever it is asked for, `--cpu` starts one process.
+    result = run(
+        *ACCELERATE, "--cpu", "--num_processes", "2", "-m", "hf_context_parallel.train", DEMO, "training.seed=3"
+    )
+    assert result.returncode != 0
+    for line in (
+        "WORLD_SIZE, set by the launcher     1 (not set)",
+        "size of the process group           1",
+        "TrainingArguments.world_size        1",
+        "context_parallel.size of the recipe 2",
+        f"accelerate launch --multi_gpu --num_processes 2 -m hf_context_parallel.train {DEMO} training.seed=3",
+    ):
+        assert line in result.stdout
+
+
+def test_processes_that_would_train_apart_are_told(run):
+    # Without a GPU and without use_cpu, TrainingArguments takes each of the launched processes for the only one.
+    arguments = ["-m", "hf_context_parallel.train", DEMO]
+    start = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    result = run(*ACCELERATE, *start, *arguments, "training.use_cpu=false", "training.seed=3")
+    assert result.returncode != 0
+    for line in (
+        "WORLD_SIZE, set by the launcher     2\n",
+        "size of the process group           2\n",
+        "TrainingArguments.world_size        1\n",
+        f"launch --multi_gpu --num_processes 2 {' '.join(arguments)} training.seed=3 training.use_cpu=true\n",
+    ):
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", "qwen3_8b_fsdp2"])
+def test_recipes_for_large_machines_run_dry(run, name):
+    result = run(*COMMAND, "train", f"recipes/{name}.yaml", "--dry-run", "--nproc", "2")
+    assert result.returncode == 0, result.stdout
+    assert f"Dry run of recipes/{name}.yaml. In place of what it names:" in result.stdout
+    assert "context_parallel.size: 2, the number of processes" in result.stdout
+    assert f"The recipe is valid: recipes/{name}.yaml ran one step." in result.stdout
+
+
+def test_a_split_run_equals_one_process(run, tmp_path):
+    output = tmp_path / "output"
+    changes = [f"training.output_dir={output}", "training.max_steps=2", "training.save_strategy=steps"]
+    result = run(*COMMAND, "compare", DEMO, *changes, "data.max_length=1024")
+    assert result.returncode == 0, result.stdout
+    assert "The losses are the same" in result.stdout
+    for folder in (output, output / "one_process"):
+        assert {"report.md", "report.png", "trainer_state.json", "model.safetensors"} <= set(os.listdir(folder))
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        assert [entry["sequence_length"] for entry in history if "loss" in entry] == [1024, 1024]
+
+
+def test_the_example_trains(run, tmp_path):
+    model = tmp_path / "model"
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    config = Qwen3Config(vocab_size=384, num_attention_heads=4, num_key_value_heads=2, **small)
+    Qwen3ForCausalLM(config).save_pretrained(model)
+    ByT5Tokenizer().save_pretrained(model)
+    result = run(
+        *ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "examples/finetune.py",
+        *("--model", str(model), "--files", json.__file__, "--max-length", "512", "--max-steps", "2", "--cpu"),
+        *("--output-dir", str(tmp_path / "output")),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    Qwen3ForCausalLM.from_pretrained(tmp_path / "output")
