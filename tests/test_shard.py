@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from models import document_positions, some_labels, tiny_model, tokens
+from models import document_positions, some_labels, tiny_config, tiny_model, tokens
 from streams import Stream
 from test_models import error, reduced
 from torch.nn.parallel import DistributedDataParallel
@@ -210,8 +210,33 @@ def test_a_model_without_our_attention_is_noticed():
     model = tiny_model("llama", "sdpa")
     with pytest.raises(ValueError, match="set_attn_implementation"), context().shard(labelled(), model):
         pass
-    with pytest.raises(RuntimeError, match="the result is wrong"), context().shard(labelled()) as local:
+    with pytest.raises(ValueError, match="set_attn_implementation"), context().shard(labelled()) as local:
         model(**local)
+    changed = tiny_model("llama", "context_parallel")
+    for layer in changed.model.layers:  # a copy of the configuration, as some wrappers make one
+        layer.self_attn.config = model.config
+    with pytest.raises(RuntimeError, match="the result is wrong"), context().shard(labelled(), changed) as local:
+        changed(**local)
+
+
+def test_heads_and_losses_that_are_not_causal_language_modelling_are_refused():
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    config = tiny_config("llama")
+    for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        model = auto.from_config(config, attn_implementation="context_parallel")
+        with (
+            pytest.raises(ValueError, match="Exact are LlamaForCausalLM and LlamaModel"),
+            context().shard(labelled()) as local,
+        ):
+            model(**local)
+    model = tiny_model("llama", "context_parallel")
+    model.loss_function = lambda *args, **kwargs: 0.0
+    with pytest.raises(ValueError, match="a loss function of its own"), context().shard(labelled(), model):
+        pass
+    model = AutoModel.from_config(config, attn_implementation="context_parallel")
+    with context().shard({"input_ids": tokens(1, 5)}, model) as local:
+        assert model(**local).last_hidden_state.shape == (1, 6, 32)
 
 
 # Refusals
@@ -334,6 +359,7 @@ def refused_model(change: str):
         "sinks": ("gpt_oss", {"num_local_experts": 2, "head_dim": 8}),
         "softcap": ("gemma2", {"head_dim": 8}),
         "ALiBi": ("bloom", {"n_head": 4, "n_layer": 2}),
+        "dynamic RoPE": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     }
     model_type, values = changes[change]
     return tiny_model(model_type, "context_parallel", torch.float32, **values).train()
@@ -349,6 +375,7 @@ def refused_model(change: str):
         ("sinks", "'gpt_oss' has not been shown to be exact"),
         ("softcap", "'gemma2' has not been shown to be exact"),
         ("ALiBi", "'bloom' has not been shown to be exact"),
+        ("dynamic RoPE", "rope_type='dynamic' chooses its frequencies"),
     ],
 )
 @pytest.mark.parametrize("told", [True, False])

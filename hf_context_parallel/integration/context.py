@@ -107,5 +107,6 @@ class ShardedBatch(AbstractContextManager):
         return local
 
     def _notice(self, module: torch.nn.Module, _) -> None:
-        if isinstance(module, PreTrainedModel) and current_batch() is self:
+        if isinstance(module, PreTrainedModel) and current_batch() is self and not self._called:
+            check_model(module)  # the outermost, whether or not it was passed to `shard`
             self._called = True

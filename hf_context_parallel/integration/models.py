@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 NAME = "context_parallel"
 """The value of `attn_implementation` that this package registers."""
@@ -34,15 +35,28 @@ def check_model(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            check_config(module.config)
-            if module.config._attn_implementation != NAME:
-                raise ValueError(
-                    f"{type(module).__name__} was loaded with attn_implementation="
-                    f"{module.config._attn_implementation!r}; load it with attn_implementation={NAME!r}, or call "
-                    f"model.set_attn_implementation({NAME!r})."
-                )
-            return
-    raise ValueError(f"{type(model).__name__} holds no Transformers model; only those can be sharded.")
+            break
+    else:
+        raise ValueError(f"{type(model).__name__} holds no Transformers model; only those can be sharded.")
+    check_config(module.config)
+    name = type(module).__name__
+    causal, base = (mapping[type(module.config)] for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING))
+    if not isinstance(module, (causal, base)):
+        raise ValueError(
+            f"{name} does more with its outputs than predict each next token, and would do it with a shard's. "
+            f"Exact are {causal.__name__} and {base.__name__}."
+        )
+    if isinstance(module, causal) and module.loss_function is not ForCausalLMLoss:
+        raise ValueError(
+            f"{name} has a loss function of its own, {module.loss_function!r}, and it is not known whether that takes "
+            "shift_labels and num_items_in_batch. Compute the loss from cp.gather(logits), or leave loss_function "
+            "alone."
+        )
+    if module.config._attn_implementation != NAME:
+        raise ValueError(
+            f"{name} was loaded with attn_implementation={module.config._attn_implementation!r}; load it with "
+            f"attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})."
+        )
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -63,4 +77,10 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"sliding_window={config.sliding_window}: sliding windows are not supported yet. Where no document is "
             "longer than the window, it has no effect, and config.sliding_window=None computes the same."
+        )
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            f"rope_type={rope_type!r} chooses its frequencies by the largest position it sees, and each shard sees "
+            "another. Use one that does not, such as 'default', 'linear', 'llama3' or 'yarn'."
         )
