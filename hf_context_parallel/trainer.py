@@ -44,13 +44,13 @@ class ContextParallelMixin:
         self._config = context_parallel or ContextParallelConfig()
         self._whole_num_items: torch.Tensor | int | None = None
         self._predicting = False
-        self._tokens, self._longest, self._logged_at = 0, 0, time.perf_counter()
+        self._tokens = self._longest = 0
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # predictions need the whole batch, so shard it here
         self._refuse()
-        self._memory = _StepMemory(self.cp.groups.device)
-        self.add_callback(self._memory)
+        self._watch = _StepWatch(self.cp.groups.device)
+        self.add_callback(self._watch)
 
     def _refuse(self) -> None:
         """Refuse what is known to be wrong on shards before anything is trained."""
@@ -156,16 +156,14 @@ class ContextParallelMixin:
         super().log(logs, start_time)
 
     def _throughput(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._logged_at
-        peak = self._memory.highest
+        seconds, peak = self._watch.read()
         mine = torch.tensor(
             [self._tokens / self.cp.size, self._longest, -1.0 if peak is None else peak],
             dtype=torch.float64,
             device=self.args.device,
         )
+        self._tokens = self._longest = 0
         tokens, longest, peaks = self.accelerator.gather(mine[None]).T
-        self._tokens, self._longest, self._logged_at = 0, 0, time.perf_counter()
-        self._memory.highest = None
         figures = {
             "tokens_per_second": tokens.sum().item() / seconds,
             "tokens_per_second_per_rank": tokens.mean().item() / seconds,
@@ -227,17 +225,27 @@ class _CpAccelerator(Accelerator):
         return ranks[self.cp.groups.first_ranks].flatten(0, 1)
 
 
-class _StepMemory(TrainerCallback):
-    """The most memory that a step needed above its start, since it was last reset."""
+class _StepWatch(TrainerCallback):
+    """The time since it was last read, and the most memory that a step needed above its start in that time."""
 
     def __init__(self, device: torch.device):
-        self._peak = PeakMemory(device)
-        self.highest: float | None = None
+        self._memory = PeakMemory(device)
+        self._highest: float | None = None
+        self._since = time.perf_counter()
+
+    def read(self) -> tuple[float, float | None]:
+        """Seconds, and GiB or None where memory cannot be measured."""
+        seconds, highest = time.perf_counter() - self._since, self._highest
+        self._since, self._highest = time.perf_counter(), None
+        return seconds, highest
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.read()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._peak.start()
+        self._memory.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        peak = self._peak.peak()
+        peak = self._memory.peak()
         if peak is not None:
-            self.highest = max(peak, self.highest or 0.0)
+            self._highest = max(peak, self._highest or 0.0)
