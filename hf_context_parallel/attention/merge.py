@@ -7,6 +7,22 @@ import torch
 from ..intervals import Interval
 
 
+def begin(
+    tokens: int,
+    runs: tuple[Interval, ...],
+    part_output: torch.Tensor,
+    part_lse: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and LSE of `tokens` rows in `dtype` that a first part makes: it itself where it has all rows."""
+    if runs == ((0, tokens),):
+        return part_output.to(dtype), part_lse.to(dtype)
+    output = part_output.new_zeros(tokens, *part_output.shape[1:], dtype=dtype)
+    lse = part_lse.new_full((tokens, *part_lse.shape[1:]), float("-inf"), dtype=dtype)
+    merge_(output, lse, runs, part_output, part_lse)
+    return output, lse
+
+
 def merge_(
     output: torch.Tensor,
     lse: torch.Tensor,

@@ -12,10 +12,11 @@ from itertools import chain
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..intervals import Interval
 from ..kernels.base import Kernel
 from ..plan import Plan, Step, Transfer
 from .exchange import Exchange, Message, Pending
-from .merge import merge_
+from .merge import begin, merge_
 
 
 def ring_attention(
@@ -71,42 +72,47 @@ class _RingAttention(torch.autograd.Function):
 
 def _forward(query, key_value, key_dim, plan, exchange, kernel, scale):
     """The output `[T, H, D_v]` and its LSE `[T, H]`."""
-    dtype = accumulation_dtype(query.dtype)
-    output = query.new_zeros(*query.shape[:2], key_value.shape[-1] - key_dim, dtype=dtype)
-    lse = query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
+    dtype, tokens = accumulation_dtype(query.dtype), len(query)
+    output = lse = None
     for step, keys in _travelling(plan, exchange, key_value):
         for call in step.calls:
             part = kernel.forward(query, keys[..., :key_dim], keys[..., key_dim:], call, scale)
-            merge_(output, lse, call.query_runs, *part)
+            if output is None:
+                output, lse = begin(tokens, call.query_runs, *part, dtype)
+            else:
+                merge_(output, lse, call.query_runs, *part)
+            del part
         del keys  # or it would be a fourth buffer while the next step's is allocated
+    if output is None:  # nothing but padding
+        output = query.new_zeros(*query.shape[:2], key_value.shape[-1] - key_dim, dtype=dtype)
+        lse = query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
     return output.to(query.dtype), lse
 
 
 def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchange, kernel, scale):
     """The gradients of the query `[T, H, D]` and of this rank's keys and values `[T, H_kv, D + D_v]`."""
     dtype = accumulation_dtype(query.dtype)
-    grad_query = torch.zeros_like(query, dtype=dtype)
-    grad_own = grad_keys = previous = None
+    grad_query, grad_own, leaving, previous = _Sum(query, dtype), None, None, None
     for step, keys in chain(_travelling(plan, exchange, key_value), [(None, None)]):
-        joining, homecoming, pending = _post_gradients(exchange, previous, grad_keys, step)
+        joining, homecoming, pending = _post_gradients(exchange, previous, leaving, step)
         if step is not None:
-            grad_keys = keys.new_zeros(keys.shape, dtype=dtype)
+            grad_keys = _Sum(keys, dtype)
             for call in step.calls:
                 key, value = keys[..., :key_dim], keys[..., key_dim:]
-                grads = kernel.backward(grad_output, query, key, value, output, lse, call, scale)
-                _add_(grad_query, call.query_runs, grads[0])
-                _add_(grad_keys[..., :key_dim], call.key_runs, grads[1])
-                _add_(grad_keys[..., key_dim:], call.key_runs, grads[2])
-                del key, value
+                dq, dk, dv = kernel.backward(grad_output, query, key, value, output, lse, call, scale)
+                grad_query.add(call.query_runs, dq)
+                grad_keys.add(call.key_runs, torch.cat([dk, dv], dim=-1))
+                del key, value, dq, dk, dv
+            leaving = grad_keys.total()
         del keys
         pending.wait()
         for transfer, part in joining:
-            grad_keys[transfer.start : transfer.stop] += part
+            leaving[transfer.start : transfer.stop] += part
         for transfer, part in homecoming:
             grad_own[transfer.start : transfer.stop] += part
-        grad_own = grad_keys if grad_own is None else grad_own
+        grad_own = leaving if grad_own is None else grad_own
         previous = step
-    return grad_query.to(query.dtype), grad_own.to(key_value.dtype)
+    return grad_query.total().to(query.dtype), grad_own.to(key_value.dtype)
 
 
 def _travelling(plan: Plan, exchange: Exchange, own: torch.Tensor) -> Iterator[tuple[Step, torch.Tensor]]:
@@ -154,9 +160,24 @@ def _messages(transfers: tuple[Transfer, ...], buffer: torch.Tensor) -> list[Mes
     return [(transfer.peer, buffer[transfer.start : transfer.stop]) for transfer in transfers]
 
 
-def _add_(total: torch.Tensor, runs: tuple[tuple[int, int], ...], part: torch.Tensor) -> None:
-    """Add the rows of `part`, which are those of `runs` one after another, to `total`."""
-    offset = 0
-    for start, stop in runs:
-        total[start:stop] += part[offset : offset + stop - start]
-        offset += stop - start
+class _Sum:
+    """Rows like those of a tensor, in `dtype`, that parts are added to: 0 where nothing was."""
+
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype):
+        self._options = {"size": like.shape, "dtype": dtype, "device": like.device}
+        self._total: torch.Tensor | None = None
+
+    def add(self, runs: tuple[Interval, ...], part: torch.Tensor) -> None:
+        """Add the rows of `part`, which are those of `runs` one after another."""
+        if self._total is None and runs == ((0, self._options["size"][0]),):
+            self._total = part.to(self._options["dtype"])  # all rows at once, as in every step of one document
+            return
+        total, offset = self.total(), 0
+        for start, stop in runs:
+            total[start:stop] += part[offset : offset + stop - start]
+            offset += stop - start
+
+    def total(self) -> torch.Tensor:
+        if self._total is None:
+            self._total = torch.zeros(**self._options)
+        return self._total

@@ -31,7 +31,10 @@ class Kernel(ABC):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output `[Q, H, D_v]` and natural-log LSE `[Q, H]`, where Q counts the query ranges' rows, in order."""
+        """Output `[Q, H, D_v]` and natural-log LSE `[Q, H]`, where Q counts the query ranges' rows, in order.
+
+        They are in the inputs' dtype or a wider one, the LSE in float32 at least.
+        """
 
     @abstractmethod
     def backward(

@@ -1,0 +1,1 @@
+"""What context parallelism costs, measured. Each module is a command: `python -m benchmarks.attention --help`."""
