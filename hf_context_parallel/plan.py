@@ -106,14 +106,12 @@ class Plan:
     Args:
         rank, size: this rank and the ranks of its group.
         tokens: how many tokens this rank holds, all rows counted.
-        idle: ranges of those tokens that no call computes (padding).
         steps: `size` steps; the first is of this rank's own keys.
     """
 
     rank: int
     size: int
     tokens: int
-    idle: tuple[Interval, ...]
     steps: tuple[Step, ...]
 
     @property
@@ -138,9 +136,8 @@ def build_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
     tokens = len(mask.rows) * layout.local_length(rank)
     own = ((0, tokens),) if tokens else ()
     steps = [Step(tokens, reads.calls(rank, rank, own))]
-    computed = union(query for call in steps[0].calls for query in call.queries)
     steps += [_step(reads, rank, distance) for distance in range(1, layout.size)]
-    return Plan(rank, layout.size, tokens, tuple(difference(list(own), computed)), tuple(steps))
+    return Plan(rank, layout.size, tokens, tuple(steps))
 
 
 def _step(reads: _Reads, rank: int, distance: int) -> Step:
@@ -220,7 +217,7 @@ class _Reads:
             calls.setdefault((causal, order), []).append((query, _within(key, buffer)))
         return tuple(
             Segments(*(tuple(column) for column in zip(*sorted(pairs))), causal)
-            for (causal, _), pairs in sorted(calls.items(), reverse=True)
+            for (causal, _), pairs in sorted(calls.items(), key=lambda call: (not call[0][0], call[0][1]))
         )
 
     def _tiles(self, queries: list[Piece], keys: list[Piece], own: bool):

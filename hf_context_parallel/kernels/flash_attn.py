@@ -42,7 +42,8 @@ class FlashAttnKernel(VarlenKernel):
             scale,
             causal=causal,
             return_softmax=False,
-            **_unlimited(function),
+            block_table=None,
+            **_unused(function),
         )
         return results[0], results[1] if len(results) == 4 else results[5]
 
@@ -66,16 +67,15 @@ class FlashAttnKernel(VarlenKernel):
             0.0,
             scale,
             causal,
-            **_unlimited(function),
-            alibi_slopes=None,
             deterministic=False,
+            **_unused(function),
         )
         return tuple(grads)
 
 
 @cache
-def _unlimited(function) -> dict:
-    """The window and softcap arguments that switch both off, by the names that this version has for them."""
+def _unused(function) -> dict:
+    """The arguments that switch windows, softcap and ALiBi off, by the names that this version has for them."""
     names = inspect.signature(function).parameters
     window = {"window_size": (-1, -1)} if "window_size" in names else {"window_size_left": -1, "window_size_right": -1}
-    return {**window, "softcap": 0.0}
+    return {**window, "softcap": 0.0, "alibi_slopes": None}  # all given, since 2.6 has no defaults

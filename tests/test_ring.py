@@ -1,0 +1,482 @@
+"""Ring attention on simulated groups, held to dense attention in float64: values, order, bytes and memory."""
+
+import threading
+import weakref
+from itertools import count
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated import (
+    SMALL,
+    Event,
+    LiveBuffers,
+    Log,
+    SimulatedExchange,
+    allowed,
+    cases,
+    cut,
+    dense_attention,
+    padded,
+    run,
+)
+
+from hf_context_parallel.attention import exchange as exchanges
+from hf_context_parallel.attention import p2p
+from hf_context_parallel.attention.p2p import ring_attention
+from hf_context_parallel.kernels import choose_kernel, cpu
+from hf_context_parallel.layout import zigzag
+from hf_context_parallel.mask import Mask, whole_rows
+from hf_context_parallel.plan import build_plan
+
+SCALE = 0.3
+KERNELS = ("cpu", "reference")
+SIZES = (1, 2, 3, 4, 8)
+
+
+def tensors(mask, heads=4, key_heads=2, dim=8, value_dim=8, dtype=torch.float64, seed=0):
+    """Query, key, value and the output's gradient of whole rows: `[B, S, H, D]`."""
+    random = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(len(mask.rows), mask.length, *shape, generator=random, dtype=torch.float64).to(dtype)
+        for shape in ((heads, dim), (key_heads, dim), (key_heads, value_dim), (heads, value_dim))
+    ]
+
+
+def dense(mask, query, key, value, grad):
+    """The output and the gradients of query, key and value by definition, in float64."""
+    leaves = [x.double().requires_grad_() for x in (query, key, value)]
+    output, _ = dense_attention(*leaves, allowed(mask), SCALE)
+    output.backward(grad.double())
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def share(layout, rank, x):
+    """`[B, S, H, D]` as this rank has it: `[B * S_local, H, D]`."""
+    return x[:, layout.positions(rank)].flatten(0, 1)
+
+
+def on_rank(exchange, layout, mask, whole, kernel, prepare=lambda x: x):
+    """The output and the gradients of query, key and value on one rank."""
+    query, key, value, grad = (prepare(share(layout, exchange.rank, x)) for x in whole)
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    plan = build_plan(layout, mask, exchange.rank)
+    output = ring_attention(*leaves, plan=plan, exchange=exchange, kernel=kernel, scale=SCALE)
+    output.backward(grad)
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x):
+    """The output and the gradients of query, key and value that the ranks of a group compute, as whole rows."""
+    kernel = choose_kernel(kernel, "cpu")
+    shards = run(layout.size, lambda exchange: on_rank(exchange, layout, mask, whole, kernel, prepare))
+    results = []
+    for index, like in enumerate((whole[3], *whole[:3])):
+        result = torch.full_like(like, float("nan"))
+        for rank, shard in enumerate(shards):
+            result[:, layout.positions(rank)] = shard[index].view(len(mask.rows), -1, *like.shape[2:])
+        results.append(result)
+    return results
+
+
+def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x):
+    """The ring computes what dense attention does."""
+    for name, got, expected in zip(
+        ("output", "dq", "dk", "dv"), ring(layout, mask, whole, kernel, prepare), dense(mask, *whole)
+    ):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+LENGTH = 61
+PADDED_ROWS = (
+    padded([position >= 23 for position in range(LENGTH)]),
+    padded([position < 23 for position in range(LENGTH)]),
+    padded([position % 7 != 3 for position in range(LENGTH)]),
+    (),  # nothing but padding
+)
+MASKS = {
+    "one document": Mask(LENGTH, whole_rows(2, LENGTH)),
+    "bidirectional": Mask(LENGTH, (cut([20, 41], LENGTH), *whole_rows(1, LENGTH)), causal=False),
+    "documents of 0, 1 and odd lengths": Mask(LENGTH, (cut([0, 1, 2, 2, 9, 20, 20, 60], LENGTH),)),
+    "longer than a shard": Mask(LENGTH, (cut([5, 50], LENGTH), cut([30], LENGTH))),
+    "hundreds of tiny documents": Mask(400, (cut(range(0, 400, 2), 400), cut(range(1, 400, 3), 400))),
+    "padding left, right, inside and everywhere": Mask(LENGTH, PADDED_ROWS),
+    "shorter than the chunks": Mask(3, whole_rows(2, 3)),
+    "one token": Mask(1, whole_rows(1, 1)),
+}
+SHAPES = {
+    "equal heads": {"heads": 3, "key_heads": 3},
+    "grouped": {"heads": 6, "key_heads": 2},
+    "one key head": {"heads": 4, "key_heads": 1},
+    "narrow values": {"dim": 12, "value_dim": 5},
+    "wide values": {"dim": 3, "value_dim": 16},
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name, size, kernel):
+    mask = MASKS[name]
+    check(zigzag(mask.length, size), mask, tensors(mask), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name, size, kernel):
+    mask = MASKS["longer than a shard"]
+    check(zigzag(mask.length, size), mask, tensors(mask, **SHAPES[name]), kernel)
+
+
+def fuzz(case, kernel, key_heads, group, dims):
+    layout, mask = case
+    check(layout, mask, tensors(mask, key_heads * group, key_heads, *dims), kernel)
+
+
+anything = given(
+    cases(max_length=60), st.sampled_from(KERNELS), st.integers(1, 2), st.integers(1, 3), st.tuples(SMALL, SMALL)
+)
+
+
+@settings(max_examples=100)
+@anything
+def test_anything(case, kernel, key_heads, group, dims):
+    fuzz(case, kernel, key_heads, group, dims)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=1500)
+@anything
+def test_anything_exhaustively(case, kernel, key_heads, group, dims):
+    fuzz(case, kernel, key_heads, group, dims)
+
+
+@pytest.mark.parametrize("value_dim", [5, 12])
+@pytest.mark.parametrize("name", MASKS)
+def test_the_cpu_operators_get_nothing_that_they_mistake(name, value_dim, monkeypatch):
+    """Nothing empty, of unequal head dims or dtypes, strided in its last dimension, or with an LSE of no keys."""
+    calls = []
+
+    def careful(operator):
+        def checked(*arguments, **named):
+            found = [x for x in arguments if isinstance(x, torch.Tensor)]
+            query, key, *others = found if operator is forward else found[1:]
+            heads_first = [x for x in found if x.dim() == 4]
+            assert query.shape[1] % key.shape[1] == 0
+            assert all(x.numel() and x.stride(-1) == 1 and x.shape[-1] == query.shape[-1] for x in heads_first)
+            assert {x.dtype for x in heads_first} == {torch.float32}
+            assert operator is forward or (others[-1].dim() == 3 and others[-1].isfinite().all())
+            calls.append(operator)
+            return operator(*arguments, **named)
+
+        return checked
+
+    forward = cpu._forward
+    monkeypatch.setattr(cpu, "_forward", careful(cpu._forward))
+    monkeypatch.setattr(cpu, "_backward", careful(cpu._backward))
+    mask = MASKS[name]
+    whole = tensors(mask, dim=12, value_dim=value_dim, dtype=torch.bfloat16)
+    assert all(x.isfinite().all() for x in ring(zigzag(mask.length, 3), mask, whole, "cpu", every_second_element))
+    assert calls.count(forward) == len(calls) / 2 > 0
+
+
+def test_scores_that_differ_by_hundreds():
+    mask = MASKS["one document"]
+    query, *others = tensors(mask)
+    check(zigzag(mask.length, 4), mask, [query * 100, *others])
+
+
+def every_second_element(x):
+    return torch.stack((x, torch.full_like(x, float("nan"))), dim=-1)[..., 0]
+
+
+def heads_outside(x):
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("prepare", [every_second_element, heads_outside])
+def test_inputs_that_are_not_contiguous(prepare, kernel):
+    mask = MASKS["longer than a shard"]
+    whole = tensors(mask)
+    assert not prepare(whole[0][0]).is_contiguous()
+    check(zigzag(mask.length, 3), mask, whole, kernel, prepare)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_gradient_of_a_sum_which_has_no_strides(kernel):
+    def expanded(x):
+        return x.flatten()[:1].expand(x.shape) if (x == 1).all() else x
+
+    mask = MASKS["longer than a shard"]
+    *others, grad = tensors(mask)
+    assert expanded(torch.ones_like(grad)).stride() == (0,) * grad.dim()
+    check(zigzag(mask.length, 3), mask, [*others, torch.ones_like(grad)], kernel, expanded)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", SIZES)
+def test_padding_neither_reads_nor_is_read(size, kernel):
+    """Where padding holds NaN, it yields 0 and nobody else notices."""
+    mask = MASKS["padding left, right, inside and everywhere"]
+    padding = ~allowed(mask).any(2)
+    whole = tensors(mask)
+    poisoned = [x.masked_fill(padding[..., None, None], float("nan")) for x in whole]
+    for got, expected in zip(ring(zigzag(mask.length, size), mask, poisoned, kernel), dense(mask, *whole)):
+        assert (got[padding] == 0).all()
+        torch.testing.assert_close(got[~padding], expected[~padding], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_documents_do_not_notice_each_other(kernel):
+    """Changing one token of a document changes not a bit of the others, on whichever ranks they lie."""
+    mask = MASKS["longer than a shard"]
+    layout = zigzag(mask.length, 4)
+    whole = tensors(mask)
+    changed = [x.clone() for x in whole]
+    for x in changed:
+        x[0, 20] += 1  # in the document of tokens 5 to 50 of the first row
+    for before, after in zip(ring(layout, mask, whole, kernel), ring(layout, mask, changed, kernel)):
+        assert after[0, :5].equal(before[0, :5]) and after[0, 50:].equal(before[0, 50:])
+        assert after[1].equal(before[1])
+        assert not after[0, 20].equal(before[0, 20])
+
+
+def test_autocast_changes_nothing():
+    mask = MASKS["one document"]
+    layout, whole = zigzag(mask.length, 2), tensors(mask, dtype=torch.float32)
+    kernel = choose_kernel("reference", "cpu")
+
+    def under_autocast(exchange):
+        with torch.autocast("cpu", torch.bfloat16):
+            return on_rank(exchange, layout, mask, whole, kernel)
+
+    plain = run(2, lambda exchange: on_rank(exchange, layout, mask, whole, kernel))
+    for expected, got in zip(plain, run(2, under_autocast)):
+        assert all(x.dtype == torch.float32 and x.equal(y) for x, y in zip(got, expected))
+
+
+def test_the_guard_stops_a_backward_before_it_sends():
+    mask = MASKS["one document"]
+    layout, whole, logs = zigzag(mask.length, 2), tensors(mask), [Log(), Log()]
+
+    def guard():
+        raise RuntimeError("this batch is gone")
+
+    def guarded(exchange):
+        leaves = [share(layout, exchange.rank, x).requires_grad_() for x in whole]
+        output = ring_attention(
+            *leaves[:3],
+            plan=build_plan(layout, mask, exchange.rank),
+            exchange=logs[exchange.rank].exchange(exchange),
+            kernel=choose_kernel("cpu", "cpu"),
+            scale=SCALE,
+            guard=guard,
+        )
+        forward = list(logs[exchange.rank].events)
+        with pytest.raises(RuntimeError, match="this batch is gone"):
+            output.sum().backward()
+        return forward
+
+    assert run(2, guarded) == [log.events for log in logs]
+
+
+# What a ring of eight adds to the error of one kernel call.
+
+
+def errors(size, mask, whole, kernel):
+    """Root mean square error of the output and of each gradient, relative to its size."""
+    pairs = zip(ring(zigzag(mask.length, size), mask, whole, kernel), dense(mask, *whole))
+    return torch.stack([(got.double() - truth).norm() / truth.norm() for got, truth in pairs])
+
+
+def sum_in(dtype, monkeypatch):
+    """Make the ring keep its sums in `dtype`: round them whenever something was added, and when they travel."""
+
+    def merge(output, *args, merge_=p2p.merge_):
+        merge_(output, *args)
+        output.copy_(output.to(dtype))
+
+    def add(rows, *args, add=p2p._Sum.add):
+        add(rows, *args)
+        rows.total().copy_(rows.total().to(dtype))
+
+    def post(exchange, sends, receives, post=SimulatedExchange.post):
+        for _, tensor in sends:
+            tensor.copy_(tensor.to(dtype))
+        return post(exchange, sends, receives)
+
+    monkeypatch.setattr(p2p, "merge_", merge)
+    monkeypatch.setattr(p2p._Sum, "add", add)
+    monkeypatch.setattr(SimulatedExchange, "post", post)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_does_not_grow_with_the_ring(dtype, kernel, monkeypatch):
+    mask = Mask(256, whole_rows(1, 256), causal=False)
+    whole = tensors(mask, dtype=dtype)
+    alone, two, eight = (errors(size, mask, whole, kernel) for size in (1, 2, 8))
+    sum_in(dtype, monkeypatch)
+    naive = errors(8, mask, whole, kernel)
+    assert (eight <= 1.2 * two).all() and (two <= 1.5 * alone).all()
+    assert (1.25 * eight < naive).all()
+
+
+# What a rank does when, what it sends, and what it keeps meanwhile.
+
+
+def watch(layout, mask, whole):
+    """For each rank its plan, and the log of a forward and a backward pass."""
+
+    def watched(exchange):
+        log = Log()
+        on_rank(log.exchange(exchange), layout, mask, whole, log.kernel(choose_kernel("cpu", "cpu")))
+        return build_plan(layout, mask, exchange.rank), log
+
+    return run(layout.size, watched)
+
+
+def overlapping(plan):
+    """The events in which every transfer has a step's kernel calls to overlap with: posted before, waited for after.
+
+    The next step's keys travel during a step, and during a step of the backward the gradients of the one before.
+    """
+    posts, events = count(), []
+    for backward in (False, True):
+        for number in range(plan.size + backward):
+            keys = [next(posts)] if number + 1 < plan.size else []
+            gradients = [next(posts)] if backward and number else []
+            calls = plan.steps[number].calls if number < plan.size else ()
+            events += [Event("post", post) for post in keys + gradients]
+            events += [Event("kernel")] * len(calls)
+            events += [Event("wait", post) for post in gradients + keys]
+    return events
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["one document", "longer than a shard", "bidirectional"])
+def test_transfers_overlap_with_kernel_calls(name, size):
+    mask = MASKS[name]
+    for plan, log in watch(zigzag(mask.length, size), mask, tensors(mask)):
+        assert log.events == overlapping(plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["one document", "longer than a shard", "hundreds of tiny documents"])
+def test_bytes_sent_are_the_plans(name, size, dtype):
+    """Keys and values travel in their own dtype, in both passes, and sums of gradients in float32."""
+    mask, key_heads, dim, value_dim = MASKS[name], 2, 8, 4
+    whole = tensors(mask, key_heads=key_heads, dim=dim, value_dim=value_dim, dtype=dtype)
+    width = key_heads * (dim + value_dim)
+    for plan, log in watch(zigzag(mask.length, size), mask, whole):
+        assert log.bytes_sent(dtype) == 2 * plan.sent_keys * width * dtype.itemsize
+        assert log.bytes_sent(torch.float32) == plan.sent_gradients * width * torch.float32.itemsize
+        assert log.bytes_sent(dtype) + log.bytes_sent(torch.float32) == sum(log.sent.values())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 12])
+def test_buffers_alive_at_a_time(size):
+    """Three of keys and values, and sums of gradients of six ranks' size, whatever the ring's."""
+    tokens = 16
+    mask = Mask(tokens * size, whole_rows(1, tokens * size))
+    layout = zigzag(mask.length, size)
+    whole = tensors(mask, key_heads=2, dim=8, value_dim=8, dtype=torch.bfloat16)
+
+    def counted(exchange):
+        with LiveBuffers((2, 16), torch.bfloat16) as keys, LiveBuffers((2, 16), torch.float32) as gradients:
+            on_rank(exchange, layout, mask, whole, choose_kernel("cpu", "cpu"))
+        return keys, gradients
+
+    for keys, gradients in run(size, counted):
+        assert 1 <= keys.most <= 3 and tokens <= keys.most_rows <= 3 * tokens
+        assert tokens <= gradients.most_rows <= 6 * tokens
+
+
+def test_a_process_groups_messages(monkeypatch):
+    """They are posted at once, in order, and the buffers live until they have been waited for, but no longer."""
+    posted, waited = [], []
+
+    class Work:
+        def wait(self):
+            waited.append(self)
+
+    monkeypatch.setattr(exchanges.dist, "P2POp", lambda operation, tensor, **where: (operation, tensor.shape, where))
+    monkeypatch.setattr(exchanges.dist, "batch_isend_irecv", lambda operations: posted.append(operations) or [Work()])
+    exchange = exchanges.GroupExchange("group")
+    exchange.post([], []).wait()
+    assert not posted  # of no operations batch_isend_irecv makes an error
+    buffers = [torch.zeros(count) for count in (1, 2, 3)]
+    pending = exchange.post(sends=[(4, buffers[0]), (5, buffers[1])], receives=[(6, buffers[2])])
+    isend, irecv = exchanges.dist.isend, exchanges.dist.irecv
+    assert posted == [
+        [
+            (operation, (count,), {"group": "group", "group_peer": peer})
+            for operation, count, peer in ((isend, 1, 4), (isend, 2, 5), (irecv, 3, 6))
+        ]
+    ]
+    alive = [weakref.ref(buffer) for buffer in buffers]
+    buffers.clear()
+    assert all(buffer() is not None for buffer in alive) and not waited
+    pending.wait()
+    assert all(buffer() is None for buffer in alive) and len(waited) == 1
+
+
+# That the simulated group, and what watches it, would notice.
+
+
+def test_a_simulated_group_raises_what_the_first_rank_does():
+    def function(exchange):
+        if exchange.rank == 2:
+            raise KeyError("on rank 2")
+        exchange.post([], [((exchange.rank + 1) % 3, torch.empty(1))]).wait()
+
+    with pytest.raises(KeyError, match="on rank 2"):
+        run(3, function)
+
+
+def test_a_simulated_group_waits_no_longer_than_it_should():
+    with pytest.raises(TimeoutError, match="never came"):
+        run(2, lambda exchange: exchange.post([], [(1 - exchange.rank, torch.empty(1))]).wait(), patience=0.1)
+    with pytest.raises(TimeoutError, match="longer than"):
+        run(1, lambda exchange: threading.Event().wait(3), patience=0.1)
+
+
+def test_a_simulated_group_notices_misuse():
+    """A buffer overwritten too early, a message that nobody receives, one that does not fit; and reading too early."""
+
+    def exchanging(sent, received, meanwhile=lambda sent, received: None):
+        def function(exchange):
+            out, into = torch.ones(sent), torch.ones(received)
+            peer = 1 - exchange.rank
+            pending = exchange.post([(peer, out)], [(peer, into)] if received else [])
+            meanwhile(out, into)
+            pending.wait()
+            return into
+
+        return run(2, function)
+
+    assert all(into.equal(torch.ones(3)) for into in exchanging(3, 3))
+    exchanging(3, 3, lambda sent, received: [] if received.isnan().all() else pytest.fail("it came at once"))
+    with pytest.raises(AssertionError, match="changed before its send was waited for"):
+        exchanging(3, 3, lambda sent, received: sent.zero_())
+    with pytest.raises(AssertionError, match="does not fit"):
+        exchanging(3, 4)
+    with pytest.raises(AssertionError, match="nobody received"):
+        exchanging(3, 0)
+
+
+def test_live_buffers_are_counted_once_each():
+    with LiveBuffers((2,), torch.float32) as buffers:
+        first = torch.zeros(5, 2)
+        view = first[1:]
+        torch.zeros(3, 2)
+        assert (buffers.most, buffers.most_rows) == (2, 8)
+        del first
+        second, *_ = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 1, 2)
+    assert (buffers.most, buffers.most_rows) == (2, 8) and len(view) + len(second) == 7
