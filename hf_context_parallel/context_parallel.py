@@ -155,16 +155,16 @@ class ContextParallel:
         Raises:
             ValueError: on every rank alike, if lengths, heads or dtypes do not fit, before any key moves.
         """
-        local_length, error = q.shape[2] if q.dim() == 4 else 0, None
+        settings = {"causal": causal, "scale": scale, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        local_length, mark, error = 0, 0, None
         try:
             _check_heads(q, k, v)
             q, k, v = one_dtype(q, k, v)
             check_kernel(self.kernel, q, v)
-        except ValueError as caught:
+            local_length = q.shape[2]
+            mark = fingerprint({"heads": [(*x.shape[:2], x.shape[3], x.dtype) for x in (q, k, v)], **settings})
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        heads = [(*x.shape[:2], *x.shape[3:], x.dtype) for x in (q, k, v)]
-        settings = {"causal": causal, "scale": scale, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-        mark = fingerprint({"heads": heads, **settings})
         lengths = agree(self.groups, error, mark, "arguments", "cp.attention needs the same on all.", local_length)
         # From here on all ranks know the same, so what one of them refuses all of them refuse.
         plan = self._plan(q.shape[0], lengths, causal, cu_seqlens, attention_mask)
@@ -211,12 +211,15 @@ class ContextParallel:
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse shapes that do not make attention."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}.")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(f"q, k and v must be [B, H, S_local, D]; got {shapes}.")
     if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
         raise ValueError(f"q, k and v must have the same rows and tokens; got {shapes}.")
-    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+    if not k.shape[1] == v.shape[1] > 0 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"k and v must have as many heads, a number that divides q's, and q and k the same head dim; got {shapes}."
         )

@@ -46,15 +46,13 @@ class Shard:
         batch_size, length: rows of the batch, and tokens a row.
         layout: where each token lives, once rows are padded to a length that the layout deals out equally.
         plan: what this rank computes and moves.
-        num_items: valid targets of the whole batch, or None where it has no labels.
-        fingerprint: of the whole batch, 0 where that is not checked.
+        fingerprint: of the whole batch; of its shape and documents alone where contents are not compared.
     """
 
     batch_size: int
     length: int
     layout: Layout
     plan: Plan
-    num_items: int | None
     fingerprint: int
 
 
@@ -94,7 +92,7 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
             whole["shift_labels"] = pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:]
         whole["labels"] = whole["shift_labels"]
         _refuse_padded_targets(whole["shift_labels"], batch.get("attention_mask"))
-        num_items = int((whole["shift_labels"] != IGNORED).sum())
+        num_items = (whole["shift_labels"] != IGNORED).sum()
 
     layout = padded_layout(config, length)
     plan = build_plan(layout, masks.Mask(layout.length, rows), rank)
@@ -103,9 +101,11 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     local |= {name: _take(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
     local["use_cache"] = False
     if num_items is not None:
-        local.setdefault("num_items_in_batch", torch.tensor(num_items, device=tokens.device))
-    mark = fingerprint(batch) if config.check_batch else 0
-    local[SHARD] = Shard(batch_size, length, layout, plan, num_items, mark)
+        local.setdefault("num_items_in_batch", num_items)
+    # Ranks whose plans differ would wait for each other, so what plans are made of is always compared.
+    planned = {"planned": (config.layout, batch_size, length, rows)}
+    mark = fingerprint({**batch, **planned} if config.check_batch else planned)
+    local[SHARD] = Shard(batch_size, length, layout, plan, mark)
     return local
 
 
@@ -141,7 +141,16 @@ def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[
                 f"row(s) and cu_seq_lens_k={masks.shortened(keys.tolist())}. Flatten the batch, or give position_ids "
                 "that begin again in each document."
             )
-        return (masks.from_cu_seqlens(cu_seqlens, length),)
+        row = masks.from_cu_seqlens(cu_seqlens, length)
+        if packed:
+            edges = {start for document in row for start, _ in document}
+            resets = {start for document in masks.from_position_ids(position_ids)[0] for start, _ in document}
+            if not resets <= edges:
+                raise ValueError(
+                    f"position_ids begin again at token {min(resets - edges)}, where cu_seq_lens_q has no document "
+                    "begin. Leave one of the two out."
+                )
+        return (row,)
     if mask is not None:
         return masks.from_attention_mask(mask)
     if packed:
@@ -150,7 +159,12 @@ def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[
 
 
 def _refuse_unknown(batch: Mapping[str, Any]) -> None:
+    """Refuse what cannot be sharded or would change the result."""
     for name, value in batch.items():
+        if name in (*PADDING, *CONSUMED[:3]) and not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__} and must be a tensor; torch.tensor({name}) makes it one."
+            )
         if name == SHARD:
             raise ValueError("the batch is sharded already; give cp.shard what the collator yields, or a whole batch.")
         if name == "use_cache" and value:
@@ -165,6 +179,7 @@ def _refuse_unknown(batch: Mapping[str, Any]) -> None:
 
 
 def _check_shapes(batch: Mapping[str, Any], batch_size: int, length: int) -> None:
+    """Refuse inputs that do not describe the same rows of tokens."""
     if batch_size == 0 or length == 0:
         raise ValueError(f"the batch is empty: {batch_size} rows of {length} tokens.")
     for name in (*PADDING, "attention_mask"):

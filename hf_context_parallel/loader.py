@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader as prepare
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from .mesh import Groups
 
@@ -24,9 +24,13 @@ def prepare_data_loader(loader: DataLoader, groups: Groups, **options) -> DataLo
 
 
 def _share_seed(loader: DataLoader) -> None:
-    """Shuffle alike on all ranks: a random sampler without a generator would draw its own order in every process."""
-    sampler = loader.sampler
-    if isinstance(sampler, RandomSampler) and sampler.generator is None and dist.is_initialized():
-        seed = [int(torch.empty((), dtype=torch.int64).random_())]
-        dist.broadcast_object_list(seed)
-        sampler.generator = torch.Generator().manual_seed(seed[0])
+    """Make samplers draw alike on all ranks: without a generator, or with a rank's own, each would its own order."""
+    if not dist.is_initialized():
+        return
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if hasattr(sampler, "generator"):
+            if sampler.generator is None:
+                sampler.generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+            state = [sampler.generator.get_state()]
+            dist.broadcast_object_list(state)
+            sampler.generator.set_state(state[0])

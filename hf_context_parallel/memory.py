@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ GIB = 2**30
 class PeakMemory:
     """Measures one process: a CUDA device by PyTorch's allocator, a CPU by the kernel's count of resident pages.
 
-    Linux keeps the high-water mark of a process and resets it on request. Elsewhere on the CPU nothing is measured.
+    Linux keeps the high-water mark of a process and resets it on request. Where it does not, nothing is measured.
     """
 
     def __init__(self, device: torch.device):
@@ -26,7 +27,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._base = torch.cuda.memory_allocated(self._device)
-        elif CLEAR_REFS.exists():
+        elif os.access(CLEAR_REFS, os.W_OK):
             # Memory that was freed but is still the process's would hide as much of what the stretch allocates.
             ctypes.CDLL(None).malloc_trim(0)
             CLEAR_REFS.write_text("5")

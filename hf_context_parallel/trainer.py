@@ -43,7 +43,7 @@ class ContextParallelMixin:
     def __init__(self, *args, context_parallel: ContextParallelConfig | None = None, **kwargs):
         self._config = context_parallel or ContextParallelConfig()
         self._whole_num_items: torch.Tensor | int | None = None
-        self._predicting = False
+        self._predicting = self._loss_is_ours = False
         self._tokens = self._longest = 0
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
@@ -59,12 +59,20 @@ class ContextParallelMixin:
             (self.label_smoother is not None, "label_smoothing_factor shifts labels itself; set it to 0"),
             (
                 self.compute_loss_func is not None,
-                "compute_loss_func gets a shard's outputs and already shifted labels; override compute_loss instead, "
-                "with inputs['shift_labels']",
+                "compute_loss_func gets a shard's outputs and labels that are shifted already; override compute_loss "
+                "instead, and begin with super().compute_loss",
             ),
             (
                 getattr(self.args, "train_sampling_strategy", None) == "batch_rebalance",
                 "train_sampling_strategy='batch_rebalance' deals samples to ranks and not to CP groups; use another",
+            ),
+            (
+                self.args.neftune_noise_alpha is not None,
+                "neftune_noise_alpha scales noise by the length it sees, which is a shard's; set it to None",
+            ),
+            (
+                self.label_names != ["labels"],
+                f"label_names={self.label_names} are not known to be sharded; only ['labels'] is",
             ),
             (self.args.n_gpu > 1, "one process sees several GPUs; start one process a GPU with `accelerate launch`"),
             (self.args.eval_use_gather_object, "eval_use_gather_object gathers from every rank; set it to False"),
@@ -102,8 +110,21 @@ class ContextParallelMixin:
         self._longest = max(self._longest, sharded.shard.length)
         return lambda: step, local
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's, which must have computed its loss here."""
+        self._loss_is_ours = False
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self._loss_is_ours:
+            raise ValueError(
+                f"{type(self).__name__}.compute_loss does not call super().compute_loss, and a mean over a shard "
+                "is not the mean over the batch. Begin with super().compute_loss(..., return_outputs=True), and "
+                "leave its loss as it is or add sums over this shard's tokens, divided as that is."
+            )
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's loss, so that its mean over all ranks is the loss of one process."""
+        self._loss_is_ours = True
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             return result  # which get_cp_size() has made Trainer scale

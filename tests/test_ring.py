@@ -395,7 +395,7 @@ def test_buffers_alive_at_a_time(size):
 
     for keys, gradients in run(size, counted):
         assert 1 <= keys.most <= 3 and tokens <= keys.most_rows <= 3 * tokens
-        assert tokens <= gradients.most_rows <= 6 * tokens
+        assert tokens <= gradients.most_rows <= 5 * tokens
 
 
 def test_a_process_groups_messages(monkeypatch):

@@ -9,6 +9,7 @@ from models import document_positions, some_labels, tiny_config, tiny_model, tok
 from streams import Stream
 from test_models import error, reduced
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 import hf_context_parallel as hcp
 from hf_context_parallel.data import SHARD
@@ -180,8 +181,6 @@ def test_backward_belongs_inside_the_block(checkpointing):
         loss = model(**local).loss
     with pytest.raises(RuntimeError, match=r"backward\(\) inside `with cp.shard"):
         loss.backward()
-    if checkpointing == {"use_reentrant": True}:
-        return  # its graph has no node of the batch's to tell by that another one is current
     with cp.shard(batch, model) as local:
         loss = model(**local).loss
         with pytest.raises(RuntimeError, match="leave the inner one first"), cp.shard(labelled(seed=3), model):
@@ -226,11 +225,18 @@ def test_heads_and_losses_that_are_not_causal_language_modelling_are_refused():
     for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
         model = auto.from_config(config, attn_implementation="context_parallel")
         with (
-            pytest.raises(ValueError, match="Exact are LlamaForCausalLM and LlamaModel"),
+            pytest.raises(ValueError, match="not one of Transformers' causal language models"),
             context().shard(labelled()) as local,
         ):
             model(**local)
     model = tiny_model("llama", "context_parallel")
+
+    class Mine(type(model)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="a forward of its own"), context().shard(labelled(), Mine(model.config)):
+        pass
     model.loss_function = lambda *args, **kwargs: 0.0
     with pytest.raises(ValueError, match="a loss function of its own"), context().shard(labelled(), model):
         pass
@@ -268,6 +274,12 @@ REFUSED = {
     "begin with these": lambda: {**labelled(), "labels": tokens(2, 18)},
     "the batch is empty": lambda: {"input_ids": tokens(1, 0)},
     "one flattened row": lambda: {**labelled(), "cu_seq_lens_q": torch.tensor([0, 19])},
+    "position_ids begin again at token 3": lambda: {
+        **labelled(1, 8),
+        "position_ids": document_positions(3, 5),
+        "cu_seq_lens_q": torch.tensor([0, 4, 8]),
+    },
+    "input_ids is a list": lambda: {"input_ids": [[3, 4]]},
     "must ascend from 0": lambda: {**labelled(1, 8), "cu_seq_lens_q": torch.tensor([0, 5])},
 }
 
@@ -279,8 +291,14 @@ def test_batches_that_cannot_be_exact_are_refused(message):
 
 
 def messages_when_ranks_disagree(case: str) -> str:
-    cp, batch, model = context(check_batch=case != "unchecked"), labelled(), None
+    cp, batch, model = context(check_batch="unchecked" not in case), labelled(), None
     rank = dist.get_rank()
+    if case == "unchecked documents differ":
+        batch = {"input_ids": tokens(1, 12), "position_ids": document_positions(5 + rank, 7 - rank)}
+    if case == "one rank's batch is no batch" and rank == 2:
+        batch = {"input_ids": batch["input_ids"].tolist()}
+    if case == "one rank's dtype differs":
+        model = tiny_model("llama", "context_parallel", torch.float32 if rank == 1 else torch.float64)
     if case == "one rank's batch is bad" and rank == 1:
         batch = label_at_padding()
     if case == "one rank's model is bad" and rank == 2:
@@ -304,6 +322,9 @@ def messages_when_ranks_disagree(case: str) -> str:
         ("batches differ", "ranks 0 and 2 of the group have different batches"),
         ("lengths differ", "ranks 0 and 1 of the group have different batches"),
         ("unchecked", "entered"),
+        ("unchecked documents differ", "ranks 0 and 1 of the group have different batches"),
+        ("one rank's batch is no batch", "rank 2 of the group: input_ids is a list"),
+        ("one rank's dtype differs", "ranks 0 and 1 of the group have different batches or models"),
     ],
 )
 def test_all_ranks_refuse_alike(on_ranks, case, expected):
@@ -369,8 +390,8 @@ def refused_model(change: str):
     ("change", "message"),
     [
         ("attention dropout", "attention dropout of 0.1"),
-        ("sliding window", "sliding_window=8: sliding windows are not supported"),
-        ("sliding layers", "sliding windows are not supported"),
+        ("sliding window", "sliding_window=8"),
+        ("sliding layers", "layers with a sliding window"),
         ("auxiliary loss", "output_router_logits=False"),
         ("sinks", "'gpt_oss' has not been shown to be exact"),
         ("softcap", "'gemma2' has not been shown to be exact"),
@@ -398,6 +419,49 @@ def test_keywords_and_masks_that_are_not_known_are_refused():
     ):
         with pytest.raises(ValueError, match=message), context().shard(labelled()) as local:
             model(**local | extra)
+
+
+def test_calls_without_all_that_shard_yields_are_refused():
+    model = tiny_model("llama", "context_parallel")
+    for left_out in ("position_ids", "use_cache", "shift_labels", "num_items_in_batch"):
+        with pytest.raises(ValueError, match="cp.shard yields"), context().shard(labelled()) as local:
+            model(**{name: value for name, value in local.items() if name != left_out})
+    with pytest.raises(ValueError, match="cp.shard yields"), context().shard(labelled()) as local:
+        model.generate(local["input_ids"], max_new_tokens=1)
+
+
+def test_every_model_in_a_block_is_checked():
+    model, teacher = tiny_model("llama", "context_parallel"), tiny_model("llama", None)
+    with pytest.raises(ValueError, match="set_attn_implementation"), context().shard(labelled(), model) as local:
+        model(**local)
+        teacher(**local)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("gpt2", {"embd_pdrop": 0.1}, r"transformer\.drop drops out with p=0\.1"),
+        ("phi3", {"resid_pdrop": 0.2}, r"drops out with p=0\.2"),
+        ("qwen3", {"attention_dropout": 0.1}, "attention dropout of 0.1"),
+    ],
+)
+def test_dropout_is_refused_while_training(model_type, changes, message):
+    model = tiny_model(model_type, "context_parallel", **changes)
+    with pytest.raises(ValueError, match=message), context().shard(labelled(), model.train()):
+        pass
+    with context().shard(labelled(), model.eval()) as local:
+        model(**local)
+
+
+def test_backward_of_two_batches_at_once_is_refused():
+    """Reentrant checkpointing, whose graph is made in backward."""
+    cp, model = context(), tiny_model("llama", "context_parallel")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    with cp.shard(labelled(), model) as local:
+        first = model(**local).loss
+    with pytest.raises(RuntimeError, match="backward"), cp.shard(labelled(seed=3), model) as local:
+        (first + model(**local).loss).backward()
 
 
 def test_lengths_that_are_not_the_plans_are_refused_with_what_would_do():
@@ -457,13 +521,38 @@ def test_the_collator_takes_a_tokenizer():
 # Data loaders
 
 
+SAMPLERS = {
+    "weighted": lambda data: {"sampler": WeightedRandomSampler([1.0] * len(data), len(data), replacement=False)},
+    "subset": lambda data: {"sampler": SubsetRandomSampler(range(len(data)))},
+    "batches": lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 2, False)},
+    "a rank's own generator": lambda data: {
+        "sampler": RandomSampler(data, generator=torch.Generator().manual_seed(dist.get_rank()))
+    },
+}
+
+
+def sampled(sampler: str) -> list[list[int]]:
+    cp, data = hcp.ContextParallel(hcp.ContextParallelConfig(size=2)), list(range(12))
+    torch.manual_seed(100 + dist.get_rank())
+    options = SAMPLERS[sampler](data)
+    loader = DataLoader(data, **options, **({} if "batch_sampler" in options else {"batch_size": 2}))
+    return [batch.tolist() for batch in cp.prepare_data_loader(loader)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_draw_alike(on_ranks, sampler):
+    first, second, third, fourth = on_ranks(4, sampled, sampler)
+    assert first == second and third == fourth
+    assert sorted(sample for batch in first + third for sample in batch) == list(range(12))
+
+
 def dealt(iterable: bool, workers: int, spawned: bool) -> list[list[int]]:
     """The samples of each batch, of 4 ranks in 2 CP groups."""
     cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
     torch.manual_seed(100 + dist.get_rank())  # ranks that were not seeded alike
     options = {"num_workers": workers, "multiprocessing_context": "spawn" if spawned else None}
     data = Stream() if iterable else list(range(12))
-    loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=not iterable, **options)
+    loader = DataLoader(data, batch_size=2, shuffle=not iterable, **options)
     return [batch.tolist() for batch in cp.prepare_data_loader(loader)]
 
 

@@ -112,6 +112,7 @@ def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchang
             grad_own[transfer.start : transfer.stop] += part
         grad_own = leaving if grad_own is None else grad_own
         previous = step
+        joining = homecoming = part = None  # or they would be alive while the next ones are allocated
     return grad_query.total().to(query.dtype), grad_own.to(key_value.dtype)
 
 

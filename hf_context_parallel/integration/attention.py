@@ -157,10 +157,9 @@ def _check_lengths(batch: ShardedBatch, query: torch.Tensor, key: torch.Tensor) 
         if found != expected:
             raise ValueError(
                 f"a layer has {found[0]} rows of {found[1]} {name} where the shard has {expected[0]} of "
-                f"{expected[1]}. A vision tower or another part that does not see the text needs its own "
-                "attention, for example "
-                f'attn_implementation={{"text_config": "{NAME}", "vision_config": "sdpa"}}; prefix tuning and caches '
-                "add keys that no shard holds, and are not supported."
+                f"{expected[1]}. Prompt and prefix tuning, generate() and caches add tokens that no shard holds, and "
+                "are not supported in cp.shard. A vision tower, or another part that does not see the text, needs its "
+                f'own attention: attn_implementation={{"text_config": "{NAME}", "vision_config": "sdpa"}}.'
             )
 
 

@@ -6,15 +6,17 @@ and left in one place, by `ContextParallel.shard`; batches nest, as when evaluat
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ..consensus import agree
+from ..consensus import agree, fingerprint
 from ..data import SHARD, Shard, shard_batch
 from .models import NAME, check_model
 
@@ -40,8 +42,10 @@ class ShardedBatch(AbstractContextManager):
         self.attended = False
         self._batch = batch
         self._model = model
-        self._entered = self._left = self._called = False
-        self._hook: Any = None
+        self._entered = self._left = False
+        self._positions: torch.Tensor
+        self._running: torch.nn.Module | None = None
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> dict[str, Any]:
         if self._entered:
@@ -52,35 +56,34 @@ class ShardedBatch(AbstractContextManager):
             if self._model is not None:
                 check_model(self._model)
             local = self._local()
-        except (ValueError, TypeError) as caught:
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        mark = local[SHARD].fingerprint if local else 0
+        about = {"batch": local[SHARD].fingerprint if local else 0, "model": _signature(self._model)}
         agree(
             self.cp.groups,
             error,
-            mark,
-            "batches",
+            fingerprint(about),
+            "batches or models",
             "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or ContextParallelTrainer, "
             "which deal samples to CP groups rather than ranks.",
         )
-        self.shard = local.pop(SHARD)
+        self.shard, self._positions = local.pop(SHARD), local["position_ids"]
         del self._batch, self._model
         _open.append(self)
-        self._hook = register_module_forward_pre_hook(self._notice)
+        self._hooks = [
+            register_module_forward_pre_hook(self._before),
+            register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
         return local
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._left = True
         if _open[-1] is not self:
             _open.remove(self)
             raise RuntimeError("sharded batches must be left in the reverse of the order in which they were entered.")
         _open.pop()
-        if error is None and self._called and not self.attended:
-            raise RuntimeError(
-                f"a model ran on a shard, but none of its attention layers used {NAME!r}: each rank attended to "
-                f"its own shard alone, and the result is wrong. Load the model with attn_implementation={NAME!r}."
-            )
 
     def check_backward(self) -> None:
         """Raise unless this batch's gradients can be computed now."""
@@ -106,7 +109,59 @@ class ShardedBatch(AbstractContextManager):
             )
         return local
 
-    def _notice(self, module: torch.nn.Module, _) -> None:
-        if isinstance(module, PreTrainedModel) and current_batch() is self and not self._called:
-            check_model(module)  # the outermost, whether or not it was passed to `shard`
-            self._called = True
+    @torch.compiler.disable
+    def _before(self, module: torch.nn.Module, _) -> None:
+        """Check the model that is about to run: the outermost, whether or not it was passed to `shard`."""
+        if isinstance(module, PreTrainedModel) and current_batch() is self and self._running is None:
+            check_model(module)
+            self._running, self.attended = module, False
+
+    @torch.compiler.disable
+    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Check what the model was given and that it used our attention; `output` is None if it raised."""
+        if module is not self._running:
+            return
+        self._running = None
+        if output is None:
+            return
+        if not self.attended:
+            raise RuntimeError(
+                f"a model ran on a shard, but none of its attention layers used {NAME!r}: each rank attended to its "
+                f"own shard alone, and the result is wrong. Load the model with attn_implementation={NAME!r}."
+            )
+        self._check_inputs(_arguments(module, args, kwargs))
+        # Reentrant checkpointing builds its graph in backward, when it is too late to tell which batch it is of.
+        for tensor in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._check_hook)
+
+    def _check_hook(self, _) -> None:
+        self.check_backward()
+
+    def _check_inputs(self, given: Mapping[str, Any]) -> None:
+        """Refuse a call without the inputs that make a shard's result that of the whole."""
+        positions = given.get("position_ids")
+        complete = given.get("use_cache") is False and isinstance(positions, torch.Tensor)
+        if given.get("labels") is not None:
+            complete &= given.get("shift_labels") is not None and given.get("num_items_in_batch") is not None
+        if not complete or not (positions is self._positions or torch.equal(positions, self._positions)):
+            raise ValueError(
+                "the model must be called with all that cp.shard yields: position_ids, use_cache=False, and with "
+                "labels also shift_labels and num_items_in_batch. Call it as model(**local); call other models, and "
+                "generate(), outside the block."
+            )
+
+
+def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module's forward was given, by name."""
+    signature = inspect.signature(module.forward)
+    arguments = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+def _signature(model: torch.nn.Module | None) -> tuple:
+    """What all ranks' models must have in common."""
+    return () if model is None else (type(model).__name__, str(next(model.parameters()).dtype))

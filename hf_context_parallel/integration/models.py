@@ -38,25 +38,44 @@ def check_model(model: torch.nn.Module) -> None:
             break
     else:
         raise ValueError(f"{type(model).__name__} holds no Transformers model; only those can be sharded.")
-    check_config(module.config)
-    name = type(module).__name__
-    causal, base = (mapping[type(module.config)] for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING))
-    if not isinstance(module, (causal, base)):
+    config, name = module.config, type(module).__name__
+    check_config(config)
+    causal, base = (mapping.get(type(config), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING))
+    if causal is None or type(module).forward not in (causal.forward, base.forward):
         raise ValueError(
-            f"{name} does more with its outputs than predict each next token, and would do it with a shard's. "
-            f"Exact are {causal.__name__} and {base.__name__}."
+            f"{name} is not one of Transformers' causal language models, or has a forward of its own: what it does "
+            "with outputs, it would do with a shard's. Exact are the classes that AutoModelForCausalLM and AutoModel "
+            "choose."
         )
-    if isinstance(module, causal) and module.loss_function is not ForCausalLMLoss:
+    if type(module).forward is causal.forward and module.loss_function is not ForCausalLMLoss:
         raise ValueError(
             f"{name} has a loss function of its own, {module.loss_function!r}, and it is not known whether that takes "
-            "shift_labels and num_items_in_batch. Compute the loss from cp.gather(logits), or leave loss_function "
-            "alone."
+            "shift_labels and num_items_in_batch. Leave loss_function alone, or call the model without labels and "
+            "compute the loss from cp.gather(logits)."
         )
-    if module.config._attn_implementation != NAME:
+    if model.training:
+        _refuse_dropout(model, config)
+    if config._attn_implementation != NAME:
         raise ValueError(
-            f"{name} was loaded with attn_implementation={module.config._attn_implementation!r}; load it with "
+            f"{name} was loaded with attn_implementation={config._attn_implementation!r}; load it with "
             f"attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})."
         )
+
+
+def _refuse_dropout(model: torch.nn.Module, config: PreTrainedConfig) -> None:
+    """Ranks are seeded alike, so they would drop the same entries of different tokens."""
+    attention = getattr(config, "attention_dropout", 0.0)
+    if attention:
+        raise ValueError(
+            f"{type(config).__name__} asks for attention dropout of {attention}, which is not supported: set "
+            "attention_dropout=0.0."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.training and module.p > 0:
+            raise ValueError(
+                f"{name} drops out with p={module.p}, which is not supported: set the probability that the model's "
+                "config (or the adapter's) has for it to 0.0."
+            )
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -72,11 +91,14 @@ def check_config(config: PreTrainedConfig) -> None:
             "output_router_logits=True adds the router's auxiliary loss, which is not a sum over tokens and would be "
             "wrong on a shard. Set config.output_router_logits=False."
         )
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if sliding or (config.model_type in ("mistral", "phi3") and config.sliding_window is not None):
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        config.model_type in ("mistral", "phi3") and window is not None
+    ):
         raise ValueError(
-            f"sliding_window={config.sliding_window}: sliding windows are not supported yet. Where no document is "
-            "longer than the window, it has no effect, and config.sliding_window=None computes the same."
+            f"the model has layers with a sliding window (sliding_window={window}), which are not supported yet. "
+            "Where no document is longer than the window, a config with full attention in all layers computes the "
+            "same."
         )
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if rope_type in ("dynamic", "longrope"):

@@ -20,36 +20,12 @@ class TorchKernel(VarlenKernel):
 
     def varlen_forward(self, query, key, value, lengths, causal, scale):
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            query,
-            key,
-            value,
-            lengths.cu_queries,
-            lengths.cu_keys,
-            lengths.max_queries,
-            lengths.max_keys,
-            0.0,
-            causal,
-            False,
-            scale=scale,
+            query, key, value, *lengths, 0.0, causal, False, scale=scale
         )
         return output, lse
 
     def varlen_backward(self, grad_output, query, key, value, output, lse, lengths, causal, scale):
         unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # the state of a dropout that is 0
         return torch.ops.aten._flash_attention_backward(
-            grad_output,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            lengths.cu_queries,
-            lengths.cu_keys,
-            lengths.max_queries,
-            lengths.max_keys,
-            0.0,
-            causal,
-            unused,
-            unused,
-            scale=scale,
+            grad_output, query, key, value, output, lse, *lengths, 0.0, causal, unused, unused, scale=scale
         )

@@ -18,7 +18,10 @@ from .base import Kernel
 
 
 class Lengths(NamedTuple):
-    """Cumulative lengths of query and key ranges, `[segments + 1]` int32, and the longest of each."""
+    """Cumulative lengths of query and key ranges, `[segments + 1]` int32, and the longest of each.
+
+    In the order in which all varlen kernels take them.
+    """
 
     cu_queries: torch.Tensor
     cu_keys: torch.Tensor
