@@ -12,6 +12,9 @@ import torch
 
 from .intervals import Interval
 
+MOST_STRETCHES = 256
+"""Stretches of tokens between padding that a row may have: a plan's size grows with their square."""
+
 Document = tuple[Interval, ...]
 """The position ranges of one document's tokens. There are several where padding lies inside it."""
 
@@ -64,12 +67,21 @@ def from_position_ids(position_ids: torch.Tensor) -> tuple[tuple[Document, ...],
 
 
 def from_attention_mask(attention_mask: torch.Tensor) -> tuple[tuple[Document, ...], ...]:
-    """One document a row of a `[B, S]` padding mask: its tokens that are not 0."""
+    """One document a row of a `[B, S]` padding mask: its tokens that are not 0.
+
+    Raises:
+        ValueError: if padding cuts a row into more stretches than a plan can be made of.
+    """
     rows = []
-    for row in attention_mask.bool():
+    for number, row in enumerate(attention_mask.bool()):
         tokens = torch.nn.functional.pad(row.int(), (1, 1))
         edges = tokens.diff().nonzero().flatten().tolist()
         runs = tuple(zip(edges[::2], edges[1::2]))
+        if len(runs) > MOST_STRETCHES:
+            raise ValueError(
+                f"row {number} of attention_mask has {len(runs)} stretches of tokens with padding between them, and "
+                f"{MOST_STRETCHES} is the most that is supported. Leave such padding out of the row."
+            )
         rows.append((runs,) if runs else ())
     return tuple(rows)
 

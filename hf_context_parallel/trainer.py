@@ -29,6 +29,9 @@ class ContextParallelMixin:
     batches, which are sharded here. All ranks of a CP group get the same samples, different groups different ones; the
     batch size is per CP group. Losses, gradient norms, evaluations and predictions are those of one process.
 
+    A subclass that overrides `compute_loss` begins with `super().compute_loss`, which scales the loss so that its mean
+    over all ranks is that of one process; the inputs and outputs it sees are a shard's.
+
     Training logs gain `tokens_per_second` (of all ranks), `tokens_per_second_per_rank`, `sequence_length` (the longest
     since the last log) and `peak_memory_gib` (of the rank that needed most, above the start of its step).
 
@@ -114,13 +117,16 @@ class ContextParallelMixin:
         """Trainer's, which must have computed its loss here."""
         self._loss_is_ours = False
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._refuse_other_losses()
+        return loss
+
+    def _refuse_other_losses(self) -> None:
         if not self._loss_is_ours:
             raise ValueError(
                 f"{type(self).__name__}.compute_loss does not call super().compute_loss, and a mean over a shard "
                 "is not the mean over the batch. Begin with super().compute_loss(..., return_outputs=True), and "
                 "leave its loss as it is or add sums over this shard's tokens, divided as that is."
             )
-        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's loss, so that its mean over all ranks is the loss of one process."""
@@ -142,12 +148,14 @@ class ContextParallelMixin:
         labels = inputs.get("labels")
         self._whole_num_items = super()._get_num_items_in_batch([inputs], self.args.device)
         with self.cp.shard(inputs, model) as local:
-            self._predicting = True
+            self._predicting, self._loss_is_ours = True, False
             try:
                 loss, outputs, _ = super().prediction_step(model, local, prediction_loss_only, ignore_keys)
                 outputs = recursively_apply(self._gather_output, outputs) if outputs is not None else None
             finally:
                 self._predicting = False
+        if loss is not None:
+            self._refuse_other_losses()
         if loss is not None and self.cp.size > 1:
             dist.all_reduce(loss, group=self.cp.groups.group)
             loss = loss / self.cp.size

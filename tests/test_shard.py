@@ -279,6 +279,10 @@ REFUSED = {
         "position_ids": document_positions(3, 5),
         "cu_seq_lens_q": torch.tensor([0, 4, 8]),
     },
+    "300 stretches of tokens": lambda: {
+        "input_ids": tokens(1, 600),
+        "attention_mask": torch.tensor([[1, 0] * 300]),
+    },
     "input_ids is a list": lambda: {"input_ids": [[3, 4]]},
     "must ascend from 0": lambda: {**labelled(1, 8), "cu_seq_lens_q": torch.tensor([0, 5])},
 }
@@ -424,10 +428,19 @@ def test_keywords_and_masks_that_are_not_known_are_refused():
 def test_calls_without_all_that_shard_yields_are_refused():
     model = tiny_model("llama", "context_parallel")
     for left_out in ("position_ids", "use_cache", "shift_labels", "num_items_in_batch"):
-        with pytest.raises(ValueError, match="cp.shard yields"), context().shard(labelled()) as local:
+        with pytest.raises(ValueError, match=r"cp\.shard yields"), context().shard(labelled()) as local:
             model(**{name: value for name, value in local.items() if name != left_out})
-    with pytest.raises(ValueError, match="cp.shard yields"), context().shard(labelled()) as local:
+    with pytest.raises(ValueError, match=r"cp\.shard yields"), context().shard(labelled()) as local:
         model.generate(local["input_ids"], max_new_tokens=1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_call_that_raised_does_not_hide_the_next_one():
+    model, teacher = tiny_model("llama", "context_parallel"), tiny_model("llama", None)
+    with pytest.raises(ValueError, match="set_attn_implementation"), context().shard(labelled(), model) as local:
+        with pytest.raises(ValueError, match="not know"):
+            model(**local, softcap=30.0)
+        teacher(**local)
 
 
 def test_every_model_in_a_block_is_checked():

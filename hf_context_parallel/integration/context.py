@@ -117,8 +117,8 @@ class ShardedBatch(AbstractContextManager):
             self._running, self.attended = module, False
 
     @torch.compiler.disable
-    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Check what the model was given and that it used our attention; `output` is None if it raised."""
+    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+        """Check what the model was given and that it used our attention; there is no output if it raised."""
         if module is not self._running:
             return
         self._running = None
