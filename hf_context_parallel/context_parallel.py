@@ -17,7 +17,7 @@ from .consensus import agree, fingerprint
 from .gather import gather_sequence
 from .integration.attention import one_dtype, tokens_first
 from .integration.context import ShardedBatch, current_batch
-from .kernels import check_kernel, choose_kernel
+from .kernels import check_kernel, choose_kernel, named_kernel
 from .kernels.base import Kernel
 from .layout import LAYOUTS
 from .loader import prepare_data_loader
@@ -48,8 +48,14 @@ class ContextParallel:
 
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
         self.config = config
+        error = None
+        try:
+            if config.kernel != "auto":  # which is chosen by where the tensors are
+                named_kernel(config.kernel)
+        except ValueError as caught:
+            error = caught
         # Making groups is collective, so ranks that want different ones must learn of it before.
-        agree(world(), None, fingerprint({"config": config}), "settings", "Give every process the same ones.")
+        agree(world(), error, fingerprint({"config": config}), "settings", "Give every process the same ones.")
         self.groups = build_groups(config.size, mesh)
         self.exchange: Exchange = GroupExchange(self.groups.group)
 
@@ -63,10 +69,13 @@ class ContextParallel:
         """The ranks of a CP group."""
         return self.groups.size
 
-    @property
-    def kernel(self) -> Kernel:
-        """What computes attention here."""
-        return choose_kernel(self.config.kernel, self.groups.device.type)
+    def kernel(self, device: torch.device) -> Kernel:
+        """What computes attention on a device.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        return choose_kernel(self.config.kernel, device.type)
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:
         """This rank's share of a batch, for a `with` block that covers the model's forward and backward.
@@ -160,7 +169,7 @@ class ContextParallel:
         try:
             _check_heads(q, k, v)
             q, k, v = one_dtype(q, k, v)
-            check_kernel(self.kernel, q, v)
+            check_kernel(self.kernel(q.device), q, v)
             local_length = q.shape[2]
             mark = fingerprint({"heads": [(*x.shape[:2], x.shape[3], x.dtype) for x in (q, k, v)], **settings})
         except Exception as caught:  # whatever it is, the other ranks must hear of it
@@ -174,7 +183,7 @@ class ContextParallel:
             tokens_first(v),
             plan=plan,
             exchange=self.exchange,
-            kernel=self.kernel,
+            kernel=self.kernel(q.device),
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
         )
         return output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)

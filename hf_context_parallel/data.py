@@ -73,9 +73,9 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     Raises:
         ValueError: if the batch holds something that cannot be exact on a shard.
     """
-    if batch.get("input_ids", batch.get("inputs_embeds")) is None:
-        raise ValueError(f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}.")
     batch = {name: value for name, value in batch.items() if value is not None}
+    if "input_ids" not in batch and "inputs_embeds" not in batch:
+        raise ValueError(f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}.")
     _refuse_unknown(batch)
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     batch_size, length = tokens.shape[:2]

@@ -52,7 +52,7 @@ class ContextParallelMixin:
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # predictions need the whole batch, so shard it here
         self._refuse()
-        self._watch = _StepWatch(self.cp.groups.device)
+        self._watch = _StepWatch(self.args.device)
         self.add_callback(self._watch)
 
     def _refuse(self) -> None:

@@ -66,7 +66,7 @@ def embedded_errors() -> tuple[float, float]:
     embeds = [model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_() for model in (whole, sharded)]
     expected = whole(inputs_embeds=embeds[0], labels=batch["labels"], use_cache=False).loss
     expected.backward()
-    with cp.shard({"inputs_embeds": embeds[1], "labels": batch["labels"]}, sharded) as local:
+    with cp.shard({"input_ids": None, "inputs_embeds": embeds[1], "labels": batch["labels"]}, sharded) as local:
         loss = sharded(**local).loss
         loss.backward()
     return error(reduced(loss), expected), error(reduced(embeds[1].grad), embeds[0].grad)
@@ -357,6 +357,11 @@ def test_ranks_that_ask_for_different_sizes_are_told(on_ranks):
 def test_a_group_without_torch_distributed_says_what_to_start():
     with pytest.raises(ValueError, match="accelerate launch"):
         hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
+
+
+def test_a_kernel_that_is_missing_is_told_at_once():
+    with pytest.raises(ValueError, match="kernel='torch' cannot be used: PyTorch sees no CUDA device"):
+        context(kernel="torch")
 
 
 @pytest.mark.parametrize(

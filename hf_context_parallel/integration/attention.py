@@ -71,14 +71,15 @@ def context_parallel_attention(
     _sharded.add(module)
     batch.attended = True
     query, key, value = one_dtype(query, key, value)
-    check_kernel(batch.cp.kernel, query, value)
+    kernel = batch.cp.kernel(query.device)
+    check_kernel(kernel, query, value)
     output = ring_attention(
         tokens_first(query),
         tokens_first(key),
         tokens_first(value),
         plan=batch.shard.plan,
         exchange=batch.cp.exchange,
-        kernel=batch.cp.kernel,
+        kernel=kernel,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         guard=batch.check_backward,
     )

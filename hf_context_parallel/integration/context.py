@@ -144,7 +144,8 @@ class ShardedBatch(AbstractContextManager):
         complete = given.get("use_cache") is False and isinstance(positions, torch.Tensor)
         if given.get("labels") is not None:
             complete &= given.get("shift_labels") is not None and given.get("num_items_in_batch") is not None
-        if not complete or not (positions is self._positions or torch.equal(positions, self._positions)):
+        # The same tensor in nearly every call; a copy, perhaps on another device, is compared by its values.
+        if not complete or not (positions is self._positions or torch.equal(positions.cpu(), self._positions.cpu())):
             raise ValueError(
                 "the model must be called with all that cp.shard yields: position_ids, use_cache=False, and with "
                 "labels also shift_labels and num_items_in_batch. Call it as model(**local); call other models, and "

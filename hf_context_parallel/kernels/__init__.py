@@ -22,18 +22,27 @@ AUTOMATIC = {"cuda": ("flash_attn", "torch"), "cpu": ("cpu",)}
 """For each device type, the kernels that `auto` tries, best first."""
 
 
+def named_kernel(name: str) -> Kernel:
+    """The kernel called `name`.
+
+    Raises:
+        ValueError: if it cannot be used here; it says how to get it.
+    """
+    missing = KERNELS[name].missing()
+    if missing:
+        raise ValueError(f"kernel={name!r} cannot be used: {missing}.")
+    return KERNELS[name]()
+
+
 @cache
 def choose_kernel(name: str, device_type: str) -> Kernel:
-    """The kernel called `name`, or with `"auto"` the best one present for a device type (logged once).
+    """The kernel called `name`, or with `"auto"` the best one present for a device type (its choice is logged once).
 
     Raises:
         ValueError: if there is no such kernel here; it says how to get it.
     """
     if name != "auto":
-        missing = KERNELS[name].missing()
-        if missing:
-            raise ValueError(f"kernel={name!r} cannot be used: {missing}.")
-        return KERNELS[name]()
+        return named_kernel(name)
     reasons = []
     for candidate in AUTOMATIC.get(device_type, ()):
         missing = KERNELS[candidate].missing()
