@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
+
+import hf_context_parallel as hcp
 
 VOCABULARY = 64
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -61,6 +64,12 @@ def tiny_model(model_type: str, attention: str | None, dtype: torch.dtype = torc
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def context(**settings) -> hcp.ContextParallel:
+    """Context parallelism over all ranks of the process group, or over this process alone."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return hcp.ContextParallel(hcp.ContextParallelConfig(size=size, **settings))
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from models import context
 from simulated import allowed, dense_attention
 
-import hf_context_parallel as hcp
 from hf_context_parallel import mask as masks
 
 SCALE = 0.37
-
-
-def context(**settings) -> hcp.ContextParallel:
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    return hcp.ContextParallel(hcp.ContextParallelConfig(size=size, **settings))
 
 
 def padding(length: int) -> torch.Tensor:

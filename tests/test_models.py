@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from models import document_positions, some_labels, tiny_model, tokens
+from models import context, document_positions, some_labels, tiny_model, tokens
 
-import hf_context_parallel as hcp
 from hf_context_parallel.integration.models import EXACT
 
 
@@ -61,9 +60,7 @@ BATCHES = {
 
 def errors_of_a_model(model_type: str, names: list[str], options: dict) -> dict[str, tuple[float, float, float]]:
     """For each batch: how far loss, logits and gradients are from the whole model's, by the tensors' largest entry."""
-    cp = hcp.ContextParallel(
-        hcp.ContextParallelConfig(size=dist.get_world_size() if dist.is_initialized() else 1, **options)
-    )
+    cp = context(**options)
     whole, sharded = tiny_model(model_type, None), tiny_model(model_type, "context_parallel")
     errors = {}
     for name in names:

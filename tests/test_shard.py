@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from models import document_positions, some_labels, tiny_config, tiny_model, tokens
+from models import context, document_positions, some_labels, tiny_config, tiny_model, tokens
 from streams import Stream
 from test_models import error, reduced
 from torch.nn.parallel import DistributedDataParallel
@@ -13,11 +13,6 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 
 import hf_context_parallel as hcp
 from hf_context_parallel.data import SHARD
-
-
-def context(**settings) -> hcp.ContextParallel:
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    return hcp.ContextParallel(hcp.ContextParallelConfig(size=size, **settings))
 
 
 def labelled(rows: int = 2, length: int = 19, seed: int = 0) -> dict[str, torch.Tensor]:
