@@ -36,11 +36,11 @@ from tqdm import tqdm
 from hf_context_parallel.attention.exchange import Exchange, GroupExchange
 from hf_context_parallel.attention.p2p import ring_attention
 from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.kernels.base import Kernel
+from hf_context_parallel.kernels.base import Kernel, Scores
 from hf_context_parallel.layout import zigzag
 from hf_context_parallel.mask import Mask, whole_rows
 from hf_context_parallel.memory import PeakMemory
-from hf_context_parallel.plan import Plan, Segments, build_plan
+from hf_context_parallel.plan import CAUSAL, Plan, Segments, build_plan
 
 from . import report
 from .peers import MissingPeer, ring_flash_attn_zigzag, torch_ring, versions
@@ -72,7 +72,7 @@ class Layer(NamedTuple):
     whole: list[torch.Tensor]
     plan: Plan
     kernel: Kernel
-    scale: float
+    scores: Scores
     group: dist.ProcessGroup
 
 
@@ -90,9 +90,9 @@ def share(layer: Layer) -> Run:
 
     def run():
         for call, (key, value) in calls:
-            layer.kernel.forward(query, key, value, call, layer.scale)
+            layer.kernel.forward(query, key, value, call, layer.scores)
         for call, (key, value) in calls:
-            layer.kernel.backward(layer.grad_output, query, key, value, output, lse, call, layer.scale)
+            layer.kernel.backward(layer.grad_output, query, key, value, output, lse, call, layer.scores)
         return ()
 
     return run
@@ -113,12 +113,12 @@ def one_process(layer: Layer) -> Run:
         return lambda: ()
     *inputs, grad_output = layer.whole
     tile = ((0, len(grad_output)),)
-    segments = Segments(tile, tile, causal=True)
+    segments = Segments(tile, tile, CAUSAL)
 
     def run():
         torch.set_num_threads(layer.plan.size)
-        output, lse = layer.kernel.forward(*inputs, segments, layer.scale)
-        grads = layer.kernel.backward(grad_output, *inputs, output, lse, segments, layer.scale)
+        output, lse = layer.kernel.forward(*inputs, segments, layer.scores)
+        grads = layer.kernel.backward(grad_output, *inputs, output, lse, segments, layer.scores)
         torch.set_num_threads(1)
         return output, *grads
 
@@ -129,7 +129,7 @@ def _ring(layer: Layer, exchange: Exchange) -> Run:
     inputs = [tensor.detach().requires_grad_() for tensor in layer.inputs]
 
     def run():
-        settings = {"plan": layer.plan, "exchange": exchange, "kernel": layer.kernel, "scale": layer.scale}
+        settings = {"plan": layer.plan, "exchange": exchange, "kernel": layer.kernel, "scores": layer.scores}
         output = ring_attention(*inputs, **settings)
         return output.detach(), *torch.autograd.grad(output, inputs, layer.grad_output)
 
@@ -150,7 +150,7 @@ def build_layer(case: Case, rank: int) -> Layer:
     *inputs, grad_output = (tensor[layout.positions(rank)] for tensor in whole)
     plan = build_plan(layout, Mask(case.tokens, whole_rows(1, case.tokens)), rank)
     kernel = choose_kernel("cpu", "cpu")
-    return Layer(inputs, grad_output, whole, plan, kernel, case.head_dim**-0.5, dist.group.WORLD)
+    return Layer(inputs, grad_output, whole, plan, kernel, Scores(case.head_dim**-0.5), dist.group.WORLD)
 
 
 def build_runs(layer: Layer, variants: list[str]) -> tuple[dict[str, Run], list[str]]:

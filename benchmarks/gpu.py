@@ -26,10 +26,10 @@ from tqdm import tqdm
 from hf_context_parallel.attention.exchange import Exchange, GroupExchange
 from hf_context_parallel.attention.p2p import ring_attention
 from hf_context_parallel.kernels import KERNELS
-from hf_context_parallel.kernels.base import Kernel
+from hf_context_parallel.kernels.base import Kernel, Scores
 from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, from_cu_seqlens, whole_rows
-from hf_context_parallel.plan import Plan, Segments, build_plan
+from hf_context_parallel.mask import Mask, Pattern, from_cu_seqlens, whole_rows
+from hf_context_parallel.plan import CAUSAL, Plan, Segments, build_plan
 
 from . import report
 from .simulation import PreparedExchange, ThreadGroup
@@ -55,7 +55,7 @@ def masks(length: int) -> dict[str, Mask]:
     return {
         "one document": Mask(length, whole_rows(1, length)),
         "packed": Mask(length, packed),
-        "packed, bidirectional": Mask(length, packed, causal=False),
+        "packed, bidirectional": Mask(length, packed, Pattern(causal=False)),
     }
 
 
@@ -70,8 +70,8 @@ def forward_backward(tensors: list[torch.Tensor], plan: Plan, exchange: Exchange
     """The output and the gradients of query, key and value, of one rank."""
     *inputs, grad_output = (tensor.detach() for tensor in tensors)
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    scale = inputs[0].shape[-1] ** -0.5
-    output = ring_attention(*inputs, plan=plan, exchange=exchange, kernel=kernel, scale=scale)
+    scores = Scores(inputs[0].shape[-1] ** -0.5)
+    output = ring_attention(*inputs, plan=plan, exchange=exchange, kernel=kernel, scores=scores)
     return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
 
 
@@ -142,13 +142,13 @@ def time_kernel(kernel: Kernel, options: argparse.Namespace) -> list[dict[str, A
     whole = random_tensors(shape, length, dtype, device)
     shard = [tensor[: options.tokens] for tensor in whole]
     exchange = PreparedExchange(torch.cat([tensor[-options.tokens :] for tensor in whole[1:3]], dim=-1))
-    segments = Segments(((0, length),), ((0, length),), causal=True)
+    segments = Segments(((0, length),), ((0, length),), CAUSAL)
 
     def one_call():
         *inputs, grad_output = whole
-        scale = shape.head_dim**-0.5
-        output, lse = kernel.forward(*inputs, segments, scale)
-        kernel.backward(grad_output, *inputs, output, lse, segments, scale)
+        scores = Scores(shape.head_dim**-0.5)
+        output, lse = kernel.forward(*inputs, segments, scores)
+        kernel.backward(grad_output, *inputs, output, lse, segments, scores)
 
     runs: dict[str, Callable[[], Any]] = {"one call": one_call}
     for plan in plans:
@@ -214,7 +214,9 @@ def present_kernels(options: argparse.Namespace) -> tuple[list[Kernel], list[str
         head_dim = max(options.head_dim, *(shape.head_dim for shape in SHAPES))
         reasons = [kernel.missing()]
         for dtype in options.dtypes:
-            reasons.append(kernel().refusal(torch.device(options.device), getattr(torch, dtype), head_dim, head_dim))
+            scores = Scores(head_dim**-0.5)
+            dtype = getattr(torch, dtype)
+            reasons.append(kernel().refusal(torch.device(options.device), dtype, head_dim, head_dim, scores))
         reason = next(filter(None, reasons), None)
         if name == "reference":
             continue

@@ -13,8 +13,8 @@ from types import ModuleType
 
 import torch
 
-from hf_context_parallel.kernels.base import Kernel
-from hf_context_parallel.plan import Segments
+from hf_context_parallel.kernels.base import Kernel, Scores
+from hf_context_parallel.plan import CAUSAL, FULL, Segments
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -29,7 +29,7 @@ def ring_flash_attn_zigzag(layer) -> Callable[[], tuple[torch.Tensor, ...]]:
     inputs = [tensor[None].detach().requires_grad_() for tensor in layer.inputs]
 
     def run():
-        output = function(*inputs, softmax_scale=layer.scale, causal=True, group=layer.group)
+        output = function(*inputs, softmax_scale=layer.scores.scale, causal=True, group=layer.group)
         grads = torch.autograd.grad(output, inputs, layer.grad_output[None])
         return tuple(tensor.detach()[0] for tensor in (output, *grads))
 
@@ -55,7 +55,7 @@ def torch_ring(layer) -> Callable[[], tuple[torch.Tensor, ...]]:
         return tuple(_heads_first(grad) for grad in grads)
 
     def run():
-        settings = {"is_causal": True, "scale": layer.scale}
+        settings = {"is_causal": True, "scale": layer.scores.scale}
         output, lse = ring_forward(layer.group, 2, forward, query, key, value, **settings)
         tensors = (grad_output, "grad_output", query, key, value, output, lse)
         grads = ring_backward(layer.group, 2, backward, *tensors, **settings)
@@ -131,18 +131,18 @@ def _module(name: str, **contents) -> ModuleType:
 
 def _forward(kernel: Kernel, query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[Q, H, D]` in the dtype of `query`, as a flash-attention function returns it, and LSE `[Q, H]`."""
-    output, lse = kernel.forward(query, key, value, _tile(query, key, causal), scale)
+    output, lse = kernel.forward(query, key, value, _tile(query, key, causal), Scores(scale))
     return output.to(query.dtype), lse
 
 
 def _backward(kernel: Kernel, grad_output, query, key, value, output, lse, causal: bool, scale: float) -> Gradients:
     """The gradients in the dtype of `query`."""
-    grads = kernel.backward(grad_output, query, key, value, output, lse, _tile(query, key, causal), scale)
+    grads = kernel.backward(grad_output, query, key, value, output, lse, _tile(query, key, causal), Scores(scale))
     return tuple(grad.to(query.dtype) for grad in grads)
 
 
 def _tile(query: torch.Tensor, key: torch.Tensor, causal: bool) -> Segments:
-    return Segments(((0, len(query)),), ((0, len(key)),), causal)
+    return Segments(((0, len(query)),), ((0, len(key)),), CAUSAL if causal else FULL)
 
 
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:

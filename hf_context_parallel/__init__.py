@@ -6,10 +6,11 @@ Importing this package registers `attn_implementation="context_parallel"`.
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import ContextParallelDataCollator
-from .integration.attention import register
+from .integration import attention, masks
 from .trainer import ContextParallelMixin, ContextParallelTrainer
 
-register()
+attention.register()
+masks.register()
 
 __all__ = [
     "ContextParallel",

@@ -48,6 +48,28 @@ def compare(recipe: RecipePath, overrides: Overrides = None) -> None:
     sys.exit(compare_with_one_process(recipe, overrides or []))
 
 
+@app.command()
+def check(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL_OR_TYPE]", help="a model type, a folder, or a model of the hub")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="every causal language model of Transformers")] = False,
+    ranks: Annotated[str, typer.Option(help="sizes of the groups to compare")] = "2,3,4",
+    comm: Annotated[str, typer.Option(help="how keys and values travel")] = "p2p",
+    jobs: Annotated[int | None, typer.Option(min=1, help="models to check at a time")] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="with --all: keep what was found, for the package too")
+    ] = False,
+) -> None:
+    """Compare a tiny model of MODEL_OR_TYPE on shards with the same model on one process.
+
+    The weights are random, so of a model of the hub only its configuration is read.
+    """
+    from hf_context_parallel.check_command import run_check
+
+    sys.exit(run_check(model, every, ranks, comm, jobs, write))
+
+
 def main() -> None:
     """Runs the command; what is wrong with a recipe is printed without a traceback."""
     try:

@@ -10,15 +10,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
 from . import mask as masks
+from .attention import attend, one_dtype
 from .attention.exchange import Exchange, GroupExchange
-from .attention.p2p import ring_attention
 from .config import ContextParallelConfig
 from .consensus import agree, fingerprint
 from .gather import gather_sequence
-from .integration.attention import one_dtype, tokens_first
-from .integration.context import ShardedBatch, current_batch
+from .integration.context import ShardedBatch
+from .integration.current import current_batch
 from .kernels import check_kernel, choose_kernel, named_kernel
-from .kernels.base import Kernel
+from .kernels.base import Kernel, make_scores
 from .layout import LAYOUTS
 from .loader import prepare_data_loader
 from .mesh import build_groups, world
@@ -144,9 +144,15 @@ class ContextParallel:
         v: torch.Tensor,
         *,
         causal: bool = True,
+        sliding_window: int | None = None,
+        chunk_size: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
         scale: float | None = None,
         cu_seqlens: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        deterministic: bool = False,
     ) -> torch.Tensor:
         """Attention over a sequence that the group holds together. Differentiable.
 
@@ -154,45 +160,58 @@ class ContextParallel:
             q: `[B, H, S_local, D]`, the tokens that `positions` lists.
             k, v: `[B, H_kv, S_local, D]` and `[B, H_kv, S_local, D_v]`, with H_kv dividing H.
             causal: a token reads itself and what comes before it; otherwise, all of its document.
+            sliding_window: of these, only those less than this many positions away: of a causal window of w a token
+                reads itself and the w - 1 before it.
+            chunk_size: of these, only those in its own chunk: documents are cut into chunks of this many positions,
+                from their first token on.
+            softcap: c, where scores s become c * tanh(s / c).
+            sinks: `[H]`, a score a head that every query has beside those of its keys, with a value of 0. Its gradient
+                is of this rank's queries, to be summed over the ranks as any parameter's.
             scale: what scores are multiplied with, D ** -0.5 unless given.
             cu_seqlens: `[documents + 1]`, cumulative lengths of the documents of every row.
             attention_mask: `[B, S]` of the whole sequence, 0 at padding, which is neither read nor reads.
+            dropout_p: the probability that a weight is left out. Which ones is drawn from torch's default generator
+                (the CPU's), so its seed decides; ranks leave out different ones though they are seeded alike.
+            deterministic: the same bits from the same tensors, with kernels that are otherwise not.
 
         Returns:
             `[B, H, S_local, D_v]`; 0 for tokens that read nothing.
 
         Raises:
-            ValueError: on every rank alike, if lengths, heads or dtypes do not fit, before any key moves.
+            ValueError: on every rank alike, if lengths, heads, dtypes or options do not fit, before any key moves.
         """
-        settings = {"causal": causal, "scale": scale, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-        local_length, mark, error = 0, 0, None
+        pattern = masks.Pattern(causal, sliding_window, chunk_size)
+        settings = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        local_length, mark, error, scores = 0, 0, None, None
         try:
-            _check_heads(q, k, v)
+            _check_heads(q, k, v, sinks)
             q, k, v = one_dtype(q, k, v)
-            check_kernel(self.kernel(q.device), q, v)
+            scores = make_scores(q, scale, softcap, dropout_p, deterministic)
+            check_kernel(self.kernel(q.device), q, v, scores)
             local_length = q.shape[2]
-            mark = fingerprint({"heads": [(*x.shape[:2], x.shape[3], x.dtype) for x in (q, k, v)], **settings})
+            shapes = [(*x.shape[:2], x.shape[3], x.dtype) for x in (q, k, v)]
+            mark = fingerprint({"options": (shapes, pattern, scores._replace(seed=0), sinks is None), **settings})
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         lengths = agree(self.groups, error, mark, "arguments", "cp.attention needs the same on all.", local_length)
         # From here on all ranks know the same, so what one of them refuses all of them refuse.
-        plan = self._plan(q.shape[0], lengths, causal, cu_seqlens, attention_mask)
-        output = ring_attention(
-            tokens_first(q),
-            tokens_first(k),
-            tokens_first(v),
-            plan=plan,
+        output = attend(
+            q,
+            k,
+            v,
+            plan=self._plan(q.shape[0], lengths, pattern, cu_seqlens, attention_mask),
             exchange=self.exchange,
             kernel=self.kernel(q.device),
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            scores=scores,
+            sinks=sinks,
         )
-        return output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+        return output.transpose(1, 2)
 
     def prepare_data_loader(self, loader: DataLoader) -> DataLoader:
         """The loader, dealing every CP group its own samples, and all ranks of a group the same ones."""
         return prepare_data_loader(loader, self.groups)
 
-    def _plan(self, batch_size, lengths, causal, cu_seqlens, attention_mask) -> Plan:
+    def _plan(self, batch_size, lengths, pattern, cu_seqlens, attention_mask) -> Plan:
         """The plan of one call of `attention`, for ranks that hold `lengths` tokens."""
         layout = LAYOUTS[self.config.layout](sum(lengths), self.size)
         expected = [layout.local_length(rank) for rank in range(self.size)]
@@ -215,10 +234,10 @@ class ContextParallel:
             rows = (masks.from_cu_seqlens(cu_seqlens, layout.length),) * batch_size
         else:
             rows = masks.whole_rows(batch_size, layout.length)
-        return build_plan(layout, masks.Mask(layout.length, rows, causal), self.rank)
+        return build_plan(layout, masks.Mask(layout.length, rows, pattern), self.rank)
 
 
-def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:
     """Refuse shapes that do not make attention."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
@@ -232,3 +251,5 @@ def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(
             f"k and v must have as many heads, a number that divides q's, and q and k the same head dim; got {shapes}."
         )
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must be one score for each of q's {q.shape[1]} heads; got {tuple(sinks.shape)}.")

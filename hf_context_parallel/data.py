@@ -7,7 +7,7 @@ worker process.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,15 +45,47 @@ class Shard:
     Args:
         batch_size, length: rows of the batch, and tokens a row.
         layout: where each token lives, once rows are padded to a length that the layout deals out equally.
-        plan: what this rank computes and moves.
+        rank: whose share it is.
+        rows: the documents of each row.
+        positioned: whether the batch brought its own position_ids.
+        packed: whether rows hold several documents, rather than one and padding.
         fingerprint: of the whole batch; of its shape and documents alone where contents are not compared.
+        lengths: `[B, S_local]`, for each token one more than the largest position of its document where rows are
+            packed, else of the batch.
+        unshifted: this rank's labels as they came, for models that compare each token with its own, and
+        unshifted_count: how many the batch has. None without labels.
     """
 
     batch_size: int
     length: int
     layout: Layout
-    plan: Plan
+    rank: int
+    rows: tuple[tuple[masks.Document, ...], ...]
+    positioned: bool
+    packed: bool
     fingerprint: int
+    lengths: torch.Tensor = field(compare=False)
+    unshifted: torch.Tensor | None = field(default=None, compare=False)
+    unshifted_count: torch.Tensor | None = field(default=None, compare=False)
+    _plans: dict[masks.Pattern, Plan] = field(default_factory=dict, repr=False, compare=False)
+
+    def padding(self) -> torch.Tensor | None:
+        """`[B, length]`, 0 at padding; None if there is none."""
+        if self.packed or all(row == (((0, self.length),),) for row in self.rows):
+            return None
+        padding = torch.zeros(self.batch_size, self.length, dtype=torch.long)
+        for row, documents in enumerate(self.rows):
+            for document in documents:
+                for start, stop in document:
+                    padding[row, start:stop] = 1
+        return padding
+
+    def plan(self, pattern: masks.Pattern) -> Plan:
+        """What this rank computes and moves in layers of this pattern; made for the first of them."""
+        if pattern not in self._plans:
+            mask = masks.Mask(self.layout.length, self.rows, pattern)
+            self._plans[pattern] = build_plan(self.layout, mask, self.rank)
+        return self._plans[pattern]
 
 
 def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: int) -> dict[str, Any]:
@@ -95,18 +127,37 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
         num_items = (whole["shift_labels"] != IGNORED).sum()
 
     layout = padded_layout(config, length)
-    plan = build_plan(layout, masks.Mask(layout.length, rows), rank)
     positions = layout.positions(rank).to(tokens.device)
     local = {name: batch[name] for name in PASSED_ON if name in batch}
     local |= {name: _take(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
     local["use_cache"] = False
     if num_items is not None:
         local.setdefault("num_items_in_batch", num_items)
+    packed = "attention_mask" not in batch and any(len(row) > 1 for row in rows)
+    reach = _reach(whole["position_ids"].cpu(), rows, packed)
+    lengths = _take(reach, layout.positions(rank), layout.length, int(reach.max()))
+    unshifted, count = None, None
+    if "labels" in batch:
+        unshifted = _take(batch["labels"], positions, layout.length, IGNORED)
+        count = (batch["labels"] != IGNORED).sum()
     # Ranks whose plans differ would wait for each other, so what plans are made of is always compared.
     planned = {"planned": (config.layout, batch_size, length, rows)}
     mark = fingerprint({**batch, **planned} if config.check_batch else planned)
-    local[SHARD] = Shard(batch_size, length, layout, plan, mark)
+    local[SHARD] = Shard(
+        batch_size, length, layout, rank, rows, "position_ids" in batch, packed, mark, lengths, unshifted, count
+    )
     return local
+
+
+def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...], packed: bool) -> torch.Tensor:
+    """For each token one more than the largest position that its frequencies may depend on."""
+    reach = (position_ids.max() + 1).expand(position_ids.shape).clone()
+    if packed:
+        for row, documents in enumerate(rows):
+            for document in documents:
+                start, stop = document[0][0], document[-1][1]
+                reach[row, start:stop] = position_ids[row, start:stop].max() + 1
+    return reach
 
 
 def padded_layout(config: ContextParallelConfig, length: int) -> Layout:

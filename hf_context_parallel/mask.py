@@ -7,16 +7,35 @@ tell that it does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .intervals import Interval
+from .intervals import Interval, intersection
 
 MOST_STRETCHES = 256
 """Stretches of tokens between padding that a row may have: a plan's size grows with their square."""
 
 Document = tuple[Interval, ...]
 """The position ranges of one document's tokens. There are several where padding lies inside it."""
+
+
+class Pattern(NamedTuple):
+    """Which of its document's tokens a token reads: a layer type of a model has one.
+
+    Args:
+        causal: itself and what comes before it; otherwise, all of its document.
+        sliding_window: of these, those less than this many positions away. None for all.
+        chunk_size: of these, those in its own chunk of the document, which is cut into chunks of this many positions
+            from its first token on. None for all.
+    """
+
+    causal: bool = True
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+
+
+FULL_CAUSAL = Pattern()
 
 
 @dataclass(frozen=True)
@@ -26,12 +45,36 @@ class Mask:
     Args:
         length: tokens a row, padding included.
         rows: for each row its documents. Tokens of no document are padding: they neither read nor are read.
-        causal: a token reads itself and what comes before it in its document; otherwise, all of its document.
+        pattern: which of its document's tokens a token reads.
+
+    Raises:
+        ValueError: if a window or a chunk has no token.
     """
 
     length: int
     rows: tuple[tuple[Document, ...], ...]
-    causal: bool = True
+    pattern: Pattern = FULL_CAUSAL
+
+    def __post_init__(self) -> None:
+        for name in ("sliding_window", "chunk_size"):
+            value = getattr(self.pattern, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a number of tokens, 1 or more, or None for no limit.")
+
+    def apart(self) -> tuple[tuple[Document, ...], ...]:
+        """The rows as sets of tokens that read each other and no others: documents, or their chunks."""
+        size = self.pattern.chunk_size
+        if size is None:
+            return self.rows
+        return tuple(tuple(chunk for document in row for chunk in chunks(document, size)) for row in self.rows)
+
+
+def chunks(document: Document, size: int) -> list[Document]:
+    """A document cut every `size` positions, counted from its first token."""
+    (first, _), (_, last) = document[0], document[-1]
+    edges = [(start, start + size) for start in range(first, last, size)]
+    cut = (tuple(intersection(list(document), [edge])) for edge in edges)
+    return [chunk for chunk in cut if chunk]
 
 
 def whole_rows(batch_size: int, length: int) -> tuple[tuple[Document, ...], ...]:

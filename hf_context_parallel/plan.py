@@ -34,6 +34,19 @@ class Piece(NamedTuple):
     stop: int
     position: int
 
+    @property
+    def end(self) -> int:
+        """The position after the last token's."""
+        return self.position + self.stop - self.start
+
+    def clip(self, first: int, last: int) -> Piece | None:
+        """Its tokens at positions `[first, last)`, if there are any."""
+        begin, end = max(first, self.position), min(last, self.end)
+        if begin >= end:
+            return None
+        start = self.start + begin - self.position
+        return Piece(start, start + end - begin, begin)
+
 
 class Transfer(NamedTuple):
     """Tokens `[start, stop)` of a buffer, to or from rank `peer` of the group."""
@@ -43,17 +56,31 @@ class Transfer(NamedTuple):
     stop: int
 
 
+class Band(NamedTuple):
+    """Which keys of a tile its queries read: of Q queries and K keys, query i reads key j if it is at most `left`
+    before and at most `right` after key i + K - Q. None is no limit.
+
+    The last query is thus aligned with the last key, which is how FlashAttention counts `window_size`.
+    """
+
+    left: int | None
+    right: int | None
+
+
+FULL = Band(None, None)
+CAUSAL = Band(None, 0)
+
+
 @dataclass(frozen=True)
 class Segments:
-    """One kernel call: query range i attends to key range i, for every i.
+    """One kernel call: query range i attends to key range i, in a band that is the same for every i.
 
-    The query ranges ascend and do not overlap. With `causal`, query and key ranges are of the same tokens, and a
-    query sees the keys up to its own.
+    The query ranges ascend and do not overlap, and every query reads a key.
     """
 
     queries: tuple[Interval, ...]
     keys: tuple[Interval, ...]
-    causal: bool
+    band: Band = FULL
 
     @cached_property
     def query_runs(self) -> tuple[Interval, ...]:
@@ -68,9 +95,20 @@ class Segments:
     @property
     def pairs(self) -> int:
         """How many query-key pairs are computed."""
-        if self.causal:
-            return sum((stop - start) * (stop - start + 1) // 2 for start, stop in self.queries)
-        return sum((q[1] - q[0]) * (k[1] - k[0]) for q, k in zip(self.queries, self.keys))
+        return sum(_pairs(q[1] - q[0], k[1] - k[0], self.band) for q, k in zip(self.queries, self.keys))
+
+
+def _pairs(queries: int, keys: int, band: Band) -> int:
+    """How many pairs of a tile are in its band."""
+
+    def up_to(diagonal: int) -> int:
+        """Pairs with key <= query + diagonal."""
+        first = min(max(0, -diagonal), queries)  # the first query that has any
+        full = min(max(first, keys - 1 - diagonal), queries)  # the first that has all keys
+        return (full - first) * (first + full + 2 * diagonal + 1) // 2 + (queries - full) * keys
+
+    above = queries * keys if band.right is None else up_to(keys - queries + band.right)
+    return above - (0 if band.left is None else up_to(keys - queries - band.left - 1))
 
 
 @dataclass(frozen=True)
@@ -168,7 +206,9 @@ class _Reads:
 
     def __init__(self, layout: Layout, mask: Mask):
         self.layout = layout
-        self.causal = mask.causal
+        self.mask = mask
+        documents = [document for row in mask.apart() for document in row]
+        self.spans = [document[-1][1] - document[0][0] for document in documents]
         self.documents = _pieces(layout, mask)
         self.of_rank: list[set[int]] = [set() for _ in range(layout.size)]
         for number, pieces in enumerate(self.documents):
@@ -177,19 +217,41 @@ class _Reads:
         self.needed = lru_cache(maxsize=None)(self._needed)
 
     def _shared(self, reader: int, owner: int):
-        """For each document that both hold: the reader's pieces, and the owner's."""
+        """For each document that both hold: its number, the reader's pieces, and the owner's."""
         for number in sorted(self.of_rank[reader] & self.of_rank[owner]):
-            yield self.documents[number][reader], self.documents[number][owner]
+            yield number, self.documents[number][reader], self.documents[number][owner]
 
-    def _visible(self, query: Piece, keys: list[Piece]) -> list[Piece]:
-        """The pieces of another rank that `query` reads. Ranks hold different chunks, so it is all of one or none."""
-        return [key for key in keys if key.position < query.position] if self.causal else keys
+    def _visible(self, number: int, query: Piece, keys: list[Piece]) -> list[Piece]:
+        """What `query` reads of the pieces of document `number` that another rank holds, as pieces.
+
+        Ranks hold different chunks, so without a window it is all of a piece or none.
+        """
+        nearest, furthest = self.distances(number)
+        if furthest is None:
+            return [key for key in keys if key.position < query.position] if nearest == 0 else keys
+        first, last = query.position - furthest, query.end - nearest
+        clipped = (key.clip(first, last) for key in keys)
+        return [key for key in clipped if key is not None]
+
+    def distances(self, number: int) -> tuple[int | None, int | None]:
+        """The least and the greatest distance from a query back to a key that it reads, in document `number`.
+
+        None is no limit: a window as long as the document is none.
+        """
+        window, causal = self.mask.pattern.sliding_window, self.mask.pattern.causal
+        if window is None or window >= self.spans[number]:
+            return (0 if causal else None), None
+        return (0 if causal else 1 - window), window - 1
 
     def _needed(self, reader: int, owner: int) -> list[Interval]:
         """The keys of `owner` that `reader` reads."""
-        # The last piece of a document reads what any earlier one reads.
-        shared = self._shared(reader, owner)
-        return union((key.start, key.stop) for queries, keys in shared for key in self._visible(queries[-1], keys))
+        reads = []
+        for number, queries, keys in self._shared(reader, owner):
+            if self.distances(number)[1] is None:
+                queries = queries[-1:]  # the last piece of a document reads what any earlier one reads
+            for query in queries:
+                reads += [(key.start, key.stop) for key in self._visible(number, query, keys)]
+        return union(reads)
 
     def relayed(self, reader: int, owner: int) -> list[Interval]:
         """Those that `reader` gets from the rank after it, which read them one step earlier."""
@@ -209,41 +271,69 @@ class _Reads:
     def calls(self, reader: int, owner: int, buffer: list[Interval] | tuple[Interval, ...]) -> tuple[Segments, ...]:
         """The tiles of `reader`'s queries and `owner`'s keys, keys as ranges of `buffer`, grouped into calls."""
         tiles = [tile for shared in self._shared(reader, owner) for tile in self._tiles(*shared, reader == owner)]
-        calls: dict[tuple[bool, int], list[tuple[Interval, Interval]]] = {}
-        nth: dict[tuple[bool, Interval], int] = {}
-        for query, key, causal in tiles:
-            # The queries of a call must not overlap; those of two tiles are the same or disjoint.
-            order = nth[causal, query] = nth.get((causal, query), -1) + 1
-            calls.setdefault((causal, order), []).append((query, _within(key, buffer)))
+        calls: dict[Band, list[list[tuple[Interval, Interval]]]] = {}
+        for query, key, band in sorted(tiles, key=lambda tile: tile[:2]):
+            # The queries of a call must not overlap: a tile goes into the first call that ends before it begins.
+            alike = calls.setdefault(band, [])
+            call = next((call for call in alike if call[-1][0][1] <= query[0]), None)
+            if call is None:
+                alike.append(call := [])
+            call.append((query, _within(key, buffer)))
         return tuple(
-            Segments(*(tuple(column) for column in zip(*sorted(pairs))), causal)
-            for (causal, _), pairs in sorted(calls.items(), key=lambda call: (not call[0][0], call[0][1]))
+            Segments(*(tuple(column) for column in zip(*pairs)), band)
+            for band, alike in sorted(calls.items(), key=lambda call: _order(call[0]))
+            for pairs in alike
         )
 
-    def _tiles(self, queries: list[Piece], keys: list[Piece], own: bool):
-        """Tiles of one document as (query range, key range, causal), as few and large as can be."""
-        if own and self.causal:
+    def _tiles(self, number: int, queries: list[Piece], keys: list[Piece], own: bool):
+        """Tiles of document `number` as (query range, key range, band), as few and large as can be."""
+        nearest, furthest = self.distances(number)
+        if furthest is not None:
+            yield from _windowed_tiles(queries, keys, nearest, furthest)
+        elif own and nearest == 0:
             # A rank holds its tokens in order, so a run of them is causal among itself whatever is missing between.
             runs = _runs(queries)
-            for number, run in enumerate(runs):
-                yield run, run, True
-                for earlier in runs[:number]:
-                    yield run, earlier, False
-            return
-        groups: dict[int, list[Piece]] = {}
-        for query in queries:
-            groups.setdefault(len(self._visible(query, keys)), []).append(query)
-        for count, group in groups.items():
-            for query in _runs(group):
-                for key in _runs(keys[:count]):
-                    yield query, key, False
+            for index, run in enumerate(runs):
+                yield run, run, CAUSAL
+                for earlier in runs[:index]:
+                    yield run, earlier, FULL
+        else:
+            groups: dict[int, list[Piece]] = {}
+            for query in queries:
+                groups.setdefault(len(self._visible(number, query, keys)), []).append(query)
+            for count, group in groups.items():
+                for query in _runs(group):
+                    for key in _runs(keys[:count]):
+                        yield query, key, FULL
+
+
+def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furthest: int):
+    """Tiles in which a query reads the keys `nearest` to `furthest` positions before it.
+
+    Both ranges are cut to what is read, so that every query reads a key and every key is read.
+    """
+    for whole_query in queries:
+        for whole_key in keys:
+            key = whole_key.clip(whole_query.position - furthest, whole_query.end - nearest)
+            if key is None:
+                continue
+            query = whole_query.clip(key.position + nearest, key.end + furthest)
+            left, right = furthest - (query.end - key.end), query.end - key.end - nearest
+            left = left if left < key.stop - key.start - 1 else None
+            right = right if right < query.stop - query.start - 1 else None
+            yield (query.start, query.stop), (key.start, key.stop), Band(left, right)
+
+
+def _order(band: Band) -> tuple:
+    """Calls in a fixed order, those with the diagonal first."""
+    return band.right is None, band.right or 0, band.left is not None, band.left or 0
 
 
 def _pieces(layout: Layout, mask: Mask) -> list[dict[int, list[Piece]]]:
     """For each document of the batch: the pieces that each rank holds, by position."""
     local_lengths = [layout.local_length(rank) for rank in range(layout.size)]
     documents = []
-    for row, row_documents in enumerate(mask.rows):
+    for row, row_documents in enumerate(mask.apart()):
         for document in row_documents:
             pieces: dict[int, list[Piece]] = {}
             for start, stop in document:
@@ -253,10 +343,17 @@ def _pieces(layout: Layout, mask: Mask) -> list[dict[int, list[Piece]]]:
                     if start < end:
                         rank = layout.chunk_owners[chunk]
                         first = row * local_lengths[rank] + layout.chunk_offsets[chunk] + start - layout.bounds[chunk]
-                        pieces.setdefault(rank, []).append(Piece(first, first + end - start, start))
+                        _extend(pieces.setdefault(rank, []), Piece(first, first + end - start, start))
                     start, chunk = end, chunk + 1
             documents.append(pieces)
     return documents
+
+
+def _extend(pieces: list[Piece], piece: Piece) -> None:
+    """Add a piece, to the last one where it goes on in both numberings."""
+    if pieces and (pieces[-1].stop, pieces[-1].end) == (piece.start, piece.position):
+        piece = Piece(pieces[-1].start, piece.stop, pieces.pop().position)
+    pieces.append(piece)
 
 
 def _runs(pieces: list[Piece]) -> tuple[Interval, ...]:

@@ -4,14 +4,18 @@ import os
 
 import pytest
 
+WORKERS = 4
+TIMEOUT = 120
+"""Seconds that a task may take before the suite gives up on it."""
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
 def on_ranks():
     """`on_ranks(n, function, *args)`: what the function returns on each of n ranks of a real process group."""
-    from pool import WorkerPool
+    from hf_context_parallel.workers import WorkerPool
 
-    workers = WorkerPool()
+    workers = WorkerPool(WORKERS, TIMEOUT)
     yield workers
     workers.close()

@@ -19,7 +19,8 @@ from hf_context_parallel.attention.exchange import Message as Buffer
 from hf_context_parallel.intervals import intersection
 from hf_context_parallel.kernels.base import Kernel
 from hf_context_parallel.layout import LAYOUTS, Layout
-from hf_context_parallel.mask import Mask, from_attention_mask, from_cu_seqlens
+from hf_context_parallel.mask import Mask, Pattern, from_attention_mask, from_cu_seqlens
+from hf_context_parallel.plan import Band
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
@@ -241,6 +242,20 @@ class LiveBuffers(TorchDispatchMode):
         return result
 
 
+class LargestTensor(TorchDispatchMode):
+    """Finds the elements of the largest tensor that its thread makes while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
 def allowed(mask: Mask) -> torch.Tensor:
     """Which keys each query reads: `[B, S, S]`, a boolean matrix a row."""
     document_of = torch.full((len(mask.rows), mask.length), -1)
@@ -249,20 +264,59 @@ def allowed(mask: Mask) -> torch.Tensor:
             for start, stop in document:
                 document_of[row, start:stop] = number
     seen = (document_of[:, :, None] == document_of[:, None]) & (document_of >= 0)[:, :, None]
-    return seen.tril() if mask.causal else seen
+    pattern, index = mask.pattern, torch.arange(mask.length)
+    distance = index[:, None] - index
+    if pattern.causal:
+        seen &= distance >= 0
+    if pattern.sliding_window is not None:
+        seen &= distance.abs() < pattern.sliding_window
+    if pattern.chunk_size is not None:
+        first = torch.zeros(len(mask.rows), mask.length, dtype=torch.long)
+        for row, documents in enumerate(mask.rows):
+            for document in documents:
+                first[row, document[0][0] : document[-1][1]] = document[0][0]
+        chunk = (index - first) // pattern.chunk_size
+        seen &= chunk[:, :, None] == chunk[:, None]
+    return seen
+
+
+def in_band(queries: int, keys: int, band: Band) -> torch.Tensor:
+    """Which keys of a tile each query reads: a boolean matrix."""
+    ahead = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    inside = torch.ones(queries, keys, dtype=torch.bool)
+    if band.left is not None:
+        inside &= ahead >= -band.left
+    if band.right is not None:
+        inside &= ahead <= band.right
+    return inside
 
 
 def dense_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, Q, H, D_v]`, and LSE `[B, Q, H]` without gradient, of the keys that `seen`, `[B, Q, K]`, says.
 
-    The definition, in the dtype given. A query that sees nothing has output 0 and an LSE of -inf.
+    The definition, in the dtype given. A query that sees nothing has output 0 and an LSE of -inf. Weights are
+    multiplied by `kept`, `[B, H, Q, K]`.
     """
     heads = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(heads, 2), value.repeat_interleave(heads, 2)
     scores, seen = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale, seen[:, None]
-    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2).softmax(-1) * seen
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    visible = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)
+    if sinks is not None:
+        visible = torch.cat([visible, sinks[:, None, None].expand(*visible.shape[:3], 1)], dim=-1)
+    weights = visible.softmax(-1)[..., : seen.shape[-1]] * seen
+    if kept is not None:
+        weights = weights * kept
     lse = scores.detach().masked_fill(~seen, float("-inf")).logsumexp(-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, value), lse.transpose(1, 2)
 
@@ -297,6 +351,12 @@ def rows(draw, length: int) -> tuple:
     return tuple(document for document in documents if document)
 
 
+def patterns(length: int) -> st.SearchStrategy[Pattern]:
+    """Patterns with windows and chunks of any size that matters, together and alone."""
+    size = st.none() | st.integers(1, length + 1)
+    return st.builds(Pattern, st.booleans(), size, size)
+
+
 @st.composite
 def layouts(draw, max_length: int = 40, sizes: st.SearchStrategy[int] = SMALL) -> Layout:
     """A layout of any kind."""
@@ -308,4 +368,4 @@ def cases(draw, **kwargs) -> tuple[Layout, Mask]:
     """A layout, and a mask of a few rows for it."""
     layout = draw(layouts(**kwargs))
     documents = draw(st.lists(rows(layout.length), min_size=1, max_size=3))
-    return layout, Mask(layout.length, tuple(documents), draw(st.booleans()))
+    return layout, Mask(layout.length, tuple(documents), draw(patterns(layout.length)))

@@ -9,7 +9,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from simulated import dense_attention
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from simulated import LargestTensor, dense_attention, in_band
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_context_parallel.attention.merge import merge_
@@ -21,25 +23,39 @@ from hf_context_parallel.kernels import (
     TorchKernel,
     check_kernel,
     choose_kernel,
+    cpu,
+    reference,
 )
-from hf_context_parallel.plan import Segments
+from hf_context_parallel.kernels.base import Scores, blocks
+from hf_context_parallel.plan import CAUSAL, FULL, Band, Segments
 
 SCALE = 0.3
+SOFTCAP = 1.5
 TOKENS = 23
 own = ((0, 6), (7, 8), (9, 20))
+uneven = ((0, 5), (6, 7), (9, 20)), ((3, 10), (0, 1), (10, 23))
 CALLS = {
-    "a tile": [Segments(((0, 7),), ((2, 20),), False)],
-    "a causal tile": [Segments(((3, 20),), ((3, 20),), True)],
-    "several tiles": [Segments(((0, 5), (6, 7), (9, 20)), ((3, 10), (0, 1), (10, 23)), False)],
-    "several causal tiles": [Segments(own, own, True)],
-    "neighbours": [Segments(((2, 5), (5, 9)), ((0, 4), (4, 11)), False)],
-    "tiles that share keys": [Segments(((0, 4), (4, 9)), ((0, 3), (0, 8)), False)],
+    "a tile": [Segments(((0, 7),), ((2, 20),))],
+    "a causal tile": [Segments(((3, 20),), ((3, 20),), CAUSAL)],
+    "several tiles": [Segments(*uneven)],
+    "several causal tiles": [Segments(own, own, CAUSAL)],
+    "neighbours": [Segments(((2, 5), (5, 9)), ((0, 4), (4, 11)))],
+    "tiles that share keys": [Segments(((0, 4), (4, 9)), ((0, 3), (0, 8)))],
     "queries that read in several calls": [
-        Segments(own, own, True),
-        Segments(own[1:], (own[0], own[1]), False),
-        Segments(own[2:], own[:1], False),
+        Segments(own, own, CAUSAL),
+        Segments(own[1:], (own[0], own[1])),
+        Segments(own[2:], own[:1]),
     ],
-    "single tokens": [Segments(((1, 2), (4, 5)), ((1, 2), (4, 5)), True), Segments(((4, 5),), ((1, 2),), False)],
+    "single tokens": [Segments(((1, 2), (4, 5)), ((1, 2), (4, 5)), CAUSAL), Segments(((4, 5),), ((1, 2),))],
+    "causal tiles of more keys": [Segments(*uneven, CAUSAL)],
+    "windows": [Segments(own, own, Band(4, 0))],
+    "windows of more keys": [Segments(*uneven, Band(4, 0))],
+    "windows of more queries": [Segments(((0, 5), (9, 20)), ((3, 10), (10, 18)), Band(2, 3))],
+    "windows ahead": [Segments(((0, 5), (9, 20)), ((3, 10), (10, 18)), Band(0, None))],
+    "queries that read in several windows": [
+        Segments(own, own, Band(3, 0)),
+        Segments(((10, 19),), ((0, 6),), Band(1, 8)),
+    ],
 }
 SHAPES = {
     "equal heads": (3, 3, 8, 8),
@@ -65,31 +81,31 @@ def tensors(shape, dtype, device="cpu"):
     return normal(heads, dim), key_value[..., :dim], key_value[..., dim:], normal(heads, value_dim)
 
 
-def by_definition(calls, query, key, value, grad):
+def by_definition(calls, scores, query, key, value, grad):
     """Output, LSE and the gradients of query, key and value, of all that the calls compute, in float64."""
     seen = torch.zeros(1, TOKENS, TOKENS, dtype=torch.bool)
     for call in calls:
         for (q0, q1), (k0, k1) in zip(call.queries, call.keys):
-            tile = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
-            assert not seen[0, q0:q1, k0:k1].any()
-            seen[0, q0:q1, k0:k1] = tile.tril() if call.causal else tile
+            tile = in_band(q1 - q0, k1 - k0, call.band)
+            assert not (seen[0, q0:q1, k0:k1] & tile).any()
+            seen[0, q0:q1, k0:k1] |= tile
     leaves = [x.double()[None].requires_grad_() for x in (query, key, value)]
-    output, lse = dense_attention(*leaves, seen, SCALE)
+    output, lse = dense_attention(*leaves, seen, scores.scale, scores.softcap)
     output.backward(grad.double()[None])
     return [x[0].detach() for x in (output, lse, *(leaf.grad for leaf in leaves))]
 
 
-def by_kernel(kernel, calls, query, key, value, grad):
+def by_kernel(kernel, calls, scores, query, key, value, grad):
     """The same from a kernel: its parts merged, and its shares of the gradients, given the output and LSE over all."""
     exact = torch.promote_types(query.dtype, torch.float32)
     output, lse = torch.zeros_like(grad, dtype=exact), torch.full(query.shape[:2], float("-inf"), dtype=exact)
     for call in calls:
-        part, part_lse = kernel.forward(query, key, value, call, SCALE)
+        part, part_lse = kernel.forward(query, key, value, call, scores)
         assert part.dtype in (query.dtype, exact) and part_lse.dtype == exact
         merge_(output, lse, call.query_runs, part, part_lse)
     grads = [torch.zeros_like(x, dtype=exact) for x in (query, key, value)]
     for call in calls:
-        shares = kernel.backward(grad, query, key, value, output.to(query.dtype), lse, call, SCALE)
+        shares = kernel.backward(grad, query, key, value, output.to(query.dtype), lse, call, scores)
         for total, share, ranges in zip(grads, shares, (call.queries, call.keys, call.keys)):
             index = torch.cat([torch.arange(*interval) for interval in ranges])
             assert share.shape == (len(index), *total.shape[1:])
@@ -97,37 +113,117 @@ def by_kernel(kernel, calls, query, key, value, grad):
     return output, lse, *grads
 
 
-def check(kernel, calls, shape, dtype):
-    whole = tensors(SHAPES[shape], dtype)
+def check(kernel, calls, shape, dtype, softcap=None):
+    arguments = CALLS[calls], Scores(SCALE, softcap), *tensors(SHAPES[shape], dtype)
     names = ("output", "lse", "dq", "dk", "dv")
-    for name, got, expected in zip(
-        names, by_kernel(kernel, CALLS[calls], *whole), by_definition(CALLS[calls], *whole)
-    ):
+    for name, got, expected in zip(names, by_kernel(kernel, *arguments), by_definition(*arguments)):
         read = expected.isfinite()
         assert got.isfinite().equal(read), name
         error = (got.double() - expected)[read].norm() / expected[read].norm()
         assert error <= TOLERANCE[dtype], name
 
 
+any_machines = pytest.mark.parametrize("kernel", [CpuKernel(), ReferenceKernel()], ids=lambda kernel: kernel.name)
+capped = pytest.mark.parametrize("softcap", [None, SOFTCAP], ids=["", "softcap"])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kernel", [CpuKernel(), ReferenceKernel()], ids=lambda kernel: kernel.name)
+@any_machines
+@capped
 @pytest.mark.parametrize("calls", CALLS)
-def test_calls(calls, kernel, dtype):
-    check(kernel, calls, "grouped", dtype)
+def test_calls(calls, softcap, kernel, dtype):
+    check(kernel, calls, "grouped", dtype, softcap)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kernel", [CpuKernel(), ReferenceKernel()], ids=lambda kernel: kernel.name)
+@any_machines
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape, kernel, dtype):
     check(kernel, "queries that read in several calls", shape, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@any_machines
+@capped
+def test_shapes_of_windows(shape, softcap, kernel):
+    check(kernel, "queries that read in several windows", shape, torch.float64, softcap)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+@any_machines
+@capped
+@pytest.mark.parametrize("calls", CALLS)
+def test_calls_in_blocks(calls, softcap, kernel, most, monkeypatch):
+    """Of one query, and of a few."""
+    monkeypatch.setattr(cpu, "MOST_QUERIES", most)
+    monkeypatch.setattr(reference, "MOST_SCORES", most if most == 1 else most * SHAPES["grouped"][0] * 7)
+    check(kernel, calls, "grouped", torch.float64, softcap)
+
+
+limits = st.none() | st.integers(0, 15)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.builds(Band, limits, limits), st.integers(1, 13))
+def test_blocks_make_up_a_band(queries, keys, band, most):
+    """They have every pair of it once and no other, no query that another has, no mask that hides nothing, and no keys
+    at their ends that nobody reads."""
+    expected = in_band(queries, keys, band)
+    assume(expected.any(1).all())
+    found, next_query = torch.zeros(queries, keys, dtype=torch.int), 0
+    for block in blocks(queries, keys, band, most):
+        (q0, q1), (k0, k1) = block.query, block.key
+        assert q0 == next_query < q1 <= q0 + most and 0 <= k0 < k1 <= keys
+        hidden = block.hidden(torch.device("cpu"))
+        assert hidden is None or hidden.any()
+        seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.int) if hidden is None else (~hidden).int()
+        assert seen[:, 0].any() and seen[:, -1].any()
+        found[q0:q1, k0:k1] += seen
+        next_query = q1
+    assert next_query == queries and found.equal(expected.int())
+
+
+SCORES = {
+    "nothing else": Scores(SCALE),
+    "softcap": Scores(SCALE, SOFTCAP),
+    "dropout": Scores(SCALE, dropout_p=0.1, seed=5),
+}
+
+
+@pytest.mark.parametrize(
+    "kernel, scores, band",
+    [
+        ("cpu", "nothing else", Band(99, 0)),
+        ("cpu", "nothing else", Band(20, 30)),
+        ("cpu", "softcap", CAUSAL),
+        ("cpu", "softcap", Band(99, 0)),
+        ("cpu", "dropout", CAUSAL),
+        ("reference", "nothing else", FULL),
+    ],
+)
+def test_no_tensor_grows_with_the_square_of_the_tokens(kernel, scores, band):
+    def largest(tokens):
+        whole = torch.randn(4, tokens, 2, 4, generator=torch.Generator().manual_seed(0))
+        query, key, value, grad = whole
+        call = Segments(((0, tokens),), ((0, tokens),), band)
+        with LargestTensor() as made:
+            arguments = query, key, value, *KERNELS[kernel]().forward(query, key, value, call, SCORES[scores])
+            KERNELS[kernel]().backward(grad, *arguments, call, SCORES[scores])
+        return made.elements
+
+    shorter, longer = largest(2048), largest(4096)
+    assert 4096 * 2 * 4 <= longer <= 2 * shorter
+    assert longer <= reference.MOST_SCORES < 4096**2 * 2
 
 
 # The adapters of CUDA kernels. What they call runs on no CPU, so stand-ins with its signatures take its place: they
 # check what they are given and compute it with the reference kernel.
 
 
-def packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropout, causal):
+told = []
+"""For each call of a backward, whether it was to be deterministic: 1 if so, 2 if all of PyTorch was, or else fail."""
+
+
+def packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropout, causal, left, right):
     """The segments of a call, after a check of all that FlashAttention wants of it."""
     assert dropout == 0
     assert query.dtype == key.dtype == value.dtype in (torch.bfloat16, torch.float16)
@@ -143,25 +239,29 @@ def packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropou
         assert min(stop - start for start, stop in ranges[-1]) > 0
         assert max(stop - start for start, stop in ranges[-1]) == longest
     assert len(ranges[0]) == len(ranges[1])
-    assert not causal or ranges[0] == ranges[1]  # else its causal masks are aligned to the bottom right
-    return Segments(*ranges, causal)
+    assert isinstance(causal, bool) and min(left, right) >= -1
+    right = 0 if causal else right
+    return Segments(*ranges, Band(*(None if limit == -1 else limit for limit in (left, right))))
 
 
-def packed_forward(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropout, scale, causal):
+def packed_forward(query, key, value, *lengths_and_dropout, scale, causal, left, right, softcap=0.0):
     """Output and LSE `[H, Q]`."""
-    segments = packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropout, causal)
-    output, lse = ReferenceKernel().forward(query, key, value, segments, scale)
+    segments = packed(query, key, value, *lengths_and_dropout, causal, left, right)
+    output, lse = ReferenceKernel().forward(query, key, value, segments, Scores(scale, softcap or None))
     return output, lse.T.contiguous()
 
 
-def packed_backward(grad, query, key, value, output, lse, cu_queries, cu_keys, max_q, max_k, dropout, scale, causal):
+def packed_backward(
+    grad, query, key, value, output, lse, *lengths_and_dropout, scale, causal, left, right, softcap=0.0, deterministic
+):
     """The gradients of query, key and value."""
-    segments = packed(query, key, value, cu_queries, cu_keys, max_q, max_k, dropout, causal)
+    told.append(deterministic)
+    segments = packed(query, key, value, *lengths_and_dropout, causal, left, right)
     for tensor in (grad, output):
         assert (tensor.shape, tensor.dtype, tensor.stride(-1)) == (query.shape, query.dtype, 1)
     assert lse.shape == (query.shape[1], len(query)) and lse.dtype == torch.float32 and lse.is_contiguous()
-    grads = ReferenceKernel().backward(grad, query, key, value, output, lse.T, segments, scale)
-    return [share.to(query.dtype) for share in grads]
+    tensors, scores = (grad, query, key, value, output, lse.T), Scores(scale, softcap or None)
+    return [share.to(query.dtype) for share in ReferenceKernel().backward(*tensors, segments, scores)]
 
 
 class StandInForAten(TorchDispatchMode):
@@ -174,16 +274,19 @@ class StandInForAten(TorchDispatchMode):
             return self.backward(*args, **kwargs)
         return func(*args, **(kwargs or {}))
 
-    def forward(self, query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
+    def forward(self, *args, scale, window_size_left=-1, window_size_right=-1):
+        *tensors_and_lengths, causal, debug = args
         assert not debug
-        output, lse = packed_forward(query, key, value, cu_q, cu_k, max_q, max_k, dropout, scale, causal)
+        window = {"left": window_size_left, "right": window_size_right}
+        output, lse = packed_forward(*tensors_and_lengths, scale=scale, causal=causal, **window)
         return output, lse, torch.empty(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
-    def backward(
-        self, grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, *, scale
-    ):
+    def backward(self, *args, scale, window_size_left=-1, window_size_right=-1):
+        *tensors_and_lengths, causal, state, unused = args
         assert state.dtype == unused.dtype == torch.uint64
-        return packed_backward(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, dropout, scale, causal)
+        window = {"left": window_size_left, "right": window_size_right}
+        deterministic = torch.get_deterministic_debug_mode()
+        return packed_backward(*tensors_and_lengths, scale=scale, causal=causal, **window, deterministic=deterministic)
 
 
 def flash_attn_2_6():
@@ -206,9 +309,15 @@ def flash_attn_2_6():
         return_softmax,
         block_table,
     ):
-        assert (window_size, softcap, alibi_slopes, return_softmax, block_table) == ((-1, -1), 0, None, False, None)
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        out, softmax_lse = packed_forward(q, k, v, *lengths, dropout_p, softmax_scale, causal)
+        assert (alibi_slopes, return_softmax, block_table) == (None, False, None)
+        out, softmax_lse = packed_forward(
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
+            scale=softmax_scale,
+            causal=causal,
+            left=window_size[0],
+            right=window_size[1],
+            softcap=softcap,
+        )
         return out, q, k, v, out, softmax_lse, None, torch.empty(2, dtype=torch.int64)
 
     def _flash_attn_varlen_backward(
@@ -234,9 +343,16 @@ def flash_attn_2_6():
         deterministic,
         rng_state=None,
     ):
-        assert (window_size, softcap, alibi_slopes, deterministic) == ((-1, -1), 0, None, False)
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        grads = packed_backward(dout, q, k, v, out, softmax_lse, *lengths, dropout_p, softmax_scale, causal)
+        assert alibi_slopes is None
+        grads = packed_backward(
+            *(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
+            scale=softmax_scale,
+            causal=causal,
+            left=window_size[0],
+            right=window_size[1],
+            softcap=softcap,
+            deterministic=deterministic,
+        )
         for grad, computed in zip((dq, dk, dv), grads):
             grad.copy_(computed)
         return dq, dk, dv, torch.empty(0)
@@ -249,34 +365,17 @@ def flash_attn_since_2_7(minor, more=""):
     """The interface of flash-attn 2.7 and 2.8: operators of PyTorch, with a typed schema and no Python signature."""
 
     def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left=-1, right=-1, softcap=0.0, *unused):
-        assert (left, right, softcap) == (-1, -1, 0) and not any(unused)
-        out, lse = packed_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal)
+        assert not any(unused)
+        options = {"scale": scale, "causal": causal, "left": left, "right": right, "softcap": softcap}
+        out, lse = packed_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, **options)
         return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
 
-    def backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dq,
-        dk,
-        dv,
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
-        dropout,
-        scale,
-        causal,
-        left,
-        right,
-        softcap,
-        *rest,
-    ):
-        assert (left, right, softcap) == (-1, -1, 0) and not any(rest)
-        grads = packed_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, scale, causal)
+    def backward(dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, dropout, scale, causal, *others):
+        left, right, softcap, alibi_slopes, deterministic, *unused = others
+        assert alibi_slopes is None and not any(unused)
+        options = {"scale": scale, "causal": causal, "left": left, "right": right, "softcap": softcap}
+        lengths = cu_q, cu_k, max_q, max_k, dropout
+        grads = packed_backward(dout, q, k, v, out, lse, *lengths, **options, deterministic=deterministic)
         for grad, computed in zip((dq, dk, dv), grads):
             grad.copy_(computed)
         return torch.empty(0)
@@ -330,22 +429,44 @@ def test_adapters_calls(adapter, calls, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_adapters_shapes(adapter, shape):
-    check(adapter, "queries that read in several calls", shape, torch.bfloat16)
+@pytest.mark.parametrize("calls", ["queries that read in several calls", "queries that read in several windows"])
+def test_adapters_shapes(adapter, calls, shape):
+    check(adapter, calls, shape, torch.bfloat16)
+
+
+@pytest.mark.parametrize("adapter", FLASH_ATTN, indirect=True)
+@pytest.mark.parametrize("calls", CALLS)
+def test_adapters_of_kernels_with_a_softcap(adapter, calls):
+    check(adapter, calls, "grouped", torch.bfloat16, SOFTCAP)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_adapters_ask_for_determinism(adapter, wanted, everywhere):
+    """PyTorch's kernel, which has only its global setting to go by, heeds it too; and leaves it as it was."""
+    whole = tensors(SHAPES["grouped"], torch.bfloat16)
+    told.clear()
+    torch.use_deterministic_algorithms(everywhere)
+    try:
+        by_kernel(adapter, CALLS["windows"], Scores(SCALE, deterministic=wanted), *whole)
+        assert torch.get_deterministic_debug_mode() == 2 * everywhere
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told == [2 if everywhere and adapter.name == "torch" else wanted]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("calls", ["several tiles", "several causal tiles"])
+@pytest.mark.parametrize("calls", ["several tiles", "several causal tiles", "windows of more keys"])
 def test_pytorchs_own_operators_take_the_call(calls, shape):
     """By their schemas and by what PyTorch says of their results, on the device that computes nothing."""
     query, key, value, grad = tensors(SHAPES[shape], torch.bfloat16, "meta")
     (call,) = CALLS[calls]
     rows, keys = (sum(stop - start for start, stop in ranges) for ranges in (call.queries, call.keys))
-    output, lse = TorchKernel().forward(query, key, value, call, SCALE)
+    output, lse = TorchKernel().forward(query, key, value, call, Scores(SCALE))
     assert (output.shape, output.dtype) == ((rows, *grad.shape[1:]), query.dtype)
     assert (lse.shape, lse.dtype) == ((rows, query.shape[1]), torch.float32)
     lse = torch.empty(query.shape[:2], device="meta")
-    shares = TorchKernel().backward(grad, query, key, value, torch.empty_like(grad), lse, call, SCALE)
+    shares = TorchKernel().backward(grad, query, key, value, torch.empty_like(grad), lse, call, Scores(SCALE))
     assert [share.shape for share in shares] == [
         (rows, *query.shape[1:]),
         (keys, *key.shape[1:]),
@@ -440,7 +561,23 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
     ],
 )
 def test_flash_kernels_refuse(name, device, dtype, dims, refusal):
-    found = KERNELS[name]().refusal(device, dtype, *dims)
+    found = KERNELS[name]().refusal(device, dtype, *dims, Scores(SCALE))
+    assert found is None if refusal is None else re.search(refusal, found)
+
+
+@pytest.mark.parametrize(
+    "name, scores, refusal",
+    [
+        ("torch", "softcap", r"it has no softcap \(1.5\); install flash-attn, or use kernel='reference'"),
+        ("flash_attn", "softcap", None),
+        ("torch", "dropout", "a dropout of 0.1 left out; set attention dropout to 0, or use kernel='reference'"),
+        ("flash_attn", "dropout", "a dropout of 0.1 left out; set attention dropout to 0, or use kernel='reference'"),
+        ("reference", "softcap", None),
+        ("reference", "dropout", None),
+    ],
+)
+def test_scores_that_kernels_refuse(name, scores, refusal):
+    found = KERNELS[name]().refusal(CUDA, torch.bfloat16, 64, 64, SCORES[scores])
     assert found is None if refusal is None else re.search(refusal, found)
 
 
@@ -456,12 +593,12 @@ def test_flash_kernels_refuse(name, device, dtype, dims, refusal):
     ],
 )
 def test_kernels_of_any_machine_refuse(name, device, dtype, refusal):
-    found = KERNELS[name]().refusal(device, dtype, 300, 64)
+    found = KERNELS[name]().refusal(device, dtype, 300, 64, Scores(SCALE))
     assert found is None if refusal is None else re.search(refusal, found)
 
 
 def test_a_refusal_is_an_error_that_names_the_kernel():
     query, _, value, _ = tensors(SHAPES["narrow values"], torch.float32)
-    check_kernel(CpuKernel(), query, value)
+    check_kernel(CpuKernel(), query, value, Scores(SCALE, SOFTCAP, 0.1))
     with pytest.raises(ValueError, match=r"kernel='torch' cannot take these tensors: it runs on CUDA"):
-        check_kernel(TorchKernel(), query, value)
+        check_kernel(TorchKernel(), query, value, Scores(SCALE))

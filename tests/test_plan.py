@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import allowed, cases, cut, layouts
+from simulated import allowed, cases, cut, in_band, layouts
 
 from hf_context_parallel import mask as masks
 from hf_context_parallel.intervals import total, union
 from hf_context_parallel.layout import contiguous, zigzag
-from hf_context_parallel.mask import Mask, whole_rows
-from hf_context_parallel.plan import build_plan
+from hf_context_parallel.mask import Mask, Pattern, whole_rows
+from hf_context_parallel.plan import FULL, build_plan
 
 
 def numbers(layout, mask, rank):
@@ -34,29 +34,32 @@ def seen_by(mask, queries):
 
 
 def tiles(step):
-    """The (query range, key range, causal) of a step's calls."""
-    return [(*ranges, call.causal) for call in step.calls for ranges in zip(call.queries, call.keys)]
+    """The (query range, key range, band) of a step's calls."""
+    return [(*ranges, call.band) for call in step.calls for ranges in zip(call.queries, call.keys)]
 
 
 def computed_by(plan, buffers, shape):
     """How often the plan computes each pair of its queries and all tokens, which `buffers` number for each step."""
     count = np.zeros(shape, dtype=int)
     for step, keys in zip(plan.steps, buffers):
-        for (q0, q1), (k0, k1), causal in tiles(step):
-            tile = np.ones((q1 - q0, k1 - k0), dtype=int)
-            count[q0:q1, keys[k0:k1]] += np.tril(tile) if causal else tile
+        for (q0, q1), (k0, k1), band in tiles(step):
+            count[q0:q1, keys[k0:k1]] += in_band(q1 - q0, k1 - k0, band).numpy()
     return count
 
 
 def check_calls(plan):
-    """What kernels rely on: no empty tile, queries of a call ascending and apart, causal tiles square on own "
-    "tokens."""
-    for number, step in enumerate(plan.steps):
+    """What kernels rely on: no empty tile, every query of it reads and every key is read, limits that are not negative
+    and none where all is read, queries of a call ascending and apart."""
+    for step in plan.steps:
         for call in step.calls:
             assert call.queries and len(call.queries) == len(call.keys)
             assert all(start < stop for start, stop in (*call.queries, *call.keys))
             assert all(before[1] <= after[0] for before, after in zip(call.queries, call.queries[1:]))
-            assert not call.causal or (number == 0 and call.queries == call.keys)
+            assert all(limit is None or limit >= 0 for limit in call.band)  # FlashAttention: -1 is no limit
+            for (q0, q1), (k0, k1) in zip(call.queries, call.keys):
+                tile = in_band(q1 - q0, k1 - k0, call.band)
+                assert tile.any(0).all() and tile.any(1).all()
+                assert tile.all() == (call.band == FULL) or q1 - q0 == k1 - k0 == 1
             for ranges, runs in ((call.queries, call.query_runs), (call.keys, call.key_runs)):
                 assert [i for r in ranges for i in range(*r)] == [i for r in runs for i in range(*r)]
 
@@ -158,9 +161,8 @@ def check_plans(layout, mask):
         check_pairs(plan, buffers, seen_by(mask, own))
         partial.append([np.zeros(len(buffer), dtype=int) for buffer in buffers])
         for step, sums in zip(plan.steps, partial[-1]):
-            for (q0, q1), (k0, k1), causal in tiles(step):
-                gradient = weights[own[q0:q1], None] * np.ones(k1 - k0, dtype=int)
-                sums[k0:k1] += (np.tril(gradient) if causal else gradient).sum(0)
+            for (q0, q1), (k0, k1), band in tiles(step):
+                sums[k0:k1] += weights[own[q0:q1]] @ in_band(q1 - q0, k1 - k0, band).numpy()
     reads = seen_by(mask, np.arange(len(weights)))
     for own, home in zip(owned, come_home(plans, partial)):
         assert np.array_equal(home, weights @ reads[:, own])
@@ -245,10 +247,28 @@ def test_one_causal_document_on_1024_ranks(rank):
     assert sum(step.tokens for step in plan.steps[1:]) == chunk * (2 * (size - 1 - rank) + rank)
 
 
+@pytest.mark.parametrize("window", [1, 5, 6, 7])
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+def test_one_document_with_a_window_in_zigzag(size, window):
+    """Tiles of chunks with themselves, and with what reaches into them from the chunk before."""
+    chunk = 6
+    layout = zigzag(2 * size * chunk, size)
+    mask = Mask(layout.length, whole_rows(1, layout.length), Pattern(sliding_window=window))
+    for plan in (build_plan(layout, mask, rank) for rank in range(size)):
+        neighbours = {plan.rank - 1, plan.rank + 1} & set(range(size)) if window > 1 else set()
+        reached = {(plan.rank + number) % size for number, step in enumerate(plan.steps) if number and step.tokens}
+        assert reached == neighbours
+        own = 1 if plan.rank == size - 1 else 2  # whose chunks are neighbours
+        assert [len(tiles(step)) for step in plan.steps if step.calls] == [own, *(1 for _ in neighbours)]
+        assert plan.steps[0].calls and sum(step.tokens for step in plan.steps[1:]) == (window - 1) * len(neighbours)
+
+
 @given(st.integers(1, 9), st.integers(1, 100))
 def test_a_bidirectional_document_is_read_by_all(size, length):
     layout = contiguous(length, size)
-    plans = [build_plan(layout, Mask(length, whole_rows(1, length), causal=False), rank) for rank in range(size)]
+    plans = [
+        build_plan(layout, Mask(length, whole_rows(1, length), Pattern(causal=False)), rank) for rank in range(size)
+    ]
     assert [plan.pairs for plan in plans] == [layout.local_length(rank) * length for rank in range(size)]
     readers = [plan.tokens for plan in plans if plan.tokens]
     assert sum(plan.sent_keys for plan in plans) == sum(length - held for held in readers)
@@ -257,7 +277,9 @@ def test_a_bidirectional_document_is_read_by_all(size, length):
 @given(layouts(max_length=100), st.data())
 def test_documents_inside_a_rank_send_nothing(layout, data):
     edges = data.draw(st.lists(st.integers(0, layout.length), max_size=20))
-    mask = Mask(layout.length, (cut(sorted([*edges, *layout.bounds]), layout.length),), data.draw(st.booleans()))
+    mask = Mask(
+        layout.length, (cut(sorted([*edges, *layout.bounds]), layout.length),), Pattern(data.draw(st.booleans()))
+    )
     plans = [build_plan(layout, mask, rank) for rank in range(layout.size)]
     assert all(plan.sent_keys == plan.sent_gradients == 0 for plan in plans)
     assert sum(plan.pairs for plan in plans) == allowed(mask).sum()
@@ -278,7 +300,7 @@ def test_documents_are_found(lengths):
     found = masks.from_cu_seqlens(cumulative, total)
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
     for documents in (found, *(masks.from_position_ids(position_ids) if total else ())):
-        mask = Mask(total, (documents,), causal=False)
+        mask = Mask(total, (documents,), Pattern(causal=False))
         assert np.array_equal(allowed(mask)[0].numpy(), expected[:, None] == expected)
 
 
@@ -292,5 +314,7 @@ def test_cumulative_lengths_that_are_none(edges):
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30))
 def test_padding_is_found(visible):
-    mask = Mask(len(visible), masks.from_attention_mask(torch.tensor([visible], dtype=torch.long)), causal=False)
+    mask = Mask(
+        len(visible), masks.from_attention_mask(torch.tensor([visible], dtype=torch.long)), Pattern(causal=False)
+    )
     assert np.array_equal(allowed(mask)[0].numpy(), np.outer(visible, visible))

@@ -25,12 +25,14 @@ from simulated import (
 from hf_context_parallel.attention import exchange as exchanges
 from hf_context_parallel.attention import p2p
 from hf_context_parallel.attention.p2p import ring_attention
-from hf_context_parallel.kernels import choose_kernel, cpu
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, whole_rows
+from hf_context_parallel.kernels import choose_kernel, cpu, reference
+from hf_context_parallel.kernels.base import Scores
+from hf_context_parallel.layout import contiguous, zigzag
+from hf_context_parallel.mask import Mask, Pattern, whole_rows
 from hf_context_parallel.plan import build_plan
 
 SCALE = 0.3
+PLAIN = Scores(SCALE)
 KERNELS = ("cpu", "reference")
 SIZES = (1, 2, 3, 4, 8)
 
@@ -44,10 +46,11 @@ def tensors(mask, heads=4, key_heads=2, dim=8, value_dim=8, dtype=torch.float64,
     ]
 
 
-def dense(mask, query, key, value, grad):
-    """The output and the gradients of query, key and value by definition, in float64."""
-    leaves = [x.double().requires_grad_() for x in (query, key, value)]
-    output, _ = dense_attention(*leaves, allowed(mask), SCALE)
+def dense(mask, query, key, value, grad, scores=PLAIN, sinks=None, kept=None):
+    """The output and the gradients of query, key and value, and of sinks if any, by definition, in float64."""
+    inputs = [query, key, value, *([] if sinks is None else [sinks])]
+    leaves = [x.detach().double().requires_grad_() for x in inputs]
+    output, _ = dense_attention(*leaves[:3], allowed(mask), scores.scale, scores.softcap, *leaves[3:] or [None], kept)
     output.backward(grad.double())
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -57,37 +60,40 @@ def share(layout, rank, x):
     return x[:, layout.positions(rank)].flatten(0, 1)
 
 
-def on_rank(exchange, layout, mask, whole, kernel, prepare=lambda x: x):
-    """The output and the gradients of query, key and value on one rank."""
+def on_rank(exchange, layout, mask, whole, kernel, prepare=lambda x: x, scores=PLAIN, sinks=None):
+    """The output and the gradients of query, key and value, and of sinks if any, on one rank."""
     query, key, value, grad = (prepare(share(layout, exchange.rank, x)) for x in whole)
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    inputs = [query, key, value, *([] if sinks is None else [sinks])]
+    leaves = [x.detach().requires_grad_() for x in inputs]
     plan = build_plan(layout, mask, exchange.rank)
-    output = ring_attention(*leaves, plan=plan, exchange=exchange, kernel=kernel, scale=SCALE)
+    how = {"exchange": exchange, "kernel": kernel, "scores": scores, "sinks": None if sinks is None else leaves[3]}
+    output = ring_attention(*leaves[:3], plan=plan, **how)
     output.backward(grad)
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x):
-    """The output and the gradients of query, key and value that the ranks of a group compute, as whole rows."""
+def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x, **how):
+    """What the ranks of a group compute: the output and the gradients of query, key and value as whole rows, and the
+    sum of those of sinks, if any."""
     kernel = choose_kernel(kernel, "cpu")
-    shards = run(layout.size, lambda exchange: on_rank(exchange, layout, mask, whole, kernel, prepare))
+    shards = run(layout.size, lambda exchange: on_rank(exchange, layout, mask, whole, kernel, prepare, **how))
     results = []
     for index, like in enumerate((whole[3], *whole[:3])):
         result = torch.full_like(like, float("nan"))
         for rank, shard in enumerate(shards):
             result[:, layout.positions(rank)] = shard[index].view(len(mask.rows), -1, *like.shape[2:])
         results.append(result)
-    return results
+    return [*results, *(torch.stack(parts).sum(0) for parts in list(zip(*shards))[4:])]
 
 
-def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x):
+NAMES = ("output", "dq", "dk", "dv", "dsinks")
+
+
+def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x, kept=None, **how):
     """The ring computes what dense attention does."""
-    for name, got, expected in zip(
-        ("output", "dq", "dk", "dv"), ring(layout, mask, whole, kernel, prepare), dense(mask, *whole)
-    ):
-        torch.testing.assert_close(
-            got, expected, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    expected = dense(mask, *whole, **how, kept=kept)
+    for name, got, truth in zip(NAMES, ring(layout, mask, whole, kernel, prepare, **how), expected):
+        torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
 LENGTH = 61
@@ -99,11 +105,15 @@ PADDED_ROWS = (
 )
 MASKS = {
     "one document": Mask(LENGTH, whole_rows(2, LENGTH)),
-    "bidirectional": Mask(LENGTH, (cut([20, 41], LENGTH), *whole_rows(1, LENGTH)), causal=False),
+    "bidirectional": Mask(LENGTH, (cut([20, 41], LENGTH), *whole_rows(1, LENGTH)), Pattern(causal=False)),
     "documents of 0, 1 and odd lengths": Mask(LENGTH, (cut([0, 1, 2, 2, 9, 20, 20, 60], LENGTH),)),
     "longer than a shard": Mask(LENGTH, (cut([5, 50], LENGTH), cut([30], LENGTH))),
     "hundreds of tiny documents": Mask(400, (cut(range(0, 400, 2), 400), cut(range(1, 400, 3), 400))),
     "padding left, right, inside and everywhere": Mask(LENGTH, PADDED_ROWS),
+    "window": Mask(LENGTH, (cut([20, 41], LENGTH), *whole_rows(1, LENGTH)), Pattern(sliding_window=9)),
+    "bidirectional window": Mask(LENGTH, (cut([50], LENGTH), *PADDED_ROWS), Pattern(False, sliding_window=6)),
+    "chunks": Mask(LENGTH, (cut([0, 1, 30, 41], LENGTH), *PADDED_ROWS), Pattern(chunk_size=11)),
+    "bidirectional windows in chunks": Mask(LENGTH, (cut([7, 30], LENGTH), *PADDED_ROWS), Pattern(False, 5, 12)),
     "shorter than the chunks": Mask(3, whole_rows(2, 3)),
     "one token": Mask(1, whole_rows(1, 1)),
 }
@@ -132,27 +142,87 @@ def test_shapes(name, size, kernel):
     check(zigzag(mask.length, size), mask, tensors(mask, **SHAPES[name]), kernel)
 
 
-def fuzz(case, kernel, key_heads, group, dims):
+def some_sinks(heads, seed=1):
+    """A score a head, some far above those of keys and some far below."""
+    return 4 * torch.randn(heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+HOW = {
+    "softcap": {"scores": Scores(SCALE, softcap=1.2)},
+    "sinks": {"sinks": some_sinks(4)},
+    "softcap and sinks": {"scores": Scores(SCALE, softcap=1.2), "sinks": some_sinks(4)},
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "name", ["longer than a shard", "padding left, right, inside and everywhere", "window", "chunks"]
+)
+def test_scores_and_sinks(name, how, size, kernel):
+    mask = MASKS[name]
+    check(zigzag(mask.length, size), mask, tensors(mask), kernel, **HOW[how])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_windows_about_as_long_as_a_chunk_or_a_shard(size, causal):
+    tokens = 48 // size
+    layout = zigzag(48, size)
+    lengths = {1, 2, 47, 48, *(whole + more for whole in (tokens // 2, tokens, 2 * tokens) for more in (-1, 0, 1))}
+    for window in lengths - {0}:
+        mask = Mask(48, (*whole_rows(1, 48), padded([6 <= position != 30 for position in range(48)])))
+        mask = Mask(48, mask.rows, Pattern(causal, window))
+        check(layout, mask, tensors(mask, heads=2, key_heads=1, dim=3, value_dim=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("score", [20.0, -20.0])
+@pytest.mark.parametrize("size", [1, 3])
+def test_large_sinks(size, score, dtype):
+    """One that takes nearly all the weight, and one that takes nearly none, of which float64 still has enough to tell
+    that it is there."""
+    mask, sinks = MASKS["longer than a shard"], torch.full((4,), score, dtype=dtype)
+    whole = tensors(mask, dtype=dtype)
+    found = ring(zigzag(mask.length, size), mask, whole, sinks=sinks)
+    for got, truth in zip(found, dense(mask, *whole, sinks=sinks)):
+        assert (got.double() - truth).norm() <= (1e-12 if dtype == torch.float64 else 1e-2) * truth.norm() != 0
+    for got, without in zip(found, dense(mask, *whole)):
+        least = 0.99 if score > 0 else 1e-10 if dtype == torch.float64 else 0
+        assert (got.double() - without).norm() >= least * without.norm()
+
+
+def fuzz(case, kernel, key_heads, group, dims, softcap, with_sinks):
     layout, mask = case
-    check(layout, mask, tensors(mask, key_heads * group, key_heads, *dims), kernel)
+    heads = key_heads * group
+    sinks = some_sinks(heads) if with_sinks else None
+    whole = tensors(mask, heads, key_heads, *dims)
+    check(layout, mask, whole, kernel, scores=Scores(SCALE, softcap), sinks=sinks)
 
 
 anything = given(
-    cases(max_length=60), st.sampled_from(KERNELS), st.integers(1, 2), st.integers(1, 3), st.tuples(SMALL, SMALL)
+    cases(max_length=60),
+    st.sampled_from(KERNELS),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.tuples(SMALL, SMALL),
+    st.sampled_from([None, 0.3, 2.0]),
+    st.booleans(),
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=150)
 @anything
-def test_anything(case, kernel, key_heads, group, dims):
-    fuzz(case, kernel, key_heads, group, dims)
+def test_anything(case, kernel, key_heads, group, dims, softcap, with_sinks):
+    fuzz(case, kernel, key_heads, group, dims, softcap, with_sinks)
 
 
 @pytest.mark.exhaustive
 @settings(max_examples=1500)
 @anything
-def test_anything_exhaustively(case, kernel, key_heads, group, dims):
-    fuzz(case, kernel, key_heads, group, dims)
+def test_anything_exhaustively(case, kernel, key_heads, group, dims, softcap, with_sinks):
+    fuzz(case, kernel, key_heads, group, dims, softcap, with_sinks)
 
 
 @pytest.mark.parametrize("value_dim", [5, 12])
@@ -232,17 +302,24 @@ def test_padding_neither_reads_nor_is_read(size, kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_documents_do_not_notice_each_other(kernel):
-    """Changing one token of a document changes not a bit of the others, on whichever ranks they lie."""
-    mask = MASKS["longer than a shard"]
-    layout = zigzag(mask.length, 4)
+@pytest.mark.parametrize("how", [{}, HOW["softcap and sinks"]], ids=["", "softcap and sinks"])
+@pytest.mark.parametrize("name", ["longer than a shard", "window", "chunks", "bidirectional windows in chunks"])
+def test_who_does_not_read_a_token_does_not_notice_it(name, how, kernel):
+    """Changing one token changes not a bit of what does not depend on it (other documents, and what is outside of its
+    window or chunk), on whichever ranks that lies."""
+    mask = MASKS[name]
+    layout, seen = zigzag(mask.length, 4), allowed(mask)
     whole = tensors(mask)
     changed = [x.clone() for x in whole]
     for x in changed:
-        x[0, 20] += 1  # in the document of tokens 5 to 50 of the first row
-    for before, after in zip(ring(layout, mask, whole, kernel), ring(layout, mask, changed, kernel)):
-        assert after[0, :5].equal(before[0, :5]) and after[0, 50:].equal(before[0, 50:])
-        assert after[1].equal(before[1])
+        x[0, 20] += 1
+    readers = seen[:, :, 20] & seen[0, 20].any()
+    readers[1:] = False
+    touched = (seen & readers[:, :, None]).any(1)  # keys whose gradient has a share of a reader's
+    assert readers[0, 20] and not readers.all() and not touched.all()
+    pairs = zip(ring(layout, mask, whole, kernel, **how), ring(layout, mask, changed, kernel, **how))
+    for (before, after), noticing in zip(pairs, (readers, readers, touched, touched)):
+        assert after[~noticing].equal(before[~noticing])
         assert not after[0, 20].equal(before[0, 20])
 
 
@@ -274,7 +351,7 @@ def test_the_guard_stops_a_backward_before_it_sends():
             plan=build_plan(layout, mask, exchange.rank),
             exchange=logs[exchange.rank].exchange(exchange),
             kernel=choose_kernel("cpu", "cpu"),
-            scale=SCALE,
+            scores=PLAIN,
             guard=guard,
         )
         forward = list(logs[exchange.rank].events)
@@ -283,6 +360,83 @@ def test_the_guard_stops_a_backward_before_it_sends():
         return forward
 
     assert run(2, guarded) == [log.events for log in logs]
+
+
+# Which weights dropout leaves out.
+
+
+def read_out(layout, mask, whole, scores, sinks=None):
+    """The weights `[B, H, S, S]` that the ranks of a group give values, which are made to tell them."""
+    query, key, value, grad = whole
+    told = torch.eye(mask.length, dtype=query.dtype)[None, :, None].expand(*value.shape[:3], -1)
+    unused = grad[..., :1].expand(*grad.shape[:3], mask.length)
+    output, *_ = ring(layout, mask, [query, key, told, unused], scores=scores, sinks=sinks)
+    return output.transpose(1, 2)
+
+
+@pytest.mark.parametrize("most", [reference.MOST_SCORES, 60])
+@pytest.mark.parametrize("how", [{}, HOW["softcap and sinks"]], ids=["", "softcap and sinks"])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["longer than a shard", "padding left, right, inside and everywhere", "bidirectional windows in chunks"]
+)
+def test_dropout_leaves_out_the_same_forward_and_backward(name, size, how, most, monkeypatch):
+    """All gradients are those of dense attention that leaves out what the forward does."""
+    monkeypatch.setattr(reference, "MOST_SCORES", most)
+    mask = MASKS[name]
+    layout, whole = zigzag(mask.length, size), tensors(mask)
+    how = {**how, "scores": how.get("scores", PLAIN)._replace(dropout_p=0.4, seed=3)}
+    seen = allowed(mask)[:, None]
+    kept = (read_out(layout, mask, whole, **how) != 0).double() / 0.6
+    assert not kept.any(1)[~seen[:, 0]].any() and 0.5 < (kept != 0).sum() / (4 * seen.sum()) < 0.7
+    check(layout, mask, whole, **how, kept=kept)
+
+
+def test_dropout_is_decided_by_its_seed():
+    mask = MASKS["longer than a shard"]
+    layout, whole = zigzag(mask.length, 3), tensors(mask)
+    first, again, other = (
+        ring(layout, mask, whole, scores=Scores(SCALE, dropout_p=0.2, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert all(x.equal(y) for x, y in zip(first, again))
+    assert not any(x.equal(y) for x, y in zip(first, other))
+
+
+@pytest.mark.parametrize("most", [reference.MOST_SCORES, 1])
+@pytest.mark.parametrize("layout", [zigzag, contiguous])
+def test_dropout_is_another_for_every_query(layout, most, monkeypatch):
+    """Whatever its rank, row, head and place, and whosever the keys: ranks, which have the same seed, would otherwise
+    leave out the same of every tile."""
+    monkeypatch.setattr(reference, "MOST_SCORES", most)
+    size, tokens = 3, 48
+    mask = Mask(size * tokens, whole_rows(2, size * tokens), Pattern(causal=False))
+    layout = layout(mask.length, size)
+    kept = read_out(layout, mask, tensors(mask), Scores(SCALE, dropout_p=0.5, seed=4)) != 0
+    order = torch.cat([layout.positions(rank) for rank in range(size)])
+    tiles = kept[:, :, order][..., order].reshape(-1, tokens)  # each query's pattern of each rank's keys
+    assert len(tiles) == 2 * 4 * size * tokens * size == len(tiles.unique(dim=0))
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_dropout_is_right_on_average(dropout_p):
+    """The weights' mean over many seeds is what they are without, with the spread that they should have, and as many
+    are left out as should be."""
+    seeds = 300
+    mask = Mask(14, whole_rows(1, 14))
+    layout, whole, seen = (
+        zigzag(14, 2),
+        tensors(mask, heads=2, key_heads=1),
+        allowed(mask)[:, None].expand(1, 2, 14, 14),
+    )
+    drawn = torch.stack(
+        [read_out(layout, mask, whole, Scores(SCALE, dropout_p=dropout_p, seed=seed)) for seed in range(seeds)]
+    )[:, seen]
+    truth = read_out(layout, mask, whole, PLAIN)[seen]
+    spread = truth * (dropout_p / (1 - dropout_p) / seeds) ** 0.5
+    deviations = (drawn.mean(0) - truth) / spread
+    assert deviations.abs().max() < 4.5 and 0.85 < deviations.std() < 1.15
+    left_out = (drawn == 0).double().mean()
+    assert abs(left_out - dropout_p) < 4 * (dropout_p * (1 - dropout_p) / drawn.numel()) ** 0.5
 
 
 # What a ring of eight adds to the error of one kernel call.
@@ -318,7 +472,7 @@ def sum_in(dtype, monkeypatch):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_does_not_grow_with_the_ring(dtype, kernel, monkeypatch):
-    mask = Mask(256, whole_rows(1, 256), causal=False)
+    mask = Mask(256, whole_rows(1, 256), Pattern(causal=False))
     whole = tensors(mask, dtype=dtype)
     alone, two, eight = (errors(size, mask, whole, kernel) for size in (1, 2, 8))
     sum_in(dtype, monkeypatch)
@@ -368,7 +522,9 @@ def test_transfers_overlap_with_kernel_calls(name, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["one document", "longer than a shard", "hundreds of tiny documents"])
+@pytest.mark.parametrize(
+    "name", ["one document", "longer than a shard", "hundreds of tiny documents", "window", "chunks"]
+)
 def test_bytes_sent_are_the_plans(name, size, dtype):
     """Keys and values travel in their own dtype, in both passes, and sums of gradients in float32."""
     mask, key_heads, dim, value_dim = MASKS[name], 2, 8, 4
@@ -378,6 +534,34 @@ def test_bytes_sent_are_the_plans(name, size, dtype):
         assert log.bytes_sent(dtype) == 2 * plan.sent_keys * width * dtype.itemsize
         assert log.bytes_sent(torch.float32) == plan.sent_gradients * width * torch.float32.itemsize
         assert log.bytes_sent(dtype) + log.bytes_sent(torch.float32) == sum(log.sent.values())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", [zigzag, contiguous])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_only_the_halo_of_a_window_travels(size, layout, causal):
+    """At every boundary between chunks of different ranks, the window less a token, to the reader alone."""
+    chunk = 6
+    layout = layout(chunk * len(layout(1, size).chunk_owners), size)
+    owners = layout.chunk_owners
+    whole = tensors(Mask(layout.length, whole_rows(1, layout.length)), dtype=torch.bfloat16)
+    for window in (1, 2, chunk, chunk + 1):
+        halos = [[] for _ in owners[:size]]
+        for chunk_before, (before, after) in enumerate(zip(owners, owners[1:])):
+            if before != after:
+                edge = (chunk_before + 1) * chunk
+                halos[after] += range(edge - window + 1, edge)
+                halos[before] += [] if causal else range(edge, edge + window - 1)
+        mask = Mask(layout.length, whole_rows(1, layout.length), Pattern(causal, window))
+        watched = watch(layout, mask, whole)
+        for (plan, log), halo in zip(watched, halos):
+            assert sum(step.tokens for step in plan.steps[1:]) == len(set(halo))
+            assert sum(log.sent.values()) == log.bytes_sent(torch.bfloat16) + log.bytes_sent(torch.float32)
+        width = 2 * (8 + 8)
+        halo = sum(len(set(halo)) for halo in halos)
+        assert sum(plan.sent_keys for plan, _ in watched) == halo
+        assert sum(log.bytes_sent(torch.bfloat16) for _, log in watched) == 2 * halo * width * 2
+        assert sum(log.bytes_sent(torch.float32) for _, log in watched) == halo * width * 4
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 12])

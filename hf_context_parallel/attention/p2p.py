@@ -13,10 +13,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..intervals import Interval
-from ..kernels.base import Kernel
+from ..kernels.base import Kernel, Scores
 from ..plan import Plan, Step, Transfer
 from .exchange import Exchange, Message, Pending
 from .merge import begin, merge_
+from .sinks import sinks_gradient, with_sinks
 
 
 def ring_attention(
@@ -27,7 +28,8 @@ def ring_attention(
     plan: Plan,
     exchange: Exchange,
     kernel: Kernel,
-    scale: float,
+    scores: Scores,
+    sinks: torch.Tensor | None = None,
     guard: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Attention of this rank's queries to the keys of all ranks that the plan says they read.
@@ -35,14 +37,17 @@ def ring_attention(
     Args:
         query: `[T, H, D]`, this rank's tokens, numbered as in the plan.
         key, value: `[T, H_kv, D]` and `[T, H_kv, D_v]`, of the same dtype. H_kv divides H.
-        scale: what scores are multiplied with.
+        scores: how scores are made.
+        sinks: `[H]`, a score a head beside those of the keys, whose value is 0 (learnable, `s_aux`).
         guard: called before backward; raises if the batch is no longer the one being computed.
 
     Returns:
         `[T, H, D_v]` in the dtype of `query`; 0 for tokens that the plan computes nothing for.
     """
     key_value = torch.cat([key, value], dim=-1)  # one message a transfer instead of two
-    return _RingAttention.apply(query.contiguous(), key_value, key.shape[-1], plan, exchange, kernel, scale, guard)
+    # Ranks are seeded alike: what tells their weights apart is the rank.
+    arguments = key.shape[-1], plan, exchange, kernel, scores.of(plan.rank), guard
+    return _RingAttention.apply(query.contiguous(), key_value, sinks, *arguments)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,12 +57,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key_value, key_dim, plan, exchange, kernel, scale, guard):
+    def forward(ctx, query, key_value, sinks, key_dim, plan, exchange, kernel, scores, guard):
         with torch.autocast(query.device.type, enabled=False):
-            output, lse = _forward(query, key_value, key_dim, plan, exchange, kernel, scale)
-        ctx.save_for_backward(query, key_value, output, lse)
+            output, lse = _forward(query, key_value, key_dim, plan, exchange, kernel, scores)
+            if sinks is not None:
+                output, lse = with_sinks(output, lse, sinks)
+            output = output.to(query.dtype)
+        ctx.save_for_backward(query, key_value, sinks, output, lse)
         # Backward may run in a thread of autograd's own, so it looks nothing up: all it needs is here.
-        ctx.environment = (key_dim, plan, exchange, kernel, scale)
+        ctx.environment = (key_dim, plan, exchange, kernel, scores)
         ctx.guard = guard
         return output
 
@@ -65,18 +73,21 @@ class _RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         ctx.guard()  # before the saved tensors, whose recomputation under gradient checkpointing would communicate
+        query, key_value, sinks, output, lse = ctx.saved_tensors
         with torch.autocast(grad_output.device.type, enabled=False):
-            grads = _backward(grad_output.contiguous(), *ctx.saved_tensors, *ctx.environment)
-        return *grads, None, None, None, None, None, None
+            tensors = grad_output.contiguous(), query, key_value, output, lse
+            grads = _backward(*tensors, *ctx.environment)
+            grad_sinks = None if sinks is None else sinks_gradient(grad_output, output, lse, sinks)
+        return *grads, grad_sinks, None, None, None, None, None, None
 
 
-def _forward(query, key_value, key_dim, plan, exchange, kernel, scale):
-    """The output `[T, H, D_v]` and its LSE `[T, H]`."""
+def _forward(query, key_value, key_dim, plan, exchange, kernel, scores):
+    """The output `[T, H, D_v]` and its LSE `[T, H]`, in the dtype that sums are kept in."""
     dtype, tokens = accumulation_dtype(query.dtype), len(query)
     output = lse = None
-    for step, keys in _travelling(plan, exchange, key_value):
-        for call in step.calls:
-            part = kernel.forward(query, keys[..., :key_dim], keys[..., key_dim:], call, scale)
+    for number, step, keys in _travelling(plan, exchange, key_value):
+        for index, call in enumerate(step.calls):
+            part = kernel.forward(query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index))
             if output is None:
                 output, lse = begin(tokens, call.query_runs, *part, dtype)
             else:
@@ -86,23 +97,24 @@ def _forward(query, key_value, key_dim, plan, exchange, kernel, scale):
     if output is None:  # nothing but padding
         output = query.new_zeros(*query.shape[:2], key_value.shape[-1] - key_dim, dtype=dtype)
         lse = query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
-    return output.to(query.dtype), lse
+    return output, lse
 
 
-def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchange, kernel, scale):
+def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchange, kernel, scores):
     """The gradients of the query `[T, H, D]` and of this rank's keys and values `[T, H_kv, D + D_v]`."""
     dtype = accumulation_dtype(query.dtype)
     grad_query, grad_own, leaving, previous = _Sum(query, dtype), None, None, None
-    for step, keys in chain(_travelling(plan, exchange, key_value), [(None, None)]):
+    for number, step, keys in chain(_travelling(plan, exchange, key_value), [(None, None, None)]):
         joining, homecoming, pending = _post_gradients(exchange, previous, leaving, step)
         if step is not None:
             grad_keys = _Sum(keys, dtype)
-            for call in step.calls:
+            for index, call in enumerate(step.calls):
                 key, value = keys[..., :key_dim], keys[..., key_dim:]
-                dq, dk, dv = kernel.backward(grad_output, query, key, value, output, lse, call, scale)
+                arguments = grad_output, query, key, value, output, lse, call, scores.of(number, index)
+                dq, dk, dv = kernel.backward(*arguments)
                 grad_query.add(call.query_runs, dq)
                 grad_keys.add(call.key_runs, torch.cat([dk, dv], dim=-1))
-                del key, value, dq, dk, dv
+                del arguments, key, value, dq, dk, dv
             leaving = grad_keys.total()
         del keys
         pending.wait()
@@ -116,22 +128,23 @@ def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchang
     return grad_query.total().to(query.dtype), grad_own.to(key_value.dtype)
 
 
-def _travelling(plan: Plan, exchange: Exchange, own: torch.Tensor) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Each step with its keys. The next step's are on their way while the caller computes with these.
+def _travelling(plan: Plan, exchange: Exchange, own: torch.Tensor) -> Iterator[tuple[int, Step, torch.Tensor]]:
+    """Each step by its number, with its keys. The next step's are on their way while the caller computes with these.
 
-    Three buffers are alive at most: this rank's own keys, those of this step, and those that arrive.
+    Three buffers are alive at most: this rank's own keys, those of this step, and those that arrive. (`enumerate` of
+    this would keep a fourth: it lets go of an item when it has the next.)
     """
     held = own
-    for step, upcoming in zip(plan.steps, (*plan.steps[1:], None)):
+    for number, (step, upcoming) in enumerate(zip(plan.steps, (*plan.steps[1:], None))):
         if upcoming is None:
-            yield step, held
+            yield number, step, held
             return
         arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
         pending = exchange.post(
             sends=_messages(upcoming.relays, held) + _messages(upcoming.serves, own),
             receives=_messages(upcoming.receives, arriving),
         )
-        yield step, held
+        yield number, step, held
         pending.wait()
         held = arriving
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 
 import sys
 import weakref
-from functools import cache
 
 import torch
-from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.falcon import modeling_falcon as falcon
+from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
+from transformers.models.gptj import modeling_gptj as gptj
 
-from ..attention.p2p import ring_attention
+from ..attention import attend, one_dtype
 from ..kernels import check_kernel
-from .context import ShardedBatch, current_batch
-from .models import NAME, check_config
+from ..kernels.base import make_scores
+from ..mask import Pattern
+from .context import ShardedBatch
+from .current import current_batch
+from .masks import PlannedMask, unsharded_implementation
+from .models import NAME
+from .positions import corrected_query
 
 HARMLESS = {
     "cache_position",
@@ -23,22 +29,26 @@ HARMLESS = {
     "labels",
     "num_items_in_batch",
     "output_hidden_states",
+    "output_router_logits",
     "position_embeddings",
     "position_ids",
     "return_dict",
     "shift_labels",
+    "sliding_window",
     "use_cache",
 }
-"""Keywords that attention functions are passed and that do not change what they compute (`is_causal` is checked)."""
+"""Keywords that attention functions are passed and that do not change what they compute, given the mask."""
 
 _sharded = weakref.WeakSet()
 """The modules whose last forward pass was of a shard: their recomputation must be too."""
 
 
 def register() -> None:
-    """Tell Transformers of `attn_implementation="context_parallel"`, by its public interfaces."""
+    """Tell Transformers of the attention function."""
     AttentionInterface.register(NAME, context_parallel_attention)
-    AttentionMaskInterface.register(NAME, context_parallel_mask)
+    # These look their attention class up in a table of their own, and ask no interface: they see whole sequences.
+    for table in (falcon.FALCON_ATTENTION_CLASSES, gptj.GPTJ_ATTENTION_CLASSES, gpt_neo.GPT_NEO_ATTENTION_CLASSES):
+        table[NAME] = table["eager"]
 
 
 def context_parallel_attention(
@@ -46,113 +56,96 @@ def context_parallel_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: PlannedMask | torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one layer: of the current batch's shard, or outside of one as Transformers would compute it.
 
     Args:
         query: `[B, H, S, D]`.
-        key, value: `[B, H_kv, S, D]`.
+        key, value: `[B, H_kv, S, D]` and `[B, H_kv, S, D_v]`.
+        s_aux: sinks, `[H]`.
 
     Returns:
-        `[B, S, H, D]`, and None for the weights.
+        `[B, S, H, D_v]`, and None for the weights.
 
     Raises:
         ValueError: for anything that would not be exact.
     """
     batch = current_batch()
     if batch is None:
+        asked = {"softcap": softcap, "s_aux": s_aux}
+        kwargs |= {name: value for name, value in asked.items() if value is not None}
         return _unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    _refuse(module, attention_mask, dropout, kwargs)
+    pattern = _pattern(module, attention_mask, kwargs)
     _check_lengths(batch, query, key)
     _sharded.add(module)
-    batch.attended = True
+    batch.note(module, "ring")
+    query = corrected_query(module, query, batch.positions)
     query, key, value = one_dtype(query, key, value)
     kernel = batch.cp.kernel(query.device)
-    check_kernel(kernel, query, value)
-    output = ring_attention(
-        tokens_first(query),
-        tokens_first(key),
-        tokens_first(value),
-        plan=batch.shard.plan,
+    scores = make_scores(query, scaling, softcap, dropout, torch.are_deterministic_algorithms_enabled())
+    check_kernel(kernel, query, value, scores)
+    output = attend(
+        query,
+        key,
+        value,
+        plan=batch.shard.plan(pattern),
         exchange=batch.cp.exchange,
         kernel=kernel,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scores=scores,
+        sinks=s_aux,
         guard=batch.check_backward,
     )
-    return output.unflatten(0, (query.shape[0], query.shape[2])), None
+    return output, None
 
 
-def context_parallel_mask(**kwargs) -> torch.Tensor | None:
-    """The mask of one layer type: none for a shard, whose plan has it; else what Transformers would make.
+def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:
+    """Which keys a layer reads. The mask says it, as with SDPA, which goes by no other keyword.
 
     Raises:
-        ValueError: if the model's type or its mask is not known to be exact on a shard.
+        ValueError: if a layer asks for something that a shard cannot give exactly.
     """
-    config = kwargs["config"]
-    batch = current_batch()
-    if batch is None:
-        return ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(config))](**kwargs)
-    check_config(config)
-    if kwargs.get("attention_mask") is not None:
-        raise ValueError("a shard's model was given an attention_mask: call it with what cp.shard yields and no more.")
-    if kwargs.get("use_vmap"):
-        raise ValueError(
-            f"{config.model_type!r} adds a mask of its own to the causal one, and it is not known how that is "
-            "sharded. Call the model outside cp.shard."
-        )
-    return None
-
-
-def one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in one dtype, as attention wants them: autocast's where it is on, else the widest of theirs.
-
-    Under autocast, models whose norm or RoPE computes in float32 hand over queries and keys wider than the values.
-    """
-    device_type = tensors[0].device.type
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(device_type)
-    return [tensor.to(dtype) for tensor in tensors]
-
-
-def tokens_first(tensor: torch.Tensor) -> torch.Tensor:
-    """`[B, H, S, D]` as `[B * S, H, D]`."""
-    return tensor.transpose(1, 2).flatten(0, 1)
-
-
-def _refuse(module: torch.nn.Module, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict) -> None:
-    """Refuse what a layer asks for and a shard cannot give exactly."""
     layer = type(module).__name__
+    for name, value in kwargs.items():
+        off = value is None or (isinstance(value, (bool, int)) and not value)
+        if name not in HARMLESS and not off:
+            raise ValueError(
+                f"{layer} asks for {name}={value if isinstance(value, (int, float, str)) else type(value).__name__}, "
+                "which context-parallel attention does not know and will not ignore."
+            )
+    if isinstance(attention_mask, PlannedMask):
+        pattern = attention_mask.pattern
+        window = kwargs.get("sliding_window")
+        if window is not None and pattern.sliding_window not in (window, window + 1):  # some count the token itself
+            raise ValueError(
+                f"{layer} asks for sliding_window={window} and its mask has {pattern.sliding_window}: SDPA goes by "
+                "the mask and flash attention by the keyword. Call the model outside cp.shard."
+            )
+        if kwargs.get("is_causal") is False and pattern.causal:
+            raise ValueError(f"{layer} is not causal and its mask is. Call the model outside cp.shard.")
+        return pattern
     if attention_mask is not None:
         raise ValueError(
             f"{layer} was given an attention mask of shape {tuple(attention_mask.shape)}: masks made by the caller "
             "cannot be sharded. Give the batch to cp.shard with a 2-D attention_mask or with packed position_ids."
         )
-    if dropout > 0:
+    if kwargs.get("sliding_window") is not None:
         raise ValueError(
-            f"{layer} asks for attention dropout of {dropout}, which is not supported. Set it to 0 in the model's "
-            "config (attention_dropout, attn_pdrop or the like)."
+            f"{layer} asks for sliding_window={kwargs['sliding_window']} without a mask that has it, so that SDPA "
+            "would ignore it and flash attention not. Call the model outside cp.shard."
         )
     causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise ValueError(f"{layer} is not causal, and cp.shard makes causal plans. Call the model outside cp.shard.")
-    for name, value in kwargs.items():
-        if name not in HARMLESS and value is not None and value is not False:
-            raise ValueError(
-                f"{layer} asks for {name}={value if isinstance(value, (int, float, str)) else type(value).__name__}, "
-                "which context-parallel attention does not know and will not ignore."
-            )
+    return Pattern(causal=getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _check_lengths(batch: ShardedBatch, query: torch.Tensor, key: torch.Tensor) -> None:
     shard = batch.shard
-    expected = (shard.batch_size, shard.layout.local_length(shard.plan.rank))
+    expected = (shard.batch_size, shard.layout.local_length(shard.rank))
     for name, tensor in (("queries", query), ("keys", key)):
         found = (tensor.shape[0], tensor.shape[2])
         if found != expected:
@@ -179,21 +172,3 @@ def _unsharded_attention(module, query, key, value, attention_mask, scaling, dro
     else:
         function = sys.modules[type(module).__module__].eager_attention_forward
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-
-
-@cache
-def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
-    """`"sdpa"` or `"eager"`: what Transformers chooses for a model of this configuration when nothing is asked for.
-
-    Raises:
-        ValueError: if Transformers knows no model of it.
-    """
-    model_class = MODEL_MAPPING.get(config_class, None)
-    if model_class is None:
-        raise ValueError(
-            f"which attention {config_class.__name__} has outside cp.shard is not known, since Transformers maps "
-            "no model to it. Load the model with attn_implementation='sdpa' or 'eager' where it is not sharded."
-        )
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
-    return "sdpa" if model_class._supports_sdpa else "eager"

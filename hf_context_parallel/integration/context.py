@@ -1,14 +1,11 @@
-"""Which batch is being computed: the one thing that the attention function looks up.
-
-Transformers' attention function gets the tensors of a layer and no batch, so the batch is found here. It is entered
-and left in one place, by `ContextParallel.shard`; batches nest, as when evaluation runs inside training.
-"""
+"""A batch while it is computed: its share of this rank, and the checks of the model that runs with it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,19 +15,16 @@ from transformers import PreTrainedModel
 
 from ..consensus import agree, fingerprint
 from ..data import SHARD, Shard, shard_batch
-from .models import NAME, check_model
+from .current import current_batch, enter, leave
+from .loss import BalancingLoss, corrected_loss
+from .models import NAME, check_model, modules_to_reshard, transformers_model
+from .randomness import own_stream
+from .replace import Replacements
+from .rope import follows_length, with_length
+from .whole import WholeSequences
 
 if TYPE_CHECKING:
     from ..context_parallel import ContextParallel
-
-# Not a context variable: on CUDA, backward (and with it the recomputation of gradient checkpointing) runs in a thread
-# of autograd's own, which sees no other thread's.
-_open: list[ShardedBatch] = []
-
-
-def current_batch() -> ShardedBatch | None:
-    """The innermost batch that has been entered and not left."""
-    return _open[-1] if _open else None
 
 
 class ShardedBatch(AbstractContextManager):
@@ -39,13 +33,17 @@ class ShardedBatch(AbstractContextManager):
     def __init__(self, cp: ContextParallel, batch: Mapping[str, Any], model: torch.nn.Module | None):
         self.cp = cp
         self.shard: Shard
-        self.attended = False
+        self.handled: dict[str, set[str]] = {}
+        """For each class of modules that mix tokens: how they were computed."""
         self._batch = batch
         self._model = model
         self._entered = self._left = False
-        self._positions: torch.Tensor
+        self.positions: torch.Tensor
         self._running: torch.nn.Module | None = None
         self._hooks: list[Any] = []
+        self._whole = WholeSequences(self)
+        self._replacements = Replacements()
+        self._random: AbstractContextManager | None = None
 
     def __enter__(self) -> dict[str, Any]:
         if self._entered:
@@ -67,9 +65,14 @@ class ShardedBatch(AbstractContextManager):
             "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or ContextParallelTrainer, "
             "which deal samples to CP groups rather than ranks.",
         )
-        self.shard, self._positions = local.pop(SHARD), local["position_ids"]
+        self.shard, self.positions = local.pop(SHARD), local["position_ids"]
+        if self._model is not None:
+            model = transformers_model(self._model)
+            optional = {"position_ids", "use_cache", "shift_labels", "num_items_in_batch"}
+            refused = optional - set(accepted(model, optional))
+            local = {name: value for name, value in local.items() if name not in refused}
         del self._batch, self._model
-        _open.append(self)
+        enter(self)
         self._hooks = [
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -79,11 +82,15 @@ class ShardedBatch(AbstractContextManager):
     def __exit__(self, kind, error, traceback) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._replacements.restore()
+        if self._random:
+            self._random.__exit__(None, None, None)
         self._left = True
-        if _open[-1] is not self:
-            _open.remove(self)
-            raise RuntimeError("sharded batches must be left in the reverse of the order in which they were entered.")
-        _open.pop()
+        leave(self)
+
+    def note(self, module: torch.nn.Module, how: str) -> None:
+        """Remember how a module that mixes tokens is computed."""
+        self.handled.setdefault(type(module).__name__, set()).add(how)
 
     def check_backward(self) -> None:
         """Raise unless this batch's gradients can be computed now."""
@@ -101,11 +108,11 @@ class ShardedBatch(AbstractContextManager):
         if SHARD not in self._batch:
             return shard_batch(self._batch, self.cp.config, self.cp.rank)
         local = dict(self._batch)
-        plan = local[SHARD].plan
-        if (plan.rank, plan.size) != (self.cp.rank, self.cp.size):
+        shard = local[SHARD]
+        if (shard.rank, shard.layout.size) != (self.cp.rank, self.cp.size):
             raise ValueError(
-                f"the batch was sharded for rank {plan.rank} of {plan.size} and this is rank {self.cp.rank} of "
-                f"{self.cp.size}: give the collator cp.config and cp.rank."
+                f"the batch was sharded for rank {shard.rank} of {shard.layout.size} and this is rank "
+                f"{self.cp.rank} of {self.cp.size}: give the collator cp.config and cp.rank."
             )
         return local
 
@@ -114,43 +121,72 @@ class ShardedBatch(AbstractContextManager):
         """Check the model that is about to run: the outermost, whether or not it was passed to `shard`."""
         if isinstance(module, PreTrainedModel) and current_batch() is self and self._running is None:
             check_model(module)
-            self._running, self.attended = module, False
+            self._running, self.handled = module, {}
+            if module.training and self.cp.size > 1 and not self._random:
+                self._random = own_stream(self.cp.rank)
+                self._random.__enter__()
+            self._balancing = BalancingLoss(self, module)
+            self._balancing.__enter__()
+            for part in modules_to_reshard(module):
+                self._replacements.replace(part, self._whole.forward_of)
+            for part in module.modules():
+                if follows_length(part):
+                    self._replacements.replace(part, partial(with_length, batch=self))
 
     @torch.compiler.disable
-    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
-        """Check what the model was given and that it used our attention; there is no output if it raised."""
+    def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
+        """Check what the model was given and that it used our attention; there is no output if it raised.
+
+        Returns:
+            The output with another loss, where the model's own is not a sum over tokens.
+        """
         if module is not self._running:
-            return
+            return None
         self._running = None
+        self._balancing.__exit__()
         if output is None:
-            return
-        if not self.attended:
+            return None
+        if not self.handled:
             raise RuntimeError(
                 f"a model ran on a shard, but none of its attention layers used {NAME!r}: each rank attended to its "
                 f"own shard alone, and the result is wrong. Load the model with attn_implementation={NAME!r}."
             )
-        self._check_inputs(_arguments(module, args, kwargs))
+        given = _arguments(module, args, kwargs)
+        self._check_inputs(module, given)
+        corrected = corrected_loss(module, output, given, self)
+        output = output if corrected is None else corrected
         # Reentrant checkpointing builds its graph in backward, when it is too late to tell which batch it is of.
         for tensor in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(self._check_hook)
+        return corrected
 
     def _check_hook(self, _) -> None:
         self.check_backward()
 
-    def _check_inputs(self, given: Mapping[str, Any]) -> None:
+    def _check_inputs(self, module: torch.nn.Module, given: Mapping[str, Any]) -> None:
         """Refuse a call without the inputs that make a shard's result that of the whole."""
-        positions = given.get("position_ids")
-        complete = given.get("use_cache") is False and isinstance(positions, torch.Tensor)
+        required = {"position_ids", "use_cache"}
         if given.get("labels") is not None:
-            complete &= given.get("shift_labels") is not None and given.get("num_items_in_batch") is not None
+            required |= {"shift_labels", "num_items_in_batch"}
+        complete = all(given.get(name) is not None for name in required & set(accepted(module, required)))
+        positions = given.get("position_ids")
         # The same tensor in nearly every call; a copy, perhaps on another device, is compared by its values.
-        if not complete or not (positions is self._positions or torch.equal(positions.cpu(), self._positions.cpu())):
+        if positions is not None and positions is not self.positions:
+            complete = complete and torch.equal(positions.cpu(), self.positions.cpu())
+        if not complete or given.get("use_cache"):
             raise ValueError(
                 "the model must be called with all that cp.shard yields: position_ids, use_cache=False, and with "
                 "labels also shift_labels and num_items_in_batch. Call it as model(**local); call other models, and "
-                "generate(), outside the block."
+                "generate(), outside the block. Where its forward takes no such inputs, pass the model to cp.shard."
             )
+
+
+def accepted(module: torch.nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of `names` that a module's forward can be given."""
+    parameters = inspect.signature(module.forward).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return [name for name in names if anything or name in parameters]
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

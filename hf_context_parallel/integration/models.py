@@ -1,27 +1,165 @@
-"""Which models are known to be exact on shards."""
+"""Which models are exact on shards, and what their modules need for it."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+
+def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
 
 NAME = "context_parallel"
 """The value of `attn_implementation` that this package registers."""
 
-EXACT = (
-    "gpt2",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
+CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+BASE_CLASSES = frozenset(name for names in MODEL_MAPPING_NAMES.values() for name in _names(names))
+"""The names of the classes that `AutoModelForCausalLM` and `AutoModel` choose."""
+
+SEES_WHOLE = re.compile(
+    # state space, linear attention, recurrences
+    r"(Bamba|FalconH1|FalconMamba|JambaMamba|Mamba|Mamba2|NemotronHMamba2|ZambaMamba|Zamba2Mamba)Mixer"
+    r"|GraniteMoeHybridMambaLayer|(BailingHybrid|KimiLinear)DeltaAttention|MiniMaxLightningAttention"
+    r"|\w+GatedDeltaNet|RecurrentGemmaRecurrentBlock|Rwkv(SelfAttention|FeedForward)|xLSTMLayer"
+    r"|Qwen4ExpText(NGramEmbedding|PLELayer|Attention)"
+    # short convolutions
+    r"|\w+ShortConv(olution)?|ZayaAttention"
+    # attention that picks its keys, or biases their scores
+    r"|(AXK2|DeepseekV32|DeepseekV4|Dots3NoteText|GlmMoeDsa|HYV4|MiniMaxM3VL\w*|Doge|Inkling|Inkling2\w*)Attention"
+    # attention that no interface reaches
+    r"|(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention"
 )
-"""The model types whose every layer has been compared with one process, loss and gradients."""
+"""The modules that mix tokens otherwise than by the attention interface, by their classes' names."""
+
+MAKES_POSITIONS = re.compile(
+    r"OPTLearnedPositionalEmbedding"
+    r"|(Camembert|Data2VecText|Roberta|RobertaPreLayerNorm|XLMRoberta|XLMRobertaXL|Xmod)\w*Embeddings"
+)
+"""The modules that count positions from the first token, or the first that is not padding, that they see."""
+
+WHOLE_MODELS = {
+    "bart",
+    "big_bird",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "blt",
+    "cpmant",
+    "glm_moe_dsa",
+    "hy_v4",
+    "marian",
+    "mbart",
+    "megatron-bert",
+    "mvp",
+    "openai-gpt",
+    "pegasus",
+    "plbart",
+    "prophetnet",
+    "reformer",
+    "rembert",
+    "roformer",
+    "trocr",
+    "xlm",
+    "xlnet",
+}
+"""The types whose whole model sees whole sequences: it mixes tokens or makes positions between its modules."""
+
+UNSHIFTED = {
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "cpmant",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "trocr",
+    "whisper",
+    "xlm",
+    "xlnet",
+}
+"""The types whose loss compares each token's logits with its own label and not with the next one's."""
+
+_NOT_BUILT = "AutoModelForCausalLM cannot build it from its configuration, so that it was not tested"
+_DRAFTS = "it drafts for another model, whose keys and values it takes, and cannot be trained alone"
+REFUSED = {
+    "gemma3n": "its vision tower needs the timm package, so that it was not tested; its text, gemma3n_text, is exact",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "git": "it needs images, whose tokens come before the text's and are in no shard",
+    "musicgen": _NOT_BUILT,
+    "musicgen_melody": _NOT_BUILT,
+    "prophetnet": "it predicts several tokens at a time, and its loss is not a sum over a shard's tokens",
+}
+"""The types that are not exact on shards, and why."""
+
+KNOWN = Path(__file__).parent.parent / "models.json"
+"""What `hf-context-parallel check --all --write` has found of each type."""
+
+_trying = False
+
+
+@cache
+def known_states() -> dict[str, dict]:
+    """For each model type that was checked, what was found."""
+    return json.loads(KNOWN.read_text())["types"] if KNOWN.exists() else {}
+
+
+@contextmanager
+def trying() -> Iterator[None]:
+    """Run types that are not known to be exact: to find out."""
+    global _trying
+    before, _trying = _trying, True
+    try:
+        yield
+    finally:
+        _trying = before
+
+
+def modules_to_reshard(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that have to see whole sequences, none of them inside another."""
+    if isinstance(model, PreTrainedModel) and model.config.model_type in WHOLE_MODELS:
+        decoder = model.get_decoder()
+        return [model.base_model if decoder is model else decoder]
+    found: list[torch.nn.Module] = []
+    inside: set[torch.nn.Module] = set()
+    for module in model.modules():
+        # FSDP2 gives modules a class of its own, derived from theirs.
+        names = (kind.__name__ for kind in type(module).__mro__)
+        if module not in inside and any(SEES_WHOLE.fullmatch(x) or MAKES_POSITIONS.fullmatch(x) for x in names):
+            found.append(module)
+            inside.update(module.modules())
+    return found
+
+
+def makes_positions(module: torch.nn.Module) -> bool:
+    """Whether a module, or a whole model, makes positions of its own unless it is given some."""
+    names = [kind.__name__ for kind in type(module).__mro__]
+    return isinstance(module, PreTrainedModel) or any(MAKES_POSITIONS.fullmatch(name) for name in names)
+
+
+def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The outermost Transformers model within what wraps it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no Transformers model; only those can be sharded.")
 
 
 def check_model(model: torch.nn.Module) -> None:
@@ -33,28 +171,24 @@ def check_model(model: torch.nn.Module) -> None:
     Raises:
         ValueError: naming the type or setting, and what to do.
     """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            break
-    else:
-        raise ValueError(f"{type(model).__name__} holds no Transformers model; only those can be sharded.")
+    module = transformers_model(model)
     config, name = module.config, type(module).__name__
     check_config(config)
-    causal, base = (mapping.get(type(config), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING))
-    if causal is None or type(module).forward not in (causal.forward, base.forward):
+    stock = _stock_class(module)
+    if stock is None or type(module).forward is not stock.forward:
         raise ValueError(
             f"{name} is not one of Transformers' causal language models, or has a forward of its own: what it does "
             "with outputs, it would do with a shard's. Exact are the classes that AutoModelForCausalLM and AutoModel "
             "choose."
         )
-    if type(module).forward is causal.forward and module.loss_function is not ForCausalLMLoss:
+    if stock.__name__ in CAUSAL_LM_CLASSES and module.loss_function is not ForCausalLMLoss:
         raise ValueError(
             f"{name} has a loss function of its own, {module.loss_function!r}, and it is not known whether that takes "
             "shift_labels and num_items_in_batch. Leave loss_function alone, or call the model without labels and "
             "compute the loss from cp.gather(logits)."
         )
     if model.training:
-        _refuse_dropout(model, config)
+        _refuse_layer_drop(config)
     if config._attn_implementation != NAME:
         raise ValueError(
             f"{name} was loaded with attn_implementation={config._attn_implementation!r}; load it with "
@@ -62,47 +196,33 @@ def check_model(model: torch.nn.Module) -> None:
         )
 
 
-def _refuse_dropout(model: torch.nn.Module, config: PreTrainedConfig) -> None:
-    """Ranks are seeded alike, so they would drop the same entries of different tokens."""
-    attention = getattr(config, "attention_dropout", 0.0)
-    if attention:
-        raise ValueError(
-            f"{type(config).__name__} asks for attention dropout of {attention}, which is not supported: set "
-            "attention_dropout=0.0."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and module.training and module.p > 0:
+def _stock_class(model: PreTrainedModel) -> type | None:
+    """The class that `AutoModelForCausalLM` or `AutoModel` chooses, of which the model is one, if it is."""
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("transformers.") and kind.__name__ in CAUSAL_LM_CLASSES | BASE_CLASSES:
+            return kind
+    return None
+
+
+def _refuse_layer_drop(config: PreTrainedConfig) -> None:
+    """Ranks draw on their own, and would skip different layers: those that do not would wait for those that do."""
+    for name in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
+        if getattr(config, name, 0.0):
             raise ValueError(
-                f"{name} drops out with p={module.p}, which is not supported: set the probability that the model's "
-                "config (or the adapter's) has for it to 0.0."
+                f"{type(config).__name__} asks for {name}={getattr(config, name)}, which skips layers at random, on "
+                f"each rank others. Set {name}=0.0."
             )
 
 
 def check_config(config: PreTrainedConfig) -> None:
     """Refuse a configuration that would not be exact. See `check_model`."""
-    if config.model_type not in EXACT:
+    name = config.model_type
+    if name in REFUSED:
+        raise ValueError(f"model type {name!r} is refused: {REFUSED[name]}. Call the model outside cp.shard.")
+    if not _trying and known_states().get(name, {}).get("state") not in ("exact", "exact by resharding"):
+        reason = known_states().get(name, {}).get("reason") or "it has not been compared with one process"
         raise ValueError(
-            f"model type {config.model_type!r} has not been shown to be exact under context parallelism. Exact are "
-            f"{', '.join(EXACT)}. If this is one part of a composite model, give each part its own attention, for "
-            f'example attn_implementation={{"text_config": "{NAME}", "vision_config": "sdpa"}}.'
-        )
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits=True adds the router's auxiliary loss, which is not a sum over tokens and would be "
-            "wrong on a shard. Set config.output_router_logits=False."
-        )
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-        config.model_type in ("mistral", "phi3") and window is not None
-    ):
-        raise ValueError(
-            f"the model has layers with a sliding window (sliding_window={window}), which are not supported yet. "
-            "Where no document is longer than the window, a config with full attention in all layers computes the "
-            "same."
-        )
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type in ("dynamic", "longrope"):
-        raise ValueError(
-            f"rope_type={rope_type!r} chooses its frequencies by the largest position it sees, and each shard sees "
-            "another. Use one that does not, such as 'default', 'linear', 'llama3' or 'yarn'."
+            f"model type {name!r} is refused: {reason}. `hf-context-parallel check {name}` compares it. If this is "
+            "one part of a composite model, give each part its own attention, for example "
+            f'attn_implementation={{"text_config": "{NAME}", "vision_config": "sdpa"}}.'
         )

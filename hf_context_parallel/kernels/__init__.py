@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from .base import Kernel
+from .base import Kernel, Scores
 from .cpu import CpuKernel
 from .flash_attn import FlashAttnKernel
 from .reference import ReferenceKernel
@@ -52,16 +52,16 @@ def choose_kernel(name: str, device_type: str) -> Kernel:
         reasons.append(f"{candidate!r}: {missing}")
     raise ValueError(
         f"kernel='auto' finds none for device type {device_type!r} ({'; '.join(reasons) or 'none is known for it'}). "
-        "kernel='reference' runs everywhere, but keeps a matrix of scores."
+        "kernel='reference' runs everywhere, but slowly."
     )
 
 
-def check_kernel(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> None:
-    """Refuse tensors that the kernel does not take.
+def check_kernel(kernel: Kernel, query: torch.Tensor, value: torch.Tensor, scores: Scores) -> None:
+    """Refuse tensors that the kernel does not take, and scores that it does not make.
 
     Raises:
         ValueError: naming the property that does not fit and what to do.
     """
-    refusal = kernel.refusal(query.device, query.dtype, query.shape[-1], value.shape[-1])
+    refusal = kernel.refusal(query.device, query.dtype, query.shape[-1], value.shape[-1], scores)
     if refusal:
         raise ValueError(f"kernel={kernel.name!r} cannot take these tensors: {refusal}.")

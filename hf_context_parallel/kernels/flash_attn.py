@@ -12,7 +12,8 @@ from functools import cache
 
 import torch
 
-from .varlen import VarlenKernel
+from .base import Scores
+from .varlen import VarlenKernel, Window
 
 
 class FlashAttnKernel(VarlenKernel):
@@ -26,7 +27,7 @@ class FlashAttnKernel(VarlenKernel):
             return "PyTorch sees no CUDA device; on the CPU use kernel='cpu'"
         return None
 
-    def varlen_forward(self, query, key, value, lengths, causal, scale):
+    def varlen_forward(self, query, key, value, lengths, window, scores):
         from flash_attn import flash_attn_interface
 
         function = flash_attn_interface._flash_attn_varlen_forward
@@ -36,15 +37,15 @@ class FlashAttnKernel(VarlenKernel):
             value,
             *lengths,
             0.0,
-            scale,
-            causal=causal,
+            scores.scale,
+            causal=window.causal,
             return_softmax=False,
             block_table=None,
-            **_unused(function),
+            **_options(function, window, scores),
         )
         return results[0], results[1] if len(results) == 4 else results[5]
 
-    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths, causal, scale):
+    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths, window, scores):
         from flash_attn import flash_attn_interface
 
         function = flash_attn_interface._flash_attn_varlen_backward
@@ -59,17 +60,23 @@ class FlashAttnKernel(VarlenKernel):
             *grads,
             *lengths,
             0.0,
-            scale,
-            causal,
-            deterministic=False,
-            **_unused(function),
+            scores.scale,
+            window.causal,
+            deterministic=scores.deterministic,
+            **_options(function, window, scores),
         )
         return tuple(grads)
 
 
+def _options(function, window: Window, scores: Scores) -> dict:
+    """Window, softcap and ALiBi, by the names that this version has for them. All are given: 2.6 has no defaults."""
+    if "window_size" in _parameters(function):
+        sizes = {"window_size": (window.left, window.right)}
+    else:
+        sizes = {"window_size_left": window.left, "window_size_right": window.right}
+    return {**sizes, "softcap": scores.softcap or 0.0, "alibi_slopes": None}
+
+
 @cache
-def _unused(function) -> dict:
-    """The arguments that switch windows, softcap and ALiBi off, by the names that this version has for them."""
-    names = inspect.signature(function).parameters
-    window = {"window_size": (-1, -1)} if "window_size" in names else {"window_size_left": -1, "window_size_right": -1}
-    return {**window, "softcap": 0.0, "alibi_slopes": None}  # all given, since 2.6 has no defaults
+def _parameters(function) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

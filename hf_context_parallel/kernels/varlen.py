@@ -14,7 +14,7 @@ import torch
 
 from ..intervals import Interval
 from ..plan import Segments, take
-from .base import Kernel
+from .base import Kernel, Scores
 
 
 class Lengths(NamedTuple):
@@ -29,10 +29,18 @@ class Lengths(NamedTuple):
     max_keys: int
 
 
+class Window(NamedTuple):
+    """A band as FlashAttention takes it: bottom-right aligned, -1 for no limit."""
+
+    causal: bool
+    left: int
+    right: int
+
+
 class VarlenKernel(Kernel):
     """A kernel that takes all segments of a call at once."""
 
-    def refusal(self, device, dtype, query_dim, value_dim) -> str | None:
+    def refusal(self, device, dtype, query_dim, value_dim, scores) -> str | None:
         if device.type != "cuda":
             return f"it runs on CUDA and the tensors are on {device}; use kernel='auto'"
         if dtype not in (torch.bfloat16, torch.float16):
@@ -42,29 +50,34 @@ class VarlenKernel(Kernel):
             )
         if max(query_dim, value_dim) > 256:
             return f"it takes head dims up to 256, not {max(query_dim, value_dim)}; use kernel='reference'"
+        if scores.dropout_p:
+            return (
+                f"it does not tell which weights a dropout of {scores.dropout_p} left out; set attention dropout to "
+                "0, or use kernel='reference'"
+            )
         return None
 
     @abstractmethod
-    def varlen_forward(self, query, key, value, lengths: Lengths, causal: bool, scale: float):
+    def varlen_forward(self, query, key, value, lengths: Lengths, window: Window, scores: Scores):
         """Output `[Q, H, D]` and LSE `[H, Q]` of packed rows."""
 
     @abstractmethod
-    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths: Lengths, causal, scale):
+    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths: Lengths, window, scores):
         """The gradients of packed `query`, `key` and `value`, given LSE `[H, Q]`."""
 
-    def forward(self, query, key, value, segments, scale):
+    def forward(self, query, key, value, segments, scores):
         width = _head_dim(query, value)
         output, lse = self.varlen_forward(
             _pad(take(query, segments.query_runs), width),
             _pad(take(key, segments.key_runs), width),
             _pad(take(value, segments.key_runs), width),
             _lengths(segments, query.device),
-            segments.causal,
-            scale,
+            _window(segments),
+            scores,
         )
         return output[..., : value.shape[-1]], lse.T
 
-    def backward(self, grad_output, query, key, value, output, lse, segments, scale):
+    def backward(self, grad_output, query, key, value, output, lse, segments, scores):
         width = _head_dim(query, value)
         grad_query, grad_key, grad_value = self.varlen_backward(
             _pad(take(grad_output, segments.query_runs), width),
@@ -74,8 +87,8 @@ class VarlenKernel(Kernel):
             _pad(take(output, segments.query_runs), width),
             take(lse, segments.query_runs).T.contiguous(),
             _lengths(segments, query.device),
-            segments.causal,
-            scale,
+            _window(segments),
+            scores,
         )
         query_dim, value_dim = query.shape[-1], value.shape[-1]
         return grad_query[..., :query_dim], grad_key[..., :query_dim], grad_value[..., :value_dim]
@@ -98,6 +111,11 @@ def _lengths(segments: Segments, device: torch.device) -> Lengths:
         max(stop - start for start, stop in segments.queries),
         max(stop - start for start, stop in segments.keys),
     )
+
+
+def _window(segments: Segments) -> Window:
+    left, right = (-1 if limit is None else limit for limit in segments.band)
+    return Window(right == 0, left, right)
 
 
 def _head_dim(query: torch.Tensor, value: torch.Tensor) -> int:

@@ -1,0 +1,227 @@
+"""The mask function that Transformers calls for `attn_implementation="context_parallel"`.
+
+Transformers describes a layer type's mask by a function of indices, put together from pieces. On a shard these are
+read for what they are, and the plan computes with that: no matrix is made. A piece that is not known is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import MODEL_MAPPING, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..mask import Pattern
+from .current import current_batch
+from .models import NAME
+
+
+class _NotATensor(ValueError, AttributeError):
+    """Both, so that `hasattr` says no and everything else stops with the message."""
+
+
+class PlannedMask:
+    """What a layer gets as its attention mask on a shard, and hands to our attention: the pattern that it wants."""
+
+    def __init__(
+        self, pattern: Pattern, config: PreTrainedConfig, options: dict[str, Any], dtype: torch.dtype | None = None
+    ):
+        self.pattern = pattern
+        self.dtype = dtype
+        self.config = config
+        self.options = options
+
+    def to(self, *args, **kwargs) -> PlannedMask:
+        """Itself, to be in another dtype when it is a tensor."""
+        dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), self.dtype)
+        return PlannedMask(self.pattern, self.config, self.options, dtype)
+
+    def _refuse(self, use: str):
+        raise _NotATensor(
+            f"{self.config.model_type!r} computes with its attention mask itself ({use}), which on a shard is a plan "
+            "and no matrix. Call the model outside cp.shard."
+        )
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(f".{name}")
+
+    def __getitem__(self, index):
+        self._refuse("indexing")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        mask = next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, PlannedMask))
+        mask._refuse(getattr(function, "__name__", str(function)))
+
+    def _arithmetic(self, *_):
+        self._refuse("arithmetic")
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __invert__ = __and__ = __or__ = _arithmetic
+
+
+def register() -> None:
+    """Tell Transformers of the mask function."""
+    AttentionMaskInterface.register(NAME, context_parallel_mask)
+
+
+def context_parallel_mask(**kwargs) -> Any:
+    """The mask of one layer type: a `PlannedMask` for a shard; else what Transformers would make.
+
+    Raises:
+        ValueError: if the model's type or its mask is not known to be exact on a shard.
+    """
+    config = kwargs["config"]
+    batch = current_batch()
+    if batch is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(config))](**kwargs)
+    given = kwargs.get("attention_mask")
+    if given is not None and not given.all():  # some models make one of ones when they are given none
+        raise ValueError("a shard's model was given an attention_mask: call it with what cp.shard yields and no more.")
+    pattern = read_pattern(kwargs["mask_function"], config.model_type)
+    counts_from_documents = hasattr(masking_utils, "remap_positions_for_packed_sequence")
+    if pattern.chunk_size is not None and not counts_from_documents and batch.shard.packed:
+        raise ValueError(
+            f"{config.model_type!r} has chunked attention, whose chunks this version of Transformers counts from the "
+            "row's start and newer ones from each document's. Upgrade Transformers, or do not pack."
+        )
+    options = {name: value for name, value in kwargs.items() if name.startswith("allow_is_")}
+    return PlannedMask(pattern, config, options)
+
+
+def whole_mask(
+    mask: PlannedMask, rows: int, length: int, padding: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor | None:
+    """What the model's own attention would have been given for whole sequences in the place of a shard's mask.
+
+    Args:
+        padding: `[rows, length]`, 0 at padding, or None for none.
+        like: a tensor of the dtype and device that the model computes in.
+    """
+    padding = None if padding is None else padding.to(like.device).bool()
+    causal, window, chunk = mask.pattern
+    parts = [masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function]
+    if window is not None:
+        overlay = (
+            masking_utils.sliding_window_overlay if causal else masking_utils.sliding_window_bidirectional_overlay
+        )
+        parts.append(overlay(window if causal else window - 1))
+    if chunk is not None:
+        left = torch.zeros(rows, dtype=torch.long) if padding is None else (padding.cumsum(-1) == 0).sum(-1)
+        parts.append(masking_utils.chunked_overlay(chunk, left.to(like.device)))
+    local_size = [size for size in (window, chunk) if size is not None]
+    made = ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(mask.config))](
+        batch_size=rows,
+        q_length=length,
+        kv_length=length,
+        q_offset=0,
+        kv_offset=0,
+        mask_function=parts[0] if len(parts) == 1 else masking_utils.and_masks(*parts),
+        attention_mask=padding,
+        local_size=min(local_size) if local_size else None,
+        dtype=like.dtype,
+        config=mask.config,
+        use_vmap=False,
+        device=like.device,
+        **(mask.options if padding is None else dict.fromkeys(mask.options, False)),  # one mask for all rows, or none
+    )
+    if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+        # Softmax is computed in float32, where the least of float64 is -inf and a row of padding NaN.
+        made = made.clamp(min=torch.finfo(torch.float32).min)
+    return made if made is None or mask.dtype is None else made.to(mask.dtype)
+
+
+@contextmanager
+def stock_attention(module: torch.nn.Module) -> Iterator[None]:
+    """The configurations of a module's parts name the attention that they would have without us.
+
+    Some layers ask for the name: those that pick their keys put that into the mask for Transformers' own alone.
+    """
+    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    ours = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == NAME]
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    of_models = {id(model.config): "sdpa" if model._supports_sdpa else "eager" for model in models}
+    for config in ours:
+        name = of_models.get(id(config)) or unsharded_implementation(type(config))
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config in ours:
+            config._attn_implementation_internal = NAME
+
+
+def read_pattern(function, model_type: str) -> Pattern:
+    """The pattern that one of Transformers' mask functions describes, documents and padding aside.
+
+    Raises:
+        ValueError: naming the piece that is not known.
+    """
+    parts = list(_parts(function, model_type))
+    limits = {name: [value for part, value in parts if part == name] for name in ("sliding_window", "chunk_size")}
+    smallest = {name: min(values) if values else None for name, values in limits.items()}
+    return Pattern(causal=("causal", True) in parts, **smallest)
+
+
+def _parts(function, model_type: str):
+    """The pieces of a mask function, as (field of `Pattern`, value)."""
+    name = function.__qualname__
+    inside = inspect.getclosurevars(function).nonlocals
+    if name == "and_masks.<locals>.and_mask":
+        for part in inside["mask_functions"]:
+            yield from _parts(part, model_type)
+    elif name == "or_masks.<locals>.or_mask":
+        parts = [part for part in inside["mask_functions"] if not _is_text_only(part)]
+        if len(parts) > 1:
+            raise ValueError(
+                f"{model_type!r} lets tokens of a block, such as an image's, read each other, and it is not known how "
+                "that is sharded. Call the model outside cp.shard."
+            )
+        yield from _parts(parts[0], model_type)
+    elif name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+        yield from _parts(inside["mask_function"], model_type)
+    elif name == "causal_mask_function":
+        yield "causal", True
+    elif name == "sliding_window_overlay.<locals>.inner_mask":
+        yield "sliding_window", inside["sliding_window"]
+    elif name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+        yield "sliding_window", inside["sliding_window"] + 1  # it counts the distance, and a window the tokens
+    elif name == "chunked_overlay.<locals>.inner_mask":
+        yield "chunk_size", inside["chunk_size"]
+    elif name not in ("bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"):
+        # A packed row's documents are those of the shard, which cannot tell them, and are in the plan.
+        raise ValueError(
+            f"{model_type!r} masks attention by {name!r}, and it is not known how that is sharded. Known are causal, "
+            "bidirectional, sliding-window and chunked masks. Call the model outside cp.shard."
+        )
+
+
+def _is_text_only(function) -> bool:
+    """Whether a mask function is that of blocks of tokens and there is none."""
+    if function.__qualname__ != "blockwise_overlay.<locals>.inner_mask":
+        return False
+    return bool((inspect.getclosurevars(function).nonlocals["block_sequence_ids"] < 0).all())
+
+
+@cache
+def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
+    """`"sdpa"` or `"eager"`: what Transformers chooses for a model of this configuration when nothing is asked for.
+
+    Raises:
+        ValueError: if Transformers knows no model of it.
+    """
+    model_class = MODEL_MAPPING.get(config_class, None)
+    if model_class is None:
+        raise ValueError(
+            f"which attention {config_class.__name__} has outside cp.shard is not known, since Transformers maps "
+            "no model to it. Load the model with attn_implementation='sdpa' or 'eager' where it is not sharded."
+        )
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    return "sdpa" if model_class._supports_sdpa else "eager"

@@ -1,0 +1,25 @@
+"""Random numbers of a rank's own while it computes its shard.
+
+Ranks are seeded alike, as Trainer does it, so that what is to be the same on all of them is. Dropout is not: the same
+entries of different tokens would be dropped. So each rank draws from a stream of its own for as long as a batch is
+open, seeded from the one that they share, which goes on afterwards as if one number had been drawn from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..kernels.base import seed_of
+
+
+@contextmanager
+def own_stream(rank: int) -> Iterator[None]:
+    """Draw from a stream of this rank's, on the CPU and on the current GPU."""
+    shared = int(torch.empty((), dtype=torch.int64).random_())
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed_of(shared, rank))
+        yield

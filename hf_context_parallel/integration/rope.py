@@ -1,0 +1,69 @@
+"""RoPE whose frequencies depend on the longest position of a sequence, of which a shard may hold none.
+
+Dynamic NTK and LongRoPE choose their frequencies by the largest position that they are given. Here they are given one
+more: the largest of the batch, or of the document where rows are packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from .context import ShardedBatch
+
+
+def follows_length(module: torch.nn.Module) -> bool:
+    """Whether a module makes RoPE of frequencies that depend on the length."""
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
+
+
+def with_length(module: torch.nn.Module, forward: Callable, batch: ShardedBatch) -> Callable:
+    """`forward` of such a module, which gets the lengths of what this rank's tokens are part of."""
+    return partial(_rope, module, forward, batch)
+
+
+def _rope(module, forward, batch, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
+    lengths = _same_frequencies(module, kind, layer_type, batch.shard.lengths)
+    result = None
+    for length in lengths.unique().tolist():
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
+        part = forward(x, torch.cat([position_ids, last], dim=-1), **options)
+        part = tree_map(lambda tensor: tensor[..., :-1, :], part)
+        chosen = (lengths == length)[..., None].to(x.device)
+        result = part if result is None else _where(chosen, part, result)
+    return result
+
+
+def _where(chosen: torch.Tensor, new: Any, old: Any) -> Any:
+    if isinstance(new, torch.Tensor):
+        return torch.where(chosen, new, old)
+    return tuple(torch.where(chosen, a, b) for a, b in zip(new, old))
+
+
+def _same_frequencies(module, kind: str, layer_type: str | None, lengths: torch.Tensor) -> torch.Tensor:
+    """`lengths` with those made one that the module makes the same frequencies for.
+
+    Raises:
+        ValueError: if documents' frequencies would depend on which document was seen before.
+    """
+    parameters = module.config.rope_parameters if layer_type is None else module.config.rope_parameters[layer_type]
+    original = parameters.get("original_max_position_embeddings") or module.original_max_seq_len
+    if kind == "longrope":  # which has two sets of them
+        long = lengths > original
+        return torch.where(long, lengths.max(), lengths.clamp(max=original))
+    if len(lengths.unique()) > 1 and lengths.max() > original:
+        raise ValueError(
+            f"rope_type={kind!r} remembers the longest sequence that it has seen, so that what it does to packed "
+            f"documents of more than {original} tokens depends on their order. Do not pack, or use another rope_type, "
+            "such as 'yarn' or 'longrope'."
+        )
+    return lengths

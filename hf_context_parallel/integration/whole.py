@@ -1,0 +1,221 @@
+"""Modules of a model that see whole sequences: their forward is replaced for as long as a sharded batch is open.
+
+A hook would not do, since a rank calls the module once for the sequences of each length. What a module is given by
+token is resharded (see `reshard`), and so is what it returns; its attention mask is the one that the sequences would
+have if they were alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..reshard import Resharding, Sequence
+from .current import no_batch
+from .masks import PlannedMask, stock_attention, whole_mask
+from .models import makes_positions
+from .positions import MADE_BY_MODEL
+
+if TYPE_CHECKING:
+    from .context import ShardedBatch
+
+
+PADDING_MASKS = {"attention_mask", "conv_mask", "conv"}
+"""The arguments by which modules are told of padding; none of it reaches them on a shard."""
+
+
+class _Call(NamedTuple):
+    """Sequences of one length that a module is called with at a time: `tokens` of what this rank has of all its own.
+
+    Without sequences it is a call of some tokens of this rank's, of which nothing is kept: so all parameters have
+    gradients on all ranks, and all ranks enter the same collectives.
+
+    Args:
+        shape: rows and their length.
+    """
+
+    sequences: list[Sequence]
+    tokens: slice
+    shape: tuple[int, int]
+
+
+class WholeSequences:
+    """Runs modules on whole sequences while a batch is open."""
+
+    def __init__(self, batch: ShardedBatch):
+        self._batch = batch
+        self._reshardings: dict[tuple[int, torch.device], Resharding] = {}
+        self._turns = 0
+
+    def forward_of(self, module: torch.nn.Module, forward: Callable) -> Callable:
+        """`forward` of a module, given whole sequences."""
+        turn = self._turns % self._batch.cp.size
+        self._turns += 1
+        return partial(self._run, module, forward, turn)
+
+    @torch.compiler.disable
+    def _run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+        """What `forward` returns of whole sequences, as shards."""
+        self._batch.note(module, "whole sequences")
+        parameters = inspect.signature(forward).parameters
+        leaves, form = tree_flatten(_by_name(forward, args, kwargs))
+        local = [index for index, leaf in enumerate(leaves) if self._is_by_token(leaf)]
+        resharding = self._resharding(turn, leaves[local[0]].device)
+        by_token = (leaves[index] for index in local)
+        expanded = [leaf.expand(self._local[0], *leaf.shape[1:]) for leaf in by_token]
+        whole = _together(resharding.whole, expanded, leading=2)
+
+        results, output_form = [], None
+        for call in _calls(resharding.mine, self._local[1]):
+            if call.sequences:
+                given = [tensor[call.tokens].unflatten(0, call.shape) for tensor in whole]
+            else:
+                given = [leaves[index][:1, : call.shape[1]] for index in local]
+            padding = self._padding(call)
+            here = [self._mask(leaf, call, padding, given) for leaf in leaves]
+            for index, tensor in zip(local, given):
+                here[index] = tensor
+            arguments = tree_unflatten(here, form)
+            if not call.sequences and arguments.get("position_ids") is not None:
+                arguments["position_ids"] = torch.arange(call.shape[1], device=arguments["position_ids"].device)[None]
+            if makes_positions(module) and not self._batch.shard.positioned:  # of what it sees, which is all now
+                arguments |= dict.fromkeys(arguments.keys() & {"position_ids"})
+            for name, value in arguments.items():
+                made = MADE_BY_MODEL.get((type(module).__name__, name))
+                if made is not None:
+                    seen = torch.ones(call.shape, dtype=torch.long) if padding is None else padding
+                    arguments[name] = made(module, value, seen)
+            for name in PADDING_MASKS & (parameters.keys() | arguments.keys()):
+                arguments[name] = _with_padding(arguments.get(name), padding)
+            with no_batch(), stock_attention(module):
+                output = forward(**arguments)
+            outputs, output_form = tree_flatten(output)
+            outputs = [_rows(leaf, call) for leaf in outputs]
+            if not call.sequences:
+                outputs = [_tied(leaf, whole) for leaf in outputs]
+            results.append(outputs)
+        by_call = list(zip(*results))
+        tensors = [index for index, parts in enumerate(by_call) if _is_computed(parts[0])]
+        joined = [torch.cat(parts) if index in tensors else parts[0] for index, parts in enumerate(by_call)]
+        for index, tensor in zip(
+            tensors, _together(resharding.sharded, [joined[index] for index in tensors], leading=1)
+        ):
+            joined[index] = tensor
+        return tree_unflatten(joined, output_form)
+
+    @property
+    def _local(self) -> tuple[int, int]:
+        """Rows and tokens of this rank's share."""
+        shard = self._batch.shard
+        return shard.batch_size, shard.layout.local_length(shard.rank)
+
+    def _is_by_token(self, leaf: Any) -> bool:
+        rows, tokens = self._local
+        return (
+            isinstance(leaf, torch.Tensor)
+            and leaf.dim() >= 2
+            and leaf.shape[0] in (1, rows)
+            and leaf.shape[1] == tokens
+        )
+
+    def _resharding(self, turn: int, device: torch.device) -> Resharding:
+        if (turn, device) not in self._reshardings:
+            cp = self._batch.cp
+            self._reshardings[turn, device] = Resharding(self._batch.shard, turn, cp.groups.group, device)
+        return self._reshardings[turn, device]
+
+    def _padding(self, call: _Call) -> torch.Tensor | None:
+        """The 2-D padding mask of a call's rows; None where the batch has no padding."""
+        padding = self._batch.shard.padding()
+        if padding is None:
+            return None
+        rows = [sequence.row for sequence in call.sequences]
+        return padding[rows] if rows else torch.ones(call.shape, dtype=torch.long)
+
+    def _mask(self, leaf: Any, call: _Call, padding: torch.Tensor | None, given: list[torch.Tensor]) -> Any:
+        """`leaf`, or if it is a shard's mask, that of the call's sequences."""
+        if not isinstance(leaf, PlannedMask):
+            return leaf
+        like = next(tensor for tensor in given if tensor.is_floating_point())
+        return whole_mask(leaf, *call.shape, padding, like)
+
+
+def _by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all by name."""
+    signature = inspect.signature(function)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+def _calls(mine: list[Sequence], local_length: int) -> Iterator[_Call]:
+    if not mine:
+        yield _Call([], slice(0), (1, min(3, local_length)))
+    begin = 0
+    for _, group in groupby(mine, key=lambda sequence: sequence.length):
+        alike = list(group)
+        end = begin + sum(sequence.length for sequence in alike)
+        yield _Call(alike, slice(begin, end), (len(alike), alike[0].length))
+        begin = end
+
+
+def _rows(leaf: Any, call: _Call) -> Any:
+    """What a module returned by token, as `[T, ...]`; None in the place of other tensors.
+
+    That is `[B, S, D]`. What has other dimensions, such as weights or a pooled row, may look like it by chance.
+    """
+    if not _is_computed(leaf):
+        return leaf
+    rows, length = call.shape
+    if leaf.dim() != 3 or leaf.shape[:2] not in ((rows, length), (1, length)):
+        return None  # what needs it will say so
+    by_token = leaf.expand(rows, -1, -1).flatten(0, 1)  # positions may be the same for every row
+    return by_token if call.sequences else by_token[:0]
+
+
+def _with_padding(mask: Any, padding: torch.Tensor | None) -> Any:
+    """What a module gets for a mask: the padding where it would get that or nothing, in a dictionary of masks too."""
+    if isinstance(mask, dict):
+        return {name: _with_padding(x, padding) if name in PADDING_MASKS else x for name, x in mask.items()}
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return torch.ones_like(mask) if padding is None else padding.to(mask)
+    return padding if mask is None else mask
+
+
+def _is_computed(leaf: Any) -> bool:
+    """Whether it is a tensor, and not a module's own parameter."""
+    return isinstance(leaf, torch.Tensor) and not isinstance(leaf, torch.nn.Parameter)
+
+
+def _tied(leaf: Any, whole: list[torch.Tensor]) -> Any:
+    """`leaf`, of no rows, as if it were made of `whole`, of no rows either: backward has to go there on every rank."""
+    if not _is_computed(leaf) or not leaf.requires_grad:
+        return leaf
+    return leaf + sum(tensor.sum() for tensor in whole if tensor.requires_grad)
+
+
+def _together(
+    move: Callable[[torch.Tensor], torch.Tensor], tensors: list[torch.Tensor], leading: int
+) -> list[torch.Tensor]:
+    """`move` of each tensor, whose first `leading` dimensions are the tokens', in one exchange for all of a kind.
+
+    The order of several exchanges in backward would not be certain.
+    """
+    moved: list[torch.Tensor] = [None] * len(tensors)
+    kinds: dict[tuple, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.requires_grad), []).append(index)
+    for indices in kinds.values():
+        flat = [tensors[index].unsqueeze(-1).flatten(leading) for index in indices]
+        parts = move(torch.cat(flat, dim=-1)).split([x.shape[-1] for x in flat], dim=-1)
+        for index, part in zip(indices, parts):
+            moved[index] = part.unflatten(-1, (*tensors[index].shape[leading:], 1)).squeeze(-1)
+    return moved

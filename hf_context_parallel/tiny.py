@@ -1,0 +1,322 @@
+"""Tiny models of all causal language models of Transformers, with random weights that are the same in every process.
+
+A configuration is shrunk by the names that configurations share: widths, heads, ranks, experts, windows and so on
+become small, layers become few but one of each kind stays, and everything else (activations, norms, biases, kind of
+RoPE, tying) is left as it is. Types whose fields depend on one another in a way of their own are in `_OWN`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+VOCABULARY = 64
+_POSITIONS = 256
+_LAYERS = 4
+
+# The most that a field of one of these names may be. Smaller values stay, and so does None.
+_AT_MOST = {
+    name: most
+    for most, names in {
+        _POSITIONS: """
+            max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions context_length
+        """,
+        VOCABULARY: """
+            vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size
+            original_max_position_embeddings encoder_hash_byte_group_vocab shape_vocab_size pronunciation_vocab_size
+            mamba_d_ssm num_centroids ngram_vocab_size_base
+        """,
+        48: """
+            intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim dim_ff dff ffn_hidden_size d_inner d_ff
+            intermediate_size_mlp dense_intermediate_size feed_forward_size mlp_dim
+        """,
+        32: """
+            hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim hidden_size_global
+            input_embedding_size output_embedding_size lru_width input_size output_channels ext_pw_out_channel
+            depthwise_separable_out_channel nemo_conv_channels backbone_hidden_size adapter_in_dim adapter_out_dim
+            adapter_input_size ple_embed_dim
+        """,
+        16: """
+            moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
+            shared_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank
+            kv_lora_rank o_lora_rank index_head_dim chunk_size mamba_chunk_size floor_scale log_scaling_n_floor
+            query_pre_attn_scalar rel_extent router_hidden_size hidden_size_per_layer_input pronunciation_embed_dim
+            shape_embed_dim attention_head_dim indexer_head_dim
+        """,
+        8: """
+            qk_nope_head_dim v_head_dim d_kv d_head dim_head linear_key_head_dim linear_value_head_dim linear_head_dim
+            attention_chunk_size block_size index_topk laurel_rank mamba_d_head mamba_head_dim mamba_d_state state_size
+            ssm_state_size attention_head_size mamba_n_heads mamba_num_heads d_rel adapter_rank hc_lowrank
+            index_block_size indexer_budget index_n_heads indexer_n_heads make_ngram_vocab_size_divisible_by
+            kv_channels mamba_headdim n_mamba_heads
+        """,
+        7: """
+            sliding_window sliding_window_size attention_window_size window_size local_attention
+            local_attention_window_len keep_window_size
+        """,
+        4: """
+            num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+            num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads
+            num_attention_heads_per_layer linear_num_value_heads linear_num_heads qk_rope_head_dim num_experts
+            n_routed_experts num_local_experts moe_num_experts zero_expert_num time_step_rank mamba_dt_rank rotary_dim
+            split_ngram_parts
+        """,
+        2: """
+            num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads n_group
+            num_expert_group num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts n_groups
+            mamba_n_groups mamba_ngroups o_groups index_topk_blocks num_random_blocks heads_per_ngram
+        """,
+        1: """
+            topk_group first_k_dense_replace num_dense_layers moe_layer_start_index n_shared_experts num_shared_experts
+            moe_num_shared_experts num_nextn_predict_layers
+        """,
+    }.items()
+    for name in names.split()
+}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+_DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_blocks",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
+# Lists of the indices of the layers that are of one kind.
+_INDICES = (
+    "attn_layer_indices",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "cross_attention_layers",
+    "mlp_only_layers",
+    "moe_layers",
+    "local_layer_ids",
+)
+# What a type needs beside the names above.
+_OWN: dict[str, dict[str, Any]] = {
+    "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},  # of one stack, and multiplied from there
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 3,
+        "expert_layer_offset": 1,
+    },
+    "minimax_m3_vl_text": {"index_n_heads": 2},  # as many as there are key/value heads
+    "qwen4_exp_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "ple_layer_ids": [1],  # counted from one
+        "number_of_conv_states": 3,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 2, "block_types": ["recurrent", "attention"]},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},  # which would ask for one length only
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+    },
+}
+# Where the default configuration of a type cannot be built, or has not all kinds of layers that the type can have.
+_HALF_SLIDING = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7}
+_HEAD = {"head_dim": 128}
+_INDEXER = {
+    "indexer_n_heads": 8,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, **_HALF_SLIDING},
+    "granitemoehybrid": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "position_embedding_type": "rope",
+    },
+    "hunyuan_v1_dense": _HEAD,
+    "hunyuan_v1_moe": _HEAD,
+    "laguna": _HALF_SLIDING,
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "mellum": _HALF_SLIDING,
+    "ministral": _HEAD,
+    "minimax_m3_vl_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen2": {"use_sliding_window": True, **_HALF_SLIDING},
+    "qwen2_moe": {"use_sliding_window": True, **_HALF_SLIDING},
+    "qwen3": {"use_sliding_window": True, **_HALF_SLIDING},
+    "smollm3": {"use_sliding_window": True, **_HALF_SLIDING, "no_rope_layers": [0, 1]},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {**_HALF_SLIDING, "layer_types": ["hybrid", "hybrid_sliding"]},
+}
+
+
+def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
+    """The configuration of a model of this type that fits anywhere."""
+    return shrink(AutoConfig.for_model(model_type, **_DEFAULTS.get(model_type, {})), **changes)
+
+
+def shrink(config: PreTrainedConfig, **changes) -> PreTrainedConfig:
+    """A configuration of the same architecture, small; `changes` are fields to set beside."""
+    return type(config).from_dict({**_shrunk(config.to_dict()), **changes})
+
+
+def tiny_model(
+    config: PreTrainedConfig, attn_implementation: str | None, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> PreTrainedModel:
+    """A model of this configuration, the same for every value of `attn_implementation`.
+
+    Weights are spread out, so that attention is not uniform and norms and biases are not those of a fresh model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = copy.deepcopy(config)  # a model keeps its configuration and writes the implementation there
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        if dtype == torch.float64:
+            model.set_experts_implementation("eager")  # the default, a grouped matrix product, does not take float64
+        model.to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, or of one within it, made small."""
+    layers = _kept_layers(fields)
+    small = {name: _small(name, value, fields, layers) for name, value in fields.items()}
+    if fields.get("num_kv_shared_layers"):
+        small["num_kv_shared_layers"] = sum(layer >= _unshared(fields) for layer in layers)
+    return small | _OWN.get(fields.get("model_type"), {})
+
+
+def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int]) -> Any:
+    if name in _TOKENS:
+        return _TOKENS[name]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if name == "per_layer_config":
+        overrides = {int(layer): override for layer, override in value.items()}
+        return {new: _in_proportion(overrides[old], fields) for new, old in enumerate(layers) if old in overrides}
+    if isinstance(value, dict):
+        if name.startswith("rope_"):
+            return _small_rope(value, fields)
+        return _shrunk(value) if "model_type" in value else value
+    if isinstance(value, (list, tuple)):
+        if name in _INDICES:
+            return [new for new, old in enumerate(layers) if old in value]
+        if len(value) == _depth(fields):
+            return [_small(name, value[layer], fields, layers) for layer in layers]
+        return value
+    if name in _DEPTHS:
+        return min(value, len(layers))
+    if "drop" in name or "jitter" in name:
+        return type(value)(0)
+    if name in ("head_dim", "qk_head_dim", "swa_head_dim"):
+        return _head_dim(value, fields)
+    if name == "num_key_value_heads" and "kv_lora_rank" in fields:  # latent attention gives every query its keys
+        return min(value, _AT_MOST["num_attention_heads"])
+    if name == "attention_hidden_size":  # a multiple of the hidden size
+        return _AT_MOST["hidden_size"] * (value // fields["hidden_size"])
+    if name == "image_size":
+        return min(value, 4 * fields["patch_size"])
+    return min(value, _AT_MOST.get(name, value))
+
+
+def _depth(fields: dict[str, Any]) -> int:
+    """The number of layers, of the deeper half where there are two."""
+    depths = [fields[name] for name in _DEPTHS if isinstance(fields.get(name), int)]
+    if not depths and isinstance(fields.get("layers_block_type"), list):  # which counts them by itself
+        depths = [len(fields["layers_block_type"])]
+    return max(depths, default=0)
+
+
+def _kept_layers(fields: dict[str, Any]) -> list[int]:
+    """Two layers at least, and of each kind that any of the lists of layers knows at least one."""
+    depth = _depth(fields)
+    kinds: list[set] = [set() for _ in range(depth)]
+    for layer in range(depth):
+        if fields.get("num_kv_shared_layers"):  # the last ones take keys and values from an earlier one of their type
+            kinds[layer].add((layer >= _unshared(fields), fields["layer_types"][layer]))
+        for name, value in fields.items():
+            if name in _INDICES and value is not None:
+                kinds[layer].add((name, layer in value))
+            elif name == "per_layer_config" and value:
+                kinds[layer].add((name, str(value.get(f"{layer:02}"))))
+            elif isinstance(value, (list, tuple)) and len(value) == depth:
+                kinds[layer].add((name, str(value[layer])))
+    kept, missing = [], set().union(*kinds)
+    while missing and len(kept) < _LAYERS:
+        best = max(range(depth), key=lambda layer: len(kinds[layer] & missing))
+        kept.append(best)
+        missing -= kinds[best]
+    more = [layer for layer in range(depth) if layer not in kept]
+    return sorted(kept + more[: max(0, 2 - len(kept))])
+
+
+def _unshared(fields: dict[str, Any]) -> int:
+    """The number of layers that make their own keys and values."""
+    return _depth(fields) - fields["num_kv_shared_layers"]
+
+
+def _head_dim(value: int, fields: dict[str, Any]) -> int:
+    """A head of a width that stands in the same relation to the other widths as `value` does."""
+    rope, nope = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
+    if rope is not None and nope is not None:
+        small_rope, small_nope = min(rope, _AT_MOST["qk_rope_head_dim"]), min(nope, _AT_MOST["qk_nope_head_dim"])
+        if value in (rope, rope + nope):
+            return small_rope if value == rope else small_rope + small_nope
+    width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    return min(value, 8 if width and heads and value * heads == width else 16)
+
+
+def _small_rope(parameters: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """RoPE of the same kind: of as many frequencies as small heads have, scaled from within the small range."""
+    small = {}
+    for name, value in parameters.items():
+        if isinstance(value, dict):  # of one kind of layers
+            value = _small_rope(value, fields)
+        elif isinstance(value, (list, tuple)):
+            head = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+            share = _head_dim(head, fields) / head
+            if name == "mrope_section":  # which together are all frequencies
+                total = int(sum(value) * share)
+                value = [int(section * share) for section in value]
+                value[0] += total - sum(value)
+            else:
+                value = value[: int(len(value) * share)]
+        elif name in _AT_MOST:
+            value = min(value, _AT_MOST[name])
+        small[name] = value
+    return small
+
+
+def _in_proportion(override: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """What one layer has other than the rest, made as much smaller as the rest is."""
+    small = {}
+    for name, value in override.items():
+        small[name] = max(1, _small(name, fields[name], fields, []) * value // fields[name])
+    if "qk_nope_head_dim" in small:
+        rope = override.get("qk_rope_head_dim", fields["qk_rope_head_dim"])
+        small["head_dim"] = small["qk_nope_head_dim"] + min(rope, _AT_MOST["qk_rope_head_dim"])
+    return small

@@ -1,0 +1,125 @@
+"""Worker processes that run functions as the ranks of process groups, one after another.
+
+Importing Transformers takes seconds, so it happens once a worker, however many functions they run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+
+class WorkerPool:
+    """Processes on this machine, without a GPU, that run functions as the ranks of a gloo process group.
+
+    Args:
+        workers: the most ranks that a group may have.
+        timeout: seconds that a function may take.
+    """
+
+    def __init__(self, workers: int, timeout: float):
+        self._workers, self._timeout = workers, timeout
+        self._links: list = []
+        self._processes: list = []
+
+    def __call__(self, ranks: int, function, *args) -> list:
+        """What `function(*args)` returns on each of `ranks` ranks.
+
+        Raises:
+            AssertionError: with the workers' tracebacks, if it raised on any; then new workers take over.
+        """
+        if not self._processes:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            task = function.__module__, function.__qualname__, args
+            for rank, link in enumerate(self._links[:ranks]):
+                link.send((*task, rank, ranks, f"{folder}/store", _free_port(), self._timeout))
+            answers = self._answers(ranks)
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        # When one rank fails, others lose the connection to it; why it failed is what matters.
+        failures = [text for text in failures if "gloo/transport" not in text] or failures
+        assert not failures, "\n".join(failures)
+        return [value for _, value in answers]
+
+    def _answers(self, ranks: int) -> list[tuple[bool, object]]:
+        """The ranks' answers, or of the first to fail if not all answer: the others may wait for it for ever."""
+        links = {link: rank for rank, link in enumerate(self._links[:ranks])}
+        answers: dict[int, tuple[bool, object]] = {}
+        patience = self._timeout
+        while len(answers) < ranks:
+            waiting = [link for link, rank in links.items() if rank not in answers]
+            ready = multiprocessing.connection.wait(waiting, patience)
+            if not ready:
+                self.close()
+                late = [rank for rank in range(ranks) if rank not in answers]
+                failed = [answer for answer in answers.values() if not answer[0]]
+                return failed or [(False, f"ranks {late} of {ranks} did not answer within {self._timeout} s")]
+            for link in ready:
+                try:
+                    answers[links[link]] = link.recv()
+                except EOFError:
+                    answers[links[link]] = (False, "the process died")
+                if not answers[links[link]][0]:
+                    patience = 2.0  # for the others to fail alike
+        if any(not self._processes[rank].is_alive() for rank in range(ranks)):
+            self.close()
+        return [answers[rank] for rank in range(ranks)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self._workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,))
+            process.start()
+            there.close()  # so that a worker whose suite has died reads the end of its link, and ends
+            self._links.append(here)
+            self._processes.append(process)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._links, self._processes = [], []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(link) -> None:
+    """A worker's life: run what comes, answer with its result or its traceback."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    import torch
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            module, name, args, rank, ranks, store, port, timeout = link.recv()
+        except EOFError:
+            return
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ |= {key: str(value) for key, value in launched.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            if ranks > 1:
+                options = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=timeout)}
+                dist.init_process_group("gloo", init_method=Path(store).as_uri(), **options)
+            link.send((True, getattr(importlib.import_module(module), name)(*args)))
+        except BaseException:  # whatever it was, whoever asked must hear of it
+            link.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._shared_state.clear()
