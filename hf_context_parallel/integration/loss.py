@@ -72,6 +72,11 @@ def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any]
             logits, None, logits.shape[-1], num_items_in_batch=count.to(logits.device), shift_labels=labels
         )
     elif getattr(config, "z_loss_coefficient", 0):
+        if shard.padding() is not None:
+            raise ValueError(
+                f"z_loss_coefficient={config.z_loss_coefficient} is a mean over all logits, and those of padding are "
+                "not what they would be on one process. Set it to 0, or pack the batch instead of padding it."
+            )
         # The model has added the mean over its shard of what is to be a mean over the batch.
         squares = logits.logsumexp(dim=-1).to(output["loss"].dtype).pow(2)
         real = shard.layout.positions(shard.rank).to(logits.device) < shard.length

@@ -6,6 +6,7 @@ read for what they are, and the plan computes with that: no matrix is made. A pi
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,50 +164,78 @@ def read_pattern(function, model_type: str) -> Pattern:
     Raises:
         ValueError: naming the piece that is not known.
     """
-    parts = list(_parts(function, model_type))
-    limits = {name: [value for part, value in parts if part == name] for name in ("sliding_window", "chunk_size")}
-    smallest = {name: min(values) if values else None for name, values in limits.items()}
-    return Pattern(causal=("causal", True) in parts, **smallest)
-
-
-def _parts(function, model_type: str):
-    """The pieces of a mask function, as (field of `Pattern`, value)."""
     name = function.__qualname__
     inside = inspect.getclosurevars(function).nonlocals
     if name == "and_masks.<locals>.and_mask":
-        for part in inside["mask_functions"]:
-            yield from _parts(part, model_type)
-    elif name == "or_masks.<locals>.or_mask":
+        return _both([read_pattern(part, model_type) for part in inside["mask_functions"]])
+    if name == "or_masks.<locals>.or_mask":
         parts = [part for part in inside["mask_functions"] if not _is_text_only(part)]
-        if len(parts) > 1:
-            raise ValueError(
-                f"{model_type!r} lets tokens of a block, such as an image's, read each other, and it is not known how "
-                "that is sharded. Call the model outside cp.shard."
-            )
-        yield from _parts(parts[0], model_type)
-    elif name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
-        yield from _parts(inside["mask_function"], model_type)
-    elif name == "causal_mask_function":
-        yield "causal", True
-    elif name == "sliding_window_overlay.<locals>.inner_mask":
-        yield "sliding_window", inside["sliding_window"]
-    elif name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
-        yield "sliding_window", inside["sliding_window"] + 1  # it counts the distance, and a window the tokens
-    elif name == "chunked_overlay.<locals>.inner_mask":
-        yield "chunk_size", inside["chunk_size"]
-    elif name not in ("bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"):
-        # A packed row's documents are those of the shard, which cannot tell them, and are in the plan.
-        raise ValueError(
-            f"{model_type!r} masks attention by {name!r}, and it is not known how that is sharded. Known are causal, "
-            "bidirectional, sliding-window and chunked masks. Call the model outside cp.shard."
-        )
+        return _either([read_pattern(part, model_type) for part in parts], model_type)
+    if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+        return read_pattern(inside["mask_function"], model_type)
+    if name == "causal_mask_function":
+        return Pattern(causal=True)
+    if name == "sliding_window_overlay.<locals>.inner_mask":
+        return Pattern(causal=False, sliding_window=inside["sliding_window"])  # causal is what it is laid over
+    if name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+        return Pattern(causal=False, sliding_window=inside["sliding_window"] + 1)  # it counts distance, not tokens
+    if name == "_bidirectional_window_overlay.<locals>.inner_mask":
+        return Pattern(causal=False, sliding_window=inside["sliding_window"])
+    if name == "chunked_overlay.<locals>.inner_mask":
+        return Pattern(causal=False, chunk_size=inside["chunk_size"])
+    if name in ("bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"):
+        return Pattern(causal=False)  # a shard cannot tell a packed row's documents; they are in the plan
+    if _reads_nothing(function) and bool(function()):
+        return Pattern(causal=False)
+    raise ValueError(
+        f"{model_type!r} masks attention by {name!r}, and it is not known how that is sharded. Known are causal, "
+        "bidirectional, sliding-window and chunked masks. Call the model outside cp.shard."
+    )
+
+
+def _both(patterns: list[Pattern]) -> Pattern:
+    """What all of them let a token read."""
+    windows = [x.sliding_window for x in patterns if x.sliding_window is not None]
+    sizes = [x.chunk_size for x in patterns if x.chunk_size is not None]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"chunks of different sizes, {sizes}, are not supported.")
+    return Pattern(any(x.causal for x in patterns), min(windows, default=None), min(sizes, default=None))
+
+
+def _either(patterns: list[Pattern], model_type: str) -> Pattern:
+    """What any of them lets a token read, if that is one of them."""
+    for widest in patterns:
+        if all(_contains(widest, other) for other in patterns):
+            return widest
+    raise ValueError(
+        f"{model_type!r} lets a token read what either of {patterns} says, and it is not known how that is sharded. "
+        "Call the model outside cp.shard."
+    )
+
+
+def _contains(wide: Pattern, narrow: Pattern) -> bool:
+    """Whether a token reads in one pattern all that it reads in the other."""
+    window = wide.sliding_window
+    return (
+        (not wide.causal or narrow.causal)
+        and (window is None or (narrow.sliding_window is not None and narrow.sliding_window <= window))
+        and (wide.chunk_size is None or wide.chunk_size == narrow.chunk_size)
+    )
 
 
 def _is_text_only(function) -> bool:
-    """Whether a mask function is that of blocks of tokens and there is none."""
+    """Whether a mask function is that of blocks of tokens, such as an image's, and there is none."""
     if function.__qualname__ != "blockwise_overlay.<locals>.inner_mask":
         return False
     return bool((inspect.getclosurevars(function).nonlocals["block_sequence_ids"] < 0).all())
+
+
+def _reads_nothing(function) -> bool:
+    """Whether a function of any arguments looks at none of them."""
+    code = function.__code__
+    return code.co_argcount == 0 and not any(
+        step.opname.startswith("LOAD_FAST") or step.opname == "LOAD_DEREF" for step in dis.get_instructions(code)
+    )
 
 
 @cache

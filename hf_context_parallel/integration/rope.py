@@ -36,7 +36,8 @@ def _rope(module, forward, batch, x: torch.Tensor, position_ids: torch.Tensor, l
     result = None
     for length in lengths.unique().tolist():
         last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
-        part = forward(x, torch.cat([position_ids, last], dim=-1), **options)
+        # Those of longer documents would be the largest; what is made of them here is not kept.
+        part = forward(x, torch.cat([position_ids.clamp(max=length - 1), last], dim=-1), **options)
         part = tree_map(lambda tensor: tensor[..., :-1, :], part)
         chosen = (lengths == length)[..., None].to(x.device)
         result = part if result is None else _where(chosen, part, result)
