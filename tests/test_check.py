@@ -125,6 +125,12 @@ def test_a_check_prints_a_table_and_fails_where_something_is_wrong(capsys):
     assert "wrong" in printed.out and "no-such-model" in printed.err
 
 
+def test_a_folder_is_checked_by_its_configuration(on_ranks, tmp_path):
+    tiny_config("gemma2").save_pretrained(tmp_path)
+    finding = survey.examine(on_ranks, str(tmp_path), (2,), "p2p")
+    assert finding.state == "exact" and set(finding.handled) == {"Gemma2Attention"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

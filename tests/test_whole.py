@@ -214,6 +214,29 @@ def test_dropout_is_that_of_one_process_in_distribution(on_ranks):
 # Wrapped
 
 
+def data_parallel_difference(model_type: str) -> float:
+    """DDP over the ranks of the group, against no wrapper."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    cp, batch = context(), batch_of(1, 26)
+    model = tiny_model(tiny_config(model_type), "context_parallel")
+    expected = loss_and_gradients(model, batch, cp)
+    model.zero_grad(set_to_none=True)
+    wrapped = DistributedDataParallel(model)
+    with cp.shard(batch, wrapped) as local:
+        loss = wrapped(**local).loss
+        loss.backward()
+    loss = loss.detach().clone()
+    dist.all_reduce(loss)
+    return largest_difference([loss, *(parameter.grad * cp.size for parameter in model.parameters())], expected)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "lfm2", "mamba2"])
+def test_a_data_parallel_model_is_exact(on_ranks, model_type):
+    """Sinks' gradients, and those of modules that one rank alone computes, are averaged as they should be."""
+    assert max(on_ranks(3, data_parallel_difference, model_type)) < 1e-12
+
+
 def fully_sharded_difference(model_type: str) -> float:
     """FSDP2 over the ranks of the group, against no wrapper."""
     from torch.distributed.fsdp import fully_shard
@@ -235,6 +258,6 @@ def fully_sharded_difference(model_type: str) -> float:
     return largest_difference([loss, *full], expected)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "lfm2", "bamba"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "lfm2", "bamba"])
 def test_a_fully_sharded_model_is_exact(on_ranks, model_type):
     assert max(on_ranks(2, fully_sharded_difference, model_type)) < 1e-12
