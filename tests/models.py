@@ -1,69 +1,18 @@
-"""Tiny models of real architectures, with random weights that are the same in every process."""
+"""What tests of models share: tiny ones, and batches for them."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_context_parallel as hcp
-
-VOCABULARY = 64
-_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_COMMON = {
-    **_TOKENS,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-_OWN = {
-    "gpt2": {
-        **_TOKENS,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 256,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "scale_attn_by_inverse_layer_idx": True,
-    },
-    "gpt_neox": {**_COMMON, "num_key_value_heads": 4},
-    "mistral": {**_COMMON, "sliding_window": None},
-    "phi3": {**_COMMON, "sliding_window": None, "original_max_position_embeddings": 256},
-    "qwen3": {**_COMMON, "head_dim": 12},
-    "qwen3_moe": {
-        **_COMMON,
-        "head_dim": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-    },
-}
-
-
-def tiny_config(model_type: str, **changes):
-    """The configuration of a model of this type that fits anywhere."""
-    return AutoConfig.for_model(model_type, **{**_OWN.get(model_type, _COMMON), **changes})
+from hf_context_parallel import tiny
+from hf_context_parallel.tiny import VOCABULARY
 
 
 def tiny_model(model_type: str, attention: str | None, dtype: torch.dtype = torch.float64, **changes):
-    """A model of this type, the same for every value of `attention`.
-
-    Weights are spread out, so that attention is not uniform and norms and biases are not those of a fresh model.
-    """
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), attn_implementation=attention)
-    if dtype == torch.float64:
-        model.set_experts_implementation("eager")  # the default, a grouped matrix product, does not take float64
-    model.to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
+    """A tiny model of this type, the same for every value of `attention`."""
+    return tiny.tiny_model(tiny.tiny_config(model_type, **changes), attention, dtype)
 
 
 def context(**settings) -> hcp.ContextParallel:

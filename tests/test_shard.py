@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from models import context, document_positions, some_labels, tiny_config, tiny_model, tokens
+from models import context, document_positions, some_labels, tiny_model, tokens
 from streams import Stream
 from test_models import error, reduced
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 import hf_context_parallel as hcp
 from hf_context_parallel import tiny
 from hf_context_parallel.data import SHARD
+from hf_context_parallel.tiny import tiny_config
 
 
 def labelled(rows: int = 2, length: int = 19, seed: int = 0) -> dict[str, torch.Tensor]:

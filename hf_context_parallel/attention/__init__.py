@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from ..kernels.base import Kernel, Scores
-from ..plan import Plan
-from .exchange import Exchange
 from .p2p import ring_attention
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    plan: Plan,
-    exchange: Exchange,
-    kernel: Kernel,
-    scores: Scores,
-    sinks: torch.Tensor | None = None,
-    guard: Callable[[], None] = lambda: None,
-) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how) -> torch.Tensor:
     """Attention as models call it, by the strategies, which have tokens first.
 
     Args:
         query: `[B, H, S_local, D]`.
         key, value: `[B, H_kv, S_local, D]` and `[B, H_kv, S_local, D_v]`, of the same dtype.
-        plan, exchange, kernel, scores, sinks, guard: see `ring_attention`.
+        how: what `ring_attention` takes beside them.
 
     Returns:
         `[B, S_local, H, D_v]`.
     """
     tensors = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    output = ring_attention(
-        *tensors, plan=plan, exchange=exchange, kernel=kernel, scores=scores, sinks=sinks, guard=guard
-    )
+    output = ring_attention(*tensors, **how)
     return output.unflatten(0, (query.shape[0], query.shape[2])).contiguous()  # as SDPA's is: models view it
 
 
