@@ -52,6 +52,7 @@ class Shard:
         fingerprint: of the whole batch; of its shape and documents alone where contents are not compared.
         lengths: `[B, S_local]`, for each token one more than the largest position of its document where rows are
             packed, else of the batch.
+        all_lengths: those of all ranks' tokens.
         unshifted: this rank's labels as they came, for models that compare each token with its own, and
         unshifted_count: how many the batch has. None without labels.
     """
@@ -65,6 +66,7 @@ class Shard:
     packed: bool
     fingerprint: int
     lengths: torch.Tensor = field(compare=False)
+    all_lengths: tuple[int, ...]
     unshifted: torch.Tensor | None = field(default=None, compare=False)
     unshifted_count: torch.Tensor | None = field(default=None, compare=False)
     _plans: dict[masks.Pattern, Plan] = field(default_factory=dict, repr=False, compare=False)
@@ -144,7 +146,18 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     planned = {"planned": (config.layout, batch_size, length, rows)}
     mark = fingerprint({**batch, **planned} if config.check_batch else planned)
     local[SHARD] = Shard(
-        batch_size, length, layout, rank, rows, "position_ids" in batch, packed, mark, lengths, unshifted, count
+        batch_size,
+        length,
+        layout,
+        rank,
+        rows,
+        "position_ids" in batch,
+        packed,
+        mark,
+        lengths,
+        tuple(reach.unique().tolist()),
+        unshifted,
+        count,
     )
     return local
 

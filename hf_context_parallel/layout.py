@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from .intervals import Interval
+from .intervals import Interval, total
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,14 @@ class Layout:
             filled[rank] += self.bounds[chunk + 1] - self.bounds[chunk]
         return tuple(offsets)
 
+    @cached_property
+    def local_lengths(self) -> tuple[int, ...]:
+        """How many tokens each rank holds."""
+        return tuple(total(self.intervals(rank)) for rank in range(self.size))
+
     def local_length(self, rank: int) -> int:
         """How many tokens `rank` holds."""
-        return sum(stop - start for start, stop in self.intervals(rank))
+        return self.local_lengths[rank]
 
     def intervals(self, rank: int) -> list[Interval]:
         """The position ranges `[start, stop)` that `rank` holds, ascending."""

@@ -10,6 +10,8 @@ A sequence is a row, or a document where rows are packed: what the module would 
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .data import Shard
-from .intervals import intersection
+from .layout import Layout
 
 
 class Sequence(NamedTuple):
@@ -41,6 +43,39 @@ def sequences(shard: Shard) -> list[Sequence]:
         for row, documents in enumerate(shard.rows)
         for document in documents
     ]
+
+
+class Piece(NamedTuple):
+    """Tokens of one sequence that lie next to each other on a rank.
+
+    Args:
+        token: the number of the first there, in rows laid one after another.
+        place: its number in the sequence.
+    """
+
+    rank: int
+    token: int
+    place: int
+    length: int
+
+
+def pieces(layout: Layout, sequence: Sequence) -> Iterator[Piece]:
+    """Where a sequence lies, from its first token to its last."""
+    chunk, position = bisect_right(layout.bounds, sequence.start) - 1, sequence.start
+    while position < sequence.stop:
+        start, stop, rank = layout.bounds[chunk], layout.bounds[chunk + 1], layout.chunk_owners[chunk]
+        token = sequence.row * layout.local_length(rank) + layout.chunk_offsets[chunk] + position - start
+        length = min(stop, sequence.stop) - position
+        if length:  # a chunk may be empty
+            yield Piece(rank, token, position - sequence.start, length)
+        chunk, position = chunk + 1, position + length
+
+
+def ranges(starts: list[int], lengths: list[int]) -> torch.Tensor:
+    """`start, ..., start + length - 1` for each, one after another."""
+    first, count = torch.tensor(starts, dtype=torch.long), torch.tensor(lengths, dtype=torch.long)
+    before = count.cumsum(0) - count
+    return torch.arange(sum(lengths)) + (first - before).repeat_interleave(count)
 
 
 def deal(lengths: list[int], size: int, turn: int) -> list[int]:
@@ -78,61 +113,92 @@ class Resharding:
             dealt[owner].append(sequence)
         self.mine = dealt[shard.rank]
 
-        sent = [_held(shard, shard.rank, theirs) for theirs in dealt]
-        received = [_held(shard, rank, self.mine) for rank in range(shard.layout.size)]
+        sent = [held(shard, theirs)[shard.rank] for theirs in dealt]
+        received = held(shard, self.mine)
         self._send_counts, self._receive_counts = [len(x) for x, _ in sent], [len(x) for x, _ in received]
         self._tokens = torch.cat([tokens for tokens, _ in sent]).to(device)
-        self._order = torch.cat([place for _, place in received]).argsort().to(device)
-        self._reverse = self._order.argsort()
+        self._reverse = torch.cat([places for _, places in received]).to(device)
+        self._order = self._reverse.argsort()
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, S_local, ...]` as the tokens of this rank's sequences, one sequence after another: `[T, ...]`."""
-        rows = x.flatten(0, 1).index_select(0, self._tokens)
-        return self._exchange(rows, self._send_counts, self._receive_counts).index_select(0, self._order)
+        return linear(self._whole, self._sharded, x)[0]
 
     def sharded(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, ...]` back as `[B, S_local, ...]`: 0 where a token is in no sequence."""
+        return linear(self._sharded, self._whole, x)[0]
+
+    def _whole(self, x: torch.Tensor) -> list[torch.Tensor]:
+        rows = x.flatten(0, 1).index_select(0, self._tokens)
+        return [all_to_all(rows, self._send_counts, self._receive_counts, self._group).index_select(0, self._order)]
+
+    def _sharded(self, x: torch.Tensor) -> list[torch.Tensor]:
         rows = x.index_select(0, self._reverse)
-        rows = self._exchange(rows, self._receive_counts, self._send_counts)
-        local = self._shard.batch_size, self._shard.layout.local_length(self._shard.rank)
-        return x.new_zeros(local[0] * local[1], *x.shape[1:]).index_copy(0, self._tokens, rows).unflatten(0, local)
+        return [
+            scattered(
+                self._shard, self._tokens, all_to_all(rows, self._receive_counts, self._send_counts, self._group)
+            )
+        ]
 
-    def _exchange(self, rows: torch.Tensor, sends: list[int], receives: list[int]) -> torch.Tensor:
-        return rows if self._group is None else _AllToAll.apply(rows, sends, receives, self._group)
 
+def held(shard: Shard, wanted: list[Sequence]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What each rank holds of these sequences: the tokens' numbers there, and their places among those of all of them.
 
-def _held(shard: Shard, rank: int, wanted: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `rank` holds of these sequences: the tokens' numbers there, and their places among the sequences'."""
-    layout, local_length = shard.layout, shard.layout.local_length(rank)
-    tokens, places, before = [], [], 0
+    A rank's tokens are in the order of the sequences.
+    """
+    found: list[list[tuple[int, int, int]]] = [[] for _ in range(shard.layout.size)]
+    before = 0
     for sequence in wanted:
-        index = 0
-        for start, stop in layout.intervals(rank):
-            for first, last in intersection([(start, stop)], [(sequence.start, sequence.stop)]):
-                token = sequence.row * local_length + index + first - start
-                tokens.append(torch.arange(token, token + last - first))
-                places.append(torch.arange(before + first - sequence.start, before + last - sequence.start))
-            index += stop - start
+        for piece in pieces(shard.layout, sequence):
+            found[piece.rank].append((piece.token, before + piece.place, piece.length))
         before += sequence.length
-    empty = torch.empty(0, dtype=torch.long)
-    return torch.cat([empty, *tokens]), torch.cat([empty, *places])
+    by_rank = []
+    for of_rank in found:
+        tokens, places, lengths = ([triple[index] for triple in of_rank] for index in range(3))
+        by_rank.append((ranges(tokens, lengths), ranges(places, lengths)))
+    return by_rank
 
 
-class _AllToAll(torch.autograd.Function):
-    """Rows to the ranks of a group, `sends[r]` of them to rank r; the gradient goes the other way."""
+def scattered(shard: Shard, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A rank's rows `[len(tokens), ...]` as `[B, S_local, ...]`: each where its token is, and 0 elsewhere."""
+    local = shard.batch_size, shard.layout.local_length(shard.rank)
+    return rows.new_zeros(local[0] * local[1], *rows.shape[1:]).index_copy_(0, tokens, rows).unflatten(0, local)
 
+
+Map = Callable[..., list[torch.Tensor]]
+"""Tensors to tensors."""
+
+
+def linear(there: Map, back: Map, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """`there(*tensors)`, of which the gradient is `back(*gradients)`.
+
+    What is exchanged together is one node of the graph: the order of several in backward would not be certain, and all
+    ranks have to enter the same exchanges in the same order.
+
+    Args:
+        there, back: linear maps, each the other's transpose.
+    """
+    return list(_Linear.apply(there, back, *tensors))
+
+
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, sends, receives, group):
-        ctx.arguments = receives, sends, group
-        return _all_to_all(rows, sends, receives, group)
+    def forward(ctx, there, back, *tensors):
+        ctx.back = back
+        return tuple(there(*tensors))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        return _all_to_all(grad, *ctx.arguments), None, None, None
+    def backward(ctx, *gradients):
+        return None, None, *ctx.back(*gradients)
 
 
-def _all_to_all(rows, sends, receives, group):
+def all_to_all(
+    rows: torch.Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Rows to the ranks of a group, `sends[r]` of them to rank r, for `receives[r]` from there."""
+    if group is None:
+        return rows
     result = rows.new_empty(sum(receives), *rows.shape[1:])
     dist.all_to_all_single(result, rows.contiguous(), receives, sends, group=group)
     return result

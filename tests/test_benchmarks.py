@@ -42,6 +42,13 @@ def test_traffic(run, tmp_path):
     assert all(ways["ours"] == ways["trimmed ring"] for ways in results["one document"].values())
 
 
+def test_mixers(run):
+    results = run("mixers", "--tokens", "24", "--rounds", "1")["results"]
+    assert len(results) == 3
+    for result in results:
+        assert set(result["seconds"]) == {"one process", "whole sequences", "native", "halves"}
+
+
 def test_gpu_on_the_cpu(run):
     sizes = ("--parity-tokens", "61", "--tokens", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
     results = run("gpu", "--device", "cpu", "--dtypes", "bfloat16", *sizes, "--repeats", "1")

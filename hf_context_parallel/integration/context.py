@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +16,10 @@ from ..consensus import agree, fingerprint
 from ..data import SHARD, Shard, shard_batch
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
-from .models import NAME, check_model, modules_to_reshard, transformers_model
+from .models import NAME, check_model, modules_to_reshard, native_modules, transformers_model
+from .native import NativeMixers
 from .randomness import own_stream
-from .replace import Replacements
-from .rope import follows_length, with_length
+from .rope import RopeByLength, follows_length
 from .whole import WholeSequences
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ class ShardedBatch(AbstractContextManager):
         self._running: torch.nn.Module | None = None
         self._hooks: list[Any] = []
         self._whole = WholeSequences(self)
-        self._replacements = Replacements()
+        self._native = NativeMixers(self, self._whole)
+        self._rope = RopeByLength(self)
         self._random: AbstractContextManager | None = None
 
     def __enter__(self) -> dict[str, Any]:
@@ -82,7 +82,8 @@ class ShardedBatch(AbstractContextManager):
     def __exit__(self, kind, error, traceback) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._replacements.restore()
+        for replacement in (self._rope, self._native, self._whole):
+            replacement.restore()
         if self._random:
             self._random.__exit__(None, None, None)
         self._left = True
@@ -128,10 +129,12 @@ class ShardedBatch(AbstractContextManager):
             self._balancing = BalancingLoss(self, module)
             self._balancing.__enter__()
             for part in modules_to_reshard(module):
-                self._replacements.replace(part, self._whole.forward_of)
+                self._whole.replace(part)
+            for part in native_modules(module):
+                self._native.replace(part)
             for part in module.modules():
                 if follows_length(part):
-                    self._replacements.replace(part, partial(with_length, batch=self))
+                    self._rope.replace(part)
 
     @torch.compiler.disable
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:

@@ -106,6 +106,8 @@ def whole_mask(
         like: a tensor of the dtype and device that the model computes in.
     """
     padding = None if padding is None else padding.to(like.device).bool()
+    # A row without padding would have no mask, and some models' attention is another one then: not so in its batch.
+    options = mask.options if padding is None else dict.fromkeys(mask.options, False)
     causal, window, chunk = mask.pattern
     parts = [masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function]
     if window is not None:
@@ -130,7 +132,7 @@ def whole_mask(
         config=mask.config,
         use_vmap=False,
         device=like.device,
-        **(mask.options if padding is None else dict.fromkeys(mask.options, False)),  # one mask for all rows, or none
+        **options,
     )
     if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
         # Softmax is computed in float32, where the least of float64 is -inf and a row of padding NaN.

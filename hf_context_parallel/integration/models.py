@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from .seams import CONVOLUTION, SCANS, seams
+
 
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
@@ -40,6 +42,9 @@ SEES_WHOLE = re.compile(
     r"|(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention"
 )
 """The modules that mix tokens otherwise than by the attention interface, by their classes' names."""
+
+SHORT_CONVOLUTIONS = re.compile(r"\w+ShortConv")
+"""Those of them that carry no state along the sequence, and no other module of their layer sees whole sequences."""
 
 MAKES_POSITIONS = re.compile(
     r"OPTLearnedPositionalEmbedding"
@@ -130,6 +135,24 @@ def trying() -> Iterator[None]:
 
 def modules_to_reshard(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that have to see whole sequences, none of them inside another."""
+    return [module for module in _mixers(model) if not is_native(module)]
+
+
+def native_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that mix tokens and of which each rank can compute its share."""
+    return [module for module in _mixers(model) if is_native(module)]
+
+
+def is_native(module: torch.nn.Module) -> bool:
+    """Whether a module mixes tokens by functions that it is known how to share, and by nothing else."""
+    called = seams(module)
+    names = (kind.__name__ for kind in type(module).__mro__)
+    # Where a state is carried along, the function that does it must be one of them, too.
+    return CONVOLUTION in called and (bool(called & SCANS.keys()) or any(map(SHORT_CONVOLUTIONS.fullmatch, names)))
+
+
+def _mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that mix tokens otherwise than by the attention interface, none of them inside another."""
     if isinstance(model, PreTrainedModel) and model.config.model_type in WHOLE_MODELS:
         decoder = model.get_decoder()
         return [model.base_model if decoder is model else decoder]

@@ -7,13 +7,15 @@ more: the largest of the batch, or of the document where rows are packed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from .replacement import Replacement
+
 if TYPE_CHECKING:
+    from ..data import Shard
     from .context import ShardedBatch
 
 
@@ -24,24 +26,35 @@ def follows_length(module: torch.nn.Module) -> bool:
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
 
 
-def with_length(module: torch.nn.Module, forward: Callable, batch: ShardedBatch) -> Callable:
-    """`forward` of such a module, which gets the lengths of what this rank's tokens are part of."""
-    return partial(_rope, module, forward, batch)
+class RopeByLength(Replacement):
+    """Gives such modules the lengths of what this rank's tokens are part of, while a batch is open."""
 
+    def __init__(self, batch: ShardedBatch):
+        super().__init__()
+        self._batch = batch
 
-def _rope(module, forward, batch, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
-    options = {} if layer_type is None else {"layer_type": layer_type}
-    kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
-    lengths = _same_frequencies(module, kind, layer_type, batch.shard.lengths)
-    result = None
-    for length in lengths.unique().tolist():
-        last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
-        # Those of longer documents would be the largest; what is made of them here is not kept.
-        part = forward(x, torch.cat([position_ids.clamp(max=length - 1), last], dim=-1), **options)
-        part = tree_map(lambda tensor: tensor[..., :-1, :], part)
-        chosen = (lengths == length)[..., None].to(x.device)
-        result = part if result is None else _where(chosen, part, result)
-    return result
+    def run(
+        self,
+        module: torch.nn.Module,
+        forward: Callable,
+        turn: int,
+        x: torch.Tensor,
+        position_ids: torch.Tensor,
+        layer_type: str | None = None,
+    ) -> Any:
+        """The module's frequencies at `position_ids`, `[B, S_local]`, as one process would make them."""
+        options = {} if layer_type is None else {"layer_type": layer_type}
+        kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
+        lengths = _same_frequencies(module, kind, layer_type, self._batch.shard)
+        result = None
+        for length in lengths.unique().tolist():
+            last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
+            # Those of longer documents would be the largest; what is made of them here is not kept.
+            part = forward(x, torch.cat([position_ids.clamp(max=length - 1), last], dim=-1), **options)
+            part = tree_map(lambda tensor: tensor[..., :-1, :], part)
+            chosen = (lengths == length)[..., None].to(x.device)
+            result = part if result is None else _where(chosen, part, result)
+        return result
 
 
 def _where(chosen: torch.Tensor, new: Any, old: Any) -> Any:
@@ -50,18 +63,19 @@ def _where(chosen: torch.Tensor, new: Any, old: Any) -> Any:
     return tuple(torch.where(chosen, a, b) for a, b in zip(new, old))
 
 
-def _same_frequencies(module, kind: str, layer_type: str | None, lengths: torch.Tensor) -> torch.Tensor:
-    """`lengths` with those made one that the module makes the same frequencies for.
+def _same_frequencies(module, kind: str, layer_type: str | None, shard: Shard) -> torch.Tensor:
+    """The shard's `lengths`, with those made one that the module makes the same frequencies for.
 
     Raises:
-        ValueError: if documents' frequencies would depend on which document was seen before.
+        ValueError: on all ranks, if documents' frequencies would depend on which document was seen before.
     """
+    lengths = shard.lengths
     parameters = module.config.rope_parameters if layer_type is None else module.config.rope_parameters[layer_type]
     original = parameters.get("original_max_position_embeddings") or module.original_max_seq_len
     if kind == "longrope":  # which has two sets of them
         long = lengths > original
         return torch.where(long, lengths.max(), lengths.clamp(max=original))
-    if len(lengths.unique()) > 1 and lengths.max() > original:
+    if len(shard.all_lengths) > 1 and max(shard.all_lengths) > original:
         raise ValueError(
             f"rope_type={kind!r} remembers the longest sequence that it has seen, so that what it does to packed "
             f"documents of more than {original} tokens depends on their order. Do not pack, or use another rope_type, "

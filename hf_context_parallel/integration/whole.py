@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +20,7 @@ from .current import no_batch
 from .masks import PlannedMask, stock_attention, whole_mask
 from .models import makes_positions
 from .positions import MADE_BY_MODEL
+from .replacement import Replacement, by_name
 
 if TYPE_CHECKING:
     from .context import ShardedBatch
@@ -45,26 +45,21 @@ class _Call(NamedTuple):
     shape: tuple[int, int]
 
 
-class WholeSequences:
+class WholeSequences(Replacement):
     """Runs modules on whole sequences while a batch is open."""
 
     def __init__(self, batch: ShardedBatch):
+        super().__init__()
         self._batch = batch
         self._reshardings: dict[tuple[int, torch.device], Resharding] = {}
-        self._turns = 0
-
-    def forward_of(self, module: torch.nn.Module, forward: Callable) -> Callable:
-        """`forward` of a module, given whole sequences."""
-        turn = self._turns % self._batch.cp.size
-        self._turns += 1
-        return partial(self._run, module, forward, turn)
 
     @torch.compiler.disable
-    def _run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
         """What `forward` returns of whole sequences, as shards."""
+        turn %= self._batch.cp.size
         self._batch.note(module, "whole sequences")
         parameters = inspect.signature(forward).parameters
-        leaves, form = tree_flatten(_by_name(forward, args, kwargs))
+        leaves, form = tree_flatten(by_name(forward, args, kwargs))
         local = [index for index, leaf in enumerate(leaves) if self._is_by_token(leaf)]
         resharding = self._resharding(turn, leaves[local[0]].device)
         by_token = (leaves[index] for index in local)
@@ -144,16 +139,6 @@ class WholeSequences:
             return leaf
         like = next(tensor for tensor in given if tensor.is_floating_point())
         return whole_mask(leaf, *call.shape, padding, like)
-
-
-def _by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, all by name."""
-    signature = inspect.signature(function)
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(name, {})
-    return arguments
 
 
 def _calls(mine: list[Sequence], local_length: int) -> Iterator[_Call]:
