@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class Shard:
     unshifted_count: torch.Tensor | None = field(default=None, compare=False)
     _plans: dict[masks.Pattern, Plan] = field(default_factory=dict, repr=False, compare=False)
 
+    @cached_property
     def padding(self) -> torch.Tensor | None:
         """`[B, length]`, 0 at padding; None if there is none."""
         if self.packed or all(row == (((0, self.length),),) for row in self.rows):

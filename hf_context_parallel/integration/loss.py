@@ -45,7 +45,7 @@ class BalancingLoss:
         if not isinstance(gate_logits, (tuple, list)):
             return self._original(gate_logits, num_experts, top_k, attention_mask)
         gathered = tuple(self._gathered(logits) for logits in gate_logits)
-        padding = self._batch.shard.padding()
+        padding = self._batch.shard.padding
         padding = None if padding is None else padding.to(gathered[0].device)
         return self._original(gathered, num_experts, top_k, padding) / self._batch.cp.size
 
@@ -72,7 +72,7 @@ def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any]
             logits, None, logits.shape[-1], num_items_in_batch=count.to(logits.device), shift_labels=labels
         )
     elif getattr(config, "z_loss_coefficient", 0):
-        if shard.padding() is not None:
+        if shard.padding is not None:
             raise ValueError(
                 f"z_loss_coefficient={config.z_loss_coefficient} is a mean over all logits, and those of padding are "
                 "not what they would be on one process. Set it to 0, or pack the batch instead of padding it."

@@ -109,7 +109,7 @@ class NativeMixers(Replacement):
         """`[B, S_local]`, 0 at padding; None if the batch has none."""
         if device not in self._paddings:
             shard = self._batch.shard
-            padding = shard.padding()
+            padding = shard.padding
             if padding is not None:
                 padding = pad(padding, (0, shard.layout.length - shard.length))
                 padding = padding.index_select(1, shard.layout.positions(shard.rank)).to(device)

@@ -127,7 +127,7 @@ class WholeSequences(Replacement):
 
     def _padding(self, call: _Call) -> torch.Tensor | None:
         """The 2-D padding mask of a call's rows; None where the batch has no padding."""
-        padding = self._batch.shard.padding()
+        padding = self._batch.shard.padding
         if padding is None:
             return None
         rows = [sequence.row for sequence in call.sequences]
