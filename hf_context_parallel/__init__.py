@@ -8,6 +8,7 @@ from .context_parallel import ContextParallel
 from .data import ContextParallelDataCollator
 from .integration import attention, masks
 from .trainer import ContextParallelMixin, ContextParallelTrainer
+from .verify import verify
 
 attention.register()
 masks.register()
@@ -18,4 +19,5 @@ __all__ = [
     "ContextParallelDataCollator",
     "ContextParallelMixin",
     "ContextParallelTrainer",
+    "verify",
 ]

@@ -24,6 +24,8 @@ class ContextParallelConfig:
             attention). `"reference"` is plain PyTorch, for any dtype and device, and keeps a matrix of scores.
         check_batch: compare a checksum of each batch between the ranks of a CP group before the model runs. The
             local checks and the exchange of their outcome stay on when it is off.
+        verify: before the first step, the Trainer compares the model on shards with the model on whole sequences, and
+            stops where a layer differs by more than rounding does; see `verify`. It costs less than two steps.
 
     Raises:
         ValueError: if a value is out of range or not among those listed.
@@ -34,6 +36,7 @@ class ContextParallelConfig:
     layout: str = "zigzag"
     kernel: str = "auto"
     check_batch: bool = True
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
@@ -44,5 +47,6 @@ class ContextParallelConfig:
                 nearest = difflib.get_close_matches(str(value), allowed, n=1)
                 hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
                 raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, allowed))}.{hint}")
-        if not isinstance(self.check_batch, bool):
-            raise ValueError(f"check_batch={self.check_batch!r} must be true or false.")
+        for field in ("check_batch", "verify"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}={getattr(self, field)!r} must be true or false.")

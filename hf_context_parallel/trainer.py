@@ -20,6 +20,7 @@ from .data import ContextParallelDataCollator
 from .integration.models import check_model
 from .loader import prepare_data_loader
 from .memory import PeakMemory
+from .verify import verify
 
 
 class ContextParallelMixin:
@@ -34,6 +35,8 @@ class ContextParallelMixin:
 
     Training logs gain `tokens_per_second` (of all ranks), `tokens_per_second_per_rank`, `sequence_length` (the longest
     since the last log) and `peak_memory_gib` (of the rank that needed most, above the start of its step).
+
+    Before its first step `train()` compares the model on shards with the model on whole sequences; see `verify`.
 
     Args:
         context_parallel: the settings; one rank a group unless given.
@@ -52,6 +55,8 @@ class ContextParallelMixin:
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # predictions need the whole batch, so shard it here
         self._refuse()
+        if self._config.verify and self.cp.size > 1:
+            self.add_callback(_Verification(self))
         self._watch = _StepWatch(self.args.device)
         self.add_callback(self._watch)
 
@@ -252,6 +257,16 @@ class _CpAccelerator(Accelerator):
     def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
         ranks = gathered.unflatten(0, (self.num_processes, -1))
         return ranks[self.cp.groups.first_ranks].flatten(0, 1)
+
+
+class _Verification(TrainerCallback):
+    """Verifies the model as it is wrapped for training, with the weights that a checkpoint brought."""
+
+    def __init__(self, trainer: ContextParallelMixin):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        verify(self._trainer.model_wrapped, self._trainer.cp)
 
 
 class _StepWatch(TrainerCallback):

@@ -372,6 +372,7 @@ def test_a_kernel_that_is_missing_is_told_at_once():
         ({"layout": "zigzak"}, "Did you mean 'zigzag'"),
         ({"comm_type": "ring"}, "comm_type='ring' is not one of 'p2p'"),
         ({"check_batch": 1}, "check_batch=1"),
+        ({"verify": "yes"}, "verify='yes'"),
     ],
 )
 def test_settings_are_validated_where_they_are_written(values, message):

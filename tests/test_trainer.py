@@ -62,7 +62,16 @@ COLLATORS = {
 
 
 def make_trainer(
-    kind, folder, *, model_type="llama", collator="right", accepts=True, model=None, data=None, **arguments
+    kind,
+    folder,
+    *,
+    model_type="llama",
+    collator="right",
+    accepts=True,
+    model=None,
+    data=None,
+    settings=None,
+    **arguments,
 ):
     """A Trainer of one process' kind (`STOCK`) or one that shards, with `kind` ranks a CP group."""
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -89,7 +98,7 @@ def make_trainer(
     common = {"model": model, "args": args, "train_dataset": samples()}
     if kind == STOCK:
         return Trainer(**common, data_collator=COLLATORS[collator])
-    settings = hcp.ContextParallelConfig(size=kind)
+    settings = hcp.ContextParallelConfig(size=kind, **(settings or {}))
     return hcp.ContextParallelTrainer(**common, data_collator=COLLATORS[collator], context_parallel=settings)
 
 

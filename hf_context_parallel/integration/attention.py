@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.falcon import modeling_falcon as falcon
@@ -41,6 +44,8 @@ HARMLESS = {
 
 _sharded = weakref.WeakSet()
 """The modules whose last forward pass was of a shard: their recomputation must be too."""
+_listeners: list[Callable[[torch.nn.Module], None]] = []
+_otherwise = False
 
 
 def register() -> None:
@@ -157,6 +162,28 @@ def _check_lengths(batch: ShardedBatch, query: torch.Tensor, key: torch.Tensor) 
             )
 
 
+@contextmanager
+def heard_by(listener: Callable[[torch.nn.Module], None]) -> Iterator[None]:
+    """Call `listener(module)` for each layer whose attention is computed outside of a batch meanwhile."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextmanager
+def computed_otherwise() -> Iterator[None]:
+    """Outside of a batch, attention is meanwhile computed in the other way that Transformers has: where that would be
+    SDPA, the class's eager function; where that is all there is, the same in a wider dtype."""
+    global _otherwise
+    before, _otherwise = _otherwise, True
+    try:
+        yield
+    finally:
+        _otherwise = before
+
+
 def _unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs):
     """What the implementation that Transformers would choose for this class computes."""
     if torch._C._current_graph_task_id() != -1:  # inside a backward pass, so a recomputation
@@ -167,8 +194,50 @@ def _unsharded_attention(module, query, key, value, attention_mask, scaling, dro
             )
     else:
         _sharded.discard(module)
-    if unsharded_implementation(type(module.config)) == "sdpa":
-        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    else:
-        function = sys.modules[type(module).__module__].eager_attention_forward
+    for listener in _listeners:
+        listener(module)
+    eager = _eager(module)
+    stock = unsharded_implementation(type(module.config))
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"] if stock == "sdpa" else eager
+    if _otherwise and eager is not None:
+        if stock == "sdpa":
+            function, attention_mask = eager, _additive(module, query, key, attention_mask, kwargs)
+        else:
+            function = _widened(eager)
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _eager(module: torch.nn.Module) -> Callable | None:
+    """The eager attention function beside a module's class, or beside one that it is derived from, as FSDP2's are."""
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    return next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
+
+
+def _additive(module, query, key, attention_mask, kwargs) -> torch.Tensor:
+    """What eager attention adds to the scores, where SDPA gets this mask, or none and is causal by itself."""
+    if attention_mask is None:
+        attention_mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if causal and query.shape[2] > 1:
+            attention_mask = attention_mask.tril()
+    if attention_mask.dtype != torch.bool:
+        return attention_mask
+    least = torch.finfo(query.dtype).min
+    return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, least)
+
+
+def _widened(function: Callable) -> Callable:
+    """An attention function that computes in float32, or float64 where it is given that or float32."""
+
+    def wide(module, query, *args, **kwargs):
+        dtype = torch.float64 if query.dtype in (torch.float32, torch.float64) else torch.float32
+
+        def widen(x):
+            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        with torch.autocast(query.device.type, enabled=False):
+            output, weights = function(module, widen(query), *tree_map(widen, args), **tree_map(widen, kwargs))
+        return output.to(query.dtype), weights
+
+    return wide

@@ -135,12 +135,12 @@ def trying() -> Iterator[None]:
 
 def modules_to_reshard(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that have to see whole sequences, none of them inside another."""
-    return [module for module in _mixers(model) if not is_native(module)]
+    return [module for module in mixers(model) if not is_native(module)]
 
 
 def native_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that mix tokens and of which each rank can compute its share."""
-    return [module for module in _mixers(model) if is_native(module)]
+    return [module for module in mixers(model) if is_native(module)]
 
 
 def is_native(module: torch.nn.Module) -> bool:
@@ -151,7 +151,7 @@ def is_native(module: torch.nn.Module) -> bool:
     return CONVOLUTION in called and (bool(called & SCANS.keys()) or any(map(SHORT_CONVOLUTIONS.fullmatch, names)))
 
 
-def _mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
+def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that mix tokens otherwise than by the attention interface, none of them inside another."""
     if isinstance(model, PreTrainedModel) and model.config.model_type in WHOLE_MODELS:
         decoder = model.get_decoder()
