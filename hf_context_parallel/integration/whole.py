@@ -72,37 +72,49 @@ class WholeSequences(Replacement):
                 given = [tensor[call.tokens].unflatten(0, call.shape) for tensor in whole]
             else:
                 given = [leaves[index][:1, : call.shape[1]] for index in local]
-            padding = self._padding(call)
-            here = [self._mask(leaf, call, padding, given) for leaf in leaves]
-            for index, tensor in zip(local, given):
-                here[index] = tensor
-            arguments = tree_unflatten(here, form)
-            if not call.sequences and arguments.get("position_ids") is not None:
-                arguments["position_ids"] = torch.arange(call.shape[1], device=arguments["position_ids"].device)[None]
-            if makes_positions(module) and not self._batch.shard.positioned:  # of what it sees, which is all now
-                arguments |= dict.fromkeys(arguments.keys() & {"position_ids"})
-            for name, value in arguments.items():
-                made = MADE_BY_MODEL.get((type(module).__name__, name))
-                if made is not None:
-                    seen = torch.ones(call.shape, dtype=torch.long) if padding is None else padding
-                    arguments[name] = made(module, value, seen)
-            for name in PADDING_MASKS & (parameters.keys() | arguments.keys()):
-                arguments[name] = _with_padding(arguments.get(name), padding)
+            arguments = self._arguments(module, parameters, leaves, dict(zip(local, given)), form, call)
             with no_batch(), stock_attention(module):
-                output = forward(**arguments)
-            outputs, output_form = tree_flatten(output)
+                outputs, output_form = tree_flatten(forward(**arguments))
             outputs = [_rows(leaf, call) for leaf in outputs]
             if not call.sequences:
                 outputs = [_tied(leaf, whole) for leaf in outputs]
             results.append(outputs)
         by_call = list(zip(*results))
-        tensors = [index for index, parts in enumerate(by_call) if _is_computed(parts[0])]
-        joined = [torch.cat(parts) if index in tensors else parts[0] for index, parts in enumerate(by_call)]
-        for index, tensor in zip(
-            tensors, _together(resharding.sharded, [joined[index] for index in tensors], leading=1)
-        ):
-            joined[index] = tensor
-        return tree_unflatten(joined, output_form)
+        computed = [index for index, parts in enumerate(by_call) if _is_computed(parts[0])]
+        output = [parts[0] for parts in by_call]
+        joined = [torch.cat(by_call[index]) for index in computed]
+        for index, tensor in zip(computed, _together(resharding.sharded, joined, leading=1)):
+            output[index] = tensor
+        return tree_unflatten(output, output_form)
+
+    def _arguments(self, module, parameters, leaves: list, given: dict[int, torch.Tensor], form, call: _Call) -> dict:
+        """What a module is called with for the sequences of `call`.
+
+        Args:
+            parameters: of its forward, by name.
+            leaves, form: the arguments that it was given on the shard.
+            given: what replaces those of them that are by token, by their index.
+        """
+        padding = self._padding(call)
+        like = next((tensor for tensor in given.values() if tensor.is_floating_point()), None)
+        here = [
+            given.get(index, whole_mask(leaf, *call.shape, padding, like) if isinstance(leaf, PlannedMask) else leaf)
+            for index, leaf in enumerate(leaves)
+        ]
+        arguments = tree_unflatten(here, form)
+        positions = arguments.get("position_ids")
+        if makes_positions(module) and not self._batch.shard.positioned:  # of what it sees, which is all now
+            arguments |= dict.fromkeys(arguments.keys() & {"position_ids"})
+        elif not call.sequences and positions is not None:  # some look at how far they go
+            arguments["position_ids"] = torch.arange(call.shape[1], device=positions.device)[None]
+        for name, value in arguments.items():
+            made = MADE_BY_MODEL.get((type(module).__name__, name))
+            if made is not None:
+                seen = torch.ones(call.shape, dtype=torch.long) if padding is None else padding
+                arguments[name] = made(module, value, seen)
+        for name in PADDING_MASKS & (parameters.keys() | arguments.keys()):
+            arguments[name] = _with_padding(arguments.get(name), padding)
+        return arguments
 
     @property
     def _local(self) -> tuple[int, int]:
@@ -132,13 +144,6 @@ class WholeSequences(Replacement):
             return None
         rows = [sequence.row for sequence in call.sequences]
         return padding[rows] if rows else torch.ones(call.shape, dtype=torch.long)
-
-    def _mask(self, leaf: Any, call: _Call, padding: torch.Tensor | None, given: list[torch.Tensor]) -> Any:
-        """`leaf`, or if it is a shard's mask, that of the call's sequences."""
-        if not isinstance(leaf, PlannedMask):
-            return leaf
-        like = next(tensor for tensor in given if tensor.is_floating_point())
-        return whole_mask(leaf, *call.shape, padding, like)
 
 
 def _calls(mine: list[Sequence], local_length: int) -> Iterator[_Call]:
