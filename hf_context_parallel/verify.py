@@ -30,7 +30,7 @@ from .context_parallel import ContextParallel
 from .data import padded_layout
 from .integration.attention import computed_otherwise, heard_by
 from .integration.context import accepted
-from .integration.masks import stock_attention
+from .integration.masks import stock_attention, told_otherwise
 from .integration.models import check_model, mixers, transformers_model
 from .integration.replacement import Replacement
 from .integration.rope import follows_length
@@ -490,7 +490,8 @@ def _stock_forwards(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     try:
         for module in modules:
             replacement.replace(module)
-        yield
+        with told_otherwise():
+            yield
     finally:
         replacement.restore()
 

@@ -209,14 +209,16 @@ def check(results, how: str) -> None:
         assert [how] in handled.values() and ["whole sequences"] not in handled.values()
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(2, marks=pytest.mark.exhaustive), 3, pytest.param(4, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("model_type", FAMILIES.values(), ids=FAMILIES)
 def test_families_are_exact(on_ranks, model_type, ranks):
     check(on_ranks(ranks, errors_of_type, model_type, {}), "halo" if model_type == "lfm2" else "heads")
 
 
 @pytest.mark.parametrize("model_type", FEW_HEADS)
-def test_fewer_countthan_ranks_are_exact(on_ranks, model_type):
+def test_fewer_heads_than_ranks_are_exact(on_ranks, model_type):
     check(on_ranks(4, errors_of_type, model_type, FEW_HEADS[model_type]), "heads")
 
 

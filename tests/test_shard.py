@@ -10,6 +10,7 @@ from streams import Stream
 from test_models import error, reduced
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from transformers import AutoModel
 
 import hf_context_parallel as hcp
 from hf_context_parallel import tiny
@@ -386,11 +387,14 @@ def refused_model(change: str):
     changes = {
         "a refused type": ("prophetnet", {}),
         "layers skipped at random": ("opt", {"layerdrop": 0.1}),
+        "an encoder": ("bart", {}),
         "an image's tokens": ("git", {}),
         "packed documents and dynamic RoPE": ("llama", {"rope_parameters": scaled, "max_position_embeddings": 4}),
     }
     model_type, values = changes[change]
     config = tiny.tiny_config(model_type, **values)
+    if model_type == "bart":
+        return AutoModel.from_config(config, attn_implementation="context_parallel")
     if model_type == "git":  # whose attention knows no name of ours
         return tiny.tiny_model(config, None, torch.float32).train()
     return tiny.tiny_model(config, "context_parallel", torch.float32).train()
@@ -401,6 +405,7 @@ def refused_model(change: str):
     [
         ("a refused type", "'prophetnet' is refused: it predicts several tokens at a time"),
         ("layers skipped at random", "layerdrop=0.1"),
+        ("an encoder", "BartModel is an encoder and a decoder"),
         ("an image's tokens", "'git' is refused: it needs images"),
         ("packed documents and dynamic RoPE", "depends on their order"),
     ],

@@ -87,3 +87,22 @@ def test_a_composite_model_can_keep_its_vision_tower_on_sdpa():
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=chosen)
     assert model.config.text_config._attn_implementation == "context_parallel"
     assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "deepseek_v32", "minimax_m3_vl_text"])
+def test_a_model_that_asks_for_the_name_of_its_attention_is_not_run_by_ours(model_type):
+    """Outside of a block it would silently compute something else."""
+    model, stock = tiny_model(model_type, "context_parallel"), tiny_model(model_type, None)
+    batch = {"input_ids": tokens(1, 12), "use_cache": False}
+    with pytest.raises(ValueError, match="asks what its attention is called"):
+        model(**batch)
+    if model_type != "falcon":  # whose class does not allow it
+        model.set_attn_implementation("eager")
+        assert torch.allclose(model(**batch).logits, stock(**batch).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["emu3", "mllama"])
+def test_parts_of_composite_models_run_unsharded(model_type):
+    model, stock = tiny_model(model_type, "context_parallel"), tiny_model(model_type, None)
+    batch = {"input_ids": tokens(1, 12), "use_cache": False}
+    assert torch.equal(model(**batch).logits, stock(**batch).logits)

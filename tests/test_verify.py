@@ -110,7 +110,7 @@ def wrapped_steps(wrapper: str, model_type: str) -> tuple[int, list[bool]]:
     return len(compared), [torch.equal(a, b) for a, b in zip(*local)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "lfm2"])
+@pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.exhaustive), "lfm2"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_models_pass_and_train_as_if_nothing_had_been(on_ranks, wrapper, model_type):
     for compared, same in on_ranks(2, wrapped_steps, wrapper, model_type):

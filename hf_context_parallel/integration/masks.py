@@ -19,7 +19,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..mask import Pattern
 from .current import current_batch
-from .models import NAME
+from .models import ASK_FOR_THE_NAME, NAME
+
+_told_otherwise = False
 
 
 class _NotATensor(ValueError, AttributeError):
@@ -81,6 +83,12 @@ def context_parallel_mask(**kwargs) -> Any:
     config = kwargs["config"]
     batch = current_batch()
     if batch is None:
+        if config.model_type in ASK_FOR_THE_NAME and not _told_otherwise:
+            raise ValueError(
+                f"{config.model_type!r} asks what its attention is called, and by our name computes something else "
+                "outside of cp.shard than by Transformers' own. To generate or evaluate without cp.shard call "
+                "model.set_attn_implementation('eager') before, where its class allows that, or load it without ours."
+            )
         return ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(config))](**kwargs)
     given = kwargs.get("attention_mask")
     if given is not None and not given.all():  # some models make one of ones when they are given none
@@ -138,6 +146,17 @@ def whole_mask(
         # Softmax is computed in float32, where the least of float64 is -inf and a row of padding NaN.
         made = made.clamp(min=torch.finfo(torch.float32).min)
     return made if made is None or mask.dtype is None else made.to(mask.dtype)
+
+
+@contextmanager
+def told_otherwise() -> Iterator[None]:
+    """Models that ask for the name of their attention run outside of a batch: the layers that ask are told stock's."""
+    global _told_otherwise
+    before, _told_otherwise = _told_otherwise, True
+    try:
+        yield
+    finally:
+        _told_otherwise = before
 
 
 @contextmanager
@@ -240,6 +259,16 @@ def _reads_nothing(function) -> bool:
     )
 
 
+def _model_of(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
+    """A model that is made of this configuration, which may be a part of a composite one that Transformers maps."""
+    kinds = list(PreTrainedModel.__subclasses__())
+    for kind in kinds:
+        if getattr(kind, "config_class", None) is config_class:
+            return kind
+        kinds += kind.__subclasses__()
+    return None
+
+
 @cache
 def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
     """`"sdpa"` or `"eager"`: what Transformers chooses for a model of this configuration when nothing is asked for.
@@ -247,7 +276,7 @@ def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
     Raises:
         ValueError: if Transformers knows no model of it.
     """
-    model_class = MODEL_MAPPING.get(config_class, None)
+    model_class = MODEL_MAPPING.get(config_class, None) or _model_of(config_class)
     if model_class is None:
         raise ValueError(
             f"which attention {config_class.__name__} has outside cp.shard is not known, since Transformers maps "

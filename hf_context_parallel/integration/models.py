@@ -79,6 +79,18 @@ WHOLE_MODELS = {
 }
 """The types whose whole model sees whole sequences: it mixes tokens or makes positions between its modules."""
 
+ASK_FOR_THE_NAME = {
+    "axk2",
+    "deepseek_v32",
+    "dots3_note",
+    "dots3_note_text",
+    "falcon",
+    "glm_moe_dsa",
+    "hy_v4",
+    "minimax_m3_vl_text",
+}
+"""The types whose layers compute something else where their attention is not called by one of Transformers' names."""
+
 UNSHIFTED = {
     "bart",
     "bigbird_pegasus",
@@ -203,6 +215,11 @@ def check_model(model: torch.nn.Module) -> None:
             f"{name} is not one of Transformers' causal language models, or has a forward of its own: what it does "
             "with outputs, it would do with a shard's. Exact are the classes that AutoModelForCausalLM and AutoModel "
             "choose."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder and a decoder, which are given different sequences; the decoder alone is exact, "
+            "as AutoModelForCausalLM loads it."
         )
     if stock.__name__ in CAUSAL_LM_CLASSES and module.loss_function is not ForCausalLMLoss:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.utils import ModelOutput
 
 from ..reshard import Resharding, Sequence
 from .current import no_batch
@@ -74,7 +75,12 @@ class WholeSequences(Replacement):
                 given = [leaves[index][:1, : call.shape[1]] for index in local]
             arguments = self._arguments(module, parameters, leaves, dict(zip(local, given)), form, call)
             with no_batch(), stock_attention(module):
-                outputs, output_form = tree_flatten(forward(**arguments))
+                output = forward(**arguments)
+            if isinstance(
+                output, ModelOutput
+            ):  # a whole model's, whose other tensors may look as if they were by token
+                output = type(output)(last_hidden_state=output.last_hidden_state)
+            outputs, output_form = tree_flatten(output)
             outputs = [_rows(leaf, call) for leaf in outputs]
             if not call.sequences:
                 outputs = [_tied(leaf, whole) for leaf in outputs]
