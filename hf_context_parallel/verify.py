@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -260,7 +261,7 @@ class _Record:
         return torch.cat(self.shares[name], dim=1) if name in self.shares else None
 
 
-class _Watch:
+class _Watch(ABC):
     """A run of the model in which each mixer and each layer is looked at when it is done.
 
     Args:
@@ -304,14 +305,17 @@ class _Watch:
         finally:
             self._busy = False
 
+    @abstractmethod
     def is_watched(self, module: torch.nn.Module) -> bool:
-        raise NotImplementedError
+        """Whether `done` is to be called for a module."""
 
+    @abstractmethod
     def begun(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        raise NotImplementedError
+        """Look at the arguments of a layer that begins; returns those that it gets instead, or None."""
 
+    @abstractmethod
     def done(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        raise NotImplementedError
+        """Look at a mixer or a layer that is done."""
 
 
 class _Whole(_Watch):
@@ -485,7 +489,6 @@ def _stock_forwards(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 
     Some ask for the name. Elsewhere it stays ours, by which attention is heard of.
     """
-
     replacement = _StockForwards()
     try:
         for module in modules:

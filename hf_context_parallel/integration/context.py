@@ -16,9 +16,10 @@ from ..consensus import agree, fingerprint
 from ..data import SHARD, Shard, shard_batch
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
-from .models import NAME, check_model, modules_to_reshard, native_modules, transformers_model
+from .models import NAME, check_model, is_native, mixers, transformers_model
 from .native import NativeMixers
 from .randomness import own_stream
+from .replacement import by_name
 from .rope import RopeByLength, follows_length
 from .whole import WholeSequences
 
@@ -128,10 +129,8 @@ class ShardedBatch(AbstractContextManager):
                 self._random.__enter__()
             self._balancing = BalancingLoss(self, module)
             self._balancing.__enter__()
-            for part in modules_to_reshard(module):
-                self._whole.replace(part)
-            for part in native_modules(module):
-                self._native.replace(part)
+            for part in mixers(module):
+                (self._native if is_native(part) else self._whole).replace(part)
             for part in module.modules():
                 if follows_length(part):
                     self._rope.replace(part)
@@ -154,7 +153,7 @@ class ShardedBatch(AbstractContextManager):
                 f"a model ran on a shard, but none of its attention layers used {NAME!r}: each rank attended to its "
                 f"own shard alone, and the result is wrong. Load the model with attn_implementation={NAME!r}."
             )
-        given = _arguments(module, args, kwargs)
+        given = by_name(module.forward, args, kwargs)
         self._check_inputs(module, given)
         corrected = corrected_loss(module, output, given, self)
         output = output if corrected is None else corrected
@@ -190,16 +189,6 @@ def accepted(module: torch.nn.Module, names: Iterable[str]) -> list[str]:
     parameters = inspect.signature(module.forward).parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return [name for name in names if anything or name in parameters]
-
-
-def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a module's forward was given, by name."""
-    signature = inspect.signature(module.forward)
-    arguments = signature.bind_partial(*args, **kwargs).arguments
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(name, {})
-    return arguments
 
 
 def _signature(model: torch.nn.Module | None) -> tuple:

@@ -145,22 +145,20 @@ def trying() -> Iterator[None]:
         _trying = before
 
 
-def modules_to_reshard(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that have to see whole sequences, none of them inside another."""
-    return [module for module in mixers(model) if not is_native(module)]
-
-
-def native_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that mix tokens and of which each rank can compute its share."""
-    return [module for module in mixers(model) if is_native(module)]
+@cache
+def _is_called(kind: type, pattern: re.Pattern) -> bool:
+    """Whether a class, or one that it is derived from, has such a name: FSDP2 derives classes of its own."""
+    return any(pattern.fullmatch(parent.__name__) for parent in kind.__mro__)
 
 
 def is_native(module: torch.nn.Module) -> bool:
-    """Whether a module mixes tokens by functions that it is known how to share, and by nothing else."""
+    """Whether a mixer mixes tokens by functions that it is known how to share, and by nothing else.
+
+    Of such a one each rank computes its share; the others have to see whole sequences.
+    """
     called = seams(module)
-    names = (kind.__name__ for kind in type(module).__mro__)
     # Where a state is carried along, the function that does it must be one of them, too.
-    return CONVOLUTION in called and (bool(called & SCANS.keys()) or any(map(SHORT_CONVOLUTIONS.fullmatch, names)))
+    return CONVOLUTION in called and (bool(called & SCANS.keys()) or _is_called(type(module), SHORT_CONVOLUTIONS))
 
 
 def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -171,9 +169,8 @@ def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
     found: list[torch.nn.Module] = []
     inside: set[torch.nn.Module] = set()
     for module in model.modules():
-        # FSDP2 gives modules a class of its own, derived from theirs.
-        names = (kind.__name__ for kind in type(module).__mro__)
-        if module not in inside and any(SEES_WHOLE.fullmatch(x) or MAKES_POSITIONS.fullmatch(x) for x in names):
+        kind = type(module)
+        if module not in inside and (_is_called(kind, SEES_WHOLE) or _is_called(kind, MAKES_POSITIONS)):
             found.append(module)
             inside.update(module.modules())
     return found
@@ -181,8 +178,7 @@ def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def makes_positions(module: torch.nn.Module) -> bool:
     """Whether a module, or a whole model, makes positions of its own unless it is given some."""
-    names = [kind.__name__ for kind in type(module).__mro__]
-    return isinstance(module, PreTrainedModel) or any(MAKES_POSITIONS.fullmatch(name) for name in names)
+    return isinstance(module, PreTrainedModel) or _is_called(type(module), MAKES_POSITIONS)
 
 
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dis
 import inspect
+from functools import cache
+from types import CodeType
 from typing import NamedTuple
 
 import torch
@@ -71,13 +73,20 @@ DECODING = frozenset(
 """What takes the place of the others when there is a cache, which there is not on a shard."""
 
 
+@cache
+def _globals_of(code: CodeType) -> frozenset[str]:
+    """The names that code looks up in its module, read once: mixers ask in every call.
+
+    Not `co_names`, which has attributes as well: older versions of Transformers call `self.causal_conv1d_fn`.
+    """
+    return frozenset(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
+
+
 def seams(module: torch.nn.Module) -> set[str]:
     """Which of these functions a module's forward calls by name; none if it calls others, which might mix tokens."""
     forward = inspect.unwrap(type(module).forward)
     if not inspect.isfunction(forward):  # compiled, say
         return set()
-    # Not `co_names`, which has attributes as well: older versions of Transformers call `self.causal_conv1d_fn`.
-    called = {step.argval for step in dis.get_instructions(forward.__code__) if step.opname == "LOAD_GLOBAL"}
-    functions = {name for name in called if callable(forward.__globals__.get(name))}
+    functions = {name for name in _globals_of(forward.__code__) if callable(forward.__globals__.get(name))}
     known = functions & {*SCANS, CONVOLUTION, FUSED}
     return known if functions <= known | DECODING | {BY_TOKEN} else set()
