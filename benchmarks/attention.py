@@ -5,7 +5,7 @@
 Ranks are processes that talk over gloo and have one torch thread each. Timed, interleaved, over the same CPU kernel:
 
     share         the kernel calls of this rank's plan and nothing else: no messages, no merging, no sums of gradients
-    ours          `ring_attention` with a plan built before, as a model's layers call it
+    ours          `planned_attention` with a plan built before, as a model's layers call it
     prepared      the same with messages that are already there (--prepared): what merging and summing cost
     one process   the whole sequence on one process that has as many threads as there are ranks
     ...           the rings of others: pip install ring-flash-attn --no-deps; torch has its own
@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from hf_context_parallel.attention.exchange import Exchange, GroupExchange
-from hf_context_parallel.attention.p2p import ring_attention
+from hf_context_parallel.attention.p2p import planned_attention
 from hf_context_parallel.kernels import choose_kernel
 from hf_context_parallel.kernels.base import Kernel, Scores
 from hf_context_parallel.layout import zigzag
@@ -130,7 +130,7 @@ def _ring(layer: Layer, exchange: Exchange) -> Run:
 
     def run():
         settings = {"plan": layer.plan, "exchange": exchange, "kernel": layer.kernel, "scores": layer.scores}
-        output = ring_attention(*inputs, **settings)
+        output = planned_attention(*inputs, **settings)
         return output.detach(), *torch.autograd.grad(output, inputs, layer.grad_output)
 
     return run

@@ -5,7 +5,7 @@
 Parity: every kernel that is here computes a sequence cut to several ranks, simulated by threads of this process, and
 outputs and gradients are compared with the reference kernel's on the whole sequence in float32.
 
-Speed: each rank's ring steps, forward and backward through `ring_attention` with messages that are already there,
+Speed: each rank's ring steps, forward and backward through `planned_attention` with messages that are already there,
 against one call of the same kernel on the whole sequence, in TFLOP/s.
 """
 
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from hf_context_parallel.attention.exchange import Exchange, GroupExchange
-from hf_context_parallel.attention.p2p import ring_attention
+from hf_context_parallel.attention.p2p import planned_attention
 from hf_context_parallel.kernels import KERNELS
 from hf_context_parallel.kernels.base import Kernel, Scores
 from hf_context_parallel.layout import zigzag
@@ -71,7 +71,7 @@ def forward_backward(tensors: list[torch.Tensor], plan: Plan, exchange: Exchange
     *inputs, grad_output = (tensor.detach() for tensor in tensors)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     scores = Scores(inputs[0].shape[-1] ** -0.5)
-    output = ring_attention(*inputs, plan=plan, exchange=exchange, kernel=kernel, scores=scores)
+    output = planned_attention(*inputs, plan=plan, exchange=exchange, kernel=kernel, scores=scores)
     return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-COMM_TYPES = ("p2p",)
+COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 LAYOUTS = ("zigzag", "contiguous")
 KERNELS = ("auto", "cpu", "torch", "flash_attn", "reference")
 
@@ -16,7 +18,14 @@ class ContextParallelConfig:
 
     Args:
         size: ranks in a CP group. Each holds 1/size of every sequence. It must divide the world size.
-        comm_type: how keys and values reach the queries. `"p2p"`: ring attention, one step a rank.
+        comm_type: how keys and values reach the queries. `"p2p"`: a ring, overlapped with computing. `"all_gather"`:
+            all that a rank reads at once. `"a2a"`: queries, keys and values by head instead of by token (Ulysses).
+            `"a2a+p2p"`: the latter among `a2a_size` neighbouring ranks and a ring of such subgroups. `"auto"`: the
+            one that is estimated to be fastest, batch by batch. Or a list with one of these a layer, or a mapping
+            from layer types (`full_attention`, `sliding_attention`, `chunked_attention`) to them, all that a model
+            has. It never changes what is computed.
+        a2a_size: ranks that exchange heads under `"a2a+p2p"`; it divides `size`. None: as many as divide both the key
+            heads and `size`, so that no key goes to two of them.
         layout: which tokens a rank holds. `"zigzag"`: chunks r and 2 * size - 1 - r of 2 * size, so that every
             rank has the same share of a causal mask. `"contiguous"`: chunk r of size.
         kernel: what computes attention on one rank. `"auto"` takes the best that is present: `"flash_attn"` (the
@@ -32,21 +41,86 @@ class ContextParallelConfig:
     """
 
     size: int = 1
-    comm_type: str = "p2p"
+    comm_type: str | Sequence[str] | Mapping[str, str] = "p2p"
+    a2a_size: int | None = None
     layout: str = "zigzag"
     kernel: str = "auto"
     check_batch: bool = True
     verify: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+        if not _is_count(self.size):
             raise ValueError(f"size={self.size!r}: the number of ranks in a CP group must be an integer of 1 or more.")
-        for field, allowed in (("comm_type", COMM_TYPES), ("layout", LAYOUTS), ("kernel", KERNELS)):
-            value = getattr(self, field)
-            if value not in allowed:
-                nearest = difflib.get_close_matches(str(value), allowed, n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-                raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, allowed))}.{hint}")
+        self._check_comm_type()
+        if self.a2a_size is not None and (not _is_count(self.a2a_size) or self.size % self.a2a_size):
+            raise ValueError(
+                f"a2a_size={self.a2a_size!r} must divide size={self.size}: "
+                f"{', '.join(str(n) for n in range(1, self.size + 1) if self.size % n == 0)}, or None."
+            )
+        for field, allowed in (("layout", LAYOUTS), ("kernel", KERNELS)):
+            _check_choice(field, getattr(self, field), allowed)
         for field in ("check_batch", "verify"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r} must be true or false.")
+
+    def _check_comm_type(self) -> None:
+        if isinstance(self.comm_type, Mapping):
+            for layer_type, value in self.comm_type.items():
+                _check_choice("comm_type's layer type", layer_type, LAYER_TYPES)
+                _check_choice(f"comm_type[{layer_type!r}]", value, COMM_TYPES)
+        elif isinstance(self.comm_type, Sequence) and not isinstance(self.comm_type, str):
+            object.__setattr__(self, "comm_type", tuple(self.comm_type))
+            for layer, value in enumerate(self.comm_type):
+                _check_choice(f"comm_type[{layer}]", value, COMM_TYPES)
+        else:
+            _check_choice("comm_type", self.comm_type, COMM_TYPES)
+
+    def comm_type_of(self, layer_type: str, layer: int | None) -> str:
+        """How keys travel in a layer.
+
+        Args:
+            layer_type: one of `LAYER_TYPES`.
+            layer: its number in the model, if it has one.
+
+        Raises:
+            ValueError: if `comm_type` says nothing of such a layer.
+        """
+        if isinstance(self.comm_type, str):
+            return self.comm_type
+        if isinstance(self.comm_type, Mapping):
+            if layer_type in self.comm_type:
+                return self.comm_type[layer_type]
+            raise ValueError(
+                f"comm_type says nothing of {layer_type} layers, and the model has one: it names "
+                f"{', '.join(self.comm_type) or 'none'}. Add {layer_type!r} to it."
+            )
+        if layer is None:
+            raise ValueError(
+                f"comm_type is a list of {len(self.comm_type)} entries, one a layer, and this attention does not know "
+                "which layer it is of. Give one comm_type for all, or a mapping from layer types."
+            )
+        self.check_layers(max(layer + 1, len(self.comm_type)))
+        return self.comm_type[layer]
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse a list of another length than a model's layers.
+
+        Raises:
+            ValueError: naming both.
+        """
+        listed = isinstance(self.comm_type, tuple)
+        if listed and len(self.comm_type) != layers:
+            raise ValueError(
+                f"comm_type lists {len(self.comm_type)} entries and the model has {layers} layers: give one for each."
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        nearest = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.{hint}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch.utils.data import DataLoader
 from . import mask as masks
 from .attention import attend, one_dtype
 from .attention.exchange import Exchange, GroupExchange
+from .attention.strategy import Shape, build_strategy
+from .choice import Choice, choose, layer_type, machine_of
 from .config import ContextParallelConfig
 from .consensus import agree, fingerprint
 from .gather import gather_sequence
@@ -19,10 +23,11 @@ from .integration.context import ShardedBatch
 from .integration.current import current_batch
 from .kernels import check_kernel, choose_kernel, named_kernel
 from .kernels.base import Kernel, make_scores
-from .layout import LAYOUTS
+from .layout import LAYOUTS, Layout
 from .loader import prepare_data_loader
 from .mesh import build_groups, world
-from .plan import Plan, build_plan
+
+logger = logging.getLogger(__name__)
 
 
 class ContextParallel:
@@ -58,6 +63,7 @@ class ContextParallel:
         agree(world(), error, fingerprint({"config": config}), "settings", "Give every process the same ones.")
         self.groups = build_groups(config.size, mesh)
         self.exchange: Exchange = GroupExchange(self.groups.group)
+        self._chosen: set[tuple[str, str, int]] = set()
 
     @property
     def rank(self) -> int:
@@ -76,6 +82,16 @@ class ContextParallel:
             ValueError: if there is none.
         """
         return choose_kernel(self.config.kernel, device.type)
+
+    def choice(self, comm_type: str, layout: Layout, mask: masks.Mask, shape: Shape, device: torch.device) -> Choice:
+        """How a layer's keys travel, where `comm_type` may be `"auto"`. Each new choice is logged with its reason."""
+        choice = choose(self.config, comm_type, layout, mask, shape, machine_of(device, self.groups.node))
+        kind = layer_type(mask.pattern)
+        if choice.reason and (kind, *choice[:2]) not in self._chosen and self.rank == 0:
+            self._chosen.add((kind, *choice[:2]))
+            subgroups = f" in subgroups of {choice.inner}" if choice.inner > 1 else ""
+            logger.info("comm_type='auto' of %s is %r%s: %s", kind, choice.comm_type, subgroups, choice.reason)
+        return choice
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:
         """This rank's share of a batch, for a `with` block that covers the model's forward and backward.
@@ -153,6 +169,7 @@ class ContextParallel:
         attention_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0,
         deterministic: bool = False,
+        comm_type: str | None = None,
     ) -> torch.Tensor:
         """Attention over a sequence that the group holds together. Differentiable.
 
@@ -173,6 +190,7 @@ class ContextParallel:
             dropout_p: the probability that a weight is left out. Which ones is drawn from torch's default generator
                 (the CPU's), so its seed decides; ranks leave out different ones though they are seeded alike.
             deterministic: the same bits from the same tensors, with kernels that are otherwise not.
+            comm_type: how keys travel, where the configuration's is not meant; see `ContextParallelConfig`.
 
         Returns:
             `[B, H, S_local, D_v]`; 0 for tokens that read nothing.
@@ -190,16 +208,23 @@ class ContextParallel:
             check_kernel(self.kernel(q.device), q, v, scores)
             local_length = q.shape[2]
             shapes = [(*x.shape[:2], x.shape[3], x.dtype) for x in (q, k, v)]
-            mark = fingerprint({"options": (shapes, pattern, scores._replace(seed=0), sinks is None), **settings})
+            if comm_type is None:
+                comm_type = self.config.comm_type_of(layer_type(pattern), None)
+            else:
+                replace(self.config, comm_type=comm_type)  # which checks it
+            options = shapes, pattern, scores._replace(seed=0), sinks is None, comm_type
+            mark = fingerprint({"options": options, **settings})
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         lengths = agree(self.groups, error, mark, "arguments", "cp.attention needs the same on all.", local_length)
         # From here on all ranks know the same, so what one of them refuses all of them refuse.
+        layout, mask = self._whole(q.shape[0], lengths, pattern, cu_seqlens, attention_mask)
+        choice = self.choice(comm_type, layout, mask, Shape.of(q, k, v), q.device)
         output = attend(
             q,
             k,
             v,
-            plan=self._plan(q.shape[0], lengths, pattern, cu_seqlens, attention_mask),
+            strategy=build_strategy(*choice[:2], layout, mask, self.rank),
             exchange=self.exchange,
             kernel=self.kernel(q.device),
             scores=scores,
@@ -211,8 +236,8 @@ class ContextParallel:
         """The loader, dealing every CP group its own samples, and all ranks of a group the same ones."""
         return prepare_data_loader(loader, self.groups)
 
-    def _plan(self, batch_size, lengths, pattern, cu_seqlens, attention_mask) -> Plan:
-        """The plan of one call of `attention`, for ranks that hold `lengths` tokens."""
+    def _whole(self, batch_size, lengths, pattern, cu_seqlens, attention_mask) -> tuple[Layout, masks.Mask]:
+        """The layout and the mask of one call of `attention`, for ranks that hold `lengths` tokens."""
         layout = LAYOUTS[self.config.layout](sum(lengths), self.size)
         expected = [layout.local_length(rank) for rank in range(self.size)]
         if lengths != expected:
@@ -234,7 +259,7 @@ class ContextParallel:
             rows = (masks.from_cu_seqlens(cu_seqlens, layout.length),) * batch_size
         else:
             rows = masks.whole_rows(batch_size, layout.length)
-        return build_plan(layout, masks.Mask(layout.length, rows, pattern), self.rank)
+        return layout, masks.Mask(layout.length, rows, pattern)
 
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:

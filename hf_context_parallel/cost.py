@@ -53,6 +53,21 @@ H100_NODE = Machine(
 """An 8-GPU H100 node, bfloat16: FlashAttention's and dense matrix products' achieved rates (Shah et al., 2024,
 arXiv:2407.08608), four fifths of HBM3, of NVLink 4 (450 GB/s a direction) and of one 400 Gb/s link a GPU."""
 
+CPU = Machine(
+    attention=40e9,
+    linear=60e9,
+    memory=8e9,
+    bandwidth=1.5e9,
+    node_bandwidth=1e9,
+    latency=100e-6,
+    node_latency=200e-6,
+    launch=50e-6,
+    node=8,
+    overlap=0.3,
+)
+"""A core of a CPU a rank, float32, and gloo, which copies messages with the same cores: measured by
+`benchmarks/attention.py`."""
+
 BACKWARD = 2.5
 """Products of attention's backward for each of its forward: five matrix products for two."""
 

@@ -15,10 +15,10 @@ import torch
 from torch.nn.functional import pad
 
 from . import mask as masks
+from .attention.strategy import Strategy, build_strategy
 from .config import ContextParallelConfig
 from .consensus import fingerprint
 from .layout import LAYOUTS, Layout
-from .plan import Plan, build_plan
 
 IGNORED = -100
 """The label that the loss leaves out."""
@@ -70,7 +70,7 @@ class Shard:
     all_lengths: tuple[int, ...]
     unshifted: torch.Tensor | None = field(default=None, compare=False)
     unshifted_count: torch.Tensor | None = field(default=None, compare=False)
-    _plans: dict[masks.Pattern, Plan] = field(default_factory=dict, repr=False, compare=False)
+    _strategies: dict = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def padding(self) -> torch.Tensor | None:
@@ -84,12 +84,20 @@ class Shard:
                     padding[row, start:stop] = 1
         return padding
 
-    def plan(self, pattern: masks.Pattern) -> Plan:
-        """What this rank computes and moves in layers of this pattern; made for the first of them."""
-        if pattern not in self._plans:
-            mask = masks.Mask(self.layout.length, self.rows, pattern)
-            self._plans[pattern] = build_plan(self.layout, mask, self.rank)
-        return self._plans[pattern]
+    def mask(self, pattern: masks.Pattern) -> masks.Mask:
+        """What is seen in layers of this pattern."""
+        return masks.Mask(self.layout.length, self.rows, pattern)
+
+    def strategy(self, pattern: masks.Pattern, comm_type: str, inner: int) -> Strategy:
+        """What this rank computes and moves in layers of this pattern; made for the first of them.
+
+        Args:
+            comm_type, inner: how keys travel, and the ranks of a subgroup that exchange heads.
+        """
+        key = pattern, comm_type, inner
+        if key not in self._strategies:
+            self._strategies[key] = build_strategy(comm_type, inner, self.layout, self.mask(pattern), self.rank)
+        return self._strategies[key]
 
 
 def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ of a CP group. It is integer arithmetic: no process group, no tensor on a device
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,9 +60,20 @@ class Layout:
             if owner == rank
         ]
 
+    def owners(self, start: int, stop: int) -> tuple[int, ...]:
+        """The ranks that hold the positions `[start, stop)`, a chunk's each."""
+        first, last = bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop)
+        return tuple(
+            self.chunk_owners[chunk] for chunk in range(first, last) if self.bounds[chunk] < self.bounds[chunk + 1]
+        )
+
     def positions(self, rank: int) -> torch.LongTensor:
         """The positions that `rank` holds, in local order: `[local_length]`."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.intervals(rank)])
+
+    def merged(self, ranks: int) -> Layout:
+        """The layout in which every `ranks` neighbouring ranks are one, which holds all their chunks."""
+        return Layout(self.length, self.size // ranks, tuple(owner // ranks for owner in self.chunk_owners))
 
     def restore(self) -> torch.LongTensor:
         """For each position, its index in the concatenation of all ranks' tokens: `[length]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class Groups:
         data_rank, data_size: which share of the samples it gets, of how many.
         first_ranks: for each share of the samples, the first rank of the world that gets it.
         device: where tensors of collectives live.
+        node: the most ranks of its CP group that share a machine.
     """
 
     group: dist.ProcessGroup | None
@@ -35,6 +37,7 @@ class Groups:
     data_size: int
     first_ranks: list[int]
     device: torch.device
+    node: int = 1
 
 
 def world() -> Groups:
@@ -70,7 +73,13 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
     dist.all_reduce(torch.zeros(1, device=device), group=group)  # NCCL: point-to-point must not be a group's first use
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]
-    return Groups(group, ranks.index(me), size, data_rank, len(first_ranks), first_ranks, device)
+    return Groups(group, ranks.index(me), size, data_rank, len(first_ranks), first_ranks, device, _on_a_node(ranks))
+
+
+def _on_a_node(ranks: list[int]) -> int:
+    """The most of these ranks that share a machine, as launchers number them."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return max(Counter(rank // local for rank in ranks).values())
 
 
 def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:

@@ -16,6 +16,7 @@ numbers.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -66,6 +67,12 @@ class Band(NamedTuple):
     left: int | None
     right: int | None
 
+    def within(self, queries: int, keys: int) -> Band:
+        """The same for a tile of this size, without the limits that bind none of its queries."""
+        left = None if self.left is None or self.left >= keys - 1 else self.left
+        right = None if self.right is None or self.right >= queries - 1 else self.right
+        return Band(left, right)
+
 
 FULL = Band(None, None)
 CAUSAL = Band(None, 0)
@@ -95,10 +102,10 @@ class Segments:
     @property
     def pairs(self) -> int:
         """How many query-key pairs are computed."""
-        return sum(_pairs(q[1] - q[0], k[1] - k[0], self.band) for q, k in zip(self.queries, self.keys))
+        return sum(pairs_in_band(q[1] - q[0], k[1] - k[0], self.band) for q, k in zip(self.queries, self.keys))
 
 
-def _pairs(queries: int, keys: int, band: Band) -> int:
+def pairs_in_band(queries: int, keys: int, band: Band) -> int:
     """How many pairs of a tile are in its band."""
 
     def up_to(diagonal: int) -> int:
@@ -144,7 +151,7 @@ class Plan:
     Args:
         rank, size: this rank and the ranks of its group.
         tokens: how many tokens this rank holds, all rows counted.
-        steps: `size` steps; the first is of this rank's own keys.
+        steps: the first is of this rank's own keys. In a ring there is one a rank.
     """
 
     rank: int
@@ -160,22 +167,65 @@ class Plan:
     @property
     def sent_keys(self) -> int:
         """Tokens whose keys and values this rank sends in a forward pass."""
-        return sum(t.stop - t.start for step in self.steps for t in (*step.relays, *step.serves))
+        return self._others((*step.relays, *step.serves) for step in self.steps)
 
     @property
     def sent_gradients(self) -> int:
         """Tokens whose partial gradients this rank sends in a backward pass."""
-        return sum(t.stop - t.start for step in self.steps for t in step.hands_on)
+        return self._others(step.hands_on for step in self.steps)
+
+    def _others(self, of_steps: Iterable[tuple[Transfer, ...]]) -> int:
+        """The tokens of transfers to other ranks."""
+        return sum(t.stop - t.start for transfers in of_steps for t in transfers if t.peer != self.rank)
 
 
 def build_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
     """The plan of `rank` for a batch with this mask, dealt to the ranks by this layout."""
     reads = _Reads(layout, mask)
-    tokens = len(mask.rows) * layout.local_length(rank)
-    own = ((0, tokens),) if tokens else ()
-    steps = [Step(tokens, reads.calls(rank, rank, own))]
+    steps = [_own_step(reads, rank)]
     steps += [_step(reads, rank, distance) for distance in range(1, layout.size)]
-    return Plan(rank, layout.size, tokens, tuple(steps))
+    return Plan(rank, layout.size, steps[0].tokens, tuple(steps))
+
+
+def build_own_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
+    """The plan of `rank` for documents that lie on one rank each: nothing travels."""
+    step = _own_step(_Reads(layout, mask), rank)
+    return Plan(rank, layout.size, step.tokens, (step,))
+
+
+def build_gathering_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
+    """A plan of `rank` in which all that it reads arrives at once, before anything is computed.
+
+    The second step's buffer has the keys in the order of the sequence, document by document, those of this rank
+    included, which it sends to itself. So queries that are neighbours in the sequence make one tile with all keys that
+    they read, and there is nothing to merge. A causal or full mask takes two kernel calls at most: of zigzag's two
+    chunks, so that no call has keys twice.
+    """
+    reads = _Reads(layout, mask)
+    tokens = reads.tokens(rank)
+    gathered = reads.gathered(rank)
+    arrivals = tuple(Transfer(key.owner, key.at, key.at + key.stop - key.start) for key in gathered)
+    departures = tuple(
+        Transfer(reader, key.start, key.stop)
+        for reader in range(layout.size)
+        for key in (gathered if reader == rank else reads.gathered(reader))
+        if key.owner == rank
+    )
+    computing = Step(
+        tokens=arrivals[-1].stop if arrivals else 0,
+        calls=reads.gathered_calls(rank, gathered),
+        receives=arrivals,
+        serves=departures,
+        hands_on=arrivals,
+        homecomings=departures,
+    )
+    return Plan(rank, layout.size, tokens, (Step(tokens, ()), computing))
+
+
+def _own_step(reads: _Reads, rank: int) -> Step:
+    """The step with this rank's own keys."""
+    tokens = reads.tokens(rank)
+    return Step(tokens, reads.calls(rank, rank, ((0, tokens),) if tokens else ()))
 
 
 def _step(reads: _Reads, rank: int, distance: int) -> Step:
@@ -201,6 +251,17 @@ def _step(reads: _Reads, rank: int, distance: int) -> Step:
     )
 
 
+class _Gathered(NamedTuple):
+    """Keys `[start, stop)` of `owner`, at positions from `position` on, where they begin in the buffer."""
+
+    owner: int
+    start: int
+    stop: int
+    position: int
+    document: int
+    at: int
+
+
 class _Reads:
     """Which of `owner`'s keys each `reader` reads, and from whom it gets them."""
 
@@ -209,12 +270,16 @@ class _Reads:
         self.mask = mask
         documents = [document for row in mask.apart() for document in row]
         self.spans = [document[-1][1] - document[0][0] for document in documents]
-        self.documents = _pieces(layout, mask)
+        self.documents = pieces_of_documents(layout, mask)
         self.of_rank: list[set[int]] = [set() for _ in range(layout.size)]
         for number, pieces in enumerate(self.documents):
             for rank in pieces:
                 self.of_rank[rank].add(number)
         self.needed = lru_cache(maxsize=None)(self._needed)
+
+    def tokens(self, rank: int) -> int:
+        """How many tokens a rank holds, all rows counted."""
+        return len(self.mask.rows) * self.layout.local_length(rank)
 
     def _shared(self, reader: int, owner: int):
         """For each document that both hold: its number, the reader's pieces, and the owner's."""
@@ -271,25 +336,63 @@ class _Reads:
     def calls(self, reader: int, owner: int, buffer: list[Interval] | tuple[Interval, ...]) -> tuple[Segments, ...]:
         """The tiles of `reader`'s queries and `owner`'s keys, keys as ranges of `buffer`, grouped into calls."""
         tiles = [tile for shared in self._shared(reader, owner) for tile in self._tiles(*shared, reader == owner)]
-        calls: dict[Band, list[list[tuple[Interval, Interval]]]] = {}
-        for query, key, band in sorted(tiles, key=lambda tile: tile[:2]):
-            # The queries of a call must not overlap: a tile goes into the first call that ends before it begins.
-            alike = calls.setdefault(band, [])
-            call = next((call for call in alike if call[-1][0][1] <= query[0]), None)
-            if call is None:
-                alike.append(call := [])
-            call.append((query, _within(key, buffer)))
-        return tuple(
-            Segments(*(tuple(column) for column in zip(*pairs)), band)
-            for band, alike in sorted(calls.items(), key=lambda call: _order(call[0]))
-            for pairs in alike
+        return _calls([(query, _within(key, buffer), band) for query, key, band in tiles])
+
+    def gathered(self, reader: int) -> list[_Gathered]:
+        """All keys that `reader` reads, its own included, document by document in the order of the sequence."""
+        gathered, at = [], 0
+        for number in sorted(self.of_rank[reader]):
+            owners = self.documents[number]
+            read = self._positions_read(number, owners[reader])
+            pieces = sorted((piece.position, owner, piece) for owner, pieces in owners.items() for piece in pieces)
+            for first, last in read:
+                for _, owner, whole in pieces:
+                    piece = whole.clip(first, last)
+                    if piece is not None:
+                        gathered.append(_Gathered(owner, *piece, number, at))
+                        at += piece.stop - piece.start
+        return gathered
+
+    def _positions_read(self, number: int, queries: list[Piece]) -> list[Interval]:
+        """The positions of document `number` that these queries read."""
+        nearest, furthest = self.distances(number)
+        pieces = [piece for pieces in self.documents[number].values() for piece in pieces]
+        begin, end = min(piece.position for piece in pieces), max(piece.end for piece in pieces)
+        return union(
+            (
+                begin if furthest is None else max(begin, query.position - furthest),
+                end if nearest is None else min(end, query.end - nearest),
+            )
+            for query in queries
         )
+
+    def gathered_calls(self, reader: int, gathered: list[_Gathered]) -> tuple[Segments, ...]:
+        """The tiles of `reader`'s queries and all keys they read, grouped into calls."""
+        runs: dict[int, list[Piece]] = {}
+        for key in gathered:
+            run = Piece(key.at, key.at + key.stop - key.start, key.position)
+            _extend(runs.setdefault(key.document, []), run)
+        first, later = [], []
+        for number, keys in runs.items():
+            nearest, furthest = self.distances(number)
+            for index, query in enumerate(self.documents[number][reader]):
+                tiles = later if index else first
+                if furthest is not None:
+                    tiles += _windowed_tiles([query], keys, nearest, furthest)
+                    continue
+                stop = max(key.stop for key in keys if nearest is None or key.position < query.end)
+                if nearest is not None:  # the last keys that it reads are its own
+                    stop = min(stop, next(k.start + query.end - k.position for k in keys if query.end <= k.end))
+                band = FULL if nearest is None else CAUSAL
+                tiles.append(((query.start, query.stop), (keys[0].start, stop), band))
+        return tuple(_loosened(call) for tiles in (first, later) for call in _calls(tiles))
 
     def _tiles(self, number: int, queries: list[Piece], keys: list[Piece], own: bool):
         """Tiles of document `number` as (query range, key range, band), as few and large as can be."""
         nearest, furthest = self.distances(number)
         if furthest is not None:
-            yield from _windowed_tiles(queries, keys, nearest, furthest)
+            for query, key, band in _windowed_tiles(queries, keys, nearest, furthest):
+                yield query, key, band.within(query[1] - query[0], key[1] - key[0])
         elif own and nearest == 0:
             # A rank holds its tokens in order, so a run of them is causal among itself whatever is missing between.
             runs = _runs(queries)
@@ -318,10 +421,33 @@ def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furth
             if key is None:
                 continue
             query = whole_query.clip(key.position + nearest, key.end + furthest)
-            left, right = furthest - (query.end - key.end), query.end - key.end - nearest
-            left = left if left < key.stop - key.start - 1 else None
-            right = right if right < query.stop - query.start - 1 else None
-            yield (query.start, query.stop), (key.start, key.stop), Band(left, right)
+            beyond = query.end - key.end
+            yield (query.start, query.stop), (key.start, key.stop), Band(furthest - beyond, beyond - nearest)
+
+
+def _calls(tiles: list[tuple[Interval, Interval, Band]]) -> tuple[Segments, ...]:
+    """Tiles of query range, key range and band as kernel calls, as few as can be."""
+    calls: dict[Band, list[list[tuple[Interval, Interval]]]] = {}
+    for query, key, band in sorted(tiles, key=lambda tile: tile[:2]):
+        # The queries of a call must not overlap: a tile goes into the first call that ends before it begins.
+        alike = calls.setdefault(band, [])
+        call = next((call for call in alike if call[-1][0][1] <= query[0]), None)
+        if call is None:
+            alike.append(call := [])
+        call.append((query, key))
+    return tuple(
+        Segments(*(tuple(column) for column in zip(*pairs)), band)
+        for band, alike in sorted(calls.items(), key=lambda call: _order(call[0]))
+        for pairs in alike
+    )
+
+
+def _loosened(call: Segments) -> Segments:
+    """The call without the limits that bind none of its queries."""
+    bands = {call.band.within(query[1] - query[0], key[1] - key[0]) for query, key in zip(call.queries, call.keys)}
+    left = call.band.left if any(band.left is not None for band in bands) else None
+    right = call.band.right if any(band.right is not None for band in bands) else None
+    return Segments(call.queries, call.keys, Band(left, right))
 
 
 def _order(band: Band) -> tuple:
@@ -329,7 +455,7 @@ def _order(band: Band) -> tuple:
     return band.right is None, band.right or 0, band.left is not None, band.left or 0
 
 
-def _pieces(layout: Layout, mask: Mask) -> list[dict[int, list[Piece]]]:
+def pieces_of_documents(layout: Layout, mask: Mask) -> list[dict[int, list[Piece]]]:
     """For each document of the batch: the pieces that each rank holds, by position."""
     local_lengths = [layout.local_length(rank) for rank in range(layout.size)]
     documents = []

@@ -7,6 +7,10 @@ import torch
 import torch.distributed as dist
 from models import context, document_positions, some_labels, tiny_model, tokens
 
+from hf_context_parallel import check as checks
+from hf_context_parallel.integration.current import current_batch
+from hf_context_parallel.tiny import tiny_config
+
 EXACT = ("gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -115,3 +119,53 @@ def test_every_supported_type_is_exact_on_three_ranks(on_ranks, model_type):
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_other_group_sizes_and_layouts_are_exact(on_ranks, ranks, layout):
     check(on_ranks(ranks, errors_of_a_model, "qwen3", list(BATCHES), {"layout": layout}))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "comm_type"),
+    [
+        (2, "a2a"),
+        (3, "all_gather"),
+        (4, "a2a+p2p"),
+        (2, "auto"),
+        (2, ["a2a", "all_gather"]),
+        (2, {"full_attention": "a2a", "sliding_attention": "p2p"}),
+    ],
+    ids=str,
+)
+def test_other_ways_to_communicate_are_exact(on_ranks, ranks, comm_type):
+    """In a model with windows in every other layer, sinks, and fewer key heads than query heads."""
+    for found, _ in on_ranks(ranks, checks.errors, tiny_config("gpt_oss"), {"comm_type": comm_type}):
+        assert all(max(of_kind.loss, of_kind.gradients) < 1e-9 for of_kind in found.values()), found
+
+
+def strategies_of_layers(comm_type) -> list[str]:
+    model = tiny_model("gpt_oss", "context_parallel")
+    cp = context(comm_type=comm_type)
+    with cp.shard(BATCHES["dense"], model) as local:
+        model(**local)
+        return [strategy.comm_type for strategy in current_batch().shard._strategies.values()]
+
+
+def test_every_layer_communicates_as_it_is_told(on_ranks):
+    assert on_ranks(2, strategies_of_layers, ["a2a", "all_gather"]) == [["a2a", "all_gather"]] * 2
+    by_type = {"full_attention": "all_gather", "sliding_attention": "p2p"}
+    assert on_ranks(2, strategies_of_layers, by_type) == [["p2p", "all_gather"]] * 2
+
+
+def message(comm_type, **options) -> str:
+    model = tiny_model("gpt_oss", "context_parallel")
+    try:
+        with context(comm_type=comm_type, **options).shard(BATCHES["dense"], model) as local:
+            model(**local)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_does_not_fit_a_model_is_refused_on_all_ranks(on_ranks):
+    for comm_type, part in (
+        (["a2a"] * 3, "comm_type lists 3 entries and the model has 2 layers"),
+        ({"sliding_attention": "p2p"}, "comm_type says nothing of full_attention layers"),
+    ):
+        assert all(part in text for text in on_ranks(2, message, comm_type))

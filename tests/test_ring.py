@@ -22,9 +22,9 @@ from simulated import (
     run,
 )
 
+from hf_context_parallel.attention import attention, p2p
 from hf_context_parallel.attention import exchange as exchanges
-from hf_context_parallel.attention import p2p
-from hf_context_parallel.attention.p2p import ring_attention
+from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.kernels import choose_kernel, cpu, reference
 from hf_context_parallel.kernels.base import Scores
 from hf_context_parallel.layout import contiguous, zigzag
@@ -60,14 +60,14 @@ def share(layout, rank, x):
     return x[:, layout.positions(rank)].flatten(0, 1)
 
 
-def on_rank(exchange, layout, mask, whole, kernel, prepare=lambda x: x, scores=PLAIN, sinks=None):
+def on_rank(exchange, layout, mask, whole, kernel, prepare=lambda x: x, scores=PLAIN, sinks=None, way=("p2p", 1)):
     """The output and the gradients of query, key and value, and of sinks if any, on one rank."""
     query, key, value, grad = (prepare(share(layout, exchange.rank, x)) for x in whole)
     inputs = [query, key, value, *([] if sinks is None else [sinks])]
     leaves = [x.detach().requires_grad_() for x in inputs]
-    plan = build_plan(layout, mask, exchange.rank)
+    strategy = build_strategy(*way, layout, mask, exchange.rank)
     how = {"exchange": exchange, "kernel": kernel, "scores": scores, "sinks": None if sinks is None else leaves[3]}
-    output = ring_attention(*leaves[:3], plan=plan, **how)
+    output = attention(*leaves[:3], strategy=strategy, **how)
     output.backward(grad)
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -89,10 +89,10 @@ def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x, **how):
 NAMES = ("output", "dq", "dk", "dv", "dsinks")
 
 
-def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x, kept=None, **how):
-    """The ring computes what dense attention does."""
+def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x, kept=None, way=("p2p", 1), **how):
+    """The ranks compute what dense attention does."""
     expected = dense(mask, *whole, **how, kept=kept)
-    for name, got, truth in zip(NAMES, ring(layout, mask, whole, kernel, prepare, **how), expected):
+    for name, got, truth in zip(NAMES, ring(layout, mask, whole, kernel, prepare, way=way, **how), expected):
         torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -346,9 +346,9 @@ def test_the_guard_stops_a_backward_before_it_sends():
 
     def guarded(exchange):
         leaves = [share(layout, exchange.rank, x).requires_grad_() for x in whole]
-        output = ring_attention(
+        output = attention(
             *leaves[:3],
-            plan=build_plan(layout, mask, exchange.rank),
+            strategy=build_strategy("p2p", 1, layout, mask, exchange.rank),
             exchange=logs[exchange.rank].exchange(exchange),
             kernel=choose_kernel("cpu", "cpu"),
             scores=PLAIN,

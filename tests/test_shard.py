@@ -371,7 +371,7 @@ def test_a_kernel_that_is_missing_is_told_at_once():
         ({"size": 0}, "size=0"),
         ({"size": "2"}, "size='2'"),
         ({"layout": "zigzak"}, "Did you mean 'zigzag'"),
-        ({"comm_type": "ring"}, "comm_type='ring' is not one of 'p2p'"),
+        ({"comm_type": "ring"}, "comm_type='ring' is not one of 'p2p', 'all_gather', 'a2a'"),
         ({"check_batch": 1}, "check_batch=1"),
         ({"verify": "yes"}, "verify='yes'"),
     ],

@@ -28,7 +28,8 @@ class Pending:
 
 
 class Exchange(Protocol):
-    """What a strategy needs of a process group. Messages between two ranks arrive in the order they were posted."""
+    """What a strategy needs of a process group. Messages between two ranks arrive in the order they were posted. A
+    rank sends nothing to itself."""
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending: ...
 
@@ -48,3 +49,15 @@ class GroupExchange:
         if not operations:  # which batch_isend_irecv does not take
             return Pending()
         return Pending(dist.batch_isend_irecv(operations), [tensor for _, tensor in (*sends, *receives)])
+
+
+class Subset:
+    """Some ranks of a group as a group of their own, whose rank i is `ranks[i]`. Its messages are the group's."""
+
+    def __init__(self, exchange: Exchange, ranks: Sequence[int]):
+        self._exchange = exchange
+        self._ranks = ranks
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        sends, receives = ([(self._ranks[peer], x) for peer, x in messages] for messages in (sends, receives))
+        return self._exchange.post(sends, receives)

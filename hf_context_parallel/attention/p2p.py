@@ -1,7 +1,7 @@
-"""Ring attention: keys and values travel from rank to rank while attention is computed with those already here.
+"""A plan executed: keys and values travel from rank to rank while attention is computed with those already here.
 
 The ring is that of Liu et al., "Ring Attention with Blockwise Transformers" (2023, arXiv:2310.01889), with the
-transfers cut to what the plan says is read.
+transfers cut to what the plan says is read. A plan in which all keys arrive in one step is executed alike.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch.autograd.function import once_differentiable
 from ..intervals import Interval
 from ..kernels.base import Kernel, Scores
 from ..plan import Plan, Step, Transfer
+from .a2a import SharedHeads
 from .exchange import Exchange, Message, Pending
 from .merge import begin, merge_
 from .sinks import sinks_gradient, with_sinks
 
 
-def ring_attention(
+def planned_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -31,23 +32,24 @@ def ring_attention(
     scores: Scores,
     sinks: torch.Tensor | None = None,
     guard: Callable[[], None] = lambda: None,
+    shared: SharedHeads | None = None,
 ) -> torch.Tensor:
     """Attention of this rank's queries to the keys of all ranks that the plan says they read.
 
     Args:
         query: `[T, H, D]`, this rank's tokens, numbered as in the plan.
         key, value: `[T, H_kv, D]` and `[T, H_kv, D_v]`, of the same dtype. H_kv divides H.
-        scores: how scores are made.
+        scores: how scores are made. Their seed differs between ranks.
         sinks: `[H]`, a score a head beside those of the keys, whose value is 0 (learnable, `s_aux`).
         guard: called before backward; raises if the batch is no longer the one being computed.
+        shared: the exchange that gives this rank some heads of more tokens, which are then the plan's.
 
     Returns:
         `[T, H, D_v]` in the dtype of `query`; 0 for tokens that the plan computes nothing for.
     """
     key_value = torch.cat([key, value], dim=-1)  # one message a transfer instead of two
-    # Ranks are seeded alike: what tells their weights apart is the rank.
-    arguments = key.shape[-1], plan, exchange, kernel, scores.of(plan.rank), guard
-    return _RingAttention.apply(query.contiguous(), key_value, sinks, *arguments)
+    arguments = key.shape[-1], plan, exchange, kernel, scores, guard, shared
+    return _Attention.apply(query.contiguous(), key_value, sinks, *arguments)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,30 +57,41 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _RingAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key_value, sinks, key_dim, plan, exchange, kernel, scores, guard):
+    def forward(ctx, query, key_value, sinks, key_dim, plan, exchange, kernel, scores, guard, shared):
+        dtype, heads = query.dtype, slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
         with torch.autocast(query.device.type, enabled=False):
+            if shared is not None:
+                query, key_value = shared.to_heads(query, key_value)
             output, lse = _forward(query, key_value, key_dim, plan, exchange, kernel, scores)
             if sinks is not None:
-                output, lse = with_sinks(output, lse, sinks)
-            output = output.to(query.dtype)
+                output, lse = with_sinks(output, lse, sinks[heads])
+            output = output.to(dtype)
         ctx.save_for_backward(query, key_value, sinks, output, lse)
         # Backward may run in a thread of autograd's own, so it looks nothing up: all it needs is here.
         ctx.environment = (key_dim, plan, exchange, kernel, scores)
-        ctx.guard = guard
-        return output
+        ctx.guard, ctx.shared, ctx.heads = guard, shared, heads
+        return output if shared is None else shared.output_to_tokens(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         ctx.guard()  # before the saved tensors, whose recomputation under gradient checkpointing would communicate
         query, key_value, sinks, output, lse = ctx.saved_tensors
+        shared, grad_sinks = ctx.shared, None
         with torch.autocast(grad_output.device.type, enabled=False):
-            tensors = grad_output.contiguous(), query, key_value, output, lse
-            grads = _backward(*tensors, *ctx.environment)
-            grad_sinks = None if sinks is None else sinks_gradient(grad_output, output, lse, sinks)
-        return *grads, grad_sinks, None, None, None, None, None, None
+            grad_output = grad_output.contiguous()
+            if shared is not None:
+                grad_output = shared.output_to_heads(grad_output)
+            grad_query, grad_key_value = _backward(grad_output, query, key_value, output, lse, *ctx.environment)
+            if sinks is not None:
+                grad_sinks = torch.zeros_like(sinks)
+                grad_sinks[ctx.heads] = sinks_gradient(grad_output, output, lse, sinks[ctx.heads])
+            if shared is not None:
+                grad_key_value = grad_key_value.to(shared.gradient_dtype(key_value.dtype, grad_key_value.dtype))
+                grad_query, grad_key_value = shared.to_tokens(grad_query, grad_key_value)
+        return grad_query, grad_key_value.to(key_value.dtype), grad_sinks, *[None] * 7
 
 
 def _forward(query, key_value, key_dim, plan, exchange, kernel, scores):
@@ -101,11 +114,12 @@ def _forward(query, key_value, key_dim, plan, exchange, kernel, scores):
 
 
 def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchange, kernel, scores):
-    """The gradients of the query `[T, H, D]` and of this rank's keys and values `[T, H_kv, D + D_v]`."""
+    """The gradients of the query `[T, H, D]`, in its dtype, and of this rank's keys and values `[T, H_kv, D + D_v]`,
+    in the dtype that sums are kept in."""
     dtype = accumulation_dtype(query.dtype)
     grad_query, grad_own, leaving, previous = _Sum(query, dtype), None, None, None
     for number, step, keys in chain(_travelling(plan, exchange, key_value), [(None, None, None)]):
-        joining, homecoming, pending = _post_gradients(exchange, previous, leaving, step)
+        joining, homecoming, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
         if step is not None:
             grad_keys = _Sum(keys, dtype)
             for index, call in enumerate(step.calls):
@@ -125,7 +139,7 @@ def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchang
         grad_own = leaving if grad_own is None else grad_own
         previous = step
         joining = homecoming = part = None  # or they would be alive while the next ones are allocated
-    return grad_query.total().to(query.dtype), grad_own.to(key_value.dtype)
+    return grad_query.total().to(query.dtype), grad_own
 
 
 def _travelling(plan: Plan, exchange: Exchange, own: torch.Tensor) -> Iterator[tuple[int, Step, torch.Tensor]]:
@@ -140,17 +154,15 @@ def _travelling(plan: Plan, exchange: Exchange, own: torch.Tensor) -> Iterator[t
             yield number, step, held
             return
         arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
-        pending = exchange.post(
-            sends=_messages(upcoming.relays, held) + _messages(upcoming.serves, own),
-            receives=_messages(upcoming.receives, arriving),
-        )
+        sends = _messages(upcoming.relays, held) + _messages(upcoming.serves, own)
+        pending = _post(exchange, plan.rank, sends, _messages(upcoming.receives, arriving))
         yield number, step, held
         pending.wait()
         held = arriving
 
 
 def _post_gradients(
-    exchange: Exchange, previous: Step | None, leaving: torch.Tensor | None, step: Step | None
+    exchange: Exchange, rank: int, previous: Step | None, leaving: torch.Tensor | None, step: Step | None
 ) -> tuple[list[tuple[Transfer, torch.Tensor]], list[tuple[Transfer, torch.Tensor]], Pending]:
     """Hand on the sums `leaving` of the step before, and receive what joins this step's and what comes home."""
     if previous is None:
@@ -162,11 +174,17 @@ def _post_gradients(
         ]
 
     joining, homecoming = expect(step.joins if step else ()), expect(previous.homecomings)
-    pending = exchange.post(
-        sends=_messages(previous.hands_on, leaving),
-        receives=[(transfer.peer, part) for transfer, part in joining + homecoming],
-    )
+    receives = [(transfer.peer, part) for transfer, part in joining + homecoming]
+    pending = _post(exchange, rank, _messages(previous.hands_on, leaving), receives)
     return joining, homecoming, pending
+
+
+def _post(exchange: Exchange, rank: int, sends: list[Message], receives: list[Message]) -> Pending:
+    """Post messages, and copy what `rank` has for itself."""
+    mine = [[tensor for peer, tensor in messages if peer == rank] for messages in (sends, receives)]
+    for source, target in zip(*mine):
+        target.copy_(source)
+    return exchange.post(*([m for m in messages if m[0] != rank] for messages in (sends, receives)))
 
 
 def _messages(transfers: tuple[Transfer, ...], buffer: torch.Tensor) -> list[Message]:

@@ -17,6 +17,7 @@ from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
 from transformers.models.gptj import modeling_gptj as gptj
 
 from ..attention import attend, one_dtype
+from ..attention.strategy import Shape
 from ..kernels import check_kernel
 from ..kernels.base import make_scores
 from ..mask import Pattern
@@ -99,7 +100,7 @@ def context_parallel_attention(
         query,
         key,
         value,
-        plan=batch.shard.plan(pattern),
+        strategy=batch.strategy(module, pattern, Shape.of(query, key, value), query.device),
         exchange=batch.cp.exchange,
         kernel=kernel,
         scores=scores,

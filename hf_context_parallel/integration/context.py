@@ -12,8 +12,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from ..attention.strategy import Shape, Strategy
+from ..choice import Choice, layer_type
 from ..consensus import agree, fingerprint
 from ..data import SHARD, Shard, shard_batch
+from ..mask import Pattern
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
 from .models import NAME, check_model, is_native, mixers, transformers_model
@@ -45,6 +48,7 @@ class ShardedBatch(AbstractContextManager):
         self._native = NativeMixers(self, self._whole)
         self._rope = RopeByLength(self)
         self._random: AbstractContextManager | None = None
+        self._choices: dict[tuple, Choice] = {}
 
     def __enter__(self) -> dict[str, Any]:
         if self._entered:
@@ -53,7 +57,7 @@ class ShardedBatch(AbstractContextManager):
         local, error = {}, None
         try:
             if self._model is not None:
-                check_model(self._model)
+                self._check(self._model)
             local = self._local()
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
@@ -94,6 +98,23 @@ class ShardedBatch(AbstractContextManager):
         """Remember how a module that mixes tokens is computed."""
         self.handled.setdefault(type(module).__name__, set()).add(how)
 
+    def strategy(self, module: torch.nn.Module, pattern: Pattern, shape: Shape, device: torch.device) -> Strategy:
+        """How a layer's attention is computed.
+
+        Raises:
+            ValueError: if the configuration says nothing of such a layer.
+        """
+        comm_type = self.cp.config.comm_type_of(layer_type(pattern), getattr(module, "layer_idx", None))
+        key = pattern, comm_type, shape, device
+        if key not in self._choices:
+            self._choices[key] = self.cp.choice(comm_type, self.shard.layout, self.shard.mask(pattern), shape, device)
+        return self.shard.strategy(pattern, *self._choices[key][:2])
+
+    def _check(self, model: torch.nn.Module) -> None:
+        """Refuse a model that would not be exact, or that the configuration does not fit."""
+        check_model(model)
+        self.cp.config.check_layers(transformers_model(model).config.get_text_config().num_hidden_layers)
+
     def check_backward(self) -> None:
         """Raise unless this batch's gradients can be computed now."""
         if self._left:
@@ -122,7 +143,7 @@ class ShardedBatch(AbstractContextManager):
     def _before(self, module: torch.nn.Module, _) -> None:
         """Check the model that is about to run: the outermost, whether or not it was passed to `shard`."""
         if isinstance(module, PreTrainedModel) and current_batch() is self and self._running is None:
-            check_model(module)
+            self._check(module)
             self._running, self.handled = module, {}
             if module.training and self.cp.size > 1 and not self._random:
                 self._random = own_stream(self.cp.rank)

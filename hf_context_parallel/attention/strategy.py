@@ -1,0 +1,187 @@
+"""How a mask is executed by the ranks of a group, and what that sends.
+
+    p2p          a ring: keys travel from rank to rank
+    all_gather   the keys that are read arrive at once
+    a2a          all heads of a rank's tokens become all tokens of a rank's heads
+    a2a+p2p      a2a inside subgroups of neighbouring ranks, a ring of the subgroups (Fang and Zhao, "USP", 2024,
+                 arXiv:2405.07719)
+
+A subgroup is one rank of a smaller layout, which holds its ranks' chunks. So a2a is a plan for a group of one between
+two exchanges of heads, and p2p one for subgroups of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..layout import Layout
+from ..mask import Document, Mask
+from ..plan import Plan, build_gathering_plan, build_own_plan, build_plan
+from .a2a import SharedHeads, TokenExchange
+from .exchange import Exchange, Subset
+from .p2p import accumulation_dtype
+
+
+class Shape(NamedTuple):
+    """The tensors of a layer: `heads` queries of `query_dim`, `key_heads` keys and values."""
+
+    heads: int
+    key_heads: int
+    query_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Shape:
+        """That of `[..., H, T, D]` tensors."""
+        return cls(query.shape[-3], key.shape[-3], query.shape[-1], value.shape[-1], query.dtype)
+
+
+class Sent(NamedTuple):
+    """Bytes that a rank sends to others for a layer."""
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One rank's part in executing a mask.
+
+    Args:
+        comm_type: what it is called.
+        rank: this rank of the group.
+        inner: ranks of a subgroup, which exchange heads.
+        tokens: how many tokens this rank holds, all rows counted.
+        plan: of the subgroup's tokens, with the other subgroups; None if no document travels.
+        own: of the documents that lie on this rank alone, where heads are exchanged and there are any.
+        travelling: for each rank of the subgroup, which of its tokens travel, and
+        places: which rows of the plan's they are.
+    """
+
+    comm_type: str
+    rank: int
+    inner: int
+    tokens: int
+    plan: Plan | None
+    own: Plan | None = None
+    travelling: tuple[torch.Tensor, ...] = ()
+    places: tuple[torch.Tensor, ...] = ()
+    _on: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def outer(self, exchange: Exchange) -> Exchange:
+        """The messages between this rank and those that have its place in other subgroups."""
+        if self.inner == 1:
+            return exchange
+        return Subset(exchange, range(self.rank % self.inner, self.plan.size * self.inner, self.inner))
+
+    def shared_heads(self, exchange: Exchange | None, heads: int, key_heads: int, device: torch.device):
+        """The exchange of heads in this rank's subgroup; None where there is none."""
+        if self.inner == 1:
+            return None
+        if device not in self._on:
+            self._on[device] = [
+                tuple(x.to(device, non_blocking=True) for x in xs) for xs in (self.travelling, self.places)
+            ]
+        travelling, places = self._on[device]
+        first, mine = self.rank - self.rank % self.inner, self.rank % self.inner
+        return SharedHeads(
+            TokenExchange(
+                exchange=None if exchange is None else Subset(exchange, range(first, first + self.inner)),
+                rank=mine,
+                rows=self.tokens,
+                tokens=None if len(travelling[mine]) == self.tokens else travelling[mine],
+                counts=[len(x) for x in travelling],
+                places=places,
+                whole=self.plan.tokens,
+            ),
+            heads,
+            key_heads,
+        )
+
+    def refusal(self, heads: int) -> str | None:
+        """Why a layer of so many query heads cannot be computed in this way, or None if it can."""
+        if heads >= self.inner:
+            return None
+        return (
+            f"comm_type={self.comm_type!r} deals heads to {self.inner} ranks, and this layer has {heads} query heads. "
+            f"Use comm_type='a2a+p2p' with an a2a_size of at most {heads} that divides the group's size, or 'p2p' or "
+            "'all_gather'"
+        )
+
+    def sent(self, shape: Shape) -> Sent:
+        """What this rank sends for a layer of this shape, forward and backward, recomputation not counted."""
+        if self.plan is None:
+            return Sent(0, 0)
+        size, sums = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
+        width, key_heads, forward, backward = shape.query_dim + shape.value_dim, shape.key_heads, 0, 0
+        shared = self.shared_heads(None, shape.heads, key_heads, torch.device("cpu"))
+        if shared is not None:
+            grad_keys = shared.gradient_dtype(shape.dtype, accumulation_dtype(shape.dtype)).itemsize
+            forward += size * (shared.leaving(shape.query_dim, width) + shared.returning(shape.value_dim))
+            backward += size * (shared.leaving(shape.value_dim) + shared.returning(shape.query_dim))
+            backward += grad_keys * shared.returning(0, width)
+            key_heads = shared.key_heads
+        keys = self.plan.sent_keys * key_heads * width * size
+        return Sent(forward + keys, backward + keys + self.plan.sent_gradients * key_heads * width * sums)
+
+
+def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank: int) -> Strategy:
+    """The part of `rank` in executing `mask` in one of the four ways.
+
+    Args:
+        inner: ranks of a subgroup that exchange heads. It divides the layout's size; 1 for p2p and all_gather.
+    """
+    tokens = len(mask.rows) * layout.local_length(rank)
+    if comm_type == "all_gather":
+        return Strategy(comm_type, rank, 1, tokens, build_gathering_plan(layout, mask, rank))
+    if inner == 1:
+        return Strategy(comm_type, rank, 1, tokens, build_plan(layout, mask, rank))
+    apart, travelling = _split(layout, mask)
+    own = build_own_plan(layout, apart, rank)
+    if not any(travelling.rows):
+        return Strategy(comm_type, rank, inner, tokens, None, own)
+    own = own if own.pairs else None
+    merged, first = layout.merged(inner), rank - rank % inner
+    whole = merged.positions(rank // inner)
+    moving, places = [], []
+    for other in range(first, first + inner):
+        positions = layout.positions(other)
+        travels = torch.stack([_within(row, layout.length)[positions] for row in travelling.rows])
+        rows = torch.arange(len(mask.rows))[:, None] * len(whole)
+        moving.append(travels.flatten().nonzero().flatten())
+        places.append((rows + torch.searchsorted(whole, positions))[travels])
+    plan = build_plan(merged, travelling, rank // inner)
+    return Strategy(comm_type, rank, inner, tokens, plan, own, tuple(moving), tuple(places))
+
+
+def _split(layout: Layout, mask: Mask) -> tuple[Mask, Mask]:
+    """The documents, or chunks of them, that lie on one rank each, and the others: as two masks."""
+    rows = mask.apart()
+    alone = [[_ranks(layout, document) == 1 for document in row] for row in rows]
+    pattern = mask.pattern._replace(chunk_size=None)
+    return tuple(
+        Mask(
+            mask.length,
+            tuple(tuple(d for d, flag in zip(*pair) if flag is wanted) for pair in zip(rows, alone)),
+            pattern,
+        )
+        for wanted in (True, False)
+    )
+
+
+def _ranks(layout: Layout, document: Document) -> int:
+    """How many ranks hold tokens of a document."""
+    return len({owner for start, stop in document for owner in layout.owners(start, stop)})
+
+
+def _within(documents: tuple[Document, ...], length: int) -> torch.Tensor:
+    """Which positions are of one of the documents: `[length]`."""
+    within = torch.zeros(length, dtype=torch.bool)
+    for document in documents:
+        for start, stop in document:
+            within[start:stop] = True
+    return within
