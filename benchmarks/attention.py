@@ -2,15 +2,19 @@
 
     python -m benchmarks.attention --ranks 2,4 --tokens 4096,8192,16384 --dtypes float32,bfloat16
 
-Ranks are processes that talk over gloo and have one torch thread each. Timed, interleaved, over the same CPU kernel:
+Batches are one document of each length, and in the first dtype packed ones and a window of `PACKED` tokens. Ranks are
+processes that talk over gloo and have one torch thread each. Timed, interleaved, over the same CPU kernel:
 
-    share         the kernel calls of this rank's plan and nothing else: no messages, no merging, no sums of gradients
-    ours          `planned_attention` with a plan built before, as a model's layers call it
-    prepared      the same with messages that are already there (--prepared): what merging and summing cost
-    one process   the whole sequence on one process that has as many threads as there are ranks
-    ...           the rings of others: pip install ring-flash-attn --no-deps; torch has its own
+    ideal         the kernel calls of an equal share of the arithmetic, 1/N of the heads of the whole batch, and
+                  nothing else: no messages, no merging, no copies
+    p2p, all_gather, a2a, a2a+p2p (in pairs)
+                  `attention` by each strategy, made before, as a model's layers call it. That which `auto` chooses is
+                  marked.
+    one process   the whole batch on one process that has as many threads as there are ranks
+    ...           others', where they take the case: pip install --no-deps ring-flash-attn axolotl-ringmaster; torch
+                  has its own
 
-A run lasts from the first rank's start to the last rank's end. Efficiency is share's time over a variant's, round by
+A run lasts from the first rank's start to the last rank's end. Efficiency is ideal's time over a variant's, round by
 round. Before anything is timed, outputs and gradients are compared with the one process's.
 """
 
@@ -33,29 +37,34 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from hf_context_parallel.attention.exchange import Exchange, GroupExchange
-from hf_context_parallel.attention.p2p import planned_attention
+from hf_context_parallel.attention import attention
+from hf_context_parallel.attention.exchange import GroupExchange
+from hf_context_parallel.attention.strategy import Shape, build_strategy
+from hf_context_parallel.choice import choose, machine_of
+from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.kernels.base import Kernel, Scores
+from hf_context_parallel.kernels.base import Scores
 from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, whole_rows
+from hf_context_parallel.mask import Mask, Pattern, from_cu_seqlens
 from hf_context_parallel.memory import PeakMemory
-from hf_context_parallel.plan import CAUSAL, Plan, Segments, build_plan
+from hf_context_parallel.plan import build_own_plan
 
-from . import report
-from .peers import MissingPeer, ring_flash_attn_zigzag, torch_ring, versions
-from .simulation import PreparedExchange
+from . import peers, report
+from .peers import Layer, MissingPeer, Run, UnsuitablePeer
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of a tensor's largest entry
-AIMS = {(2, 4096): 0.96, (2, 16384): 0.98}  # efficiency, by ranks and tokens
-MARGIN = 0.005  # by which efficiency may be below the better peer's
+PACKED_AIM = 0.9  # efficiency of what auto chooses, on packed batches
+CHOICE_AIM = 1.03  # the time of what auto chooses, over that of the best of ours
+PACKED = 8192  # tokens of packed batches and windows
+WINDOW = 1024
 OVERSUBSCRIBED_TOKENS = 8192  # the longest sequence timed by default with more ranks than cores
 
 
 class Case(NamedTuple):
-    """What is timed. `tokens` is of the whole sequence."""
+    """What is timed. `tokens` is of the whole batch, `batch` one of `BATCHES`."""
 
     ranks: int
+    batch: str
     tokens: int
     dtype: str
     heads: int
@@ -63,94 +72,129 @@ class Case(NamedTuple):
     head_dim: int
 
 
-class Layer(NamedTuple):
-    """One rank's part of a case: queries, keys and values `[T, H, D]` and the gradient of the output, and the same of
-    the whole sequence."""
-
-    inputs: list[torch.Tensor]
-    grad_output: torch.Tensor
-    whole: list[torch.Tensor]
-    plan: Plan
-    kernel: Kernel
-    scores: Scores
-    group: dist.ProcessGroup
+def long_tail(tokens: int) -> list[int]:
+    """Log-normal lengths (sigma 1), in no order: a few documents have most of the tokens."""
+    shares = torch.randn(16, generator=torch.Generator().manual_seed(3)).exp()
+    lengths = [int(tokens * share / shares.sum()) // 16 * 16 for share in shares[1:]]
+    return [tokens - sum(lengths), *lengths]
 
 
-Run = Callable[[], tuple[torch.Tensor, ...]]
-"""Forward and backward: output `[T, H, D]`, and the gradients of query, key and value."""
+# Lengths are multiples of 16, since others pad documents to multiples of twice the ranks and we do not.
+BATCHES: dict[str, tuple[Callable[[int], list[int]], int | None]] = {
+    "one document": (lambda tokens: [tokens], None),
+    "four documents": (lambda tokens: [tokens * share // 16 for share in (3, 6, 2, 5)], None),
+    "long tail": (long_tail, None),
+    "tiny documents": (lambda tokens: [16, 32, 48] * (tokens // 96) + [tokens % 96] * (tokens % 96 > 0), None),
+    "window": (lambda tokens: [tokens], WINDOW),
+}
+"""For each batch, its documents' lengths and the layer's window."""
 
 
-def share(layer: Layer) -> Run:
-    buffer = [torch.randn_like(tensor) for tensor in layer.inputs[1:]]
-    output, lse = torch.randn_like(layer.grad_output), torch.full(layer.grad_output.shape[:2], 10.0)
-    calls = [
-        (call, layer.inputs[1:] if n == 0 else buffer) for n, s in enumerate(layer.plan.steps) for call in s.calls
-    ]
-    query = layer.inputs[0].detach()
+def ideal(layer: Layer) -> Run:
+    """An equal share of the arithmetic: 1/N of the heads, of which nobody but the machine asks anything."""
+    size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
+    query, key, value, grad_output = (tensor.chunk(size, dim=1)[rank].contiguous() for tensor in layer.whole)
+    calls = _calls_of_one(layer)
+    output, lse = torch.randn_like(grad_output), torch.full(grad_output.shape[:2], 10.0)
 
     def run():
-        for call, (key, value) in calls:
+        for call in calls:
             layer.kernel.forward(query, key, value, call, layer.scores)
-        for call, (key, value) in calls:
-            layer.kernel.backward(layer.grad_output, query, key, value, output, lse, call, layer.scores)
+        for call in calls:
+            layer.kernel.backward(grad_output, query, key, value, output, lse, call, layer.scores)
         return ()
 
     return run
 
 
-def ours(layer: Layer) -> Run:
-    return _ring(layer, GroupExchange(layer.group))
+def _calls_of_one(layer: Layer):
+    """The kernel calls of one process that has the whole batch."""
+    return build_own_plan(zigzag(layer.mask.length, 1), layer.mask, 0).steps[0].calls
 
 
-def prepared(layer: Layer) -> Run:
-    run = _ring(layer, PreparedExchange(torch.cat([torch.randn_like(tensor) for tensor in layer.inputs[1:]], dim=-1)))
-    return lambda: run()[:0]  # of wrong numbers
+def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
+    def build(layer: Layer) -> Run:
+        size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
+        if comm_type == "a2a+p2p" and size < 4:
+            raise UnsuitablePeer("there are no subgroups of two ranks in two")
+        layout = zigzag(layer.mask.length, size)
+        strategy = build_strategy(comm_type, inner(size), layout, layer.mask, rank)
+        inputs = [tensor[layout.positions(rank)].requires_grad_() for tensor in layer.whole[:3]]
+        grad_output = layer.whole[3][layout.positions(rank)]
+        how = {"exchange": GroupExchange(layer.group), "kernel": layer.kernel, "scores": layer.scores}
+
+        def run():
+            output = attention(*inputs, strategy=strategy, **how)
+            return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
+
+        run.positions = layout.positions(rank)
+        return run
+
+    return build
 
 
 def one_process(layer: Layer) -> Run:
     """Rank 0 computes, and the others have nothing to do."""
-    if layer.plan.rank:
+    if dist.get_rank(layer.group):
         return lambda: ()
     *inputs, grad_output = layer.whole
-    tile = ((0, len(grad_output)),)
-    segments = Segments(tile, tile, CAUSAL)
+    calls = _calls_of_one(layer)
+    rows = [torch.cat([torch.arange(*interval) for interval in call.queries]) for call in calls]
 
     def run():
-        torch.set_num_threads(layer.plan.size)
-        output, lse = layer.kernel.forward(*inputs, segments, layer.scores)
-        grads = layer.kernel.backward(grad_output, *inputs, output, lse, segments, layer.scores)
+        torch.set_num_threads(dist.get_world_size(layer.group))
+        output, lse = torch.empty_like(grad_output), torch.empty(grad_output.shape[:2])
+        for call, places in zip(calls, rows):
+            part, part_lse = layer.kernel.forward(*inputs, call, layer.scores)
+            output[places], lse[places] = part.to(output.dtype), part_lse
+        grads = [torch.empty_like(tensor) for tensor in inputs]
+        for call, places in zip(calls, rows):
+            parts = layer.kernel.backward(grad_output, *inputs, output, lse, call, layer.scores)
+            for grad, part in zip(grads, parts):
+                grad[places] = part.to(grad.dtype)
         torch.set_num_threads(1)
         return output, *grads
 
     return run
 
 
-def _ring(layer: Layer, exchange: Exchange) -> Run:
-    inputs = [tensor.detach().requires_grad_() for tensor in layer.inputs]
+OURS = {
+    "p2p": ours("p2p", lambda size: 1),
+    "all_gather": ours("all_gather", lambda size: 1),
+    "a2a": ours("a2a", lambda size: size),
+    "a2a+p2p": ours("a2a+p2p", lambda size: 2),
+}
+PEERS = {
+    "ring-flash-attn zigzag": peers.ring_flash_attn_zigzag,
+    "ring-flash-attn zigzag varlen": peers.ring_flash_attn_zigzag_varlen,
+    "ring-flash-attn llama3": peers.ring_flash_attn_llama3,
+    "ringmaster Ulysses": peers.ringmaster_ulysses,
+    "torch's ring": peers.torch_ring,
+}
+VARIANTS = {"ideal": ideal, **OURS, "one process": one_process, **PEERS}
 
-    def run():
-        settings = {"plan": layer.plan, "exchange": exchange, "kernel": layer.kernel, "scores": layer.scores}
-        output = planned_attention(*inputs, **settings)
-        return output.detach(), *torch.autograd.grad(output, inputs, layer.grad_output)
 
-    return run
-
-
-PEERS = {"ring-flash-attn": ring_flash_attn_zigzag, "torch's ring": torch_ring}
-VARIANTS = {"share": share, "ours": ours, "prepared": prepared, "one process": one_process, **PEERS}
-
-
-def build_layer(case: Case, rank: int) -> Layer:
-    """The layer of `rank`, with the same random numbers on every rank."""
+def build_layer(case: Case) -> Layer:
+    """The layer, with the same random numbers on every rank."""
     generator = torch.Generator().manual_seed(0)
     heads = (case.heads, case.key_heads, case.key_heads, case.heads)
     dtype = getattr(torch, case.dtype)
     whole = [torch.randn(case.tokens, n, case.head_dim, generator=generator).to(dtype) for n in heads]
-    layout = zigzag(case.tokens, case.ranks)
-    *inputs, grad_output = (tensor[layout.positions(rank)] for tensor in whole)
-    plan = build_plan(layout, Mask(case.tokens, whole_rows(1, case.tokens)), rank)
-    kernel = choose_kernel("cpu", "cpu")
-    return Layer(inputs, grad_output, whole, plan, kernel, Scores(case.head_dim**-0.5), dist.group.WORLD)
+    return Layer(whole, build_mask(case), choose_kernel("cpu", "cpu"), Scores(case.head_dim**-0.5), dist.group.WORLD)
+
+
+def build_mask(case: Case) -> Mask:
+    lengths, window = BATCHES[case.batch][0](case.tokens), BATCHES[case.batch][1]
+    edges = torch.tensor([0, *lengths]).cumsum(0)
+    return Mask(case.tokens, (from_cu_seqlens(edges, case.tokens),), Pattern(sliding_window=window))
+
+
+def chosen(case: Case) -> str:
+    """What `comm_type="auto"` chooses."""
+    config = ContextParallelConfig(size=case.ranks, comm_type="auto", a2a_size=2 if case.ranks == 4 else None)
+    shape = Shape(case.heads, case.key_heads, case.head_dim, case.head_dim, getattr(torch, case.dtype))
+    machine = machine_of(torch.device("cpu"), case.ranks)
+    return choose(config, "auto", zigzag(case.tokens, case.ranks), build_mask(case), shape, machine).comm_type
 
 
 def build_runs(layer: Layer, variants: list[str]) -> tuple[dict[str, Run], list[str]]:
@@ -161,6 +205,8 @@ def build_runs(layer: Layer, variants: list[str]) -> tuple[dict[str, Run], list[
             runs[name] = VARIANTS[name](layer)
         except MissingPeer as error:
             absent.append(str(error))
+        except UnsuitablePeer:
+            pass
     return runs, absent
 
 
@@ -170,17 +216,16 @@ def verify(case: Case, layer: Layer, runs: dict[str, Run]) -> None:
     Raises:
         AssertionError: naming the variant and the tensor that differ.
     """
-    expected = [torch.empty_like(tensor) for tensor in (layer.whole[0], *layer.whole[:3])]
+    expected = [torch.empty_like(tensor) for tensor in (layer.whole[3], *layer.whole[:3])]
     for tensor, result in zip(expected, runs["one process"]()):
         tensor.copy_(result)
-    positions = zigzag(case.tokens, case.ranks).positions(layer.plan.rank)
     for tensor in expected:
         dist.broadcast(tensor, 0)
     for name, run in runs.items():
         # One process has nothing to be compared with, and on other ranks nothing at all.
         results = () if name == "one process" else run()
         for what, result, whole in zip(("output", "dq", "dk", "dv"), results, expected):
-            error = (result - whole[positions]).abs().max() / whole.abs().max()
+            error = (result - whole[run.positions]).abs().max() / whole.abs().max()
             assert error <= TOLERANCE[case.dtype], f"{name}: {what} of {case} is off by {error:.1e}"
 
 
@@ -207,19 +252,20 @@ def measure_memory(run: Run) -> float | None:
 
 def time_case(case: Case, rank: int, variants: list[str], rounds: int, progress: tqdm) -> dict[str, Any]:
     """Seconds of each round and peak memory, by variant."""
-    layer = build_layer(case, rank)
+    layer = build_layer(case)
     runs, absent = build_runs(layer, variants)
-    progress.set_description(f"{case.ranks} ranks, {case.tokens} tokens, {case.dtype}: verifying")
+    name = f"{case.ranks} ranks, {case.batch}, {case.tokens} tokens, {case.dtype}"
+    progress.set_description(f"{name}: verifying")
     verify(case, layer, runs)
     memory = {name: measure_memory(run) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    progress.set_description(f"{case.ranks} ranks, {case.tokens} tokens, {case.dtype}")
+    progress.set_description(name)
     for number in range(rounds):
         # In another order each round, the same on every rank: what a run leaves in caches hits no variant more often.
         for name in random.Random(number).sample(list(runs), len(runs)):
             seconds[name].append(measure(runs[name]))
         progress.update()
-    return {"case": case._asdict(), "absent": absent, "seconds": seconds, "memory_mib": memory}
+    return {"case": case._asdict(), "auto": chosen(case), "absent": absent, "seconds": seconds, "memory_mib": memory}
 
 
 def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder: str) -> None:
@@ -242,8 +288,8 @@ def run_ranks(cases: list[Case], variants: list[str], rounds: int) -> list[dict[
 
 
 def efficiency(result: dict[str, Any], variant: str) -> tuple[float, float, float]:
-    """Quartiles over rounds of share's time over the variant's."""
-    return _quartiles(a / b for a, b in zip(result["seconds"]["share"], result["seconds"][variant]))
+    """Quartiles over rounds of ideal's time over the variant's."""
+    return _quartiles(a / b for a, b in zip(result["seconds"]["ideal"], result["seconds"][variant]))
 
 
 def rows(result: dict[str, Any]):
@@ -251,39 +297,40 @@ def rows(result: dict[str, Any]):
     case = Case(**result["case"])
     for name, seconds in result["seconds"].items():
         low, middle, high = (1000 * value for value in _quartiles(seconds))
-        share_low, share_middle, share_high = efficiency(result, name)
+        ideal_low, ideal_middle, ideal_high = efficiency(result, name)
         memory = result["memory_mib"][name]
         yield (
             f"{case.ranks}",
+            case.batch,
             f"{case.tokens:,}",
             case.dtype,
-            name,
+            f"**{name}** (auto)" if name == result["auto"] else name,
             f"{middle:,.0f} ({low:,.0f} to {high:,.0f})",
-            f"{share_middle:.3f} ({share_low:.3f} to {share_high:.3f})",
+            f"{ideal_middle:.3f} ({ideal_low:.3f} to {ideal_high:.3f})",
             "-" if memory is None else f"{memory:,.0f}",
         )
 
 
 def verdicts(result: dict[str, Any]):
-    """How ours did against the peers and the aims, a sentence each."""
-    case, middle = Case(**result["case"]), efficiency(result, "ours")[1]
-    where = f"{case.ranks} ranks, {case.tokens:,} tokens, {case.dtype}:"
-    present = [name for name in PEERS if name in result["seconds"]]
-    ties = set()
-    for name in present:
-        low, ratio, high = _quartiles(a / b for a, b in zip(result["seconds"][name], result["seconds"]["ours"]))
-        if low <= 1 <= high:
-            ties.add(name)
-        outcome = "a tie" if name in ties else "ours is faster" if ratio > 1 else "ours is slower"
-        yield f"{where} {outcome}, {name}'s time over ours {ratio:.3f} ({low:.3f} to {high:.3f})"
-    if present:
-        best = max(present, key=lambda name: efficiency(result, name)[1])
-        margin = efficiency(result, best)[1] - MARGIN
-        met = "met" if middle >= margin else "a tie" if best in ties else "MISSED"
-        yield f"{where} {met}, efficiency {middle:.3f} with {margin:.3f} the aim, {MARGIN} below {best}"
-    aim = AIMS.get((case.ranks, case.tokens))
-    if aim:
-        yield f"{where} {'met' if middle >= aim else 'MISSED'}, efficiency {middle:.3f} with {aim} the aim"
+    """How auto's choice did against the others of ours, the peers and the aim, a sentence each."""
+    case, auto, seconds = Case(**result["case"]), result["auto"], result["seconds"]
+    where = f"{case.ranks} ranks, {case.batch}, {case.tokens:,} tokens, {case.dtype}:"
+
+    def against(other: str) -> tuple[float, float, float]:
+        """Quartiles of another's time over that of auto's choice."""
+        return _quartiles(a / b for a, b in zip(seconds[other], seconds[auto]))
+
+    best = min((name for name in OURS if name in seconds), key=lambda name: against(name)[1])
+    slower = 1 / against(best)[1]
+    yield f"{where} {'met' if slower <= CHOICE_AIM else 'MISSED'}, auto ({auto}) takes {slower:.3f} of {best}'s time"
+    for name in PEERS:
+        if name in seconds:
+            low, ratio, high = against(name)
+            outcome = "a tie" if low <= 1 <= high else "auto is faster" if ratio > 1 else "MISSED, auto is slower"
+            yield f"{where} {outcome}, {name}'s time over auto's {ratio:.3f} ({low:.3f} to {high:.3f})"
+    if case.batch not in ("one document", "window"):
+        middle = efficiency(result, auto)[1]
+        yield f"{where} {'met' if middle >= PACKED_AIM else 'MISSED'}, efficiency {middle:.3f}, {PACKED_AIM} the aim"
 
 
 def _quartiles(values) -> tuple[float, float, float]:
@@ -302,20 +349,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for attention.md and .json")
     parser.add_argument("--all", action="store_true", help="also long sequences on more ranks than cores")
-    parser.add_argument("--prepared", action="store_true", help="also ours with messages that are already there")
+    parser.add_argument("--batches", type=report.comma_separated(), default=list(BATCHES))
+    parser.add_argument("--packed", type=int, default=PACKED, help="tokens of packed batches and windows")
     options = parser.parse_args(arguments)
 
-    variants = [name for name in VARIANTS if name != "prepared" or options.prepared]
+    variants = list(VARIANTS)
     shape = (options.heads, options.kv_heads, options.head_dim)
     results, left_out = [], []
     for ranks in options.ranks:
-        cases = [Case(ranks, *pair, *shape) for pair in product(options.tokens, options.dtypes)]
+        alone = [("one document", *pair) for pair in product(options.tokens, options.dtypes)]
+        packed = [(batch, options.packed, options.dtypes[0]) for batch in BATCHES if batch != "one document"]
+        cases = [Case(ranks, *case, *shape) for case in alone + packed if case[0] in options.batches]
         if ranks > os.cpu_count() and not options.all:
             left_out += [case for case in cases if case.tokens > OVERSUBSCRIBED_TOKENS]
             cases = [case for case in cases if case.tokens <= OVERSUBSCRIBED_TOKENS]
         results += run_ranks(cases, variants, options.rounds) if cases else []
 
-    headers = ["ranks", "tokens", "dtype", "variant", "ms", "efficiency", "peak MiB a rank"]
+    headers = ["ranks", "batch", "tokens", "dtype", "variant", "ms", "efficiency", "peak MiB a rank"]
     table = report.table(headers, [row for result in results for row in rows(result)])
     notes = [sentence for result in results for sentence in verdicts(result)]
     notes += sorted({f"absent: {reason}" for result in results for reason in result["absent"]})
@@ -324,14 +374,14 @@ def main(arguments: list[str] | None = None) -> int:
         notes.append(f"left out, more ranks than cores (--all times it): {lengths}")
     about = (
         f"One causal layer, {options.heads} query heads on {options.kv_heads} key heads of {options.head_dim}, "
-        f"forward and backward; {versions()}. Medians and quartiles of {options.rounds} interleaved rounds. "
-        "Efficiency is the time of the ranks' kernel calls alone (share) over a variant's. Peak memory is above "
-        "the start of a run."
+        f"forward and backward; {peers.versions()}. Medians and quartiles of {options.rounds} interleaved rounds. "
+        "Efficiency is the time of an equal share of the kernel calls alone (ideal) over a variant's. Peak memory is "
+        f"above the start of a run. The window is of {WINDOW:,} tokens."
     )
     facts = report.machine()
     text = "\n\n".join([report.described(facts), about, table, "\n".join(f"- {note}" for note in notes)])
     data = {"machine": facts, "results": results}
-    report.write(options.output, "attention", "Ring attention on the CPU", text, data)
+    report.write(options.output, "attention", "Attention on the CPU", text, data)
     return 0
 
 

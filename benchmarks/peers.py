@@ -1,6 +1,6 @@
-"""The rings that others wrote, driven over our kernel, so that what differs is the ring alone.
+"""What others wrote, driven over our kernel, so that what differs is the communication alone.
 
-Both keep zigzag's order of tokens. Each gets its inputs in the layout that it wants.
+Each gets the tokens in the layout that it wants: a run tells the positions that this rank has.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from hf_context_parallel.kernels.base import Kernel, Scores
-from hf_context_parallel.plan import CAUSAL, FULL, Segments
+from hf_context_parallel.layout import contiguous, zigzag
+from hf_context_parallel.mask import Mask
+from hf_context_parallel.plan import CAUSAL, FULL, Band, Segments, build_own_plan
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -23,27 +27,166 @@ class MissingPeer(Exception):
     """A peer that is not installed. The message says how to get it."""
 
 
-def ring_flash_attn_zigzag(layer) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """ring-flash-attn's zigzag ring, for inputs `[1, T, H, D]`."""
-    function = _import_ring_flash_attn(layer.kernel).zigzag_ring_flash_attn_func
-    inputs = [tensor[None].detach().requires_grad_() for tensor in layer.inputs]
+class UnsuitablePeer(Exception):
+    """A peer that does not take the case."""
+
+
+class Layer(NamedTuple):
+    """A case: queries, keys and values `[S, H, D]` and the gradient of the output, of the whole batch."""
+
+    whole: list[torch.Tensor]
+    mask: Mask
+    kernel: Kernel
+    scores: Scores
+    group: dist.ProcessGroup
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the documents."""
+        return [document[-1][1] - document[0][0] for document in self.mask.rows[0]]
+
+    @property
+    def window(self) -> int | None:
+        return self.mask.pattern.sliding_window
+
+
+Run = Callable[[], tuple[torch.Tensor, ...]]
+"""Forward and backward: output `[T, H, D]`, and the gradients of query, key and value, of the tokens at the run's
+`positions`."""
+
+
+def _run(layer: Layer, positions: torch.Tensor, function: Callable[..., torch.Tensor]) -> Run:
+    """A run of `function(query, key, value)`, differentiable, for `[T, H, D]`."""
+    inputs = [tensor[positions].requires_grad_() for tensor in layer.whole[:3]]
+    grad_output = layer.whole[3][positions]
 
     def run():
-        output = function(*inputs, softmax_scale=layer.scores.scale, causal=True, group=layer.group)
-        grads = torch.autograd.grad(output, inputs, layer.grad_output[None])
-        return tuple(tensor.detach()[0] for tensor in (output, *grads))
+        output = function(*inputs)
+        return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
 
+    run.positions = positions
     return run
 
 
-def torch_ring(layer) -> Callable[[], tuple[torch.Tensor, ...]]:
+def _zigzag(layer: Layer) -> torch.Tensor:
+    return zigzag(layer.mask.length, dist.get_world_size(layer.group)).positions(dist.get_rank(layer.group))
+
+
+def _contiguous(layer: Layer) -> torch.Tensor:
+    return contiguous(layer.mask.length, dist.get_world_size(layer.group)).positions(dist.get_rank(layer.group))
+
+
+def _one_document_only(layer: Layer) -> None:
+    if len(layer.lengths) > 1 or layer.window is not None:
+        raise UnsuitablePeer("it takes one document without a window")
+
+
+def ring_flash_attn_zigzag(layer: Layer) -> Run:
+    """ring-flash-attn's zigzag ring, for inputs `[1, T, H, D]`."""
+    _one_document_only(layer)
+    function = _import_ring_flash_attn(layer.kernel).zigzag_ring_flash_attn_func
+    how = {"softmax_scale": layer.scores.scale, "causal": True, "group": layer.group}
+    return _run(layer, _zigzag(layer), lambda *inputs: function(*(x[None] for x in inputs), **how)[0])
+
+
+def ring_flash_attn_zigzag_varlen(layer: Layer) -> Run:
+    """The same of packed documents, each of which is dealt to the ranks in zigzag."""
+    if layer.window is not None or len(layer.lengths) == 1:
+        raise UnsuitablePeer("it takes no windows, and of one document it is the other")
+    function = _import_ring_flash_attn(layer.kernel).zigzag_ring_flash_attn_varlen_func
+    size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
+    starts = [document[0][0] for document in layer.mask.rows[0]]
+    if any(length % (2 * size) for length in layer.lengths):
+        raise UnsuitablePeer("it takes documents whose length twice the ranks divides")
+    positions = torch.cat([start + zigzag(n, size).positions(rank) for start, n in zip(starts, layer.lengths)])
+    cu_seqlens = torch.tensor([0, *layer.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32) // size
+    how = {"softmax_scale": layer.scores.scale, "causal": True, "group": layer.group}
+    longest = max(layer.lengths) // size
+    return _run(layer, positions, lambda *inputs: function(*inputs, cu_seqlens, longest, **how))
+
+
+def ring_flash_attn_llama3(layer: Layer) -> Run:
+    """ring-flash-attn's all-gather (as Llama 3 was trained), for contiguous tokens, all heads at once."""
+    package = _import_ring_flash_attn(layer.kernel)
+    edges = torch.tensor([0, *layer.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
+    lengths = package.llama3_flash_attn_prepare_cu_seqlens(edges, True, rank, size)
+    window = (-1, -1) if layer.window is None else (layer.window - 1, 0)
+    how = {"heads_k_stride": layer.whole[1].shape[1], "local_k_slice": lengths[4], "window_size": window}
+    how |= {"softmax_scale": layer.scores.scale, "causal": True, "group": layer.group}
+    function = package.llama3_flash_attn_varlen_func
+    return _run(layer, _contiguous(layer), lambda *inputs: function(*inputs, *lengths[:4], **how))
+
+
+def ringmaster_ulysses(layer: Layer) -> Run:
+    """axolotl-ringmaster's Ulysses: its exchanges around our kernel, fused as it fuses them.
+
+    On gloo it gathers everything and keeps a part; it is given the exchange that it makes on NCCL, which gloo has too.
+    """
+    try:
+        comm = importlib.import_module("ringmaster.comm")
+    except ImportError as error:
+        raise MissingPeer("axolotl-ringmaster is not installed: pip install axolotl-ringmaster --no-deps") from error
+    comm.dist = _module("dist", **{**vars(dist), "get_backend": lambda group: "nccl"})
+    size = dist.get_world_size(layer.group)
+    if layer.whole[1].shape[1] % size:
+        raise UnsuitablePeer("it takes key heads that the ranks divide")
+    calls = build_own_plan(zigzag(layer.mask.length, 1), layer.mask, 0).steps[0].calls
+
+    def function(query, key, value):
+        heads_first = [x.transpose(0, 1)[None] for x in (query, key, value)]
+        if query.shape[1] == key.shape[1]:
+            whole = comm.seq_all_to_all(torch.stack(heads_first), 2, 3, layer.group).unbind()
+        else:
+            keys = comm.seq_all_to_all(torch.stack(heads_first[1:]), 2, 3, layer.group)
+            whole = comm.seq_all_to_all(heads_first[0], 1, 2, layer.group), *keys.unbind()
+        output = _OneRank.apply(*(_tokens_first(x) for x in whole), layer, calls)
+        return comm.seq_all_to_all(output[None], 1, 2, layer.group)[0]
+
+    return _run(layer, _contiguous(layer), function)
+
+
+class _OneRank(torch.autograd.Function):
+    """Attention of whole sequences by the kernel, `[S, H, D]`."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, layer, calls):
+        output, lse = torch.empty_like(query), torch.empty(query.shape[:2])
+        for call in calls:
+            part, part_lse = layer.kernel.forward(query, key, value, call, layer.scores)
+            _put(output, call.query_runs, part)
+            _put(lse, call.query_runs, part_lse)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.how = layer, calls
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        layer, calls = ctx.how
+        grads = [torch.empty_like(x) for x in ctx.saved_tensors[:3]]
+        for call in calls:
+            parts = layer.kernel.backward(grad_output.contiguous(), *ctx.saved_tensors, call, layer.scores)
+            for grad, part, runs in zip(grads, parts, (call.query_runs, call.key_runs, call.key_runs)):
+                _put(grad, runs, part)
+        return *grads, None, None
+
+
+def _put(target: torch.Tensor, runs, rows: torch.Tensor) -> None:
+    """The rows to these ranges of the target's."""
+    for part, (start, stop) in zip(rows.split([stop - start for start, stop in runs]), runs):
+        target[start:stop] = part
+
+
+def torch_ring(layer: Layer) -> Run:
     """The ring of torch.distributed's experimental context parallelism, for inputs `[1, H, T, D]`."""
+    _one_document_only(layer)
     try:
         ring = importlib.import_module("torch.distributed.tensor.experimental._context_parallel._attention")
         ring_forward, ring_backward = ring._templated_ring_attention, ring._templated_ring_attention_backward
     except (ImportError, AttributeError) as error:
         raise MissingPeer(f"torch {torch.__version__} has no ring attention where torch 2.13 has it") from error
-    query, key, value, grad_output = (_heads_first(x).contiguous() for x in (*layer.inputs, layer.grad_output))
+    positions = _zigzag(layer)
+    query, key, value, grad_output = (_heads_first(x[positions]).contiguous() for x in layer.whole)
 
     def forward(query, key, value, is_causal, scale):
         output, lse = _forward(layer.kernel, *map(_tokens_first, (query, key, value)), is_causal, scale)
@@ -61,15 +204,19 @@ def torch_ring(layer) -> Callable[[], tuple[torch.Tensor, ...]]:
         grads = ring_backward(layer.group, 2, backward, *tensors, **settings)
         return tuple(_tokens_first(tensor) for tensor in (output, *grads))
 
+    run.positions = positions
     return run
 
 
 def versions() -> str:
     """The peers' versions, as far as they are here."""
-    try:
-        return f"ring-flash-attn {version('ring-flash-attn')}"
-    except ImportError:
-        return "no ring-flash-attn"
+    found = []
+    for name in ("ring-flash-attn", "axolotl-ringmaster"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except ImportError:
+            found.append(f"no {name}")
+    return ", ".join(found)
 
 
 def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
@@ -84,9 +231,59 @@ def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
         for buffer, grad in zip((dq, dk, dv), grads):
             buffer[0].copy_(grad)  # flash-attn writes where it is told; torch's CPU operator cannot
 
-    varlen = dict.fromkeys(("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"))  # imported, not called
+    def varlen_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        return_softmax=False,
+    ):
+        tiles = _tiles(cu_seqlens_q, cu_seqlens_k, causal, window_size)
+        output, lse = kernel.forward(q, k, v, tiles, Scores(softmax_scale))
+        return output.to(q.dtype), lse.T, None, None
+
+    def varlen_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+    ):
+        tiles = _tiles(cu_seqlens_q, cu_seqlens_k, causal, window_size)
+        grads = kernel.backward(dout, q, k, v, out, softmax_lse.T, tiles, Scores(softmax_scale))
+        for buffer, grad in zip((dq, dk, dv), grads):
+            buffer.copy_(grad)
+
     interface = _module(
-        "flash_attn.flash_attn_interface", _flash_attn_forward=forward, _flash_attn_backward=backward, **varlen
+        "flash_attn.flash_attn_interface",
+        _flash_attn_forward=forward,
+        _flash_attn_backward=backward,
+        _flash_attn_varlen_forward=varlen_forward,
+        _flash_attn_varlen_backward=varlen_backward,
     )
     # The adapters, which nobody needs here, import names that Transformers 5 no longer has.
     adapters = _module("ring_flash_attn.adapters", substitute_hf_flash_attn=None, update_ring_flash_attn_params=None)
@@ -95,7 +292,7 @@ def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
     sys.modules.update(stand_ins)
     try:
         package = importlib.import_module("ring_flash_attn")
-        zigzag = importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn")
+        rings = [importlib.import_module(f"ring_flash_attn.zigzag_ring_flash_attn{kind}") for kind in ("", "_varlen")]
     except ModuleNotFoundError as error:
         raise MissingPeer("ring-flash-attn is not installed: pip install ring-flash-attn --no-deps") from error
     finally:  # or others would take the stand-ins for flash-attn
@@ -104,9 +301,10 @@ def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
-    zigzag.torch = _module(
-        "torch", **{**vars(torch), "empty": lambda *a, **kw: torch.empty(*a, **kw).as_subclass(_Buffer)}
-    )
+    for ring in rings:
+        ring.torch = _module(
+            "torch", **{**vars(torch), "empty": lambda *a, **kw: torch.empty(*a, **kw).as_subclass(_Buffer)}
+        )
     return package
 
 
@@ -139,6 +337,13 @@ def _backward(kernel: Kernel, grad_output, query, key, value, output, lse, causa
     """The gradients in the dtype of `query`."""
     grads = kernel.backward(grad_output, query, key, value, output, lse, _tile(query, key, causal), Scores(scale))
     return tuple(grad.to(query.dtype) for grad in grads)
+
+
+def _tiles(cu_queries: torch.Tensor, cu_keys: torch.Tensor, causal: bool, window_size) -> Segments:
+    """The segments that cumulative lengths say, bottom-right aligned as flash-attn's are."""
+    queries, keys = (tuple(zip(edges[:-1], edges[1:])) for edges in (cu_queries.tolist(), cu_keys.tolist()))
+    left = None if window_size[0] < 0 else window_size[0]
+    return Segments(queries, keys, Band(left, 0 if causal else None))
 
 
 def _tile(query: torch.Tensor, key: torch.Tensor, causal: bool) -> Segments:

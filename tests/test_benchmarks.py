@@ -23,11 +23,19 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_attention(run):
-    sizes = ("--ranks", "2", "--tokens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--prepared")
-    results = run("attention", *sizes, "--dtypes", "float32,bfloat16", "--rounds", "2")["results"]
-    assert [result["case"]["dtype"] for result in results] == ["float32", "bfloat16"]
+    sizes = ("--ranks", "2", "--tokens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
+    results = run("attention", *sizes, "--packed", "96", "--dtypes", "float32,bfloat16", "--rounds", "2")["results"]
+    alone, packed = results[:2], results[2:]
+    assert [result["case"]["dtype"] for result in alone] == ["float32", "bfloat16"]
+    assert {result["case"]["batch"] for result in packed} == {
+        "four documents",
+        "long tail",
+        "tiny documents",
+        "window",
+    }
     for result in results:
-        assert {"share", "ours", "prepared", "one process"} <= set(result["seconds"])
+        assert {"ideal", "p2p", "all_gather", "a2a", "one process"} <= set(result["seconds"])
+        assert result["auto"] in result["seconds"]
         assert all(len(seconds) == 2 for seconds in result["seconds"].values())
 
 
