@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -122,11 +123,11 @@ class TokenExchange:
             dealt: for each tensor and each rank, the heads that go there.
         """
         sources = [x if self.tokens is None else x.index_select(0, self.tokens) for x in tensors]
-        sent = [_Message(sources, self.counts[self.rank], [d[rank] for d in dealt]) for rank in self._ranks]
+        sent = [_empty(sources, self.counts[self.rank], [d[rank] for d in dealt]) for rank in self._ranks]
         for message, *heads in zip(sent, *dealt):
             for block, x, share in zip(message.blocks, sources, heads):
                 block.copy_(x[:, share.start : share.stop])
-        received = [_Message(tensors, count, [d[self.rank] for d in dealt]) for count in self.counts]
+        received = [_empty(tensors, count, [d[self.rank] for d in dealt]) for count in self.counts]
         received = self._swapped(sent, received)
         make = torch.Tensor.new_empty if sum(self.counts) == self.whole else torch.Tensor.new_zeros
         results = [make(x, (self.whole, len(d[self.rank]), x.shape[2])) for x, d in zip(tensors, dealt)]
@@ -142,17 +143,16 @@ class TokenExchange:
 
         What the ranks have of a head that went to several is added up, and tokens that do not travel are 0.
         """
-        sent = [_Message(tensors, count, [d[self.rank] for d in dealt]) for count in self.counts]
-        for message, places in zip(sent, self.places):
-            for block, x in zip(message.blocks, tensors):
-                block.copy_(x.index_select(0, places))
+        sent = [_filled([x.index_select(0, places) for x in tensors]) for places in self.places]
         count = self.counts[self.rank]
-        received = self._swapped(sent, [_Message(tensors, count, [d[rank] for d in dealt]) for rank in self._ranks])
+        received = self._swapped(sent, [_empty(tensors, count, [d[rank] for d in dealt]) for rank in self._ranks])
         results = []
         for index, (x, shares, total) in enumerate(zip(tensors, dealt, totals)):
-            result = x.new_zeros(count, total, x.shape[2])
+            once = sum(map(len, shares)) == total
+            result = (x.new_empty if once else x.new_zeros)(count, total, x.shape[2])
             for message, share in zip(received, shares):
-                result[:, share.start : share.stop] += message.blocks[index]
+                there, block = result[:, share.start : share.stop], message.blocks[index]
+                there.copy_(block) if once else there.add_(block)
             if self.tokens is not None:
                 result = x.new_zeros(self.rows, *result.shape[1:]).index_copy_(0, self.tokens, result)
             results.append(result)
@@ -173,22 +173,31 @@ class TokenExchange:
         return received
 
 
-class _Message:
-    """Some tokens and heads of tensors: `blocks` `[tokens, len(heads), D]` a tensor, which are views of `parts`, one
-    a dtype.
+class _Message(NamedTuple):
+    """Some tokens and heads of tensors: `blocks`, `[tokens, heads, D]` a tensor, which are views of `parts`, one a
+    dtype."""
 
-    Args:
-        like: tensors `[..., D]`.
-    """
+    parts: Sequence[torch.Tensor]
+    blocks: Sequence[torch.Tensor]
 
-    def __init__(self, like: Sequence[torch.Tensor], tokens: int, heads: Sequence[range]):
-        widths = [len(share) * x.shape[-1] for x, share in zip(like, heads)]
-        self.parts: list[torch.Tensor] = []
-        blocks = {}
-        for dtype in dict.fromkeys(x.dtype for x in like):
-            alike = [index for index, x in enumerate(like) if x.dtype == dtype]
-            part = like[alike[0]].new_empty(tokens, sum(widths[index] for index in alike))
-            self.parts.append(part)
-            for index, block in zip(alike, part.split([widths[index] for index in alike], dim=1)):
-                blocks[index] = block.unflatten(1, (len(heads[index]), like[index].shape[-1]))
-        self.blocks = [blocks[index] for index in range(len(like))]
+
+def _empty(like: Sequence[torch.Tensor], tokens: int, heads: Sequence[range]) -> _Message:
+    """A message to be filled, of tensors like `[..., D]`."""
+    widths = [len(share) * x.shape[-1] for x, share in zip(like, heads)]
+    parts, blocks = [], {}
+    for dtype in dict.fromkeys(x.dtype for x in like):
+        alike = [index for index, x in enumerate(like) if x.dtype == dtype]
+        parts.append(like[alike[0]].new_empty(tokens, sum(widths[index] for index in alike)))
+        for index, block in zip(alike, parts[-1].split([widths[index] for index in alike], dim=1)):
+            blocks[index] = block.unflatten(1, (len(heads[index]), like[index].shape[-1]))
+    return _Message(parts, [blocks[index] for index in range(len(like))])
+
+
+def _filled(tensors: Sequence[torch.Tensor]) -> _Message:
+    """A message of these tensors `[tokens, heads, D]`. One alone is its own message."""
+    if len(tensors) == 1:
+        return _Message([tensors[0].flatten(1)], tensors)
+    message = _empty(tensors, len(tensors[0]), [range(x.shape[1]) for x in tensors])
+    for block, x in zip(message.blocks, tensors):
+        block.copy_(x)
+    return message
