@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable
 
 import pytest
-import simulated  # noqa: F401  (its profile makes hypothesis deterministic)
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import context, document_positions, some_labels, tokens
+from simulated import Network, SimulatedExchange
 
 from hf_context_parallel import halo, heads
+from hf_context_parallel.attention.a2a import deal_heads
 from hf_context_parallel.check import Errors, batches, errors
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.data import SHARD, Shard, shard_batch
@@ -122,8 +123,7 @@ def assert_same_on_shards(every: list[Shard], tensors: list[torch.Tensor], share
         return output, local_part(expected, every[rank]), real, mine
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (halo, heads):
-            patch.setattr(module, "all_to_all", ranks.all_to_all)
+        patch.setattr(halo, "all_to_all", ranks.all_to_all)
         results = ranks(run)
     for shard, (output, right, real, mine) in zip(every, results):
         assert torch.allclose(output[:, real], right[:, real], rtol=1e-12, atol=1e-12)
@@ -178,23 +178,18 @@ def test_scan_by_heads_is_that_of_whole_sequences(every, groups, ratio, turn):
             output = output.index_put((torch.tensor(row), torch.arange(start, stop)), alone)
         return output
 
+    network = Network(len(every), 120.0)
+
     def compute(rank, local, parameters):
-        shares = heads.deal_heads(count, len(every), turn)
+        shares = deal_heads(count, len(every), turn)
         mine = shares[rank]
-        geometry = heads.Heads(every[rank], None, torch.device("cpu"))
-        whole = geometry.whole(local, [shares, shares, heads.shared_heads(shares, ratio)])
+        geometry = heads.Heads(every[rank], SimulatedExchange(network, rank), torch.device("cpu"))
+        whole = geometry.whole(local, shares)
         own = parameters[0][mine.start : mine.stop]
         parts = zip(*(x.split([sequence.length for sequence in geometry.sequences]) for x in whole))
         return geometry.sharded(torch.cat([scanned(*part, own) for part in parts]), shares)
 
     assert_same_on_shards(every, [value, gate, key], [scale], compute, truth)
-
-
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 9))
-def test_countare_dealt_once_and_evenly(count, size, turn):
-    shares = heads.deal_heads(count, size, turn)
-    assert sorted(head for share in shares for head in share) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def errors_of_type(model_type: str, changes: dict) -> tuple[dict[str, Errors], dict[str, list[str]]]:

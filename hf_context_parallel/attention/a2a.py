@@ -27,6 +27,18 @@ def deal_heads(heads: int, size: int, turn: int = 0) -> list[range]:
     return [range(edges[slot], edges[slot + 1]) for slot in ((rank - turn) % size for rank in range(size))]
 
 
+def grouped_heads(shares: Sequence[range], ratio: int) -> list[range]:
+    """For each rank, which heads of tensors that have one for every `ratio` of the dealt ones its own share."""
+    return [range(s.start // ratio, (s.stop - 1) // ratio + 1) if s else range(0) for s in shares]
+
+
+def reads_of(share: range, ratio: int) -> list[int] | None:
+    """Which of a rank's `grouped_heads` each of its own reads; None where equally many read each, as kernels want."""
+    reads = [head // ratio - share.start // ratio for head in share]
+    equally = len(reads) // (reads[-1] + 1) if reads else 1
+    return None if reads == [head // max(1, equally) for head in range(len(reads))] else reads
+
+
 class SharedHeads:
     """Attention's tensors on their way between all heads of a rank's tokens and all tokens of a rank's heads.
 
@@ -37,15 +49,12 @@ class SharedHeads:
 
     def __init__(self, tokens: TokenExchange, heads: int, key_heads: int):
         self._tokens, self._totals = tokens, (heads, key_heads)
-        ratio, size = heads // key_heads, len(tokens.counts)
-        self._queries = deal_heads(heads, size)
-        self._keys = [range(share.start // ratio, (share.stop - 1) // ratio + 1) for share in self._queries]
+        ratio = heads // key_heads
+        self._queries = deal_heads(heads, len(tokens.counts))
+        self._keys = grouped_heads(self._queries, ratio)
         self.mine = self._queries[tokens.rank]
         self._are_shared = sum(map(len, self._keys)) > key_heads
-        # Each of this rank's query heads reads this one of its key heads. Kernels want equally many a key head.
-        reads = [head // ratio - self._keys[tokens.rank].start for head in self.mine]
-        equally = len(reads) // len(self._keys[tokens.rank])
-        self._reads = None if reads == [head // equally for head in range(len(reads))] else reads
+        self._reads = reads_of(self.mine, ratio)
 
     @property
     def key_heads(self) -> int:

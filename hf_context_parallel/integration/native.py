@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
+from ..attention.a2a import deal_heads
 from ..halo import Halo
-from ..heads import Heads, deal_heads, shared_heads
+from ..heads import Heads
 from .current import current_batch
 from .replacement import Replacement, by_name
 from .seams import CONVOLUTION, CONVOLUTION_ARGUMENTS, FUSED, SCANS, seams
@@ -143,9 +144,8 @@ class NativeMixers(Replacement):
         by_token = {key: given[key] for key in (*scan.by_head, *scan.by_group)}
         count = by_token[scan.by_head[0]].shape[2]
         shares = deal_heads(count, self._batch.cp.size, turn)
-        dealt = {key: shared_heads(shares, count // tensor.shape[2]) for key, tensor in by_token.items()}
         geometry = self._heads_on(by_token[scan.by_head[0]].device)
-        whole = dict(zip(by_token, geometry.whole(list(by_token.values()), list(dealt.values()))))
+        whole = dict(zip(by_token, geometry.whole(list(by_token.values()), shares)))
         mine = shares[self._batch.cp.rank]
         per_head = {key: given[key] for key in scan.per_head if given.get(key) is not None}
 
@@ -177,7 +177,7 @@ class NativeMixers(Replacement):
 
     def _heads_on(self, device: torch.device) -> Heads:
         if device not in self._heads:
-            self._heads[device] = Heads(self._batch.shard, self._batch.cp.groups.group, device)
+            self._heads[device] = Heads(self._batch.shard, self._batch.cp.exchange, device)
         return self._heads[device]
 
 
