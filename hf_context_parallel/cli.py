@@ -28,7 +28,7 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="processes to start; else context_parallel.size of the recipe")
+        int | None, typer.Option(min=1, help="processes to start; else as many as the recipe needs")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="one step of a tiny model, offline, on one process")
@@ -37,7 +37,7 @@ def train(
     """Fine-tune what RECIPE says, on this machine, through accelerate's launcher."""
     # Read here as well, so that a mistake is reported once, before any process starts.
     loaded = load_recipe(recipe, overrides or [])
-    processes = nproc or (1 if dry_run else loaded.context_parallel.size)
+    processes = nproc or (1 if dry_run else loaded.processes)
     arguments = [str(recipe), *(overrides or []), *(["--dry-run"] if dry_run else [])]
     sys.exit(launch(processes, arguments))
 

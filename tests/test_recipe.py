@@ -294,3 +294,20 @@ def test_a_loss_that_is_no_number_differs():
     assert difference(2.0, 2.0) == 0
     assert difference(2.0002, 2.0) == pytest.approx(1e-4)
     assert difference(float("nan"), 2.0) == difference(2.0, float("nan")) == float("inf")
+
+
+def test_the_sizes_of_tensor_parallelism_are_checked_before_anything_starts(minimal):
+    sizes = ["distributed.tp_size=2", "distributed.fsdp_size=4"]
+    recipe = load_recipe(minimal, [*sizes, "context_parallel.size=2", "context_parallel.sequence_parallel=true"])
+    assert recipe.processes == 8
+    assert (recipe.distributed_config().tp_size, recipe.distributed_config().fsdp_size) == (2, 4)
+    for overrides, message in (
+        ([*sizes, "context_parallel.size=3"], r"size=3 does not divide the 4 data ranks"),
+        (["distributed.fsdp_size=2", "context_parallel.sequence_parallel=true"], r"distributed\.tp_size is 1"),
+        ([*sizes, "training.fsdp=true"], r"training\.fsdp and 'distributed' both"),
+        (["distributed.tp=2"], r"distributed\.tp: unknown key"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(minimal, overrides)
+    with pytest.raises(RecipeError, match="distributed: "):
+        load_recipe(minimal, ["distributed.tp_size=-1"]).distributed_config()
