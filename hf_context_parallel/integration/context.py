@@ -63,7 +63,7 @@ class ShardedBatch(AbstractContextManager):
             error = caught
         about = {"batch": local[SHARD].fingerprint if local else 0, "model": _signature(self._model)}
         agree(
-            self.cp.groups,
+            self.cp.groups.alike,
             error,
             fingerprint(about),
             "batches or models",
