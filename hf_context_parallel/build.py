@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -100,9 +99,8 @@ def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any]) -> P
     if distributed is None:
         return model
     # Transformers shards what it loads, and only that.
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=distributed, **options)
+    options |= {"state_dict": model.state_dict(), "dtype": model.dtype, "distributed_config": distributed}
+    return type(model).from_pretrained(None, config=config, **options)
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -56,6 +56,10 @@ def check(
     every: Annotated[bool, typer.Option("--all", help="every causal language model of Transformers")] = False,
     ranks: Annotated[str, typer.Option(help="sizes of the groups to compare")] = "2,3,4",
     comm: Annotated[str, typer.Option(help="how keys and values travel")] = "p2p",
+    tp: Annotated[
+        int,
+        typer.Option(min=1, help="ranks of tensor parallelism, beside CP groups of 2"),
+    ] = 1,
     jobs: Annotated[int | None, typer.Option(min=1, help="models to check at a time")] = None,
     write: Annotated[
         bool, typer.Option("--write", help="with --all: keep what was found, for the package too")
@@ -67,7 +71,7 @@ def check(
     """
     from hf_context_parallel.check_command import run_check
 
-    sys.exit(run_check(model, every, ranks, comm, jobs, write))
+    sys.exit(run_check(model, every, ranks, comm, jobs, write, tp))
 
 
 def main() -> None:

@@ -174,7 +174,7 @@ def parts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str]]:
         elif _is_norm(child):
             norms.append(child)
         elif _has_parameters(child) and not isinstance(child, torch.nn.Embedding):
-            raise _refusal(model, f"{name} ({type(child).__name__}) beside its layers")
+            raise _refusal(model, f"{name} ({_name(child)}) beside its layers")
     if not layers or len(norms) != 1:
         raise _refusal(model, f"{len(layers)} layers and {len(norms)} norms in {type(decoder).__name__}")
     found = [(layers[0], FIRST), (norms[0], LAST)]
@@ -186,7 +186,7 @@ def parts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str]]:
 def _parts_of_layer(
     model: PreTrainedModel, layer: torch.nn.Module, styles: Mapping[torch.nn.Module, str]
 ) -> Iterator[tuple[torch.nn.Module, str]]:
-    kind = type(layer).__name__
+    kind = _name(layer)
     if list(layer.parameters(recurse=False)):
         raise _refusal(model, f"parameters of {kind} itself")
     for name, child in layer.named_children():
@@ -195,7 +195,7 @@ def _parts_of_layer(
         elif _is_norm(child):
             yield child, NORM
         elif _has_parameters(child):
-            raise _refusal(model, f"{kind}.{name} ({type(child).__name__}), which its plan does not shard")
+            raise _refusal(model, f"{kind}.{name} ({_name(child)}), which its plan does not shard")
 
 
 def _parts_of_region(
@@ -204,7 +204,7 @@ def _parts_of_region(
     yield region, REGION
     for path, module in region.named_modules():
         style = styles.get(module)
-        where = f"{name}.{path} ({type(module).__name__})"
+        where = f"{name}.{path} ({_name(module)})"
         if style is None and not list(module.parameters(recurse=False)):
             continue
         if style not in INSIDE:
@@ -223,9 +223,13 @@ def _has_parameters(module: torch.nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def _name(module: torch.nn.Module) -> str:
+    return type(module).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+
+
 def _refusal(model: PreTrainedModel, what: str) -> ValueError:
     return ValueError(
-        f"sequence_parallel=True: {type(model).__name__} has {what}. Exact are decoders of an embedding, layers and a "
+        f"sequence_parallel=True: {_name(model)} has {what}. Exact are decoders of an embedding, layers and a "
         "norm, whose layers hold norms and regions of 'colwise' and 'rowwise' layers. Leave sequence_parallel off; "
         "tensor parallelism alone needs none of this."
     )

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..mesh import mesh_of
-from .models import mixers, styles_of, transformers_model
+from .models import check_tensor_parallel_type, styles_of, transformers_model
 from .sequence import parts
 
 if TYPE_CHECKING:
@@ -49,15 +48,14 @@ def check_parallelism(model: torch.nn.Module, cp: ContextParallel) -> None:
         return
     _check_mesh(inner, tp_size, cp)
     _check_heads(inner, tp_size)
-    for mixer in mixers(inner):
-        if any(isinstance(parameter, DTensor) and _is_cut(parameter) for parameter in mixer.parameters()):
-            raise ValueError(
-                f"tp_size={tp_size}: {type(mixer).__name__} mixes tokens otherwise than by attention, and its plan "
-                "shards its weights, which is not known to be exact on shards of a sequence. Take tp_size=1, or keep "
-                "that module whole with a tp_plan of your own."
-            )
+    if getattr(asked, "tp_plan", None) not in (None, "auto"):
+        raise ValueError(
+            f"tp_plan={asked.tp_plan}: what has been compared with one process is the plan that Transformers has for "
+            f"{inner.config.model_type!r}. Leave tp_plan out."
+        )
     if cp.config.sequence_parallel:
         parts(inner)
+    check_tensor_parallel_type(inner.config.model_type, cp.config.sequence_parallel)
 
 
 def _check_mesh(model: PreTrainedModel, tp_size: int, cp: ContextParallel) -> None:
@@ -86,12 +84,3 @@ def _check_heads(model: PreTrainedModel, tp_size: int) -> None:
                 f"tp_size={tp_size} does not divide {field}={heads} of {type(config).__name__}, and a rank of tensor "
                 f"parallelism holds whole heads. Take a tp_size that divides {heads}."
             )
-
-
-def _is_cut(parameter: DTensor) -> bool:
-    """Whether a rank of its TP group holds a share of it."""
-    mesh = parameter.device_mesh
-    return any(
-        name == "tp" and not place.is_replicate()
-        for name, place in zip(mesh.mesh_dim_names or (), parameter.placements)
-    )
