@@ -153,7 +153,7 @@ def shapes(folder, sequence_parallel) -> tuple[set[int], int, torch.Tensor, torc
         norm.register_forward_pre_hook(lambda _, args: tokens_seen.add(args[0].shape[1]))
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         norm.register_forward_pre_hook(lambda *_: inside.append(True))
-        norm.register_forward_hook(lambda *_: inside.pop())
+        norm.register_forward_hook(lambda *_: inside.clear())
 
     def pack(x):
         if inside and x.dim() == 3:
@@ -251,7 +251,7 @@ REFUSED = {
         "llama",
         {},
         {"tp_size": 4},
-        "tp_size=4 does not divide num_key_value_heads=2 of LlamaConfig",
+        "tp_size=4 does not divide num_key_value_heads=2",
     ),
     "experts": (
         "qwen3_moe",
