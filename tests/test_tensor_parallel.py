@@ -75,7 +75,14 @@ def assert_exact(found, expected):
 TP_CP = {"tp_size": 2, "fsdp_size": 2}
 
 
-@pytest.mark.parametrize("settings", [{}, {"sequence_parallel": True}], ids=["", "sequence parallel"])
+SETTINGS = {
+    "ring": {},
+    "heads": {"comm_type": "a2a"},
+    "sequence parallel": {"sequence_parallel": True},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2"])
 def test_a_plain_loop_gives_the_loss_and_gradients_of_one_process(on_ranks, tmp_path, model_type, settings):
     folder = saved(tmp_path, model_type)
