@@ -7,6 +7,7 @@ from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import ContextParallelDataCollator
 from .integration import attention, masks
+from .mesh import mesh_of
 from .trainer import ContextParallelMixin, ContextParallelTrainer
 from .verify import verify
 
@@ -19,5 +20,6 @@ __all__ = [
     "ContextParallelDataCollator",
     "ContextParallelMixin",
     "ContextParallelTrainer",
+    "mesh_of",
     "verify",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -12,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
 from hf_context_parallel.recipe import ModelSection, RecipeError
 
@@ -62,8 +65,10 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     return config
 
 
-def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The causal language model, with the recipe's attention.
+def load_model(
+    section: ModelSection, tokenizer: PreTrainedTokenizerBase, distributed: DistributedConfig | None = None
+) -> PreTrainedModel:
+    """The causal language model, with the recipe's attention, sharded as `distributed` says.
 
     Raises:
         RecipeError: if it cannot be found, or embeds fewer tokens than the tokenizer makes.
@@ -77,12 +82,25 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Pre
     options = {"attn_implementation": section.attention, "trust_remote_code": section.trust_remote_code}
     if section.dtype is not None:
         options["dtype"] = section.dtype
+    if distributed is not None:
+        options["distributed_config"] = distributed
     if section.name is None:
-        return AutoModelForCausalLM.from_config(config, **options)
+        return _with_random_weights(config, options)
     try:
         return AutoModelForCausalLM.from_pretrained(section.name, config=config, **options)
     except OSError as error:
         raise RecipeError(f"model.name: the weights of {section.name!r} cannot be loaded: {error}") from error
+
+
+def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """A model whose weights are the same on all ranks, which are seeded alike."""
+    distributed = options.pop("distributed_config", None)
+    model = AutoModelForCausalLM.from_config(config, **options)
+    if distributed is None:
+        return model
+    # Transformers shards what it loads, and only that.
+    options |= {"state_dict": model.state_dict(), "dtype": model.dtype, "distributed_config": distributed}
+    return type(model).from_pretrained(None, config=config, **options)
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

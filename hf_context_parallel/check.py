@@ -10,14 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import IGNORED
 from .integration.models import NAME, UNSHIFTED, trying
+from .mesh import mesh_of
 from .tiny import VOCABULARY, tiny_model
 
 DOCUMENTS = (11, 1, 2, 20, 7)
@@ -86,19 +89,22 @@ def batches(config: PreTrainedConfig) -> dict[str, dict[str, torch.Tensor]]:
     return kinds
 
 
-def errors(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[dict[str, Errors], dict[str, list[str]]]:
+def errors(
+    config: PreTrainedConfig, settings: dict[str, Any], tp_size: int = 1
+) -> tuple[dict[str, Errors], dict[str, list[str]]]:
     """On each rank of a group: for each kind of batch the errors, and for each class of modules how it was computed.
 
     Args:
         config: of a tiny model.
         settings: of `ContextParallelConfig`.
+        tp_size: the ranks that share each layer, by Transformers' tensor parallelism.
 
     Raises:
         Exception: whatever keeps the model from running, a refusal included.
     """
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    cp = ContextParallel(ContextParallelConfig(size=size, **settings))
-    sharded = tiny_model(config, NAME, _dtype(config))
+    size = dist.get_world_size() // tp_size if dist.is_initialized() else 1
+    sharded = tiny_model(config, NAME, _dtype(config)) if tp_size == 1 else _tensor_parallel(config, size, tp_size)
+    cp = ContextParallel(ContextParallelConfig(size=size, **settings), mesh_of(sharded))
     found, handled = {}, {}
     for number, (kind, batch) in enumerate(batches(config).items()):
         sharded.zero_grad(set_to_none=True)
@@ -107,13 +113,32 @@ def errors(config: PreTrainedConfig, settings: dict[str, Any]) -> tuple[dict[str
             sharding = cp.shard(batch, sharded)
             with sharding as local:
                 loss = sharded(**local).loss
-                loss.backward()
+                (loss if tp_size == 1 else loss * size).backward()  # FSDP2 takes the mean over the CP group
         for name, how in sharding.handled.items():
             handled.setdefault(name, set()).update(how)
         referee = number % min(size, 2)  # the same ranks for groups of all sizes, since they keep their references
-        truth = _reference(pickle.dumps(config), kind) if cp.rank == referee else None
-        found[kind] = _compare(cp, referee, truth, loss, sharded)
+        is_referee = not dist.is_initialized() or dist.get_rank() == referee
+        truth = _reference(pickle.dumps(config), kind) if is_referee else None
+        found[kind] = _compare(cp, referee, truth, loss / tp_size, sharded)
     return found, {name: sorted(how) for name, how in handled.items()}
+
+
+def _tensor_parallel(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> PreTrainedModel:
+    """The tiny model, sharded by Transformers, which shards what it loads."""
+    whole = tiny_model(config, NAME, _dtype(config))
+    model = type(whole).from_pretrained(
+        None,
+        config=whole.config,
+        state_dict=whole.state_dict(),
+        dtype=_dtype(config),
+        attn_implementation=NAME,
+        distributed_config=DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size),
+    )
+    if _dtype(config) == torch.float64:
+        model.set_experts_implementation("eager")
+    for name, module in whole.named_modules():  # loading makes some anew in float32, such as RoPE's frequencies
+        model.get_submodule(name)._buffers.update(module._buffers)
+    return model
 
 
 def _dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -177,7 +202,10 @@ def _compare(
     total = _summed(cp, loss.double(), referee)
     worst, name_of_worst = 0.0, ""
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        grad = _summed(cp, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, referee)
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if cp.groups.tensor.size > 1:  # which FSDP2 has summed, so that every rank has all of it
+            grad = (grad.full_tensor() if isinstance(grad, DTensor) else grad) / dist.get_world_size()
+        grad = _summed(cp, grad, referee)
         if truth is not None:
             error = _error(grad, truth[1][number])
             if not error <= worst:  # NaN as well

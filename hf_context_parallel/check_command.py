@@ -9,13 +9,25 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from hf_context_parallel.config import COMM_TYPES
-from hf_context_parallel.integration.models import KNOWN
-from hf_context_parallel.survey import GOOD, Finding, default_jobs, how, model_types, survey, write
+from hf_context_parallel.integration.models import KNOWN, KNOWN_TENSOR_PARALLEL
+from hf_context_parallel.survey import (
+    GOOD,
+    Finding,
+    default_jobs,
+    how,
+    model_types,
+    survey,
+    survey_tensor_parallel,
+    write,
+    write_tensor_parallel,
+)
 
 PAGE = Path("docs/models.md")
 
 
-def run_check(model: str | None, every: bool, ranks: str, comm_type: str, jobs: int | None, keep: bool) -> int:
+def run_check(
+    model: str | None, every: bool, ranks: str, comm_type: str, jobs: int | None, keep: bool, tp_size: int = 1
+) -> int:
     """Check one model, or all types, and print what was found.
 
     Returns:
@@ -34,10 +46,15 @@ def run_check(model: str | None, every: bool, ranks: str, comm_type: str, jobs: 
             if finding.state not in GOOD:
                 progress.write(f"{finding.name}: {finding.state}: {finding.reason}", file=sys.stderr)
 
-        sizes = [int(size) for size in ranks.split(",")]
-        findings = survey(models, sizes, comm_type, jobs or default_jobs(), report)
+        if tp_size > 1:
+            findings = survey_tensor_parallel(models, tp_size, jobs or default_jobs(), report)
+        else:
+            sizes = [int(size) for size in ranks.split(",")]
+            findings = survey(models, sizes, {"comm_type": comm_type}, jobs or default_jobs(), report)
     print(table(findings))
-    if keep:
+    if keep and tp_size > 1:
+        write_tensor_parallel(findings, KNOWN_TENSOR_PARALLEL)
+    elif keep:
         write(findings, KNOWN, PAGE)
     return int(any(finding.state not in GOOD for finding in findings))
 

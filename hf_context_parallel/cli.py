@@ -28,7 +28,7 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="processes to start; else context_parallel.size of the recipe")
+        int | None, typer.Option(min=1, help="processes to start; else as many as the recipe needs")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="one step of a tiny model, offline, on one process")
@@ -37,7 +37,7 @@ def train(
     """Fine-tune what RECIPE says, on this machine, through accelerate's launcher."""
     # Read here as well, so that a mistake is reported once, before any process starts.
     loaded = load_recipe(recipe, overrides or [])
-    processes = nproc or (1 if dry_run else loaded.context_parallel.size)
+    processes = nproc or (1 if dry_run else loaded.processes)
     arguments = [str(recipe), *(overrides or []), *(["--dry-run"] if dry_run else [])]
     sys.exit(launch(processes, arguments))
 
@@ -56,6 +56,10 @@ def check(
     every: Annotated[bool, typer.Option("--all", help="every causal language model of Transformers")] = False,
     ranks: Annotated[str, typer.Option(help="sizes of the groups to compare")] = "2,3,4",
     comm: Annotated[str, typer.Option(help="how keys and values travel")] = "p2p",
+    tp: Annotated[
+        int,
+        typer.Option(min=1, help="ranks of tensor parallelism, beside CP groups of 2"),
+    ] = 1,
     jobs: Annotated[int | None, typer.Option(min=1, help="models to check at a time")] = None,
     write: Annotated[
         bool, typer.Option("--write", help="with --all: keep what was found, for the package too")
@@ -67,7 +71,7 @@ def check(
     """
     from hf_context_parallel.check_command import run_check
 
-    sys.exit(run_check(model, every, ranks, comm, jobs, write))
+    sys.exit(run_check(model, every, ranks, comm, jobs, write, tp))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ MEASURES = {"peak_memory_gib": "peak GiB a rank", "tokens_per_second": "tokens/s
 
 
 def compare_with_one_process(path: Path, overrides: Sequence[str]) -> int:
-    """Runs the recipe on `context_parallel.size` ranks and on one, prints a table, and returns an exit status.
+    """Runs the recipe on as many ranks as it needs and on one, prints a table, and returns an exit status.
 
     The one process has as many CPU threads as all ranks together. The status is 0 if each step's loss is the same
     to a relative 1e-4.
@@ -29,12 +29,17 @@ def compare_with_one_process(path: Path, overrides: Sequence[str]) -> int:
         RecipeError: if the recipe is invalid, or does not split the sequence.
     """
     recipe = load_recipe(path, overrides)
-    ranks = recipe.context_parallel.size
-    if ranks == 1:
+    if recipe.context_parallel.size == 1:
         raise RecipeError("context_parallel.size=1 leaves nothing to compare: take 2 or more.")
+    ranks = recipe.processes
     folder = Path(recipe.training.output_dir or "trainer_output")
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
-    alone = [f"training.output_dir={folder / 'one_process'}", "context_parallel.size=1"]
+    alone = [
+        f"training.output_dir={folder / 'one_process'}",
+        "context_parallel.size=1",
+        "context_parallel.sequence_parallel=false",
+    ]
+    alone.append("distributed=null")
     for count, changes in ((ranks, []), (1, alone)):
         share = threads * ranks // count
         print(f"\n{path} on {count} rank{'s' * (count > 1)} of {share} thread{'s' * (share > 1)}", flush=True)

@@ -35,6 +35,8 @@ class ContextParallelConfig:
             local checks and the exchange of their outcome stay on when it is off.
         verify: before the first step, the Trainer compares the model on shards with the model on whole sequences, and
             stops where a layer differs by more than rounding does; see `verify`. It costs less than two steps.
+        sequence_parallel: with tensor parallelism, between its regions (norms, residuals, their dropout) each rank of
+            a tensor-parallel group computes and keeps its share of the tokens only, as in Megatron-LM.
 
     Raises:
         ValueError: if a value is out of range or not among those listed.
@@ -47,6 +49,7 @@ class ContextParallelConfig:
     kernel: str = "auto"
     check_batch: bool = True
     verify: bool = True
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         if not _is_count(self.size):
@@ -59,7 +62,7 @@ class ContextParallelConfig:
             )
         for field, allowed in (("layout", LAYOUTS), ("kernel", KERNELS)):
             _check_choice(field, getattr(self, field), allowed)
-        for field in ("check_batch", "verify"):
+        for field in ("check_batch", "verify", "sequence_parallel"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r} must be true or false.")
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from .mesh import Groups
+from .mesh import Ranks
 
 
 def agree(
-    groups: Groups, error: Exception | None, fingerprint: int, what: str, remedy: str, length: int = 0
+    ranks: Ranks, error: Exception | None, fingerprint: int, what: str, remedy: str, length: int = 0
 ) -> list[int]:
     """Compare notes with the group: one all-reduce of three integers a rank, which every rank enters.
 
@@ -28,19 +28,19 @@ def agree(
     Raises:
         ValueError: on every rank with the same message, if a rank had an error or the fingerprints differ.
     """
-    if groups.size == 1:
+    if ranks.size == 1:
         if error is not None:
             raise error
         return [length]
-    notes = torch.zeros(groups.size, 3, dtype=torch.int64)
-    notes[groups.rank] = torch.tensor([error is not None, fingerprint, length])
-    notes = notes.to(groups.device)
-    dist.all_reduce(notes, group=groups.group)
+    notes = torch.zeros(ranks.size, 3, dtype=torch.int64)
+    notes[ranks.rank] = torch.tensor([error is not None, fingerprint, length])
+    notes = notes.to(ranks.device)
+    dist.all_reduce(notes, group=ranks.group)
     failed, fingerprints, lengths = notes.T.tolist()
     if any(failed):
         first = failed.index(1)
         message = [str(error)]
-        dist.broadcast_object_list(message, group=groups.group, group_src=first, device=groups.device)
+        dist.broadcast_object_list(message, group=ranks.group, group_src=first, device=ranks.device)
         raise ValueError(f"rank {first} of the group: {message[0]}") from error
     if len(set(fingerprints)) > 1:
         odd = next(rank for rank, value in enumerate(fingerprints) if value != fingerprints[0])

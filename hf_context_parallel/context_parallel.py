@@ -62,6 +62,13 @@ class ContextParallel:
         # Making groups is collective, so ranks that want different ones must learn of it before.
         agree(world(), error, fingerprint({"config": config}), "settings", "Give every process the same ones.")
         self.groups = build_groups(config.size, mesh)
+        if config.sequence_parallel and self.groups.tensor.size == 1:
+            raise ValueError(
+                "sequence_parallel=True shards activations over the ranks of tensor parallelism, and there is none "
+                f"({'no mesh was given' if mesh is None else f'the mesh has dimensions {mesh.mesh_dim_names}'}). Load "
+                "the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...) and give "
+                "mesh=hf_context_parallel.mesh_of(model), or leave sequence_parallel off."
+            )
         self.exchange: Exchange = GroupExchange(self.groups.group)
         self._chosen: set[tuple[str, str, int]] = set()
 

@@ -27,6 +27,7 @@ TINY = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+HEADS = ("num_attention_heads", "num_key_value_heads")
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -42,6 +43,10 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     tokenizer_name = source if source == BYTES or Path(source).is_dir() else BYTES
     small_model = dataclasses.replace(model, name=None, type=architecture(model), tokenizer=tokenizer_name, config={})
     small_model.config = tiny_config(small_model.type, model.config, len(load_tokenizer(small_model)))
+    sharded = recipe.distributed is not None and recipe.processes == world_size
+    if sharded:  # each rank of tensor parallelism has heads of its own
+        least = recipe.distributed.tp_size or 1
+        small_model.config |= {key: max(small_model.config[key], least) for key in HEADS if key in small_model.config}
     training = {
         "output_dir": output_dir,
         "max_steps": 1,
@@ -59,16 +64,25 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         model=small_model,
         data=dataclasses.replace(data, max_length=min(data.max_length, MAX_LENGTH)),
         training=recipe.training.model_copy(update=training),
-        context_parallel=dataclasses.replace(recipe.context_parallel, size=world_size, kernel="auto"),
+        context_parallel=dataclasses.replace(
+            recipe.context_parallel,
+            size=recipe.context_parallel.size if sharded else world_size,
+            sequence_parallel=recipe.context_parallel.sequence_parallel and sharded,
+            kernel="auto",
+        ),
+        distributed=recipe.distributed if sharded else None,
     )
     replaced = [
         f"model: a {small_model.type} of {TINY['num_hidden_layers']} layers and width {TINY['hidden_size']} with "
         f"random weights, for {model.name or model.type}",
         f"tokenizer: {tokenizer_name}, for {source}",
         f"data: made-up documents in rows of {small.data.max_length} tokens, for {data.path} in {data.max_length}",
-        f"context_parallel.size: {world_size}, the number of processes, for {recipe.context_parallel.size}",
+        f"context_parallel.size: {small.context_parallel.size}, "
+        f"{'as it is' if sharded else 'the number of processes'}, for {recipe.context_parallel.size}",
         "training: one step, nothing saved" + (", on the CPU without FSDP" if on_cpu else ""),
     ]
+    if recipe.distributed is not None and not sharded:
+        replaced.append(f"distributed: nothing, for what takes {recipe.processes} processes")
     return small, replaced
 
 

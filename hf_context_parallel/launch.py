@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from hf_context_parallel.recipe import Recipe, RecipeError
+from hf_context_parallel.recipe import PARALLEL_SIZES, Recipe, RecipeError
 
 RUNNER = "hf_context_parallel.train"
 # What accelerate would otherwise remark on, or take from a configuration file of the user. Port 0: any that is free.
@@ -48,10 +48,13 @@ def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     group = dist.get_world_size() if dist.is_initialized() else 1
-    size = recipe.context_parallel.size
-    if launched == group == training.world_size and launched % size == 0:
+    size = recipe.processes
+    exact = recipe.distributed is not None
+    if launched == group == training.world_size and (launched == size if exact else launched % size == 0):
         return
-    wanted = max(launched // size, 1) * size
+    wanted = size if exact else max(launched // size, 1) * size
+    source = " * ".join(f"distributed.{name}" for name in PARALLEL_SIZES if getattr(recipe.distributed, name, None))
+    needed = f"{source or 'context_parallel.size'} of the recipe"
     if not (training.use_cpu or torch.cuda.is_available()):
         # Without it TrainingArguments looks for GPUs, and every process is alone.
         arguments = [*(given for given in arguments if "use_cpu" not in given), "training.use_cpu=true"]
@@ -60,8 +63,8 @@ def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence
         f"  WORLD_SIZE, set by the launcher     {launched}{'' if 'WORLD_SIZE' in os.environ else ' (not set)'}\n"
         f"  size of the process group           {group}\n"
         f"  TrainingArguments.world_size        {training.world_size}\n"
-        f"  context_parallel.size of the recipe {size}\n"
-        "The first three must be equal, and a multiple of the last. Start the run with\n"
+        f"  {needed:<35} {size}\n"
+        f"The first three must be equal, and {'equal' if exact else 'a multiple of'} the last. Start the run with\n"
         f"  accelerate launch {shlex.join(launcher_arguments(wanted, arguments))}\n"
         "(The launcher's `--cpu` starts one process, whatever `--num_processes` says.)"
     )

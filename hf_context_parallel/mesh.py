@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -13,45 +14,80 @@ from torch.distributed.device_mesh import DeviceMesh
 CONTEXT_DIMENSION = "cp"
 DATA_DIMENSIONS = ("fsdp", "dp_shard", "dp")
 """The mesh dimensions that CP may divide, by the names that Transformers, accelerate and torchtitan give them."""
-REPLICATED_INPUT_DIMENSIONS = ("tp", "pp")
+TENSOR_DIMENSION = "tp"
+REPLICATED_INPUT_DIMENSIONS = (TENSOR_DIMENSION, "pp")
 """The mesh dimensions whose ranks see the same samples."""
 
 
 @dataclass(frozen=True)
-class Groups:
-    """This rank's place.
+class Ranks:
+    """Processes that work together, this one among them.
 
     Args:
-        group: the process group of its CP group, None where there is one process.
-        rank, size: its rank in that group, and the group's ranks.
-        data_rank, data_size: which share of the samples it gets, of how many.
-        first_ranks: for each share of the samples, the first rank of the world that gets it.
-        device: where tensors of collectives live.
-        node: the most ranks of its CP group that share a machine.
+        group: their process group, None where this process is alone.
+        rank, size: this one's rank among them, and how many they are.
+        device: where tensors of their collectives live.
     """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Groups(Ranks):
+    """This rank's place: the ranks of its CP group, and those around it.
+
+    Args:
+        data_rank, data_size: which share of the samples it gets, of how many.
+        first_ranks: for each share of the samples, the first rank of the world that gets it.
+        tensor: the ranks of its tensor-parallel group, which hold other heads of the same tokens.
+        alike: all ranks that see the same samples: those of its CP group, and of the CP groups beside it that hold
+            other heads or layers.
+        node: the most ranks of its CP group that share a machine.
+    """
+
     data_rank: int
     data_size: int
     first_ranks: list[int]
-    device: torch.device
+    tensor: Ranks
+    alike: Ranks
     node: int = 1
 
 
-def world() -> Groups:
-    """All processes as one group, which see the same samples."""
+def world() -> Ranks:
+    """All processes."""
     if not dist.is_initialized():
-        return Groups(None, 0, 1, 0, 1, [0], torch.device("cpu"))
-    return Groups(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), 0, 1, [0], _device(dist.group.WORLD))
+        return Ranks(None, 0, 1, torch.device("cpu"))
+    return _ranks(dist.group.WORLD)
+
+
+def _ranks(group: dist.ProcessGroup) -> Ranks:
+    return Ranks(group, dist.get_rank(group), dist.get_world_size(group), _device(group))
+
+
+def mesh_of(model: torch.nn.Module) -> DeviceMesh | None:
+    """The mesh by which Transformers sharded a model as it loaded it, for `ContextParallel(config, mesh)`.
+
+    Returns:
+        A mesh with the dimensions `fsdp` and `tp` among others; None if the model was not loaded with a
+        `DistributedConfig` of more than one process.
+    """
+    for module in model.modules():
+        manager = getattr(module, "_mesh_manager", None)
+        if manager is not None:
+            return manager.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
+        if getattr(module, "_device_mesh", None) is not None:  # Transformers before 5.20
+            return module._device_mesh
+    return None
 
 
 def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
     """Make the CP groups. Every process of the world must call this with the same arguments.
 
     Without a mesh, CP groups are `size` consecutive ranks of the world. With one, they are its `cp` dimension, or
-    `size` consecutive ranks along its data dimension (`fsdp`, `dp_shard` or `dp`).
+    `size` consecutive ranks along its data dimension (`fsdp`, `dp_shard` or `dp`; beyond it, along the replicas).
 
     Raises:
         ValueError: if there is no process group, or the sizes do not divide.
@@ -64,7 +100,8 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
                 "script with `accelerate launch` or `torchrun`, and make TrainingArguments, accelerate.PartialState() "
                 "or torch.distributed.init_process_group() come first."
             )
-        return world()
+        alone = world()
+        return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, alike=alone)
     blocks = _blocks(size, mesh)
     group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks])
     me = dist.get_rank()
@@ -73,7 +110,24 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
     dist.all_reduce(torch.zeros(1, device=device), group=group)  # NCCL: point-to-point must not be a group's first use
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]
-    return Groups(group, ranks.index(me), size, data_rank, len(first_ranks), first_ranks, device, _on_a_node(ranks))
+    mine = Ranks(group, ranks.index(me), size, device)
+    tensor, alike = Ranks(None, 0, 1, device), mine
+    if mesh is not None and TENSOR_DIMENSION in mesh.mesh_dim_names and mesh[TENSOR_DIMENSION].size() > 1:
+        tensor = _ranks(mesh.get_group(TENSOR_DIMENSION))
+    if len(blocks) > len(first_ranks):
+        by_share = [
+            [rank for block, share in blocks if share == number for rank in block] for number in sorted(firsts)
+        ]
+        alike = _ranks(dist.new_subgroups_by_enumeration(by_share)[0])
+    return Groups(
+        **vars(mine),
+        data_rank=data_rank,
+        data_size=len(first_ranks),
+        first_ranks=first_ranks,
+        tensor=tensor,
+        alike=alike,
+        node=_on_a_node(ranks),
+    )
 
 
 def _on_a_node(ranks: list[int]) -> int:
@@ -94,22 +148,22 @@ def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:
             f"the mesh has dimensions {names}: CP needs one called {CONTEXT_DIMENSION!r}, or a data dimension to "
             f"divide, called {' or '.join(map(repr, DATA_DIMENSIONS))}."
         )
-    extent = ranks.shape[names.index(along)]
-    if extent % size or (along == CONTEXT_DIMENSION and extent != size):
-        rule = "is not" if along == CONTEXT_DIMENSION else "does not divide"
-        what = "the world size" if mesh is None else f"the mesh dimension {along!r}"
-        raise ValueError(
-            f"size={size} {rule} {what}, which is {extent}. Start a multiple of {size} processes, or choose "
-            f"a size that is right for {extent}."
-        )
     # Replicas of the model outermost and CP ranks innermost: the rows are CP groups, and a group's number is its row
     # within the dimensions whose ranks see different samples.
     shared = [names.index(name) for name in names if name in REPLICATED_INPUT_DIMENSIONS]
     other = [index for index, name in enumerate(names) if index not in shared and name != along]
+    extent = ranks.shape[names.index(along)]
+    copies = prod(ranks.shape[index] for index in shared)
+    shares = ranks.numel() // copies
+    fits = extent == size if along == CONTEXT_DIMENSION else not (extent % size and (size % extent or shares % size))
+    if not fits:
+        rule = "is not" if along == CONTEXT_DIMENSION else "does not divide"
+        what = "the world size" if mesh is None else f"the mesh dimension {along!r}"
+        raise ValueError(
+            f"size={size} {rule} {what}, which is {extent}. Start a multiple of {size * copies} processes, or choose "
+            f"a size that is right for {extent}."
+        )
     rows = ranks.permute(*shared, *other, names.index(along)).reshape(-1, size)
-    copies = 1
-    for index in shared:
-        copies *= ranks.shape[index]
     return [(row, number % (len(rows) // copies)) for number, row in enumerate(rows.tolist())]
 
 

@@ -1,6 +1,6 @@
 """What a recipe may say, and how it is read.
 
-A recipe is a YAML file of five sections. OmegaConf reads it (safe tags only), merges the overrides of the command
+A recipe is a YAML file of six sections. OmegaConf reads it (safe tags only), merges the overrides of the command
 line and resolves `${...}`; pydantic turns the result into the dataclasses below. Both are strict: an unknown or
 ill-typed key is refused and named, with its section and the nearest valid key.
 """
@@ -12,6 +12,7 @@ import difflib
 import json
 import sysconfig
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -21,9 +22,13 @@ from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 from transformers import CONFIG_MAPPING, TrainingArguments
+from transformers.distributed import DistributedConfig
 from yaml import YAMLError
 
 from hf_context_parallel.config import ContextParallelConfig
+
+PARALLEL_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
+"""The sizes of `distributed`, whose product is the number of processes."""
 
 STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -48,6 +53,7 @@ def keywords_of(cls: type, **corrections: Any) -> type[BaseModel]:
 
 TrainingKeywords = keywords_of(TrainingArguments, fsdp=bool | str | None)
 LoraKeywords = keywords_of(LoraConfig)
+DistributedKeywords = keywords_of(DistributedConfig)
 
 
 @dataclass(config=STRICT)
@@ -134,12 +140,18 @@ class DataSection:
 
 @dataclass(config=STRICT)
 class Recipe:
-    """A fine-tuning run: what to train, on what, and how. `lora` absent: all weights are trained."""
+    """A fine-tuning run: what to train, on what, and how. `lora` absent: all weights are trained.
+
+    `distributed` is Transformers' `DistributedConfig`, by which the model is sharded as it is loaded: `tp_size` ranks
+    share each layer (tensor parallelism) and `fsdp_size` ranks, `dp_replicate_size` times, the samples and sequences.
+    Absent: by what `training` says, or not at all.
+    """
 
     model: ModelSection
     data: DataSection
     training: TrainingKeywords = dataclasses.field(default_factory=TrainingKeywords)
     context_parallel: ContextParallelConfig = ContextParallelConfig()
+    distributed: DistributedKeywords | None = None
     lora: LoraKeywords | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +162,49 @@ class Recipe:
                 f"model.attention={attention!r} does not split the sequence, and context_parallel.size="
                 f"{self.context_parallel.size} asks for it: take 'context_parallel', or size=1."
             )
+        if self.distributed is not None:
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        sizes = {name: getattr(self.distributed, name, None) or 1 for name in PARALLEL_SIZES}
+        size, tp_size = self.context_parallel.size, sizes["tp_size"]
+        data = sizes["fsdp_size"] * sizes["dp_replicate_size"]
+        if data % size:
+            raise ValueError(
+                f"context_parallel.size={size} does not divide the {data} data ranks of 'distributed' (fsdp_size * "
+                f"dp_replicate_size), along which CP groups lie: take fsdp_size={size} or a multiple of it, and start "
+                f"tp_size * fsdp_size * dp_replicate_size processes."
+            )
+        if self.context_parallel.sequence_parallel and tp_size == 1:
+            raise ValueError(
+                "context_parallel.sequence_parallel=true shards activations over the ranks of tensor parallelism, and "
+                "distributed.tp_size is 1: take 2 or more, or leave it off."
+            )
+        if self.training.fsdp:
+            raise ValueError(
+                "training.fsdp and 'distributed' both shard the model: leave training.fsdp out, and let "
+                "distributed.fsdp_size say it."
+            )
+
+    @property
+    def processes(self) -> int:
+        """The processes that it runs on, or a multiple of them where 'distributed' does not say how many exactly."""
+        if self.distributed is None:
+            return self.context_parallel.size
+        return prod(getattr(self.distributed, name, None) or 1 for name in PARALLEL_SIZES)
+
+    def distributed_config(self) -> DistributedConfig | None:
+        """The `DistributedConfig`, or None where Transformers is not to shard the model.
+
+        Raises:
+            RecipeError: if DistributedConfig refuses a value.
+        """
+        if self.distributed is None:
+            return None
+        try:
+            return DistributedConfig(**self.distributed.model_dump(exclude_unset=True))
+        except ValueError as error:
+            raise RecipeError(f"distributed: {error}") from error
 
     def training_arguments(self) -> TrainingArguments:
         """The `TrainingArguments`. Building them starts the process group of a launched run.
@@ -181,6 +236,7 @@ VALID_KEYS = {
     "data": {field.name for field in dataclasses.fields(DataSection)},
     "training": set(TrainingKeywords.model_fields),
     "context_parallel": {field.name for field in dataclasses.fields(ContextParallelConfig)},
+    "distributed": set(DistributedKeywords.model_fields),
     "lora": set(LoraKeywords.model_fields),
 }
 

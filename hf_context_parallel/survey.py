@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
 from tabulate import tabulate
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .check import Errors, errors, tolerance
@@ -21,6 +23,7 @@ from .workers import WorkerPool
 
 TIMEOUT = 120
 """Seconds that one model may take on one group."""
+WITH_SEQUENCE_PARALLEL = " (sequence parallel)"
 GOOD = ("exact", "exact by resharding", "refused")
 
 
@@ -56,16 +59,27 @@ def configuration(model: str) -> PreTrainedConfig:
 
 
 def survey(
-    models: Sequence[str], ranks: Sequence[int], comm_type: str, jobs: int, report: Callable[[Finding], None]
+    models: Sequence[str],
+    ranks: Sequence[int],
+    settings: dict[str, Any],
+    jobs: int,
+    report: Callable[[Finding], None],
+    tp_size: int = 1,
 ) -> list[Finding]:
-    """The findings of several models, in their order; `report` hears of each as it comes."""
-    pools = [WorkerPool(max(ranks), TIMEOUT) for _ in range(min(jobs, len(models)))]
+    """The findings of several models, in their order; `report` hears of each as it comes.
+
+    Args:
+        ranks: the sizes of the CP groups.
+        settings: further ones of `ContextParallelConfig`.
+        tp_size: the ranks that share each layer.
+    """
+    pools = [WorkerPool(max(ranks) * tp_size, TIMEOUT) for _ in range(min(jobs, len(models)))]
     free = list(pools)
 
     def one(model: str) -> Finding:
         pool = free.pop()
         try:
-            return examine(pool, model, ranks, comm_type)
+            return examine(pool, model, ranks, settings, tp_size)
         finally:
             free.append(pool)
 
@@ -82,8 +96,8 @@ def survey(
     return [findings[model] for model in models]
 
 
-def examine(pool: WorkerPool, model: str, ranks: Sequence[int], comm_type: str) -> Finding:
-    """The finding of one model, on groups of each of these sizes."""
+def examine(pool: WorkerPool, model: str, ranks: Sequence[int], settings: dict[str, Any], tp_size: int = 1) -> Finding:
+    """The finding of one model, on groups of each of these sizes. See `survey`."""
     if model in REFUSED:
         return Finding(model, "refused", reason=REFUSED[model])
     try:
@@ -96,7 +110,7 @@ def examine(pool: WorkerPool, model: str, ranks: Sequence[int], comm_type: str) 
     handled: dict[str, list[str]] = {}
     for size in ranks:
         try:
-            found, handled = pool(size, errors, config, {"comm_type": comm_type})[0]
+            found, handled = pool(size * tp_size, errors, config, settings, tp_size)[0]
         except AssertionError as error:
             return Finding(model, "wrong", worst, handled, f"on {size} ranks: {last_line(error)}")
         for kind, of_kind in found.items():
@@ -106,6 +120,40 @@ def examine(pool: WorkerPool, model: str, ranks: Sequence[int], comm_type: str) 
             worst[kind] = max(worst.get(kind, 0.0), error)
     whole = any("whole sequences" in how for how in handled.values())
     return Finding(model, "exact by resharding" if whole else "exact", worst, handled)
+
+
+def survey_tensor_parallel(models: Sequence[str], tp_size: int, jobs: int, report: Callable) -> list[Finding]:
+    """The findings of the models that have a tensor-parallel plan, each without and with sequence parallelism."""
+    planned = [model for model in models if _has_plan(model)]
+    findings = []
+    for sequence_parallel in (False, True):
+        settings = {"sequence_parallel": sequence_parallel}
+        findings.append(survey(planned, [2], settings, jobs, report, tp_size))
+    for finding in findings[1]:
+        finding.name += WITH_SEQUENCE_PARALLEL
+        if "sequence_parallel=True: " in finding.reason:  # its form is not known, and so it says
+            finding.state = "refused"
+    return [finding for both in zip(*findings) for finding in both]
+
+
+def _has_plan(model: str) -> bool:
+    if model in REFUSED:
+        return False
+    with torch.device("meta"):
+        return bool(AutoModelForCausalLM.from_config(configuration(model)).tp_plan)
+
+
+def write_tensor_parallel(findings: Iterable[Finding], known: Path) -> None:
+    """Keep what was found of tensor parallelism as the package's knowledge."""
+    types: dict[str, dict[str, str]] = {}
+    for finding in findings:
+        name = finding.name.removesuffix(WITH_SEQUENCE_PARALLEL)
+        exact = finding.state in GOOD
+        if name == finding.name:
+            types[name] = {"state": "exact" if exact else "refused", "reason": finding.reason}
+        elif types[name]["state"] == "exact":
+            types[name]["sequence_parallel"] = "exact" if finding.state == "exact" else "refused"
+    known.write_text(json.dumps({"transformers": transformers.__version__, "types": types}, indent=1) + "\n")
 
 
 def _wrong(size: int, kind: str, found: Errors) -> str:

@@ -36,7 +36,7 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
     check_world(recipe, training, arguments)
     set_seed(training.seed)
     tokenizer = load_tokenizer(recipe.model)
-    model = load_model(recipe.model, tokenizer)
+    model = load_model(recipe.model, tokenizer, recipe.distributed_config())
     lora = recipe.lora_config()
     if lora is not None:
         model = add_lora(model, lora)

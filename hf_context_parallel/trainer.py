@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import recursively_apply
 from transformers import Trainer, TrainerCallback
 
@@ -18,8 +18,10 @@ from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import ContextParallelDataCollator
 from .integration.models import check_model
+from .integration.tensor import check_parallelism
 from .loader import prepare_data_loader
 from .memory import PeakMemory
+from .mesh import mesh_of
 from .verify import verify
 
 
@@ -63,6 +65,7 @@ class ContextParallelMixin:
     def _refuse(self) -> None:
         """Refuse what is known to be wrong on shards before anything is trained."""
         check_model(self.model)
+        check_parallelism(self.model, self.cp)
         for wrong, remedy in (
             (self.label_smoother is not None, "label_smoothing_factor shifts labels itself; set it to 0"),
             (
@@ -89,6 +92,8 @@ class ContextParallelMixin:
                 raise ValueError(f"context parallelism: {remedy}.")
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self.args.use_cpu and self.args.parallelism_config is None:
+            self.args.parallelism_config = _OnCpuToo() if (getattr(self.model, "_tp_size", None) or 1) > 1 else None
         super().create_accelerator_and_postprocess()
         settings = getattr(self.accelerator, "parallelism_config", None)
         if settings is not None and (settings.cp_enabled or settings.sp_enabled):
@@ -97,7 +102,7 @@ class ContextParallelMixin:
                 "--parallelism_config_cp_size). Leave it off: context_parallel=ContextParallelConfig(size=...) "
                 "says it."
             )
-        self.cp = ContextParallel(self._config)
+        self.cp = ContextParallel(self._config, mesh_of(self.model))
         # The Trainer makes its Accelerator itself, so it becomes ours afterwards.
         self.accelerator.__class__ = _CpAccelerator
         self.accelerator.cp = self.cp
@@ -176,12 +181,14 @@ class ContextParallelMixin:
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
         """This rank's share: the ranks' are added up, and each is shown the whole batch."""
-        return super().floating_point_ops(inputs) / self.cp.size
+        return super().floating_point_ops(inputs) / self.cp.groups.alike.size
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)  # which adds up the ranks', each of which has the whole batch
-        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.cp.size
+        self.state.num_input_tokens_seen = (
+            before + (self.state.num_input_tokens_seen - before) // self.cp.groups.alike.size
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with throughput, sequence length and memory beside a training loss."""
@@ -192,7 +199,7 @@ class ContextParallelMixin:
     def _throughput(self) -> dict[str, float]:
         seconds, peak = self._watch.read()
         mine = torch.tensor(
-            [self._tokens / self.cp.size, self._longest, -1.0 if peak is None else peak],
+            [self._tokens / self.cp.groups.alike.size, self._longest, -1.0 if peak is None else peak],
             dtype=torch.float64,
             device=self.args.device,
         )
@@ -257,6 +264,16 @@ class _CpAccelerator(Accelerator):
     def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
         ranks = gathered.unflatten(0, (self.num_processes, -1))
         return ranks[self.cp.groups.first_ranks].flatten(0, 1)
+
+
+class _OnCpuToo(ParallelismConfig):
+    """What Trainer tells accelerate of tensor parallelism, which accelerate does not take without a GPU.
+
+    There is nothing for it to do: the model is sharded already.
+    """
+
+    def _validate_accelerator(self, accelerator):
+        pass
 
 
 class _Verification(TrainerCallback):

@@ -32,9 +32,12 @@ from .data import padded_layout
 from .integration.attention import computed_otherwise, heard_by
 from .integration.context import accepted
 from .integration.masks import stock_attention, told_otherwise
-from .integration.models import check_model, mixers, transformers_model
+from .integration.models import check_model, mixers, styles_of, transformers_model
 from .integration.replacement import Replacement
+from .integration.replicated import ReplicatedParameters
 from .integration.rope import follows_length
+from .integration.sequence import Shares
+from .integration.tensor import check_parallelism
 from .mesh import world
 
 INPUT, OUTPUT, GRADIENT = "input", "output", "input gradient"
@@ -76,7 +79,8 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
     """Compare each layer of a model on shards with the same layer on whole sequences.
 
     Token mixers (attention, and all else that mixes tokens) are compared in outputs and in gradients of their inputs,
-    decoder layers in outputs, and the first of them in its input. A layer with experts is compared on most tokens,
+    decoder layers in outputs, and the first of them in its input (with sequence parallelism its input is the whole
+    shard's, and is not compared). A layer with experts is compared on most tokens,
     since a difference in rounding may send a token to other experts.
 
     Every process of the world calls this, with the model as it is trained: wrapped by DDP, FSDP or PEFT, quantised, or
@@ -92,7 +96,8 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
     differences, error = [], None
     try:
         check_model(model)
-        with _untouched(model):
+        check_parallelism(model, cp)
+        with _untouched(model), _summed(model, cp):
             differences = _compare_batches(model, cp)
     except Exception as caught:  # whatever it is, the other ranks must hear of it
         error = caught
@@ -107,8 +112,8 @@ def _of_all_ranks(differences: list[Difference], cp: ContextParallel) -> list[Di
     """The group's largest, so that all of its ranks say the same."""
     figures = torch.tensor([difference[3:] for difference in differences], dtype=torch.float32)
     figures = figures.nan_to_num(nan=float("inf")).to(cp.groups.device)
-    if cp.size > 1:
-        dist.all_reduce(figures, dist.ReduceOp.MAX, group=cp.groups.group)
+    if cp.groups.alike.size > 1:
+        dist.all_reduce(figures, dist.ReduceOp.MAX, group=cp.groups.alike.group)
     return [
         difference._replace(found=found, bound=bound)
         for difference, (found, bound) in zip(differences, figures.tolist())
@@ -158,7 +163,7 @@ class _Batch:
         inputs: of `[B, S]`.
         pieces: the columns that one process would give the model at a time: documents, or all.
         real: `[B, S]`, False at padding.
-        columns: `[S_local]`, those of this rank.
+        columns: `[S_local]`, those of this rank; with sequence parallelism, its share of the shard's.
     """
 
     kind: str
@@ -209,6 +214,8 @@ def _batches(model: torch.nn.Module, cp: ContextParallel) -> list[_Batch]:
         ("padded", padded, [slice(0, short)], mask),
     ):
         columns = padded_layout(cp.config, real.shape[1]).positions(cp.rank)
+        if cp.config.sequence_parallel:  # of which layers and mixers see a share
+            columns = columns[Shares(cp.groups.tensor, len(columns)).mine]
         inputs = {name: value.to(device) for name, value in inputs.items()}
         batches.append(_Batch(kind, inputs, pieces, real.bool(), columns))
     return batches
@@ -219,9 +226,10 @@ def _lengths(model: PreTrainedModel, cp: ContextParallel) -> tuple[int, int]:
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in WINDOWS]
     doubled = [2 * window for window in windows if isinstance(window, int) and 0 < 2 * window <= LONGEST]
-    step = 2 * cp.size  # so that all layouts deal rows without padding them
+    # So that all layouts deal rows, and sequence parallelism shards, without padding them.
+    step = 2 * cp.size * (cp.groups.tensor.size if cp.config.sequence_parallel else 1)
     most = getattr(config, "max_position_embeddings", None) or LONGEST
-    short = TOKENS_A_RANK * cp.size
+    short = -(-TOKENS_A_RANK * cp.size // step) * step
     long = max([short, *(-(-window // step) * step for window in doubled)])
     return tuple(max(step, min(length, most // step * step)) for length in (short, long))
 
@@ -586,6 +594,18 @@ def _worst(errors: torch.Tensor, share: float) -> float:
 
 
 # What stays as it is
+
+
+@contextmanager
+def _summed(model: torch.nn.Module, cp: ContextParallel) -> Iterator[None]:
+    """Whole sequences too run without the hooks that Transformers would leave on replicated parameters."""
+    replacement = ReplicatedParameters(cp.groups.tensor.group)
+    if cp.groups.tensor.size > 1:
+        replacement.replace_all(styles_of(transformers_model(model)))
+    try:
+        yield
+    finally:
+        replacement.restore()
 
 
 @contextmanager

@@ -38,7 +38,7 @@ SAMPLE = {
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_what_is_known_of_a_type_is_so(on_ranks, model_type):
-    found = survey.examine(on_ranks, model_type, SAMPLE[model_type], "p2p")
+    found = survey.examine(on_ranks, model_type, SAMPLE[model_type], {})
     known = known_states()[model_type]
     assert (found.state, found.handled) == (known["state"], known["handled"]), found.reason
 
@@ -127,7 +127,7 @@ def test_a_check_prints_a_table_and_fails_where_something_is_wrong(capsys):
 
 def test_a_folder_is_checked_by_its_configuration(on_ranks, tmp_path):
     tiny_config("gemma2").save_pretrained(tmp_path)
-    finding = survey.examine(on_ranks, str(tmp_path), (2,), "p2p")
+    finding = survey.examine(on_ranks, str(tmp_path), (2,), {})
     assert finding.state == "exact" and set(finding.handled) == {"Gemma2Attention"}
 
 

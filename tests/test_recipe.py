@@ -18,6 +18,7 @@ from hf_context_parallel.recipe import DataSection, ModelSection, RecipeError, l
 from hf_context_parallel.report import write_report
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+MEGATRON = ("megatron_quick_start_cpu", "megatron_quick_start")
 MINIMAL = """
 model: {type: qwen3, tokenizer: bytes}
 data: {path: text, max_length: 128}
@@ -145,13 +146,13 @@ def test_values_that_transformers_and_peft_refuse(minimal):
         load_config(load_recipe(minimal, ["model.config.hidden_size=wide"]).model)
 
 
-@pytest.mark.parametrize("name", ["demo_cpu", "llama3_8b_lora_128k", "qwen3_8b_fsdp2"])
+@pytest.mark.parametrize("name", ["demo_cpu", "llama3_8b_lora_128k", "qwen3_8b_fsdp2", *MEGATRON])
 def test_shipped_recipes_load_and_shrink(name, tmp_path):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert not recipe.model.trust_remote_code
     small, replaced = shrink(recipe, 1, str(tmp_path))
     assert small.context_parallel.size == 1
-    assert len(replaced) == 5
+    assert len(replaced) == 5 + (name in MEGATRON)
     tokenizer = load_tokenizer(small.model)
     model = load_model(small.model, tokenizer)
     assert model.num_parameters() < 1_000_000
@@ -294,3 +295,30 @@ def test_a_loss_that_is_no_number_differs():
     assert difference(2.0, 2.0) == 0
     assert difference(2.0002, 2.0) == pytest.approx(1e-4)
     assert difference(float("nan"), 2.0) == difference(2.0, float("nan")) == float("inf")
+
+
+def test_the_sizes_of_tensor_parallelism_are_checked_before_anything_starts(minimal):
+    sizes = ["distributed.tp_size=2", "distributed.fsdp_size=4"]
+    recipe = load_recipe(minimal, [*sizes, "context_parallel.size=2", "context_parallel.sequence_parallel=true"])
+    assert recipe.processes == 8
+    assert (recipe.distributed_config().tp_size, recipe.distributed_config().fsdp_size) == (2, 4)
+    for overrides, message in (
+        ([*sizes, "context_parallel.size=3"], r"size=3 does not divide the 4 data ranks"),
+        (["distributed.fsdp_size=2", "context_parallel.sequence_parallel=true"], r"distributed\.tp_size is 1"),
+        ([*sizes, "training.fsdp=true"], r"training\.fsdp and 'distributed' both"),
+        (["distributed.tp=2"], r"distributed\.tp: unknown key"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(minimal, overrides)
+    with pytest.raises(RecipeError, match="distributed: "):
+        load_recipe(minimal, ["distributed.tp_size=-1"]).distributed_config()
+
+
+def test_megatrons_quick_start_is_tp_4_by_cp_2_and_stays_so_in_a_dry_run(tmp_path):
+    for name in MEGATRON:
+        recipe = load_recipe(RECIPES / f"{name}.yaml")
+        assert (recipe.processes, recipe.distributed.tp_size, recipe.context_parallel.size) == (8, 4, 2)
+        assert recipe.context_parallel.sequence_parallel and recipe.data.max_length == 8192
+        small, _ = shrink(recipe, 8, str(tmp_path))
+        assert small.distributed.tp_size == 4 and small.context_parallel == recipe.context_parallel
+        assert small.model.config["num_key_value_heads"] == 4

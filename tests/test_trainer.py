@@ -71,11 +71,12 @@ def make_trainer(
     model=None,
     data=None,
     settings=None,
+    groups=None,
     **arguments,
 ):
     """A Trainer of one process' kind (`STOCK`) or one that shards, with `kind` ranks a CP group."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    groups = world if kind == STOCK else world // kind
+    groups = groups or (world if kind == STOCK else world // kind)
     arguments = {"gradient_accumulation_steps": 1, "max_steps": 4, "global_batch": 2, **arguments}
     args = TrainingArguments(
         output_dir=folder,

@@ -19,7 +19,7 @@ from transformers.models.gptj import modeling_gptj as gptj
 from ..attention import attend, one_dtype
 from ..attention.strategy import Shape
 from ..kernels import check_kernel
-from ..kernels.base import make_scores
+from ..kernels.base import make_scores, seed_of
 from ..mask import Pattern
 from .context import ShardedBatch
 from .current import current_batch
@@ -96,6 +96,8 @@ def context_parallel_attention(
     kernel = batch.cp.kernel(query.device)
     scores = make_scores(query, scaling, softcap, dropout, torch.are_deterministic_algorithms_enabled())
     check_kernel(kernel, query, value, scores)
+    # Ranks of a tensor-parallel group may draw alike, and their heads are not the same ones.
+    scores = scores._replace(seed=seed_of(scores.seed, batch.cp.groups.tensor.rank))
     output = attend(
         query,
         key,

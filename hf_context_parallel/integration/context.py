@@ -19,11 +19,14 @@ from ..data import SHARD, Shard, shard_batch
 from ..mask import Pattern
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
-from .models import NAME, check_model, is_native, mixers, transformers_model
+from .models import NAME, check_model, is_native, mixers, styles_of, transformers_model
 from .native import NativeMixers
 from .randomness import own_stream
 from .replacement import by_name
+from .replicated import ReplicatedParameters
 from .rope import RopeByLength, follows_length
+from .sequence import SequenceParallel
+from .tensor import check_parallelism
 from .whole import WholeSequences
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ class ShardedBatch(AbstractContextManager):
         self._whole = WholeSequences(self)
         self._native = NativeMixers(self, self._whole)
         self._rope = RopeByLength(self)
+        self._sequence = SequenceParallel(self)
+        self._replicated = ReplicatedParameters(cp.groups.tensor.group)
         self._random: AbstractContextManager | None = None
         self._choices: dict[tuple, Choice] = {}
 
@@ -63,7 +68,7 @@ class ShardedBatch(AbstractContextManager):
             error = caught
         about = {"batch": local[SHARD].fingerprint if local else 0, "model": _signature(self._model)}
         agree(
-            self.cp.groups,
+            self.cp.groups.alike,
             error,
             fingerprint(about),
             "batches or models",
@@ -87,7 +92,7 @@ class ShardedBatch(AbstractContextManager):
     def __exit__(self, kind, error, traceback) -> None:
         for hook in self._hooks:
             hook.remove()
-        for replacement in (self._rope, self._native, self._whole):
+        for replacement in (self._sequence, self._replicated, self._rope, self._native, self._whole):
             replacement.restore()
         if self._random:
             self._random.__exit__(None, None, None)
@@ -113,6 +118,7 @@ class ShardedBatch(AbstractContextManager):
     def _check(self, model: torch.nn.Module) -> None:
         """Refuse a model that would not be exact, or that the configuration does not fit."""
         check_model(model)
+        check_parallelism(model, self.cp)
         self.cp.config.check_layers(transformers_model(model).config.get_text_config().num_hidden_layers)
 
     def check_backward(self) -> None:
@@ -145,8 +151,8 @@ class ShardedBatch(AbstractContextManager):
         if isinstance(module, PreTrainedModel) and current_batch() is self and self._running is None:
             self._check(module)
             self._running, self.handled = module, {}
-            if module.training and self.cp.size > 1 and not self._random:
-                self._random = own_stream(self.cp.rank)
+            if module.training and not self._random:
+                self._random = own_stream(self.cp)
                 self._random.__enter__()
             self._balancing = BalancingLoss(self, module)
             self._balancing.__enter__()
@@ -155,6 +161,10 @@ class ShardedBatch(AbstractContextManager):
             for part in module.modules():
                 if follows_length(part):
                     self._rope.replace(part)
+            if self.cp.groups.tensor.size > 1:
+                self._replicated.replace_all(styles_of(module))
+            if self.cp.config.sequence_parallel:
+                self._sequence.replace_parts(module)
 
     @torch.compiler.disable
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
@@ -202,6 +212,12 @@ class ShardedBatch(AbstractContextManager):
                 "the model must be called with all that cp.shard yields: position_ids, use_cache=False, and with "
                 "labels also shift_labels and num_items_in_batch. Call it as model(**local); call other models, and "
                 "generate(), outside the block. Where its forward takes no such inputs, pass the model to cp.shard."
+            )
+        wanted = given.get("output_hidden_states")
+        if self.cp.config.sequence_parallel and (module.config.output_hidden_states if wanted is None else wanted):
+            raise ValueError(
+                "output_hidden_states=True: with sequence_parallel=True layers return a share of the shard's tokens, "
+                "which cp.gather does not restore. Leave one of the two off."
             )
 
 

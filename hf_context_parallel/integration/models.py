@@ -125,6 +125,9 @@ REFUSED = {
 KNOWN = Path(__file__).parent.parent / "models.json"
 """What `hf-context-parallel check --all --write` has found of each type."""
 
+KNOWN_TENSOR_PARALLEL = KNOWN.with_name("tensor_parallel.json")
+"""What `hf-context-parallel check --all --tp 2 --write` has found of each type that has a tensor-parallel plan."""
+
 _trying = False
 
 
@@ -132,6 +135,12 @@ _trying = False
 def known_states() -> dict[str, dict]:
     """For each model type that was checked, what was found."""
     return json.loads(KNOWN.read_text())["types"] if KNOWN.exists() else {}
+
+
+@cache
+def known_tensor_parallel() -> dict[str, dict]:
+    """For each model type that was checked with tensor parallelism, what was found."""
+    return json.loads(KNOWN_TENSOR_PARALLEL.read_text())["types"] if KNOWN_TENSOR_PARALLEL.exists() else {}
 
 
 @contextmanager
@@ -174,6 +183,39 @@ def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
             found.append(module)
             inside.update(module.modules())
     return found
+
+
+def check_tensor_parallel_type(name: str, sequence_parallel: bool) -> None:
+    """Refuse a model type that has not been found exact with tensor parallelism.
+
+    Raises:
+        ValueError: with what was found of it.
+    """
+    found = known_tensor_parallel().get(name, {})
+    if _trying or found.get("sequence_parallel" if sequence_parallel else "state") == "exact":
+        return
+    what = "sequence_parallel=True" if found.get("state") == "exact" else "tensor parallelism (tp_size > 1)"
+    reason = found.get("reason") or "it has not been found to be that of one process"
+    raise ValueError(
+        f"model type {name!r} is refused with {what}: {reason}. "
+        f"`hf-context-parallel check {name} --tp 2` compares it. "
+        f"{'Leave sequence_parallel off' if found.get('state') == 'exact' else 'Load it with tp_size=1'}."
+    )
+
+
+def styles_of(model: PreTrainedModel) -> dict[torch.nn.Module, str]:
+    """The modules that the model's tensor-parallel plan names, or of which it names a parameter, each with its style.
+
+    Of these, the style of a parameter is what counts.
+    """
+    plan, styles = dict(model.tp_plan or {}), {}
+    for name, module in model.named_modules():
+        generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        named = [generic, *(f"{generic}.{parameter}" for parameter, _ in module.named_parameters(recurse=False))]
+        for entry in named:
+            if entry in plan:
+                styles[module] = plan[entry]
+    return styles
 
 
 def makes_positions(module: torch.nn.Module) -> bool:

@@ -2,24 +2,33 @@
 
 Ranks are seeded alike, as Trainer does it, so that what is to be the same on all of them is. Dropout is not: the same
 entries of different tokens would be dropped. So each rank draws from a stream of its own for as long as a batch is
-open, seeded from the one that they share, which goes on afterwards as if one number had been drawn from it.
+open, seeded from the one that they share, which goes on afterwards as if one number had been drawn from it. Ranks of a
+tensor-parallel group have the same tokens and draw alike, unless sequence parallelism divides those too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..kernels.base import seed_of
 
+if TYPE_CHECKING:
+    from ..context_parallel import ContextParallel
+
 
 @contextmanager
-def own_stream(rank: int) -> Iterator[None]:
-    """Draw from a stream of this rank's, on the CPU and on the current GPU."""
+def own_stream(cp: ContextParallel) -> Iterator[None]:
+    """Draw from a stream of this rank's, on the CPU and on the current GPU. Where it has all tokens it needs none."""
+    tensor_rank = cp.groups.tensor.rank if cp.config.sequence_parallel else 0
+    if cp.size == 1 and not cp.config.sequence_parallel:
+        yield
+        return
     shared = int(torch.empty((), dtype=torch.int64).random_())
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed_of(shared, rank))
+        torch.manual_seed(seed_of(shared, cp.rank, tensor_rank))
         yield
