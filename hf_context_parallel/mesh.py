@@ -54,7 +54,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
     `size` consecutive ranks along its data dimension (`fsdp`, `dp_shard` or `dp`).
 
     Raises:
-        ValueError: if there is no process group, or the sizes do not divide.
+        ValueError: if there is no process group, the sizes do not divide, or the mesh is of some of the world's ranks.
     """
     if not dist.is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -93,6 +93,11 @@ def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:
         raise ValueError(
             f"the mesh has dimensions {names}: CP needs one called {CONTEXT_DIMENSION!r}, or a data dimension to "
             f"divide, called {' or '.join(map(repr, DATA_DIMENSIONS))}."
+        )
+    if ranks.numel() != dist.get_world_size():
+        raise ValueError(
+            f"the mesh has {ranks.numel()} ranks and the world {dist.get_world_size()}: every process makes the same "
+            "groups, so give CP the whole mesh and not a slice of it."
         )
     extent = ranks.shape[names.index(along)]
     if extent % size or (along == CONTEXT_DIMENSION and extent != size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -10,10 +11,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import recursively_apply
 from transformers import Trainer, TrainerCallback
 
+from .composition import (
+    ENABLED,
+    AnyDeviceParallelism,
+    launcher_command,
+    mesh_of,
+    refuse_ignored_size,
+    refuse_unknown,
+    start_fsdp2,
+    with_launched_size,
+)
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import ContextParallelDataCollator
@@ -88,16 +99,24 @@ class ContextParallelMixin:
             if wrong:
                 raise ValueError(f"context parallelism: {remedy}.")
 
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        self._fsdp_plugin = arguments.get("fsdp_plugin")
+        settings = arguments.get("parallelism_config")
+        if settings is None and os.environ.get(ENABLED, "false").lower() == "true":
+            settings = ParallelismConfig()  # as the launcher's environment says
+        if settings is not None:
+            arguments["parallelism_config"] = AnyDeviceParallelism.of(settings, self._fsdp_plugin)
+        return arguments
+
     def create_accelerator_and_postprocess(self) -> None:
+        refuse_ignored_size(os.environ, launcher_command())
         super().create_accelerator_and_postprocess()
-        settings = getattr(self.accelerator, "parallelism_config", None)
-        if settings is not None and (settings.cp_enabled or settings.sp_enabled):
-            raise ValueError(
-                "accelerate's own context or sequence parallelism is on as well (parallelism_config or "
-                "--parallelism_config_cp_size). Leave it off: context_parallel=ContextParallelConfig(size=...) "
-                "says it."
-            )
-        self.cp = ContextParallel(self._config)
+        start_fsdp2(self.accelerator, self._fsdp_plugin)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        refuse_unknown(self.accelerator)
+        self._config = with_launched_size(self._config, self.accelerator)
+        self.cp = ContextParallel(self._config, mesh_of(self.model, self.accelerator))
         # The Trainer makes its Accelerator itself, so it becomes ours afterwards.
         self.accelerator.__class__ = _CpAccelerator
         self.accelerator.cp = self.cp
@@ -241,6 +260,10 @@ class _CpAccelerator(Accelerator):
         )
         self._dataloaders.append(loader)
         return loader
+
+    def _prepare_cp(self, *args):
+        """Accelerate would shard buffers for its own ring, which knows causal SDPA alone. Sequences are sharded here."""
+        return args
 
     def gather_for_metrics(self, input_data, use_gather_object=False):
         """Each sample once: of the ranks of a CP group, which have the same ones, the first's."""
