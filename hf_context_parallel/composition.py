@@ -25,7 +25,7 @@ EXACT = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 
 
 def mesh_of(model: torch.nn.Module | None, accelerator: Accelerator) -> DeviceMesh | None:
-    """The mesh along which CP groups lie: the model's, if Transformers sharded it, else accelerate's, if it has one."""
+    """The mesh along which CP groups lie: the model's if Transformers sharded it, else accelerate's if it has one."""
     if model is not None:
         module = transformers_model(model)
         manager = getattr(module, "_mesh_manager", None)
@@ -49,8 +49,8 @@ def with_launched_size(config: ContextParallelConfig, accelerator: Accelerator) 
     if config.size == 1:
         return replace(config, size=size)
     raise ValueError(
-        f"context_parallel.size={config.size} and accelerate's cp_size={size} (--{CP_SIZE}) are both the ranks of a CP "
-        "group and must be the same. Say it in one place, or the same in both."
+        f"context_parallel.size={config.size} and accelerate's cp_size={size} (--{CP_SIZE}) are both the ranks of a "
+        "CP group and must be the same. Say it in one place, or the same in both."
     )
 
 

@@ -41,8 +41,8 @@ class ContextParallel:
     Every process of the world makes one, with the same arguments.
 
     Raises:
-        ValueError: on every rank alike, if the sizes do not divide, ranks ask for different settings, torch.distributed
-            is not initialised, or the kernel is not here.
+        ValueError: on every rank alike, if the sizes do not divide, ranks ask for different settings,
+            torch.distributed is not initialised, or the kernel is not here.
 
     Example:
 
@@ -67,8 +67,8 @@ class ContextParallel:
         if len(set(sizes)) > 1:
             odd = next(rank for rank, size in enumerate(sizes) if size != sizes[0])
             raise ValueError(
-                f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must ask "
-                "for the same. Give every process the same settings."
+                f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
+                "ask for the same. Give every process the same settings."
             )
         self.groups = build_groups(config.size, mesh)
         self.exchange: Exchange = GroupExchange(self.groups.group)

@@ -262,7 +262,7 @@ class _CpAccelerator(Accelerator):
         return loader
 
     def _prepare_cp(self, *args):
-        """Accelerate would shard buffers for its own ring, which knows causal SDPA alone. Sequences are sharded here."""
+        """Accelerate would shard buffers for its own ring, which knows causal SDPA alone; cp.shard does it here."""
         return args
 
     def gather_for_metrics(self, input_data, use_gather_object=False):
