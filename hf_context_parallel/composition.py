@@ -21,7 +21,13 @@ CP_SIZE = "parallelism_config_cp_size"
 """What `accelerate launch` calls it; in capitals, the environment variable that it makes of it."""
 ENABLED = "ACCELERATE_USE_PARALLELISM_CONFIG"
 """The environment variable without which accelerate reads none of the others."""
-EXACT = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+EXACT = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
 
 
 def mesh_of(model: torch.nn.Module | None, accelerator: Accelerator) -> DeviceMesh | None:

@@ -66,7 +66,9 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
             )
         return world()
     blocks = _blocks(size, mesh)
-    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks])
+    everyone = dist.group.WORLD
+    timeout = everyone._get_backend(_device(everyone)).options._timeout  # or else a new group has the default one
+    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks], timeout)
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
     device = _device(group)

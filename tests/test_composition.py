@@ -21,33 +21,37 @@ from transformers.distributed import DistributedConfig
 from hf_context_parallel.composition import refuse_ignored_size
 from hf_context_parallel.launch import DEFAULTS
 
-MODEL = {"model_type": "qwen3"}
 WINDOWS = {"model_type": "gemma3_text", "collator": "packed", "gradient_accumulation_steps": 2}
 """A model whose windows accelerate's own context parallelism refuses."""
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny model in a folder: Transformers shards what it loads."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model("qwen3", None, torch.float32).save_pretrained(folder)
-    return folder
-
-
-def sharded_history(size, folder, checkpoint, sizes, options) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step of a model that Transformers sharded while loading it."""
+def sharded_history(size, folder, sizes, options) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of a model in a folder that Transformers shards while loading it."""
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, attn_implementation="context_parallel", distributed_config=DistributedConfig(**sizes)
+        folder, attn_implementation="context_parallel", distributed_config=DistributedConfig(**sizes)
     )
     return history(size, folder, {**options, "model": model})
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp_size": 4}, {"fsdp_size": 2, "dp_replicate_size": 2}], ids=["fsdp", "hsdp"])
-@pytest.mark.parametrize("options", [{"collator": "packed", "gradient_accumulation_steps": 2}], ids=["packed"])
-def test_a_model_sharded_by_transformers(on_ranks, tmp_path, checkpoint, sizes, options):
-    [expected] = on_ranks(1, history, STOCK, tmp_path, {**MODEL, **options})
-    for found in on_ranks(4, sharded_history, 2, tmp_path, checkpoint, sizes, options):
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("qwen3", {"fsdp_size": 4}),
+        ("qwen3", {"fsdp_size": 2, "dp_replicate_size": 2}),
+        ("qwen3_moe", {"fsdp_size": 4, "ep_size": 2}),
+        pytest.param("qwen3_moe", {"fsdp_size": 4, "ep_size": 4}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            "qwen3_moe", {"fsdp_size": 2, "dp_replicate_size": 2, "ep_size": 2}, marks=pytest.mark.exhaustive
+        ),
+    ],
+    ids=["FSDP", "HSDP", "experts within FSDP", "experts as FSDP", "experts within HSDP"],
+)
+def test_a_model_sharded_by_transformers(on_ranks, tmp_path, model_type, sizes):
+    options = {"collator": "packed", "gradient_accumulation_steps": 2}
+    tiny_model(model_type, None, torch.float32).save_pretrained(tmp_path)
+    [expected] = on_ranks(1, history, STOCK, tmp_path, {"model_type": model_type, **options})
+    for found in on_ranks(4, sharded_history, 2, tmp_path, sizes, options):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
