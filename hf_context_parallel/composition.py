@@ -1,4 +1,4 @@
-"""What a Trainer composes CP with: the meshes that models and accelerate bring, and what is refused beside it."""
+"""CP beside what accelerate does: the size that it was told, FSDP2 wherever it runs, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import psutil
-import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ContextParallelConfig
-from .integration.models import transformers_model
 
 CP_SIZE = "parallelism_config_cp_size"
 """What `accelerate launch` calls it; in capitals, the environment variable that it makes of it."""
@@ -28,18 +25,6 @@ EXACT = (
     DistributedType.FSDP,
     DistributedType.DEEPSPEED,
 )
-
-
-def mesh_of(model: torch.nn.Module | None, accelerator: Accelerator) -> DeviceMesh | None:
-    """The mesh along which CP groups lie: the model's if Transformers sharded it, else accelerate's if it has one."""
-    if model is not None:
-        module = transformers_model(model)
-        manager = getattr(module, "_mesh_manager", None)
-        if manager is not None:  # `_device_mesh` is the slice of it that is one replica
-            return manager.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
-        if getattr(module, "_device_mesh", None) is not None:
-            return module._device_mesh
-    return accelerator.torch_device_mesh
 
 
 def with_launched_size(config: ContextParallelConfig, accelerator: Accelerator) -> ContextParallelConfig:

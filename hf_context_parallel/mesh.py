@@ -47,6 +47,22 @@ def world() -> Groups:
     return Groups(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), 0, 1, [0], _device(dist.group.WORLD))
 
 
+def mesh_of(model: torch.nn.Module) -> DeviceMesh | None:
+    """The mesh by which Transformers sharded a model as it loaded it, for `ContextParallel(config, mesh)`.
+
+    Returns:
+        A mesh with the dimensions `fsdp` and `tp` among others; None if the model was not loaded with a
+        `DistributedConfig` of more than one process.
+    """
+    for module in model.modules():
+        manager = getattr(module, "_mesh_manager", None)
+        if manager is not None:
+            return manager.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
+        if getattr(module, "_device_mesh", None) is not None:  # Transformers before 5.20
+            return module._device_mesh
+    return None
+
+
 def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
     """Make the CP groups. Every process of the world must call this with the same arguments.
 

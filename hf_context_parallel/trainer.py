@@ -19,7 +19,6 @@ from .composition import (
     ENABLED,
     AnyDeviceParallelism,
     launcher_command,
-    mesh_of,
     refuse_ignored_size,
     refuse_unknown,
     start_fsdp2,
@@ -31,6 +30,7 @@ from .data import ContextParallelDataCollator
 from .integration.models import check_model
 from .loader import prepare_data_loader
 from .memory import PeakMemory
+from .mesh import mesh_of
 from .verify import verify
 
 
@@ -94,6 +94,10 @@ class ContextParallelMixin:
                 f"label_names={self.label_names} are not known to be sharded; only ['labels'] is",
             ),
             (self.args.n_gpu > 1, "one process sees several GPUs; start one process a GPU with `accelerate launch`"),
+            (
+                self.model_init is not None and mesh_of(self.model) is not None,
+                "model_init makes a model that Transformers shards, and its mesh is needed before; pass a model",
+            ),
             (self.args.eval_use_gather_object, "eval_use_gather_object gathers from every rank; set it to False"),
         ):
             if wrong:
@@ -116,7 +120,8 @@ class ContextParallelMixin:
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         refuse_unknown(self.accelerator)
         self._config = with_launched_size(self._config, self.accelerator)
-        self.cp = ContextParallel(self._config, mesh_of(self.model, self.accelerator))
+        mesh = mesh_of(self.model) if self.model is not None else None
+        self.cp = ContextParallel(self._config, self.accelerator.torch_device_mesh if mesh is None else mesh)
         # The Trainer makes its Accelerator itself, so it becomes ours afterwards.
         self.accelerator.__class__ = _CpAccelerator
         self.accelerator.cp = self.cp

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from models import tiny_model
 from test_trainer import STOCK, history, make_trainer
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+import hf_context_parallel as hcp
 from hf_context_parallel.composition import refuse_ignored_size
 from hf_context_parallel.launch import DEFAULTS
 
@@ -165,13 +167,28 @@ def refusal(function, *args) -> str:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "size", "said"),
+    ("environment", "size", "said"),
     [
-        ({"cp_size": 2, "dp_shard_size": 2}, 4, "context_parallel.size=4 and accelerate's cp_size=2"),
-        ({"sp_size": 2, "dp_shard_size": 2}, 2, "sp_size=2"),
-        ({"dp_shard_size": 4}, 3, "size=3 does not divide the mesh dimension 'dp_shard', which is 4"),
+        ({**launcher_environment(), "FSDP_VERSION": "1"}, 2, "FSDP1 (fsdp_version=1) is not known to be exact"),
+        (
+            launcher_environment(cp_size=2, dp_shard_size=2),
+            4,
+            "context_parallel.size=4 and accelerate's cp_size=2",
+        ),
+        (launcher_environment(sp_size=2, dp_shard_size=2), 2, "accelerate's sequence parallelism (sp_size=2)"),
+        (launcher_environment(dp_shard_size=4), 3, "size=3 does not divide the mesh dimension 'dp_shard', which is 4"),
     ],
+    ids=["FSDP1", "two sizes", "sequence parallelism", "a size that does not divide"],
 )
-def test_sizes_that_do_not_fit_are_refused_alike_on_all_ranks(on_ranks, tmp_path, sizes, size, said):
-    for found in on_ranks(4, refusal, launched, launcher_environment(**sizes), fsdp2_history, tmp_path, size, WINDOWS):
+def test_what_does_not_fit_is_refused_alike_on_all_ranks(on_ranks, tmp_path, environment, size, said):
+    for found in on_ranks(4, refusal, launched, environment, fsdp2_history, tmp_path, size, WINDOWS):
         assert said in found
+
+
+def different_sizes() -> str:
+    return refusal(hcp.ContextParallel, hcp.ContextParallelConfig(size=2 + 2 * (dist.get_rank() == 3)))
+
+
+def test_ranks_that_ask_for_different_sizes_are_refused_alike(on_ranks):
+    for found in on_ranks(4, different_sizes):
+        assert found.startswith("rank 0 asks for CP groups of size=2 and rank 3 for size=4: all ranks must ask")

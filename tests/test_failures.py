@@ -11,7 +11,7 @@ import torch.distributed as dist
 from models import context, tiny_model, tokens
 from test_trainer import make_trainer
 
-SECONDS = 4
+SECONDS = 10
 
 
 def alone_in_a_block(folder, when) -> str:
