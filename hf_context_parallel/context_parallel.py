@@ -62,7 +62,7 @@ class ContextParallel:
             error = caught
         # Making groups is collective, so ranks that want different ones must learn of it before.
         names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
-        asked = fingerprint({"config": replace(config, size=1), "mesh": (names, shape)})
+        asked = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
         sizes = agree(world(), error, asked, "settings or meshes", "Give every process the same ones.", config.size)
         if len(set(sizes)) > 1:
             odd = next(rank for rank, size in enumerate(sizes) if size != sizes[0])
