@@ -18,13 +18,7 @@ CP_SIZE = "parallelism_config_cp_size"
 """What `accelerate launch` calls it; in capitals, the environment variable that it makes of it."""
 ENABLED = "ACCELERATE_USE_PARALLELISM_CONFIG"
 """The environment variable without which accelerate reads none of the others."""
-EXACT = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-)
+EXACT = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
 def with_launched_size(config: ContextParallelConfig, accelerator: Accelerator) -> ContextParallelConfig:
@@ -91,6 +85,11 @@ def refuse_unknown(accelerator: Accelerator) -> None:
             "set sp_size=1; CP does what it does",
         ),
         (kind == DistributedType.FSDP and not accelerator.is_fsdp2, "FSDP1 (fsdp_version=1)", "take fsdp_version=2"),
+        (
+            kind == DistributedType.DEEPSPEED,
+            "DeepSpeed (which accelerate does not run on CPUs, where it would be compared)",
+            "take FSDP2, which shards the same as ZeRO-3",
+        ),
         (kind not in EXACT, str(kind), "take DDP or FSDP2"),
         (accelerator.mixed_precision == "fp8", "mixed_precision='fp8', whose scales are a shard's", "take bf16"),
     ):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Mapping
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -56,10 +57,12 @@ class LastWords:
     store through which the processes met, which outlives their connections.
     """
 
-    _numbers = itertools.count()
+    _opened: ClassVar[WeakKeyDictionary[object, int]] = WeakKeyDictionary()
+    """How many blocks were opened since the processes of a world met."""
 
     def __init__(self):
-        self.block = next(self._numbers)
+        world = dist.group.WORLD if dist.is_initialized() else type(self)
+        self.block = self._opened[world] = self._opened.get(world, 0) + 1
 
     def leave(self, error: BaseException) -> None:
         """Tell the other ranks why this one raised in this block; or raise what another told, if that is why.
