@@ -41,7 +41,8 @@ class ContextParallel:
     Every process of the world makes one, with the same arguments.
 
     Raises:
-        ValueError: if the sizes do not divide, torch.distributed is not initialised, or the kernel is not here.
+        ValueError: on every rank alike, if the sizes do not divide, ranks ask for different settings,
+            torch.distributed is not initialised, or the kernel is not here.
 
     Example:
 
@@ -60,7 +61,15 @@ class ContextParallel:
         except ValueError as caught:
             error = caught
         # Making groups is collective, so ranks that want different ones must learn of it before.
-        agree(world(), error, fingerprint({"config": config}), "settings", "Give every process the same ones.")
+        names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
+        asked = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
+        sizes = agree(world(), error, asked, "settings or meshes", "Give every process the same ones.", config.size)
+        if len(set(sizes)) > 1:
+            odd = next(rank for rank, size in enumerate(sizes) if size != sizes[0])
+            raise ValueError(
+                f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
+                "ask for the same. Give every process the same settings."
+            )
         self.groups = build_groups(config.size, mesh)
         if config.sequence_parallel and self.groups.tensor.size == 1:
             raise ValueError(

@@ -90,7 +90,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
     `size` consecutive ranks along its data dimension (`fsdp`, `dp_shard` or `dp`; beyond it, along the replicas).
 
     Raises:
-        ValueError: if there is no process group, or the sizes do not divide.
+        ValueError: if there is no process group, the sizes do not divide, or the mesh is of some of the world's ranks.
     """
     if not dist.is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -103,7 +103,9 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
         alone = world()
         return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, alike=alone)
     blocks = _blocks(size, mesh)
-    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks])
+    everyone = dist.group.WORLD
+    timeout = everyone._get_backend(_device(everyone)).options._timeout  # or else a new group has the default one
+    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks], timeout)
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
     device = _device(group)
@@ -118,7 +120,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
         by_share = [
             [rank for block, share in blocks if share == number for rank in block] for number in sorted(firsts)
         ]
-        alike = _ranks(dist.new_subgroups_by_enumeration(by_share)[0])
+        alike = _ranks(dist.new_subgroups_by_enumeration(by_share, timeout)[0])
     return Groups(
         **vars(mine),
         data_rank=data_rank,
@@ -147,6 +149,11 @@ def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:
         raise ValueError(
             f"the mesh has dimensions {names}: CP needs one called {CONTEXT_DIMENSION!r}, or a data dimension to "
             f"divide, called {' or '.join(map(repr, DATA_DIMENSIONS))}."
+        )
+    if ranks.numel() != dist.get_world_size():
+        raise ValueError(
+            f"the mesh has {ranks.numel()} ranks and the world {dist.get_world_size()}: every process makes the same "
+            "groups, so give CP the whole mesh and not a slice of it."
         )
     # Replicas of the model outermost and CP ranks innermost: the rows are CP groups, and a group's number is its row
     # within the dimensions whose ranks see different samples.

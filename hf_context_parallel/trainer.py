@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -14,6 +15,15 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import recursively_apply
 from transformers import Trainer, TrainerCallback
 
+from .composition import (
+    ENABLED,
+    AnyDeviceParallelism,
+    launcher_command,
+    refuse_ignored_size,
+    refuse_unknown,
+    start_fsdp2,
+    with_launched_size,
+)
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import ContextParallelDataCollator
@@ -86,23 +96,34 @@ class ContextParallelMixin:
                 f"label_names={self.label_names} are not known to be sharded; only ['labels'] is",
             ),
             (self.args.n_gpu > 1, "one process sees several GPUs; start one process a GPU with `accelerate launch`"),
+            (
+                self.model_init is not None and mesh_of(self.model) is not None,
+                "model_init makes a model that Transformers shards, and its mesh is needed before; pass a model",
+            ),
             (self.args.eval_use_gather_object, "eval_use_gather_object gathers from every rank; set it to False"),
         ):
             if wrong:
                 raise ValueError(f"context parallelism: {remedy}.")
 
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        self._fsdp_plugin = arguments.get("fsdp_plugin")
+        settings = arguments.get("parallelism_config")
+        if settings is None and os.environ.get(ENABLED, "false").lower() == "true":
+            settings = ParallelismConfig()  # as the launcher's environment says
+        if settings is not None:
+            arguments["parallelism_config"] = AnyDeviceParallelism.of(settings, self._fsdp_plugin)
+        return arguments
+
     def create_accelerator_and_postprocess(self) -> None:
-        if self.args.use_cpu and self.args.parallelism_config is None:
-            self.args.parallelism_config = _OnCpuToo() if (getattr(self.model, "_tp_size", None) or 1) > 1 else None
+        refuse_ignored_size(os.environ, launcher_command())
         super().create_accelerator_and_postprocess()
-        settings = getattr(self.accelerator, "parallelism_config", None)
-        if settings is not None and (settings.cp_enabled or settings.sp_enabled):
-            raise ValueError(
-                "accelerate's own context or sequence parallelism is on as well (parallelism_config or "
-                "--parallelism_config_cp_size). Leave it off: context_parallel=ContextParallelConfig(size=...) "
-                "says it."
-            )
-        self.cp = ContextParallel(self._config, mesh_of(self.model))
+        start_fsdp2(self.accelerator, self._fsdp_plugin)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        refuse_unknown(self.accelerator)
+        self._config = with_launched_size(self._config, self.accelerator)
+        mesh = mesh_of(self.model) if self.model is not None else None
+        self.cp = ContextParallel(self._config, self.accelerator.torch_device_mesh if mesh is None else mesh)
         # The Trainer makes its Accelerator itself, so it becomes ours afterwards.
         self.accelerator.__class__ = _CpAccelerator
         self.accelerator.cp = self.cp
@@ -249,6 +270,10 @@ class _CpAccelerator(Accelerator):
         self._dataloaders.append(loader)
         return loader
 
+    def _prepare_cp(self, *args):
+        """Accelerate would shard buffers for its own ring, which knows causal SDPA alone; cp.shard does it here."""
+        return args
+
     def gather_for_metrics(self, input_data, use_gather_object=False):
         """Each sample once: of the ranks of a CP group, which have the same ones, the first's."""
         self._for_metrics = True
@@ -264,16 +289,6 @@ class _CpAccelerator(Accelerator):
     def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
         ranks = gathered.unflatten(0, (self.num_processes, -1))
         return ranks[self.cp.groups.first_ranks].flatten(0, 1)
-
-
-class _OnCpuToo(ParallelismConfig):
-    """What Trainer tells accelerate of tensor parallelism, which accelerate does not take without a GPU.
-
-    There is nothing for it to do: the model is sharded already.
-    """
-
-    def _validate_accelerator(self, accelerator):
-        pass
 
 
 class _Verification(TrainerCallback):

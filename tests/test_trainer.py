@@ -99,7 +99,7 @@ def make_trainer(
     common = {"model": model, "args": args, "train_dataset": samples()}
     if kind == STOCK:
         return Trainer(**common, data_collator=COLLATORS[collator])
-    settings = hcp.ContextParallelConfig(size=kind, **(settings or {}))
+    settings = hcp.ContextParallelConfig(**{"size": kind, **(settings or {})})
     return hcp.ContextParallelTrainer(**common, data_collator=COLLATORS[collator], context_parallel=settings)
 
 

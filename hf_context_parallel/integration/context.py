@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..attention.strategy import Shape, Strategy
 from ..choice import Choice, layer_type
-from ..consensus import agree, fingerprint
+from ..consensus import LastWords, agree, fingerprint
 from ..data import SHARD, Shard, shard_batch
 from ..mask import Pattern
 from .current import current_batch, enter, leave
@@ -59,6 +59,7 @@ class ShardedBatch(AbstractContextManager):
         if self._entered:
             raise RuntimeError("this sharded batch was entered before: call cp.shard(batch) again for another pass.")
         self._entered = True
+        self._last_words = LastWords()
         local, error = {}, None
         try:
             if self._model is not None:
@@ -67,14 +68,18 @@ class ShardedBatch(AbstractContextManager):
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         about = {"batch": local[SHARD].fingerprint if local else 0, "model": _signature(self._model)}
-        agree(
-            self.cp.groups.alike,
-            error,
-            fingerprint(about),
-            "batches or models",
-            "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or ContextParallelTrainer, "
-            "which deal samples to CP groups rather than ranks.",
-        )
+        try:
+            agree(
+                self.cp.groups.alike,
+                error,
+                fingerprint(about),
+                "batches or models",
+                "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or "
+                "ContextParallelTrainer, which deal samples to CP groups rather than ranks.",
+            )
+        except RuntimeError as failure:
+            self._last_words.explain(failure, self._last_words.block - 1)
+            raise
         self.shard, self.positions = local.pop(SHARD), local["position_ids"]
         if self._model is not None:
             model = transformers_model(self._model)
@@ -98,6 +103,8 @@ class ShardedBatch(AbstractContextManager):
             self._random.__exit__(None, None, None)
         self._left = True
         leave(self)
+        if error is not None:
+            self._last_words.leave(error)
 
     def note(self, module: torch.nn.Module, how: str) -> None:
         """Remember how a module that mixes tokens is computed."""

@@ -1,0 +1,195 @@
+"""CP beside what else divides a run: the Trainer's losses and gradient norms are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from models import tiny_model
+from test_trainer import STOCK, history, make_trainer
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import hf_context_parallel as hcp
+from hf_context_parallel.composition import refuse_ignored_size
+from hf_context_parallel.launch import DEFAULTS
+
+WINDOWS = {"model_type": "gemma3_text", "collator": "packed", "gradient_accumulation_steps": 2}
+"""A model whose windows accelerate's own context parallelism refuses."""
+FSDP1 = {"FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+
+
+def sharded_history(size, folder, sizes, options) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of a model in a folder that Transformers shards while loading it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="context_parallel", distributed_config=DistributedConfig(**sizes)
+    )
+    return history(size, folder, {**options, "model": model})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("qwen3", {"fsdp_size": 4}),
+        ("qwen3", {"fsdp_size": 2, "dp_replicate_size": 2}),
+        ("qwen3_moe", {"fsdp_size": 4, "ep_size": 2}),
+        pytest.param("qwen3_moe", {"fsdp_size": 4, "ep_size": 4}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            "qwen3_moe", {"fsdp_size": 2, "dp_replicate_size": 2, "ep_size": 2}, marks=pytest.mark.exhaustive
+        ),
+    ],
+    ids=["FSDP", "HSDP", "experts within FSDP", "experts as FSDP", "experts within HSDP"],
+)
+def test_a_model_sharded_by_transformers(on_ranks, tmp_path, model_type, sizes):
+    options = {"collator": "packed", "gradient_accumulation_steps": 2}
+    tiny_model(model_type, None, torch.float32).save_pretrained(tmp_path)
+    [expected] = on_ranks(1, history, STOCK, tmp_path, {"model_type": model_type, **options})
+    for found in on_ranks(4, sharded_history, 2, tmp_path, sizes, options):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def launcher_environment(**sizes) -> dict[str, str]:
+    """What `accelerate launch --use_fsdp --fsdp_version 2 --use_parallelism_config --parallelism_config_...` sets."""
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }
+    if sizes:
+        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+    return environment | {f"PARALLELISM_CONFIG_{name.upper()}": str(size) for name, size in sizes.items()}
+
+
+def launched(environment, function, *args):
+    """What a function returns in a process that accelerate's launcher gave these variables."""
+    before = dict(os.environ)
+    os.environ |= environment
+    try:
+        return function(*args)
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def fsdp2_history(folder, size, options) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step under accelerate's FSDP2 with CP groups of 2, which `size` may leave out."""
+    trainer = make_trainer(2, folder, **options, settings={"size": size})
+    trainer.train()
+    assert trainer.cp.size == 2 and trainer.accelerator.is_fsdp2 and isinstance(trainer.model_wrapped, FSDPModule)
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "size"),
+    [
+        (4, {"cp_size": 2, "dp_shard_size": 2}, 1),
+        (4, {"dp_shard_size": 2, "dp_replicate_size": 2}, 2),
+        (2, {}, 2),
+    ],
+    ids=["accelerate says the size", "replicas", "no sizes"],
+)
+def test_accelerates_fsdp2(on_ranks, tmp_path, ranks, sizes, size):
+    [expected] = on_ranks(1, history, STOCK, tmp_path, WINDOWS)
+    for found in on_ranks(ranks, launched, launcher_environment(**sizes), fsdp2_history, tmp_path, size, WINDOWS):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def accelerate_launch(folder, *options) -> subprocess.CompletedProcess:
+    """Four processes of a script that trains, started as on a machine with GPUs."""
+    script = folder / "script.py"
+    script.write_text(
+        "import json, os\n"
+        "from accelerate import PartialState\n"
+        "from test_composition import WINDOWS, fsdp2_history\n"
+        "PartialState(cpu=True)\n"
+        f"found = fsdp2_history({str(folder)!r}, 1, WINDOWS)\n"
+        f"open({str(folder)!r} + '/' + os.environ['RANK'] + '.json', 'w').write(json.dumps(found))\n"
+    )
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes=4", *DEFAULTS]
+    return subprocess.run(
+        [*launcher, *FSDP2, *options, str(script)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.exhaustive
+def test_accelerate_launch_sets_our_size(on_ranks, tmp_path):
+    sizes = ["--parallelism_config_cp_size", "2", "--parallelism_config_dp_shard_size", "2"]
+    run = accelerate_launch(tmp_path, "--use_parallelism_config", *sizes)
+    assert run.returncode == 0, run.stderr
+    [expected] = on_ranks(1, history, STOCK, tmp_path, WINDOWS)
+    for rank in range(4):
+        np.testing.assert_allclose(json.loads((tmp_path / f"{rank}.json").read_text()), expected, rtol=1e-5)
+
+
+@pytest.mark.exhaustive
+def test_accelerate_launch_without_the_enabling_flag_is_told(tmp_path):
+    run = accelerate_launch(tmp_path, "--parallelism_config_cp_size", "2")
+    assert run.returncode != 0
+    assert "--parallelism_config_cp_size 2 is ignored by accelerate without --use_parallelism_config" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "command", "refused"),
+    [
+        ({}, ["accelerate", "launch", "--parallelism_config_cp_size", "2", "script.py"], True),
+        ({}, ["accelerate", "launch", "--parallelism-config-cp-size=2", "script.py"], True),
+        ({}, ["accelerate", "launch", "--parallelism_config_cp_size", "1", "script.py"], False),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, ["torchrun", "script.py"], True),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, [], False),
+        ({}, [], False),
+    ],
+)
+def test_a_size_that_accelerate_ignores_is_refused(environment, command, refused):
+    with pytest.raises(ValueError, match=r"context_parallel\.size=2") if refused else nullcontext():
+        refuse_ignored_size(environment, command)
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(ValueError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "size", "said"),
+    [
+        (launcher_environment() | FSDP1, 2, "FSDP1 (fsdp_version=1) is not known to be exact"),
+        (
+            launcher_environment(cp_size=2, dp_shard_size=2),
+            4,
+            "context_parallel.size=4 and accelerate's cp_size=2",
+        ),
+        (launcher_environment(sp_size=2, dp_shard_size=2), 2, "accelerate's sequence parallelism (sp_size=2)"),
+        (launcher_environment(dp_shard_size=4), 3, "size=3 does not divide the mesh dimension 'dp_shard', which is 4"),
+    ],
+    ids=["FSDP1", "two sizes", "sequence parallelism", "a size that does not divide"],
+)
+def test_what_does_not_fit_is_refused_alike_on_all_ranks(on_ranks, tmp_path, environment, size, said):
+    for found in on_ranks(4, refusal, launched, environment, fsdp2_history, tmp_path, size, WINDOWS):
+        assert said in found
+
+
+def different_sizes() -> str:
+    return refusal(hcp.ContextParallel, hcp.ContextParallelConfig(size=2 + 2 * (dist.get_rank() == 3)))
+
+
+def test_ranks_that_ask_for_different_sizes_are_refused_alike(on_ranks):
+    for found in on_ranks(4, different_sizes):
+        assert found.startswith("rank 0 asks for CP groups of size=2 and rank 3 for size=4: all ranks must ask")

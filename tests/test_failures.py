@@ -1,0 +1,87 @@
+"""A rank that raises while others wait for it: they end too, and say why."""
+
+from __future__ import annotations
+
+import gc
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import context, tiny_model, tokens
+from test_trainer import make_trainer
+
+SECONDS = 10
+
+
+def alone_in_a_block(folder, when) -> str:
+    """Rank 1 raises in a block, catches it and lives on. What is raised on each rank, within the group's timeout."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    timeout = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
+    cp, model = context(), tiny_model("llama", "context_parallel")
+    batch = {"input_ids": tokens(1, 16), "labels": tokens(1, 16)}
+    started = time.monotonic()
+    try:
+        for step in range(2):
+            with cp.shard(batch, model) as local:
+                if rank == 1 and when == "before":
+                    raise KeyError("the disk is full")
+                model(**local).loss.backward()
+                if rank == 1 and when == "after" and step == 0:
+                    raise KeyError("the disk is full")
+    except (RuntimeError, KeyError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    time.sleep(max(0, SECONDS + 2 - (time.monotonic() - started)))  # lives on, its connections open
+    return raised
+
+
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.exhaustive)])
+def test_others_end_within_the_timeout_and_say_why(on_ranks, tmp_path, when):
+    mine, raised = on_ranks(2, alone_in_a_block, tmp_path, when)
+    assert raised == "KeyError: 'the disk is full'"
+    assert mine == "RuntimeError: another rank failed before this one. rank 1: KeyError: 'the disk is full'"
+
+
+def alike() -> str:
+    """An error that all ranks raise is each rank's own, and the next block is open to them."""
+    cp, model = context(), tiny_model("llama", "context_parallel")
+    batch = {"input_ids": tokens(1, 16), "labels": tokens(1, 16)}
+    with pytest.raises(KeyError), cp.shard(batch, model):
+        raise KeyError
+    with cp.shard(batch, model) as local, torch.no_grad():
+        return type(model(**local).loss).__name__
+
+
+def test_an_error_of_all_ranks_ends_nothing(on_ranks):
+    assert on_ranks(2, alike) == ["Tensor", "Tensor"]
+
+
+def failing_step(folder) -> str:
+    """A Trainer whose loss raises on the last rank."""
+    trainer = make_trainer(2, folder)
+
+    class Failing(type(trainer)):
+        def compute_loss(self, *args, **kwargs):
+            if dist.get_rank() == 3:
+                raise KeyError("the disk is full")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer.__class__ = Failing
+    try:
+        trainer.train()
+    except (RuntimeError, KeyError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    del trainer
+    gc.collect()
+    dist.destroy_process_group()  # and so the connections close, as when the process ends
+    return raised
+
+
+def test_a_step_of_the_trainer(on_ranks, tmp_path):
+    *others, mine = on_ranks(4, failing_step, tmp_path)
+    assert mine == "KeyError: 'the disk is full'"
+    for found in others:
+        assert found == "RuntimeError: another rank failed before this one. rank 3: KeyError: 'the disk is full'"
