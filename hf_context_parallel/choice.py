@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -162,66 +163,75 @@ def shares(
     """What each rank does. As many tokens are taken to leave it as it reads: over all ranks they are the same."""
     here = here or demand(layout, mask)
     if inner > 1:
-        return _shares_of_heads(comm_type, inner, layout, mask, shape, machine, here)
+        return _shares_of_heads(inner, layout, mask, shape, machine, here)
     gathers = comm_type == "all_gather"
-    # Where neighbours read the same, keys go round a ring, and ranks at a node's edge get all of them from outside.
-    far = _far(layout.size, machine.node) if gathers else float(layout.size > machine.node)
+    far = max(0, layout.size - machine.node) / max(1, layout.size - 1) if gathers else layout.size > machine.node
     found = []
     for rank in range(layout.size):
         read, owners = here.read[rank], here.owners[rank]
-        traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), far, 3 * owners)
         work = here.pairs[rank] * shape.heads
         if gathers:
+            traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), far, 3 * owners)
             own = here.tokens[rank] * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
             copied = 4 * own + _adding(shape, read, shape.key_heads)  # its own keys to the others, in both passes
             found.append(Share(work, 2, copied, shown=traffic))
         else:
-            copied = _merging(shape, here.merged[rank], shape.heads) + _adding(shape, read, shape.key_heads)
-            found.append(Share(work, 1 + owners, copied, traffic))
+            found.append(ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, far))
     return found
 
 
-def _shares_of_heads(comm_type, inner, layout, mask, shape, machine, here) -> list[Share]:
+def _shares_of_heads(inner, layout, mask, shape, machine, here) -> list[Share]:
     """What each rank does where subgroups exchange heads."""
     outer = demand(layout.merged(inner), mask)
-    far_ring = float(layout.size > machine.node and inner < layout.size)
     found = []
     for rank in range(layout.size):
         group = rank // inner
-        members = range(group * inner, (group + 1) * inner)
-        counts = here.travelling[members.start : members.stop]
-        shared = SharedHeads(
-            TokenExchange(None, rank % inner, here.tokens[rank], None, counts, (), sum(counts)),
-            shape.heads,
-            shape.key_heads,
-        )
-        travelling = outer.pairs[group] - sum(here.own_pairs[members.start : members.stop])
-        read, owners, heads = outer.read[group], outer.owners[group], len(shared.mine)
-        ring = sum(bytes_of_keys(shape, shared.key_heads, read, read))
-        exchanged = sum(bytes_of_heads(shape, shared))
-        outside = sum(other // machine.node != rank // machine.node for other in members)
-        found.append(
-            Share(
-                work=travelling * heads + here.own_pairs[rank] * shape.heads,
-                calls=1 + owners + (here.own_pairs[rank] > 0),
-                copied=_merging(shape, outer.merged[group], heads)
-                + _adding(shape, read, shared.key_heads)
-                + 4 * exchanged * inner / (inner - 1),  # put together and taken apart, this rank's part as well
-                hidden=_split(ring, far_ring, 3 * owners),
-                shown=_split(exchanged, outside / (inner - 1), 4 * (inner - 1)),
-            )
-        )
+        first, last = group * inner, (group + 1) * inner
+        shared, copied, exchanged = exchange_of_heads(rank, here.travelling[first:last], shape, machine)
+        heads, own = len(shared.mine), here.own_pairs[rank]
+        work = (outer.pairs[group] - sum(here.own_pairs[first:last])) * heads + own * shape.heads
+        read, calls = outer.read[group], 1 + outer.owners[group] + (own > 0)
+        here_shape = shape._replace(heads=heads, key_heads=shared.key_heads)
+        ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, layout.size > machine.node)
+        found.append(ring._replace(copied=ring.copied + copied, shown=exchanged))
     return found
+
+
+def ring_of_keys(work: int, calls: int, keys: int, gradients: int, merged: int, shape: Shape, crosses: bool) -> Share:
+    """The share of a rank that computes while keys go round.
+
+    Args:
+        keys, gradients: tokens whose keys and values it sends in each pass, and whose gradients it sends.
+        merged: rows of outputs that it merges.
+        crosses: whether the ring crosses nodes. Then ranks at a node's edge get all keys from outside, and the others
+            wait for them.
+    """
+    sent = sum(bytes_of_keys(shape, shape.key_heads, keys, gradients))
+    copied = _merging(shape, merged, shape.heads) + _adding(shape, keys, shape.key_heads)
+    return Share(work, calls, copied, _split(sent, float(crosses), 3 * (calls - 1)))
+
+
+def exchange_of_heads(
+    rank: int, counts: Sequence[int], shape: Shape, machine: Machine
+) -> tuple[SharedHeads, float, Traffic]:
+    """What a rank gets, copies and sends where a subgroup of neighbours exchanges heads.
+
+    Args:
+        counts: the tokens of each of them that travel.
+    """
+    inner, first = len(counts), rank - rank % len(counts)
+    tokens = TokenExchange(None, rank - first, counts[rank - first], None, counts, (), sum(counts))
+    shared = SharedHeads(tokens, shape.heads, shape.key_heads)
+    sent = sum(bytes_of_heads(shape, shared))
+    outside = sum(other // machine.node != rank // machine.node for other in range(first, first + inner))
+    # What is exchanged is put together and taken apart, this rank's part as well.
+    copied = 4 * sent * inner / (inner - 1)
+    return shared, copied, _split(sent, outside / (inner - 1), 4 * (inner - 1))
 
 
 def _split(sent: float, far: float, messages: int) -> Traffic:
     """Bytes of which a share `far` goes to other nodes."""
     return Traffic(sent * (1 - far), sent * far, messages if sent else 0)
-
-
-def _far(size: int, node: int) -> float:
-    """The share of the other ranks that are on other nodes."""
-    return max(0, size - node) / (size - 1) if size > 1 else 0.0
 
 
 def _merging(shape: Shape, rows: int, heads: int) -> float:
