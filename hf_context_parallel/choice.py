@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+from .attention.a2a import SharedHeads, TokenExchange
 from .attention.p2p import accumulation_dtype
-from .attention.strategy import Shape
+from .attention.strategy import Shape, bytes_of_heads, bytes_of_keys
 from .config import ContextParallelConfig
 from .cost import BACKWARD, CPU, H100_NODE, Machine, attention_flops
 from .demand import Demand, demand
@@ -85,6 +87,52 @@ def _named(candidate: tuple[str, int]) -> str:
     return f"{candidate[0]} of {candidate[1]}" if candidate[0] == "a2a+p2p" else candidate[0]
 
 
+class Traffic(NamedTuple):
+    """Bytes that a rank sends within its node and to other nodes, and in how many messages."""
+
+    near: float
+    far: float
+    messages: int
+
+    @property
+    def bytes(self) -> float:
+        return self.near + self.far
+
+
+NOTHING = Traffic(0, 0, 0)
+
+
+class Share(NamedTuple):
+    """What one rank does for a layer, forward and backward.
+
+    Args:
+        work: query-key pairs, counted for each head.
+        calls: kernel calls of one pass.
+        copied: bytes that it reads and writes to merge parts and to put messages together.
+        hidden: what it sends while it computes.
+        shown: what it sends before and after.
+    """
+
+    work: int
+    calls: int
+    copied: float
+    hidden: Traffic = NOTHING
+    shown: Traffic = NOTHING
+
+    @property
+    def bytes(self) -> float:
+        """What it sends in all."""
+        return self.hidden.bytes + self.shown.bytes
+
+    def seconds(self, shape: Shape, machine: Machine) -> Estimate:
+        """What it takes."""
+        flops = (1 + BACKWARD) * attention_flops(self.work, 1, shape.query_dim, shape.value_dim)
+        computing = flops / machine.attention + 2 * self.calls * machine.launch
+        beside = machine.transfer(*self.hidden)
+        beside -= machine.overlap * min(computing, beside)
+        return Estimate(computing, beside + machine.transfer(*self.shown) + self.copied / machine.memory)
+
+
 def estimate(
     comm_type: str,
     inner: int,
@@ -99,49 +147,106 @@ def estimate(
     Args:
         here: the layout's demand, where the caller has it.
     """
+    times = (share.seconds(shape, machine) for share in shares(comm_type, inner, layout, mask, shape, machine, here))
+    return max(times, key=lambda time: time.total)
+
+
+def shares(
+    comm_type: str,
+    inner: int,
+    layout: Layout,
+    mask: Mask,
+    shape: Shape,
+    machine: Machine,
+    here: Demand | None = None,
+) -> list[Share]:
+    """What each rank does. As many tokens are taken to leave it as it reads: over all ranks they are the same."""
     here = here or demand(layout, mask)
-    outer = here if inner == 1 else demand(layout.merged(inner), mask)
-    size = shape.dtype.itemsize
-    sums = accumulation_dtype(shape.dtype).itemsize
-    width = shape.query_dim + shape.value_dim
-    busiest = -(-shape.heads // inner)  # query heads of the rank that has most
-    key_heads = max(-(-shape.key_heads // inner), 1)
-    worst = Estimate(0.0, 0.0)
+    if inner > 1:
+        return _shares_of_heads(inner, layout, mask, shape, machine, here)
+    gathers = comm_type == "all_gather"
+    far = max(0, layout.size - machine.node) / max(1, layout.size - 1) if gathers else layout.size > machine.node
+    found = []
     for rank in range(layout.size):
-        of = rank // inner
-        if inner == 1:
-            flops = attention_flops(here.pairs[rank], shape.heads, shape.query_dim, shape.value_dim)
+        read, owners = here.read[rank], here.owners[rank]
+        work = here.pairs[rank] * shape.heads
+        if gathers:
+            traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), far, 3 * owners)
+            own = here.tokens[rank] * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
+            copied = 4 * own + _adding(shape, read, shape.key_heads)  # its own keys to the others, in both passes
+            found.append(Share(work, 2, copied, shown=traffic))
         else:
-            shared = outer.pairs[of] - sum(here.own_pairs[of * inner : (of + 1) * inner])
-            flops = attention_flops(shared, busiest, shape.query_dim, shape.value_dim)
-            flops += attention_flops(here.own_pairs[rank], shape.heads, shape.query_dim, shape.value_dim)
-        calls, rows = (1 + outer.owners[of], outer.merged[of]) if comm_type != "all_gather" else (2, 0)
-        computing = (1 + BACKWARD) * flops / machine.attention + 2 * calls * machine.launch
-        # Keys travel in both passes and sums of gradients in one; a ring crosses nodes with all of them.
-        ring = outer.read[of] * key_heads * width * (2 * size + sums)
-        far = ring if layout.size > machine.node and comm_type != "all_gather" else ring * _beyond(layout, machine, 1)
-        moving = machine.transfer(ring - far, far, 3 * outer.owners[of])
-        # Merged rows are read and written in float32, with the part that joins them, forward and backward.
-        added = 2 * rows * busiest * width * (2 * sums + size) / machine.memory
-        if comm_type == "all_gather":
-            added += 2 * (here.read[rank] + here.tokens[rank]) * key_heads * width * size / machine.memory
-        hidden = machine.overlap * min(computing, moving) if comm_type != "all_gather" else 0.0
-        added += moving - hidden
-        if inner > 1:
-            # Queries, keys and values there, outputs back, and the gradients of all of them.
-            mine = here.travelling[rank]
-            numbers = 2 * mine * (shape.heads * width + key_heads * inner * width)
-            sent = numbers * size * (inner - 1) / inner
-            across = sent * _beyond(layout, machine, inner)
-            added += machine.transfer(sent - across, across, 4 * (inner - 1)) + 4 * numbers * size / machine.memory
-        worst = max(worst, Estimate(computing, added), key=lambda estimate: estimate.total)
-    return worst
+            found.append(ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, far))
+    return found
 
 
-def _beyond(layout: Layout, machine: Machine, inner: int) -> float:
-    """The share of messages to all ranks of a group that leaves the node: of a subgroup's, or of all ranks'."""
-    ranks = layout.size if inner == 1 else inner
-    return max(0.0, 1 - machine.node / ranks)
+def _shares_of_heads(inner, layout, mask, shape, machine, here) -> list[Share]:
+    """What each rank does where subgroups exchange heads."""
+    outer = demand(layout.merged(inner), mask)
+    found = []
+    for rank in range(layout.size):
+        group = rank // inner
+        first, last = group * inner, (group + 1) * inner
+        shared, copied, exchanged = exchange_of_heads(rank, here.travelling[first:last], shape, machine)
+        heads, own = len(shared.mine), here.own_pairs[rank]
+        work = (outer.pairs[group] - sum(here.own_pairs[first:last])) * heads + own * shape.heads
+        read, calls = outer.read[group], 1 + outer.owners[group] + (own > 0)
+        here_shape = shape._replace(heads=heads, key_heads=shared.key_heads)
+        ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, layout.size > machine.node)
+        found.append(ring._replace(copied=ring.copied + copied, shown=exchanged))
+    return found
+
+
+def ring_of_keys(work: int, calls: int, keys: int, gradients: int, merged: int, shape: Shape, crosses: bool) -> Share:
+    """The share of a rank that computes while keys go round.
+
+    Args:
+        keys, gradients: tokens whose keys and values it sends in each pass, and whose gradients it sends.
+        merged: rows of outputs that it merges.
+        crosses: whether the ring crosses nodes. Then ranks at a node's edge get all keys from outside, and the others
+            wait for them.
+    """
+    sent = sum(bytes_of_keys(shape, shape.key_heads, keys, gradients))
+    copied = _merging(shape, merged, shape.heads) + _adding(shape, keys, shape.key_heads)
+    return Share(work, calls, copied, _split(sent, float(crosses), 3 * (calls - 1)))
+
+
+def exchange_of_heads(
+    rank: int, counts: Sequence[int], shape: Shape, machine: Machine
+) -> tuple[SharedHeads, float, Traffic]:
+    """What a rank gets, copies and sends where a subgroup of neighbours exchanges heads.
+
+    Args:
+        counts: the tokens of each of them that travel.
+    """
+    inner, first = len(counts), rank - rank % len(counts)
+    tokens = TokenExchange(None, rank - first, counts[rank - first], None, counts, (), sum(counts))
+    shared = SharedHeads(tokens, shape.heads, shape.key_heads)
+    sent = sum(bytes_of_heads(shape, shared))
+    outside = sum(other // machine.node != rank // machine.node for other in range(first, first + inner))
+    # What is exchanged is put together and taken apart, this rank's part as well.
+    copied = 4 * sent * inner / (inner - 1)
+    return shared, copied, _split(sent, outside / (inner - 1), 4 * (inner - 1))
+
+
+def _split(sent: float, far: float, messages: int) -> Traffic:
+    """Bytes of which a share `far` goes to other nodes."""
+    return Traffic(sent * (1 - far), sent * far, messages if sent else 0)
+
+
+def _merging(shape: Shape, rows: int, heads: int) -> float:
+    """Bytes read and written to merge rows of outputs, and to add rows to the queries' gradients.
+
+    An output is brought to the dtype of sums first, in which it is read with the sum, which is written; a gradient is
+    read with the sum at once.
+    """
+    size, sums = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
+    return rows * heads * (shape.value_dim * (size + 4 * sums) + shape.query_dim * (size + 2 * sums))
+
+
+def _adding(shape: Shape, tokens: int, key_heads: int) -> float:
+    """Bytes read and written to add up the key and value gradients that arrive."""
+    return tokens * key_heads * (shape.query_dim + shape.value_dim) * 3 * accumulation_dtype(shape.dtype).itemsize
 
 
 def layer_type(pattern: Pattern) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import or_
 
+from .intervals import total, union
 from .layout import Layout
 from .mask import Mask
 from .plan import Band, Piece, pairs_in_band, pieces_of_documents
@@ -99,7 +100,10 @@ class _Document:
             first, last = self._range(query)
             met = self._met(first, last) & ~(1 << rank)
             owners |= met
-            rows += met.bit_count() * min(query.stop - query.start, last - first)
+            if self._furthest is None:
+                rows += met.bit_count() * (query.end - query.position)
+            else:
+                rows += self._near(query, rank)
             if ranges and first <= ranges[-1][1]:
                 ranges[-1][1] = max(last, ranges[-1][1])
             else:
@@ -110,6 +114,17 @@ class _Document:
             for first, last in ranges
         )
         return sum(self._tokens(last) - self._tokens(first) for first, last in ranges) - held, owners, rows
+
+    def _near(self, query: Piece, rank: int) -> int:
+        """How many rows of a piece read each of the other ranks, in sum, under a window."""
+        nearest, rows = self._nearest, {}
+        begin = bisect_right(self._ends, query.position - self._furthest)
+        end = bisect_left(self._starts, query.end - nearest)
+        for start, stop, owner in zip(self._starts[begin:end], self._ends[begin:end], self._ranks[begin:end]):
+            if owner != rank:
+                reads = max(query.position, start + nearest), min(query.end, stop + self._furthest)
+                rows.setdefault(owner, []).append(reads)
+        return sum(total(union(reads)) for reads in rows.values())
 
     def _tokens(self, position: int) -> int:
         """The document's tokens before a position."""

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from .intervals import Interval, total
+from .intervals import Interval
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ class Layout:
     @cached_property
     def local_lengths(self) -> tuple[int, ...]:
         """How many tokens each rank holds."""
-        return tuple(total(self.intervals(rank)) for rank in range(self.size))
+        lengths = [0] * self.size
+        for rank, start, stop in zip(self.chunk_owners, self.bounds, self.bounds[1:]):
+            lengths[rank] += stop - start
+        return tuple(lengths)
 
     def local_length(self, rank: int) -> int:
         """How many tokens `rank` holds."""

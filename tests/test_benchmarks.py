@@ -50,6 +50,27 @@ def test_traffic(run, tmp_path):
     assert all(ways["ours"] == ways["trimmed ring"] for ways in results["one document"].values())
 
 
+def test_plan(run, tmp_path):
+    results = run("plan", "--ranks", "2,4,64", "--tokens", "1K,16K")["results"]
+    assert (tmp_path / "plan.png").stat().st_size
+    for name, by_tokens in results.items():
+        assert {tokens: list(by_ranks) for tokens, by_ranks in by_tokens.items()} == {
+            "1024": ["2", "4"],
+            "16384": ["2", "4", "64"],
+        }
+        for ways in (ways for by_ranks in by_tokens.values() for ways in by_ranks.values()):
+            taken = {way: result for way, result in ways.items() if result}
+            assert all(0 < result["efficiency"] <= 1 <= result["work"] + 1e-9 for result in taken.values())
+            best = max(ways[way]["efficiency"] for way in ("p2p", "all_gather", "a2a", "a2a+p2p") if ways[way])
+            assert ways["auto"]["efficiency"] == best
+            assert (ways["zigzag by document"] is None) == name.startswith("a window")
+        assert by_tokens["16384"]["64"]["Ulysses"] is None  # more ranks than heads
+    one = results["one document"]["16384"]["4"]
+    token = 8 * 2 * 128  # numbers of a token's keys and values
+    assert one["p2p"]["megabytes"] == pytest.approx(16384 / 8 * token * 4.5 * (2 + 2 + 4) / 1e6)  # 4.5 chunks
+    assert one["zigzag by document"]["megabytes"] == pytest.approx(4096 * token * (3 * (2 + 2) + 4 * 4) / 1e6)
+
+
 def test_mixers(run):
     results = run("mixers", "--tokens", "24", "--rounds", "1")["results"]
     assert len(results) == 3

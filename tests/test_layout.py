@@ -1,13 +1,18 @@
 """Intervals against Python's sets, and layouts: where each token lives, and how evenly."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import layouts
+from simulated import allowed, layouts, rows
 
+from hf_context_parallel.balance import balanced, work_of_chunks
+from hf_context_parallel.demand import demand
 from hf_context_parallel.intervals import difference, intersection, total, union
 from hf_context_parallel.layout import contiguous, zigzag
+from hf_context_parallel.mask import Mask
 
 intervals = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=10)
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([64, 257, 1000, 1024]))
@@ -99,3 +104,49 @@ def test_zigzag_is_as_even_as_its_chunks(length, size):
     """Each of a rank's two chunks is at most a token longer than another's, and a token reads `length` keys at "
     "most."""
     assert unevenness(zigzag(length, size)) <= 2 * (length + length // size)
+
+
+def work_of_ranks(layout, mask):
+    return [int((allowed(mask)[0].sum(-1))[layout.positions(rank)].sum()) for rank in range(layout.size)]
+
+
+@settings(max_examples=150)
+@given(st.integers(1, 400), st.integers(1, 12), st.data())
+def test_balanced_is_never_less_even_than_zigzag(length, size, data):
+    mask = Mask(length, (data.draw(rows(length)),))
+    layout = balanced(length, size, mask.rows[0], finest=1)
+    chunks = len(layout.chunk_owners)
+    assert torch.cat([layout.positions(rank) for rank in range(size)]).sort().values.equal(torch.arange(length))
+    assert all(layout.chunk_owners.count(rank) == chunks // size for rank in range(size))
+    if length % chunks == 0:
+        assert {layout.local_length(rank) for rank in range(size)} == {length // size}
+    # No more stretches than zigzag has, so plans have no more pieces.
+    assert sum(owner != after for owner, after in zip(layout.chunk_owners, layout.chunk_owners[1:])) <= 2 * size - 2
+    assert max(work_of_ranks(layout, mask)) <= max(work_of_ranks(zigzag(length, size), mask))
+    assert sum(work_of_chunks(length, chunks, mask.rows[0])) == int(allowed(mask).sum())
+    assert balanced(length, size, mask.rows[0], finest=1) == layout
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 64])
+def test_balanced_shares_the_work_of_packed_documents(size):
+    length = size << 13
+    lengths = [length * 4 // 10, length * 3 // 10, length // 10, *[length // 1000] * 150]
+    edges = [0, *accumulate(lengths), length]
+    documents = [((start, stop),) for start, stop in zip(edges, edges[1:])]
+    pairs = sum((stop - start) * (stop - start + 1) // 2 for ((start, stop),) in documents)
+    layout = balanced(length, size, documents)
+    uneven, even = (max(demand(a, Mask(length, (tuple(documents),))).pairs) for a in (zigzag(length, size), layout))
+    assert uneven > 1.2 * pairs / size and even < 1.04 * pairs / size
+
+
+def test_balanced_of_one_document_is_zigzag():
+    for size in (1, 2, 3, 7, 8):
+        assert balanced(16 * size, size, [((0, 16 * size),)]) == zigzag(16 * size, size)
+
+
+def test_balanced_shares_the_work_of_all_rows():
+    """Long documents at the beginning of one row and at the end of another: together they are even."""
+    rows = [[((0, 512),), ((512, 576),)], [((0, 64),), ((64, 576),)]]
+    layout = balanced(576, 4, [document for row in rows for document in row], finest=4)
+    work = demand(layout, Mask(576, tuple(map(tuple, rows)))).pairs
+    assert max(work) < 1.05 * sum(work) / 4

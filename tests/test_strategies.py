@@ -12,10 +12,12 @@ from test_ring import HOW, MASKS, SHAPES, check, on_rank, some_sinks, tensors
 
 from hf_context_parallel.attention.a2a import deal_heads
 from hf_context_parallel.attention.strategy import Shape, build_strategy
-from hf_context_parallel.choice import choose, inner_size
+from hf_context_parallel.balance import balanced
+from hf_context_parallel.choice import choose, inner_size, shares
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.cost import H100_NODE
 from hf_context_parallel.demand import demand
+from hf_context_parallel.intervals import total, union
 from hf_context_parallel.kernels import choose_kernel
 from hf_context_parallel.layout import contiguous, zigzag
 from hf_context_parallel.mask import Mask, Pattern, whole_rows
@@ -132,6 +134,17 @@ def test_documents_inside_a_rank_send_nothing(way):
     check(layout, mask, tensors(mask), way=way)
 
 
+@pytest.mark.parametrize("way", ["p2p", *WAYS])
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(sliding_window=9), Pattern(False)])
+def test_a_layout_made_for_documents(way, pattern):
+    rows = [[0, 30, 37, 40, 48, 96], [0, 5, 64, 66, 80, 96]]
+    rows = tuple(tuple(((start, stop),) for start, stop in zip(edges, edges[1:])) for edges in rows)
+    layout = balanced(96, 4, [document for row in rows for document in row], finest=1)
+    assert len(layout.chunk_owners) > 8  # not zigzag
+    mask = Mask(96, rows, pattern)
+    check(layout, mask, tensors(mask), way=(WAYS | {"p2p": lambda size: ("p2p", 1)})[way](4))
+
+
 def test_work_is_shared_by_heads():
     """One long document in the beginning and short ones behind it: zigzag's ranks differ, a2a's do not."""
     mask = Mask(64, ((((0, 32),), *((((s, s + 2),)) for s in range(32, 64, 2))),))
@@ -165,7 +178,29 @@ def test_demand_is_what_plans_have(case):
         assert list(counted.pairs) == [plan.pairs for plan in plans]
     assert list(counted.read) == [sum(step.tokens for step in plan.steps[1:]) for plan in plans]
     assert list(counted.owners) == [sum(step.tokens > 0 for step in plan.steps[1:]) for plan in plans]
+    for merged, plan in zip(counted.merged, plans):
+        steps = (union(run for call in step.calls for run in call.query_runs) for step in plan.steps[1:])
+        assert merged == sum(map(total, steps))
     assert sum(counted.tokens) == sum(stop - start for row in mask.rows for d in row for start, stop in d)
+
+
+@settings(max_examples=60)
+@given(cases(), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.data())
+def test_shares_are_those_of_strategies(case, key_heads, group, bfloat16, data):
+    """What an estimate counts for a rank is the work of its plans, and for all ranks the bytes that they send."""
+    layout, mask = case
+    inner = data.draw(st.sampled_from([n for n in range(1, layout.size + 1) if layout.size % n == 0]))
+    comm_type = data.draw(st.sampled_from(["p2p", "all_gather"])) if inner == 1 else "a2a+p2p"
+    heads = key_heads * group * -(-inner // (key_heads * group))
+    shape = Shape(heads, key_heads, 8, 4, torch.bfloat16 if bfloat16 else torch.float64)
+    counted = shares(comm_type, inner, layout, mask, shape, MACHINE)
+    strategies = [build_strategy(comm_type, inner, layout, mask, rank) for rank in range(layout.size)]
+    assert sum(share.bytes for share in counted) == pytest.approx(sum(sum(s.sent(shape)) for s in strategies))
+    if all(len(document) == 1 for row in mask.rows for document in row):  # without padding inside of documents
+        dealt = deal_heads(heads, inner)
+        for rank, (share, strategy) in enumerate(zip(counted, strategies)):
+            shared = 0 if strategy.plan is None else strategy.plan.pairs * len(dealt[rank % inner])
+            assert share.work == shared + (strategy.own.pairs * heads if strategy.own else 0)
 
 
 MACHINE = replace(H100_NODE, node=4)

@@ -116,17 +116,33 @@ class Strategy:
         """What this rank sends for a layer of this shape, forward and backward, recomputation not counted."""
         if self.plan is None:
             return Sent(0, 0)
-        size, sums = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
-        width, key_heads, forward, backward = shape.query_dim + shape.value_dim, shape.key_heads, 0, 0
-        shared = self.shared_heads(None, shape.heads, key_heads, torch.device("cpu"))
-        if shared is not None:
-            grad_keys = shared.gradient_dtype(shape.dtype, accumulation_dtype(shape.dtype)).itemsize
-            forward += size * (shared.leaving(shape.query_dim, width) + shared.returning(shape.value_dim))
-            backward += size * (shared.leaving(shape.value_dim) + shared.returning(shape.query_dim))
-            backward += grad_keys * shared.returning(0, width)
-            key_heads = shared.key_heads
-        keys = self.plan.sent_keys * key_heads * width * size
-        return Sent(forward + keys, backward + keys + self.plan.sent_gradients * key_heads * width * sums)
+        shared = self.shared_heads(None, shape.heads, shape.key_heads, torch.device("cpu"))
+        heads = Sent(0, 0) if shared is None else bytes_of_heads(shape, shared)
+        key_heads = shape.key_heads if shared is None else shared.key_heads
+        keys = bytes_of_keys(shape, key_heads, self.plan.sent_keys, self.plan.sent_gradients)
+        return Sent(heads.forward + keys.forward, heads.backward + keys.backward)
+
+
+def bytes_of_keys(shape: Shape, key_heads: int, keys: int, gradients: int) -> Sent:
+    """What so many tokens' keys and values, and partial sums of their gradients, take.
+
+    Args:
+        key_heads: of a rank.
+        keys: tokens that travel in each of the two passes.
+        gradients: tokens whose gradients travel.
+    """
+    numbers, sums = key_heads * (shape.query_dim + shape.value_dim), accumulation_dtype(shape.dtype).itemsize
+    once = keys * numbers * shape.dtype.itemsize
+    return Sent(once, once + gradients * numbers * sums)
+
+
+def bytes_of_heads(shape: Shape, shared: SharedHeads) -> Sent:
+    """What a rank sends to exchange heads: queries, keys and values there, outputs back, and all gradients."""
+    size, width = shape.dtype.itemsize, shape.query_dim + shape.value_dim
+    forward = size * (shared.leaving(shape.query_dim, width) + shared.returning(shape.value_dim))
+    backward = size * (shared.leaving(shape.value_dim) + shared.returning(shape.query_dim))
+    sums = shared.gradient_dtype(shape.dtype, accumulation_dtype(shape.dtype)).itemsize
+    return Sent(forward, backward + sums * shared.returning(0, width))
 
 
 def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank: int) -> Strategy:
