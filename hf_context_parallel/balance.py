@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import accumulate
 
-from .layout import Layout, zigzag
+from .layout import LAYOUTS, Layout, zigzag
 from .mask import Document
 
 FINEST = 64
@@ -26,16 +26,27 @@ SLACK = 0.005
 """How far a half may be off, as a share of a rank's work, where that cuts less off documents."""
 
 
-def balanced(length: int, size: int, documents: Iterable[Document], finest: int = FINEST) -> Layout:
+def make_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:
+    """The layout of this name for rows of `length` tokens that hold these documents, which only one looks at."""
+    return balanced(length, size, documents) if name == "balanced" else LAYOUTS[name](length, size)
+
+
+def padded_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:
+    """The same for rows that are padded to where all ranks hold equally many tokens."""
+    owners = make_layout(name, length, size, documents).chunk_owners
+    return Layout(-(-length // len(owners)) * len(owners), size, owners)
+
+
+def balanced(length: int, size: int, documents: Iterable[Document], finest: int | None = None) -> Layout:
     """A layout whose ranks have equally many tokens, up to one a chunk, and nearly equal work under a causal mask.
 
     Its largest rank never has more work than zigzag's.
 
     Args:
         documents: of the row, or of all rows of a batch, which share the layout.
-        finest: tokens of a chunk at the least.
+        finest: tokens of a chunk at the least; `FINEST` unless given.
     """
-    documents = list(documents)
+    documents, finest = list(documents), FINEST if finest is None else finest
     best = zigzag(length, size)
     least, mean = _most(best, documents), sum(work_of_chunks(length, 1, documents)) / size
     chunks = 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-LAYOUTS = ("zigzag", "contiguous")
+LAYOUTS = ("zigzag", "contiguous", "balanced")
 KERNELS = ("auto", "cpu", "torch", "flash_attn", "reference")
 
 
@@ -27,7 +27,9 @@ class ContextParallelConfig:
         a2a_size: ranks that exchange heads under `"a2a+p2p"`; it divides `size`. None: as many as divide both the key
             heads and `size`, so that no key goes to two of them.
         layout: which tokens a rank holds. `"zigzag"`: chunks r and 2 * size - 1 - r of 2 * size, so that every
-            rank has the same share of a causal mask. `"contiguous"`: chunk r of size.
+            rank has the same share of a causal mask of one document. `"balanced"`: as many chunks as it takes, dealt
+            so that every rank has the same share of the batch's documents; zigzag where there is one.
+            `"contiguous"`: chunk r of size.
         kernel: what computes attention on one rank. `"auto"` takes the best that is present: `"flash_attn"` (the
             flash-attn package), `"torch"` (PyTorch's own CUDA flash attention) or `"cpu"` (PyTorch's CPU flash
             attention). `"reference"` is plain PyTorch, for any dtype and device, and keeps a matrix of scores.

@@ -15,6 +15,7 @@ from . import mask as masks
 from .attention import attend, one_dtype
 from .attention.exchange import Exchange, GroupExchange
 from .attention.strategy import Shape, build_strategy
+from .balance import make_layout
 from .choice import Choice, choose, layer_type, machine_of
 from .config import ContextParallelConfig
 from .consensus import agree, fingerprint
@@ -23,7 +24,7 @@ from .integration.context import ShardedBatch
 from .integration.current import current_batch
 from .kernels import check_kernel, choose_kernel, named_kernel
 from .kernels.base import Kernel, make_scores
-from .layout import LAYOUTS, Layout
+from .layout import Layout
 from .loader import prepare_data_loader
 from .mesh import build_groups, world
 
@@ -162,12 +163,10 @@ class ContextParallel:
         numbers of tokens; `shard` pads instead, so that all hold equally many.
 
         Args:
-            cu_seqlens: cumulative lengths of the sequence's documents, checked. Layouts deal positions regardless of
-                documents.
+            cu_seqlens: cumulative lengths of the sequence's documents, which the layout `balanced` goes by.
         """
-        if cu_seqlens is not None:
-            masks.from_cu_seqlens(cu_seqlens, seq_len)
-        return LAYOUTS[self.config.layout](seq_len, self.size).positions(self.rank)
+        documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, seq_len)
+        return make_layout(self.config.layout, seq_len, self.size, documents).positions(self.rank)
 
     def attention(
         self,
@@ -254,13 +253,14 @@ class ContextParallel:
 
     def _whole(self, batch_size, lengths, pattern, cu_seqlens, attention_mask) -> tuple[Layout, masks.Mask]:
         """The layout and the mask of one call of `attention`, for ranks that hold `lengths` tokens."""
-        layout = LAYOUTS[self.config.layout](sum(lengths), self.size)
+        documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, sum(lengths))
+        layout = make_layout(self.config.layout, sum(lengths), self.size, documents)
         expected = [layout.local_length(rank) for rank in range(self.size)]
         if lengths != expected:
             raise ValueError(
                 f"the ranks' queries have {lengths} tokens, {layout.length} in all; of a sequence that long the "
                 f"{self.config.layout} layout deals them {expected}. Give each rank the tokens that "
-                f"cp.positions({layout.length}) lists."
+                f"cp.positions({layout.length}, cu_seqlens) lists."
             )
         if cu_seqlens is not None and attention_mask is not None:
             raise ValueError("cu_seqlens and attention_mask exclude each other: give padding a document of its own.")
@@ -272,7 +272,7 @@ class ContextParallel:
         if attention_mask is not None:
             rows = masks.from_attention_mask(attention_mask)
         elif cu_seqlens is not None:
-            rows = (masks.from_cu_seqlens(cu_seqlens, layout.length),) * batch_size
+            rows = (documents,) * batch_size
         else:
             rows = masks.whole_rows(batch_size, layout.length)
         return layout, masks.Mask(layout.length, rows, pattern)

@@ -16,9 +16,10 @@ from torch.nn.functional import pad
 
 from . import mask as masks
 from .attention.strategy import Strategy, build_strategy
+from .balance import padded_layout
 from .config import ContextParallelConfig
 from .consensus import fingerprint
-from .layout import LAYOUTS, Layout
+from .layout import Layout
 
 IGNORED = -100
 """The label that the loss leaves out."""
@@ -138,7 +139,8 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
         _refuse_padded_targets(whole["shift_labels"], batch.get("attention_mask"))
         num_items = (whole["shift_labels"] != IGNORED).sum()
 
-    layout = padded_layout(config, length)
+    documents = [document for row in rows for document in row]
+    layout = padded_layout(config.layout, length, config.size, documents)
     positions = layout.positions(rank).to(tokens.device)
     local = {name: batch[name] for name in PASSED_ON if name in batch}
     local |= {name: _take(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
@@ -181,13 +183,6 @@ def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], .
                 start, stop = document[0][0], document[-1][1]
                 reach[row, start:stop] = position_ids[row, start:stop].max() + 1
     return reach
-
-
-def padded_layout(config: ContextParallelConfig, length: int) -> Layout:
-    """The layout of rows of `length` tokens, padded so that all ranks hold equally many."""
-    make = LAYOUTS[config.layout]
-    chunks = len(make(length, config.size).chunk_owners)
-    return make(-(-length // chunks) * chunks, config.size)
 
 
 def _take(tensor: torch.Tensor, positions: torch.Tensor, length: int, fill: int) -> torch.Tensor:

@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import mask as masks
+from .balance import padded_layout
 from .consensus import agree, fingerprint
 from .context_parallel import ContextParallel
-from .data import padded_layout
 from .integration.attention import computed_otherwise, heard_by
 from .integration.context import accepted
 from .integration.masks import stock_attention, told_otherwise
@@ -209,11 +210,12 @@ def _batches(model: torch.nn.Module, cp: ContextParallel) -> list[_Batch]:
     packed = {"input_ids": _tokens(inner, 1, long), "position_ids": position_ids}
     padded = {"input_ids": _tokens(inner, 2, short), "attention_mask": mask}
     batches = []
-    for kind, inputs, pieces, real in (
-        ("packed", packed, documents, torch.ones(1, long)),
-        ("padded", padded, [slice(0, short)], mask),
+    for kind, inputs, pieces, real, rows in (
+        ("packed", packed, documents, torch.ones(1, long), masks.from_position_ids(position_ids)),
+        ("padded", padded, [slice(0, short)], mask, masks.from_attention_mask(mask)),
     ):
-        columns = padded_layout(cp.config, real.shape[1]).positions(cp.rank)
+        dealt = [document for row in rows for document in row]
+        columns = padded_layout(cp.config.layout, real.shape[1], cp.size, dealt).positions(cp.rank)
         if cp.config.sequence_parallel:  # of which layers and mixers see a share
             columns = columns[Shares(cp.groups.tensor, len(columns)).mine]
         inputs = {name: value.to(device) for name, value in inputs.items()}
@@ -227,7 +229,11 @@ def _lengths(model: PreTrainedModel, cp: ContextParallel) -> tuple[int, int]:
     windows = [getattr(config, name, None) for name in WINDOWS]
     doubled = [2 * window for window in windows if isinstance(window, int) and 0 < 2 * window <= LONGEST]
     # So that all layouts deal rows, and sequence parallelism shards, without padding them.
-    step = 2 * cp.size * (cp.groups.tensor.size if cp.config.sequence_parallel else 1)
+    step = (
+        (8 if cp.config.layout == "balanced" else 2)
+        * cp.size
+        * (cp.groups.tensor.size if cp.config.sequence_parallel else 1)
+    )
     most = getattr(config, "max_position_embeddings", None) or LONGEST
     short = -(-TOKENS_A_RANK * cp.size // step) * step
     long = max([short, *(-(-window // step) * step for window in doubled)])

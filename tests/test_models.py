@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from models import context, document_positions, some_labels, tiny_model, tokens
 
+from hf_context_parallel import balance, data
 from hf_context_parallel import check as checks
+from hf_context_parallel.balance import padded_layout
 from hf_context_parallel.integration.current import current_batch
 from hf_context_parallel.tiny import tiny_config
 
@@ -119,6 +121,29 @@ def test_every_supported_type_is_exact_on_three_ranks(on_ranks, model_type):
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_other_group_sizes_and_layouts_are_exact(on_ranks, ranks, layout):
     check(on_ranks(ranks, errors_of_a_model, "qwen3", list(BATCHES), {"layout": layout}))
+
+
+def errors_of_a_balanced_model(model_type: str) -> tuple[dict, bool]:
+    """Errors with chunks as small as they can be, and whether any batch was dealt otherwise than in zigzag."""
+    dealt = []
+
+    def noting(*how):
+        dealt.append(padded_layout(*how))
+        return dealt[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balance, "FINEST", 1)
+        patch.setattr(data, "padded_layout", noting)
+        found, _ = checks.errors(tiny_config(model_type), {"layout": "balanced"})
+    return found, any(len(layout.chunk_owners) > 2 * layout.size for layout in dealt)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "bloom"])
+def test_a_balanced_layout_is_exact(on_ranks, model_type):
+    """With windows; with convolutions and scans; and where sequences are whole."""
+    for found, otherwise in on_ranks(3, errors_of_a_balanced_model, model_type):
+        assert otherwise
+        assert all(max(of_kind.loss, of_kind.gradients) < 1e-9 for of_kind in found.values()), found
 
 
 @pytest.mark.parametrize(
