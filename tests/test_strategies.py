@@ -23,6 +23,11 @@ from hf_context_parallel.layout import contiguous, zigzag
 from hf_context_parallel.mask import Mask, Pattern, whole_rows
 from hf_context_parallel.plan import build_gathering_plan
 
+
+def exhaustive(*values):
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 WAYS = {
     "all_gather": lambda size: ("all_gather", 1),
     "a2a": lambda size: ("a2a", size),
@@ -37,8 +42,8 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("layout", [zigzag, contiguous])
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("layout", [zigzag, exhaustive(contiguous)])
+@pytest.mark.parametrize("size", [exhaustive(2), 3, 4])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(name, way, size, layout):
@@ -46,7 +51,7 @@ def test_masks(name, way, size, layout):
     check(layout(mask.length, size), mask, tensors(mask), way=WAYS[way](size))
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, exhaustive(3), 4])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SHAPES | HEADS)
 def test_shapes(name, way, size):
@@ -101,8 +106,8 @@ def test_gathering_takes_two_calls_and_merges_nothing(case):
         assert len(gathered.calls) <= 2 * max(1, bands)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, exhaustive(torch.float64)])
+@pytest.mark.parametrize("size", [exhaustive(2), exhaustive(3), 4])
 @pytest.mark.parametrize("way", ["p2p", *WAYS])
 @pytest.mark.parametrize(
     "name", ["one document", "longer than a shard", "hundreds of tiny documents", "window", "chunks"]
