@@ -8,13 +8,19 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.utils import dlpack
 
 Message = tuple[int, torch.Tensor]
 """A rank of the group, and the contiguous tensor that goes to it or comes from it."""
 
 
 class Pending:
-    """Messages under way. The buffers live until they have been waited for."""
+    """Messages under way. The buffers live until they have been waited for.
+
+    On CUDA they travel on a stream of the group's communicator, which waits for what the current stream had queued
+    when they were posted. The stream that is current when they are waited for comes after them, so buffers that it
+    allocated may be freed then, and used again at once. A `Lane` keeps those of another stream.
+    """
 
     def __init__(self, works: Sequence[dist.Work] = (), buffers: Sequence[torch.Tensor] = ()):
         self._works = works
@@ -100,13 +106,22 @@ class GroupExchange:
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         operations = [
-            dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
+            dist.P2POp(operation, _unrecorded(tensor), group=self._group, group_peer=peer)
             for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
             for peer, tensor in messages
         ]
         if not operations:  # which batch_isend_irecv does not take
             return Pending()
         return Pending(dist.batch_isend_irecv(operations), [tensor for _, tensor in (*sends, *receives)])
+
+
+def _unrecorded(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor for which `record_stream` does nothing, on CUDA.
+
+    NCCL's process group calls that for each point-to-point message, and then memory that is freed can be used again
+    only when the host has seen that the network's stream is done. `Pending` makes that needless.
+    """
+    return dlpack.from_dlpack(dlpack.to_dlpack(tensor.detach())) if tensor.is_cuda else tensor
 
 
 class Subset:
