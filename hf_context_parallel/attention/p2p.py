@@ -179,6 +179,7 @@ def _travelling(
             arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
             sends = _messages(upcoming.relays, held) + _messages(upcoming.serves, own)
             pending = _post(exchange, plan.rank, sends, _messages(upcoming.receives, arriving))
+            del sends  # or they would keep the keys of this step while the step after next's are allocated
         yield number, step, held
         with span(f"{direction}/step{number}/wait"):
             pending.wait()
