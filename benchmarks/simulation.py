@@ -18,12 +18,15 @@ PATIENCE = 120  # seconds until a message that nobody sent is an error
 class ThreadGroup:
     """A group whose ranks are threads, for results.
 
-    CUDA work of all ranks goes to one stream, so it is done in the order in which it was asked for: a message is
-    complete when its receiver copies it.
+    On CUDA, messages are as NCCL's process group does them: on a stream of the rank's own, from the sender's memory
+    into the receiver's, with nothing but events between the streams. So memory that is used or freed too early shows.
+
+    Args:
+        delay: cycles of the device that each message takes on top, so that what does not wait for it is early.
     """
 
-    def __init__(self, size: int):
-        self._size = size
+    def __init__(self, size: int, delay: int = 0):
+        self._size, self._delay = size, delay
 
     def run(self, work: Callable[[int, ThreadExchange], Result]) -> list[Result]:
         """What `work(rank, exchange)` returns for each rank, all running at once."""
@@ -32,7 +35,7 @@ class ThreadGroup:
         def start(rank):
             # Backward must run in the rank's own thread: in autograd's, one a device, ranks would wait for each other.
             with torch.autograd.set_multithreading_enabled(False):
-                return work(rank, ThreadExchange(rank, messages))
+                return work(rank, ThreadExchange(rank, messages, self._delay))
 
         with ThreadPoolExecutor(self._size) as pool:
             return list(pool.map(start, range(self._size)))
@@ -41,16 +44,21 @@ class ThreadGroup:
 class ThreadExchange:
     """One rank's messages to the other threads of a group."""
 
-    def __init__(self, rank: int, messages: dict[tuple[int, int, int], Future]):
+    def __init__(self, rank: int, messages: dict[tuple[int, int, int], Future], delay: int):
         self._rank = rank
         self._messages = messages
         self._posted: Counter[tuple[int, int]] = Counter()
+        self._network = _Network(delay)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        works: list[_Arrival | _Departure] = []
+        for peer, tensor in receives:
+            works.append(_Arrival(self._next(peer, self._rank), tensor, self._network.ready(tensor), self._network))
         for peer, tensor in sends:
-            # A copy, since the sender may overwrite the tensor once it has waited, which here is at once.
-            self._next(self._rank, peer).set_result(tensor.clone())
-        return Pending([_Arrival(self._next(peer, self._rank), tensor) for peer, tensor in receives])
+            taken: Future = Future()
+            self._next(self._rank, peer).set_result((tensor, self._network.ready(tensor), taken))
+            works.append(_Departure(taken))
+        return Pending(works, [tensor for _, tensor in (*sends, *receives)])
 
     def _next(self, sender: int, receiver: int) -> Future:
         """The next message between two ranks, which either of them may ask for first."""
@@ -58,28 +66,86 @@ class ThreadExchange:
         return self._messages.setdefault((sender, receiver, self._posted[sender, receiver]), Future())
 
 
-class _Arrival:
-    """A message to be copied into `tensor` when it is waited for."""
+class _Network:
+    """On CUDA a stream that copies when what it copies is ready; elsewhere copies are made at once."""
 
-    def __init__(self, message: Future, tensor: torch.Tensor):
-        self._message = message
-        self._tensor = tensor
+    def __init__(self, delay: int = 0):
+        self._delay = delay
+        self._stream: torch.cuda.Stream | None = None
+
+    @staticmethod
+    def ready(tensor: torch.Tensor) -> torch.cuda.Event | None:
+        """What the current stream has queued till now."""
+        return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *ready: torch.cuda.Event) -> torch.cuda.Event | None:
+        """Copy when all is ready; what says that it is done."""
+        if not target.is_cuda:
+            target.copy_(source)
+            return None
+        self._stream = self._stream or torch.cuda.Stream(target.device, priority=-1)
+        for event in ready:
+            self._stream.wait_event(event)
+        with torch.cuda.stream(self._stream):
+            if self._delay:
+                torch.cuda._sleep(self._delay)
+            target.copy_(source)
+            return self._stream.record_event()
+
+
+class _Done:
+    """Something that the current stream waits for."""
+
+    def __init__(self, event: torch.cuda.Event | None):
+        self._event = event
 
     def wait(self) -> None:
-        self._tensor.copy_(self._message.result(timeout=PATIENCE))
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+
+class _Arrival:
+    """A message to be copied into `tensor`."""
+
+    def __init__(self, message: Future, tensor: torch.Tensor, ready: torch.cuda.Event | None, network: _Network):
+        self._message, self._tensor, self._ready, self._network = message, tensor, ready, network
+
+    def wait(self) -> None:
+        source, ready, taken = self._message.result(timeout=PATIENCE)
+        done = self._network.copy(self._tensor, source, self._ready, ready)
+        taken.set_result(done)
+        _Done(done).wait()
+
+
+class _Departure:
+    """A message that its receiver copies. A rank waits for those that arrive first, as others wait for that."""
+
+    def __init__(self, taken: Future):
+        self._taken = taken
+
+    def wait(self) -> None:
+        _Done(self._taken.result(timeout=PATIENCE)).wait()
 
 
 class PreparedExchange:
     """Messages that are already there, for timing one rank without any other.
 
     Every message is the beginning of `stock`, `[tokens, ...]`: the numbers are wrong, and as fast to compute with as
-    the right ones.
+    the right ones. On CUDA they are copied on a stream of their own, beside the kernels.
     """
 
     def __init__(self, stock: torch.Tensor):
         self._stock = stock
+        self._network = _Network()
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        for _, tensor in receives:
-            tensor.copy_(self._stock[: len(tensor)])
-        return Pending()
+        works = [
+            _Done(self._network.copy(tensor, self._prepared(tensor), self._network.ready(tensor)))
+            for _, tensor in receives
+        ]
+        return Pending(works, [tensor for _, tensor in (*sends, *receives)])
+
+    def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As many elements of the stock as `tensor` has, again and again if there are fewer."""
+        flat = self._stock.flatten()
+        return flat.repeat(-(-tensor.numel() // flat.numel()))[: tensor.numel()].view(tensor.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 
 import torch
@@ -105,7 +106,8 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
     blocks = _blocks(size, mesh)
     everyone = dist.group.WORLD
     timeout = everyone._get_backend(_device(everyone)).options._timeout  # or else a new group has the default one
-    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks], timeout)
+    options = _transfers_first(timeout)
+    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks], timeout, pg_options=options)
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
     device = _device(group)
@@ -130,6 +132,16 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
         alike=alike,
         node=_on_a_node(ranks),
     )
+
+
+def _transfers_first(timeout: timedelta):
+    """Options of a group whose messages get a device's free multiprocessors before kernels do. Without them a message
+    that is posted while a kernel fills the device may wait for the kernel that it should travel beside."""
+    if not _has_nccl():
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # or else torch warns that it differs
+    return options
 
 
 def _on_a_node(ranks: list[int]) -> int:
@@ -176,6 +188,10 @@ def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:
 
 def _device(group: dist.ProcessGroup) -> torch.device:
     """Where tensors of the group's collectives must be."""
-    if "nccl" in str(dist.get_backend_config(group)) and torch.cuda.is_available():
+    if _has_nccl(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _has_nccl(group: dist.ProcessGroup | None = None) -> bool:
+    return torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))

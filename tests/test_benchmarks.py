@@ -78,6 +78,26 @@ def test_mixers(run):
         assert set(result["seconds"]) == {"one process", "whole sequences", "native", "halves"}
 
 
+def test_trace(run, tmp_path):
+    sizes = ("--ranks", "2", "--tokens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--rounds", "1")
+    results = run("trace", *sizes, "--traces", str(tmp_path / "traces"))["bars"]
+    assert (tmp_path / "trace.png").stat().st_size
+    assert sorted(path.name for path in (tmp_path / "traces").glob("p2p*.gz")) == [
+        "p2p_rank0.json.gz",
+        "p2p_rank1.json.gz",
+    ]
+    ways = {}
+    for comm_type, by_rank in results.items():
+        assert len(by_rank) == 2 and all(start <= end for drawn in by_rank for *_, start, end in drawn)
+        ways[comm_type] = [{(way, kind, label) for way, _, kind, label, _, _ in drawn if label} for drawn in by_rank]
+    kernels = {(way, "kernels", step) for way in ("forward", "backward") for step in "01"}
+    keys = {("forward", "keys", "1"), ("backward", "keys", "1"), ("backward", "gradients", "1")}
+    assert ways["p2p"] == [kernels | keys] * 2
+    assert ways["all_gather"] == [{(*rest, step) for *rest, step in kernels if step == "1"} | keys] * 2
+    heads = {(way, "heads", what) for way in ("forward", "backward") for what in ("to heads", "to tokens")}
+    assert ways["a2a"] == ways["a2a+p2p"] == [{(*rest, step) for *rest, step in kernels if step == "0"} | heads] * 2
+
+
 def test_gpu_on_the_cpu(run):
     sizes = ("--parity-tokens", "61", "--tokens", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
     results = run("gpu", "--device", "cpu", "--dtypes", "bfloat16", *sizes, "--repeats", "1")

@@ -16,9 +16,10 @@ from ..intervals import Interval
 from ..kernels.base import Kernel, Scores
 from ..plan import Plan, Step, Transfer
 from .a2a import SharedHeads
-from .exchange import Exchange, Message, Pending
+from .exchange import Exchange, Lane, Message, Pending
 from .merge import begin, merge_
 from .sinks import sinks_gradient, with_sinks
+from .spans import span
 
 
 def planned_attention(
@@ -63,7 +64,8 @@ class _Attention(torch.autograd.Function):
         dtype, heads = query.dtype, slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
         with torch.autocast(query.device.type, enabled=False):
             if shared is not None:
-                query, key_value = shared.to_heads(query, key_value)
+                with span("forward/to heads"):
+                    query, key_value = shared.to_heads(query, key_value)
             output, lse = _forward(query, key_value, key_dim, plan, exchange, kernel, scores)
             if sinks is not None:
                 output, lse = with_sinks(output, lse, sinks[heads])
@@ -72,7 +74,10 @@ class _Attention(torch.autograd.Function):
         # Backward may run in a thread of autograd's own, so it looks nothing up: all it needs is here.
         ctx.environment = (key_dim, plan, exchange, kernel, scores)
         ctx.guard, ctx.shared, ctx.heads = guard, shared, heads
-        return output if shared is None else shared.output_to_tokens(output)
+        if shared is None:
+            return output
+        with span("forward/to tokens"):
+            return shared.output_to_tokens(output)
 
     @staticmethod
     @once_differentiable
@@ -83,14 +88,16 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             grad_output = grad_output.contiguous()
             if shared is not None:
-                grad_output = shared.output_to_heads(grad_output)
+                with span("backward/to heads"):
+                    grad_output = shared.output_to_heads(grad_output)
             grad_query, grad_key_value = _backward(grad_output, query, key_value, output, lse, *ctx.environment)
             if sinks is not None:
                 grad_sinks = torch.zeros_like(sinks)
                 grad_sinks[ctx.heads] = sinks_gradient(grad_output, output, lse, sinks[ctx.heads])
             if shared is not None:
                 grad_key_value = grad_key_value.to(shared.gradient_dtype(key_value.dtype, grad_key_value.dtype))
-                grad_query, grad_key_value = shared.to_tokens(grad_query, grad_key_value)
+                with span("backward/to tokens"):
+                    grad_query, grad_key_value = shared.to_tokens(grad_query, grad_key_value)
         return grad_query, grad_key_value.to(key_value.dtype), grad_sinks, *[None] * 7
 
 
@@ -98,13 +105,15 @@ def _forward(query, key_value, key_dim, plan, exchange, kernel, scores):
     """The output `[T, H, D_v]` and its LSE `[T, H]`, in the dtype that sums are kept in."""
     dtype, tokens = accumulation_dtype(query.dtype), len(query)
     output = lse = None
-    for number, step, keys in _travelling(plan, exchange, key_value):
+    for number, step, keys in _travelling("forward", plan, exchange, key_value):
         for index, call in enumerate(step.calls):
-            part = kernel.forward(query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index))
-            if output is None:
-                output, lse = begin(tokens, call.query_runs, *part, dtype)
-            else:
-                merge_(output, lse, call.query_runs, *part)
+            with span(f"forward/step{number}/compute"):
+                part = kernel.forward(query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index))
+            with span(f"forward/step{number}/merge"):
+                if output is None:
+                    output, lse = begin(tokens, call.query_runs, *part, dtype)
+                else:
+                    merge_(output, lse, call.query_runs, *part)
             del part
         del keys  # or it would be a fourth buffer while the next step's is allocated
     if output is None:  # nothing but padding
@@ -116,33 +125,46 @@ def _forward(query, key_value, key_dim, plan, exchange, kernel, scores):
 def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchange, kernel, scores):
     """The gradients of the query `[T, H, D]`, in its dtype, and of this rank's keys and values `[T, H_kv, D + D_v]`,
     in the dtype that sums are kept in."""
-    dtype = accumulation_dtype(query.dtype)
+    dtype, lane = accumulation_dtype(query.dtype), Lane(query.device)
     grad_query, grad_own, leaving, previous = _Sum(query, dtype), None, None, None
-    for number, step, keys in chain(_travelling(plan, exchange, key_value), [(None, None, None)]):
-        joining, homecoming, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
+    travelling = _travelling("backward", plan, exchange, key_value)
+    for number, step, keys in chain(travelling, [(len(plan.steps), None, None)]):
+        with lane, span(f"backward/step{number}/send sums"):
+            joining, homecoming, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
+        sent = leaving
         if step is not None:
             grad_keys = _Sum(keys, dtype)
             for index, call in enumerate(step.calls):
                 key, value = keys[..., :key_dim], keys[..., key_dim:]
                 arguments = grad_output, query, key, value, output, lse, call, scores.of(number, index)
-                dq, dk, dv = kernel.backward(*arguments)
-                grad_query.add(call.query_runs, dq)
-                grad_keys.add(call.key_runs, torch.cat([dk, dv], dim=-1))
+                with span(f"backward/step{number}/compute"):
+                    dq, dk, dv = kernel.backward(*arguments)
+                with span(f"backward/step{number}/merge"):
+                    grad_query.add(call.query_runs, dq)
+                    grad_keys.add(call.key_runs, torch.cat([dk, dv], dim=-1))
                 del arguments, key, value, dq, dk, dv
             leaving = grad_keys.total()
         del keys
-        pending.wait()
-        for transfer, part in joining:
-            leaving[transfer.start : transfer.stop] += part
-        for transfer, part in homecoming:
-            grad_own[transfer.start : transfer.stop] += part
+        lane.follow()
+        with lane:
+            with span(f"backward/step{number}/wait sums"):
+                pending.wait()
+            with span(f"backward/step{number}/add sums"):
+                for transfer, part in joining:
+                    leaving[transfer.start : transfer.stop] += part
+                for transfer, part in homecoming:
+                    grad_own[transfer.start : transfer.stop] += part
+        lane.keep(sent)
         grad_own = leaving if grad_own is None else grad_own
         previous = step
-        joining = homecoming = part = None  # or they would be alive while the next ones are allocated
+        joining = homecoming = part = sent = None  # or they would be alive while the next ones are allocated
+    lane.join()
     return grad_query.total().to(query.dtype), grad_own
 
 
-def _travelling(plan: Plan, exchange: Exchange, own: torch.Tensor) -> Iterator[tuple[int, Step, torch.Tensor]]:
+def _travelling(
+    direction: str, plan: Plan, exchange: Exchange, own: torch.Tensor
+) -> Iterator[tuple[int, Step, torch.Tensor]]:
     """Each step by its number, with its keys. The next step's are on their way while the caller computes with these.
 
     Three buffers are alive at most: this rank's own keys, those of this step, and those that arrive. (`enumerate` of
@@ -153,11 +175,14 @@ def _travelling(plan: Plan, exchange: Exchange, own: torch.Tensor) -> Iterator[t
         if upcoming is None:
             yield number, step, held
             return
-        arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
-        sends = _messages(upcoming.relays, held) + _messages(upcoming.serves, own)
-        pending = _post(exchange, plan.rank, sends, _messages(upcoming.receives, arriving))
+        with span(f"{direction}/step{number}/send"):
+            arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
+            sends = _messages(upcoming.relays, held) + _messages(upcoming.serves, own)
+            pending = _post(exchange, plan.rank, sends, _messages(upcoming.receives, arriving))
+            del sends  # or they would keep the keys of this step while the step after next's are allocated
         yield number, step, held
-        pending.wait()
+        with span(f"{direction}/step{number}/wait"):
+            pending.wait()
         held = arriving
 
 
@@ -180,11 +205,12 @@ def _post_gradients(
 
 
 def _post(exchange: Exchange, rank: int, sends: list[Message], receives: list[Message]) -> Pending:
-    """Post messages, and copy what `rank` has for itself."""
-    mine = [[tensor for peer, tensor in messages if peer == rank] for messages in (sends, receives)]
+    """Post messages, and copy what `rank` has for itself meanwhile."""
+    pending = exchange.post(*([m for m in messages if m[0] != rank] for messages in (sends, receives)))
+    mine = ([tensor for peer, tensor in messages if peer == rank] for messages in (sends, receives))
     for source, target in zip(*mine):
         target.copy_(source)
-    return exchange.post(*([m for m in messages if m[0] != rank] for messages in (sends, receives)))
+    return pending
 
 
 def _messages(transfers: tuple[Transfer, ...], buffer: torch.Tensor) -> list[Message]:
