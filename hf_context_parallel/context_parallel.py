@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,11 +119,9 @@ class ContextParallel:
                     "`with cp.shard(...)` first."
                 )
             inner = self._asked.a2a_size
-            config = dataclasses.replace(
-                self._asked, size=size, a2a_size=None if inner is None else math.gcd(inner, size)
-            )
+            config = replace(self._asked, size=size, a2a_size=None if inner is None else math.gcd(inner, size))
             asked = size
-        except ValueError as caught:
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         sizes = agree(world(), error, 0, "sizes", "", length=asked)
         if len(set(sizes)) > 1:
@@ -291,7 +289,7 @@ class ContextParallel:
             if comm_type is None:
                 comm_type = self.config.comm_type_of(layer_type(pattern), None)
             else:
-                dataclasses.replace(self.config, comm_type=comm_type)  # which checks it
+                replace(self.config, comm_type=comm_type)  # which checks it
             options = shapes, pattern, scores._replace(seed=0), sinks is None, comm_type
             mark = fingerprint({"options": options, **settings})
         except Exception as caught:  # whatever it is, the other ranks must hear of it

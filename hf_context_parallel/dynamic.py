@@ -51,19 +51,21 @@ class Scheduler:
     Args:
         cp: whose config says `max_tokens_per_rank`.
         model: its shape and the device say what samples cost.
+        sharded: whether its weights are gathered for each run.
 
     Raises:
         ValueError: if the model's loss is not a sum over tokens, or depends on the rows that they came in.
     """
 
-    def __init__(self, cp: ContextParallel, model: torch.nn.Module):
+    def __init__(self, cp: ContextParallel, model: torch.nn.Module, sharded: bool = False):
         _refuse(model)
         self._cp, self._extent = cp, cp.groups
         for size in sizes(cp.size):
             with cp.using(size):
                 pass
         self._column = build_columns(cp.size) if cp.groups.data_size > 1 else None
-        self._costs = Costs.of(model_shape(model), machine_of(next(model.parameters()).device, cp.groups.node))
+        machine = machine_of(next(model.parameters()).device, cp.groups.node)
+        self._costs = Costs.of(model_shape(model), machine, sharded)
         self._busy = self._passed = 0.0
 
     def rounds(self, batches: Sequence[Mapping[str, Any]]) -> list[Round]:

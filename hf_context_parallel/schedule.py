@@ -58,6 +58,8 @@ class Costs:
         far_key: the same in groups that are larger than a node.
         node: ranks of a node.
         overlap: the share of the shorter of computing pairs and moving keys that is hidden.
+        in_step: whether all ranks wait for each other in every run, as they do where weights are gathered for it, or
+            for the ranks of their group alone.
     """
 
     pair: float
@@ -69,6 +71,7 @@ class Costs:
     far_key: float = 0.0
     node: int = 8
     overlap: float = 1.0
+    in_step: bool = False
 
     @classmethod
     def of(cls, shape: ModelShape, machine: Machine, sharded: bool = False) -> Costs:
@@ -95,6 +98,7 @@ class Costs:
             far_key=sent / machine.node_bandwidth,
             node=machine.node,
             overlap=machine.overlap,
+            in_step=sharded,
         )
 
     def sample(self, length: int, size: int) -> float:
@@ -189,14 +193,20 @@ class Schedule:
                     )
         return work
 
-    @property
+    @cached_property
     def total(self) -> float:
-        """What all rounds take, where ranks wait for the slowest of each."""
-        return float(self.work.max(axis=1).sum())
+        """What all rounds take, with waiting."""
+        if self.costs.in_step:
+            return float(self.work.max(axis=1).sum())
+        done = np.zeros(self.ranks)
+        for groups, work in zip(self.rounds, self.work):
+            for first, size, _ in groups:
+                done[first : first + size] = done[first : first + size].max() + work[first]
+        return float(done.max())
 
     @property
     def idle(self) -> np.ndarray:
-        """`[ranks]`: the share of that for which each rank waits."""
+        """`[ranks]`: the share of the total for which each rank waits."""
         return 1 - self.work.sum(axis=0) / self.total
 
 
@@ -250,7 +260,8 @@ def make_schedule(
     # A long sample is done sooner in a larger group than it needs. How long is too long? Try the times that the
     # longest takes in each, and no time, which puts everything into the largest groups.
     limits = sorted({costs.sample(lengths[longest], size) for size in holds} | {0.0}, reverse=True)
-    tried, best = set(), None
+    best = one_by_one(lengths, ranks, extent, costs, layout)
+    tried = set()
     for limit in limits:
         chosen = tuple(
             next(
@@ -264,9 +275,22 @@ def make_schedule(
         for packed in (True, False):
             rounds = _Dealer(lengths, chosen, ranks, holds, costs, layout, packed).deal()
             schedule = Schedule(tuple(lengths), ranks, rounds, costs, layout)
-            if best is None or schedule.total < best.total:
+            if schedule.total < best.total * (1 - 1e-9):
                 best = schedule
     return best
+
+
+def one_by_one(lengths: Sequence[int], ranks: int, extent: int, costs: Costs, layout: str = "zigzag") -> Schedule:
+    """What static CP does: in each round every group of `extent` ranks runs the next sample."""
+    groups = ranks // extent
+    rounds = tuple(
+        tuple(
+            Group(number * extent, extent, (first + number,) if first + number < len(lengths) else ())
+            for number in range(groups)
+        )
+        for first in range(0, len(lengths), groups)
+    )
+    return Schedule(tuple(lengths), ranks, rounds, costs, layout)
 
 
 def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int:
@@ -284,8 +308,8 @@ class _Dealer:
     """Deals samples whose least sizes are chosen, the largest groups first and of these the longest samples first.
 
     A sample goes where the slowest of a round gets slower by the least: to a group of its size or a larger one that
-    has room, or to a new one of its size. Groups of a round are laid one after another: since each size divides the
-    larger ones, they all begin at a multiple of their size.
+    has room, or to a new one of its size. Since each size divides the
+    larger ones, there is always a place for them that begins at a multiple of their size.
 
     Args:
         chosen: the least size for each sample.
@@ -308,7 +332,8 @@ class _Dealer:
         for size in sorted(set(self._chosen), reverse=True):
             samples = [sample for sample, wanted in enumerate(self._chosen) if wanted == size]
             self._deal_size(size, sorted(samples, key=lambda sample: (-self._lengths[sample], sample)))
-        return tuple(self._laid_out(groups) for groups in self._groups)
+        done = np.zeros(self._ranks)
+        return tuple(self._laid_out(self._grown(groups), done) for groups in self._groups)
 
     def _deal_size(self, size: int, samples: list[int]) -> None:
         places, kind = self._places, self._sizes.index(size)
@@ -344,25 +369,42 @@ class _Dealer:
             return None
         return self._places.add(number, kind, self._costs.group(size), self._holds[size])
 
-    def _laid_out(self, groups: list[tuple[int, list[int]]]) -> tuple[Group, ...]:
-        """A round's groups on ranks, the slowest on more of them where some would be idle and it helps."""
+    def _grown(self, groups: list[tuple[int, list[int]]]) -> list[tuple[float, int, list[int]]]:
+        """What a round's groups take, their sizes and samples; the slowest on more ranks where some would be idle and
+        it helps."""
         free = self._ranks - sum(size for size, _ in groups)
         larger = dict(zip(self._sizes, self._sizes[1:]))
-        timed = [(self._cost(size, samples), -number, size) for number, (size, samples) in enumerate(groups)]
+        timed = [(self._cost(size, samples), size, samples) for size, samples in groups]
         while free:
-            cost, number, size = max(timed)
+            slowest = max(range(len(timed)), key=lambda number: timed[number][0])
+            cost, size, samples = timed[slowest]
             if size not in larger or larger[size] - size > free:
                 break
-            grown = self._cost(larger[size], groups[-number][1])
+            grown = self._cost(larger[size], samples)
             if grown >= cost:
                 break
-            timed[-number] = grown, number, larger[size]
+            timed[slowest] = grown, larger[size], samples
             free -= larger[size] - size
-        laid, first = [], 0
-        for _, number, size in sorted(timed, key=lambda group: (-group[2], -group[1])):
-            laid.append(Group(first, size, tuple(groups[-number][1])))
-            first += size
-        return (*laid, *(Group(rank, 1, ()) for rank in range(first, self._ranks)))
+        return timed
+
+    def _laid_out(self, groups: list[tuple[float, int, list[int]]], done: np.ndarray) -> tuple[Group, ...]:
+        """A round's groups on ranks: the larger first, and of these the slowest on the ranks that have done least.
+
+        Args:
+            done: `[ranks]`, what each has done before; brought up to date.
+        """
+        taken = np.zeros(self._ranks, dtype=bool)
+        laid = []
+        for size in sorted({size for _, size, _ in groups}, reverse=True):
+            blocks = np.where(taken.reshape(-1, size).any(axis=1), np.inf, done.reshape(-1, size).max(axis=1))
+            alike = sorted((group for group in groups if group[1] == size), key=lambda group: -group[0])
+            for block, (cost, _, samples) in zip(blocks.argsort(kind="stable").tolist(), alike):
+                ranks = slice(block * size, (block + 1) * size)
+                taken[ranks] = True
+                done[ranks] = done[ranks].max() + cost
+                laid.append(Group(ranks.start, size, tuple(samples)))
+        laid += [Group(rank, 1, ()) for rank in np.flatnonzero(~taken).tolist()]
+        return tuple(sorted(laid))
 
     def _cost(self, size: int, samples: list[int]) -> float:
         return _row_cost([self._lengths[sample] for sample in samples], size, self._costs, self._layout)

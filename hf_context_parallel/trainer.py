@@ -77,7 +77,10 @@ class ContextParallelMixin:
             self.add_callback(_Verification(self))
         self._watch = _StepWatch(self.args.device)
         self.add_callback(self._watch)
-        self._scheduler = Scheduler(self.cp, self.model) if self._config.dynamic else None
+        self._scheduler: Scheduler | None = None
+        if self._config.dynamic:
+            sharded = self.is_fsdp_enabled or isinstance(self.model, FSDPModule)
+            self._scheduler = Scheduler(self.cp, self.model, sharded)
         self._rounds: list[list[Round]] = []
         """Those of each training step until the next optimizer step."""
 
