@@ -73,7 +73,7 @@ class ContextParallel:
                 f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
                 "ask for the same. Give every process the same settings."
             )
-        self._asked, self._mesh = config, mesh
+        self._asked, self.mesh = config, mesh
         self._made: dict[int, tuple[ContextParallelConfig, Groups, Exchange]] = {}
         self.groups: Groups
         self.exchange: Exchange
@@ -131,7 +131,7 @@ class ContextParallel:
                 f"size={sizes[odd]}. Call resize() or using() with the same size on every process of the world."
             )
         if size not in self._made:
-            self._make(config, build_groups(size, self._mesh, divided=True))
+            self._make(config, build_groups(size, self.mesh, divided=True))
         self.switch(size)
 
     @contextmanager

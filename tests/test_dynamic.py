@@ -10,6 +10,7 @@ from models import context, some_labels, tiny_model, tokens
 from test_trainer import STOCK, make_trainer
 
 import hf_context_parallel as hcp
+from hf_context_parallel.dynamic import Scheduler
 
 LENGTH = 45
 
@@ -162,3 +163,116 @@ def test_dynamic_training_is_that_of_one_process(on_ranks, tmp_path, case):
             sizes |= {(extent, size) for size in used}
             assert all(0 <= entry["idle_share"] < 1 for entry in logs)
     assert len(sizes) > 2, sizes
+
+
+def sharded_history(extent, folder, options, most) -> list[tuple[float, float]]:
+    """Of a model in a folder that Transformers shards over all ranks while loading it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="context_parallel",
+        distributed_config=DistributedConfig(fsdp_size=dist.get_world_size()),
+    )
+    return history(extent, folder, {**options, "model": model}, most)[0]
+
+
+def test_dynamic_training_of_a_sharded_model_is_that_of_one_process(on_ranks, tmp_path):
+    options = {"max_steps": 2, "global_batch": 4, "gradient_accumulation_steps": 2, "collator": "packed"}
+    tiny_model("llama", None, torch.float32).save_pretrained(tmp_path)
+    [(expected, _, _)] = on_ranks(1, history, STOCK, tmp_path, options)
+    for found in on_ranks(4, sharded_history, 2, tmp_path, options, 64):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def rerouted() -> list[tuple[int, list[int]]]:
+    """The rounds of four samples on two extents of two ranks: the sizes of groups, and the tokens of their rows."""
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2, dynamic=True, max_tokens_per_rank=8))
+    scheduler = Scheduler(cp, tiny_model("llama", "context_parallel"))
+    first = 100 * cp.groups.data_rank
+    batches = [{"input_ids": torch.arange(n)[None] + first + n, "labels": torch.ones(1, n)} for n in (5, 16)]
+    return [(round.size, round.batch["input_ids"][0].tolist()) for round in scheduler.rounds(batches)]
+
+
+def test_samples_travel_to_the_ranks_that_compute_them(on_ranks):
+    rounds = on_ranks(4, rerouted)
+    loaded = [list(range(first + n, first + n + n)) for first in (0, 100) for n in (5, 16)]
+    computed = []
+    for number in range(len(rounds[0])):
+        rank = 0
+        while rank < 4:
+            size, row = rounds[rank][number]
+            assert all(rounds[other][number] == (size, row) for other in range(rank, rank + size))
+            computed.append(row)
+            rank += size
+    rows = [token for row in computed for token in row if token]  # without rows for the others' sake, which are zeros
+    assert sorted(rows) == sorted(token for sample in loaded for token in sample)
+    assert all(
+        any(sample == row[start : start + len(sample)] for row in computed for start in range(len(row)))
+        for sample in loaded
+    )
+
+
+def batch_refusal(case) -> str:
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2, dynamic=True, max_tokens_per_rank=8))
+    scheduler = Scheduler(cp, tiny_model("llama", "context_parallel"))
+    odd = dist.get_rank() == 3
+    batch = {"input_ids": tokens(2, 10), "labels": tokens(2, 10)}
+    if case == "too long" and cp.groups.data_rank == 1:
+        batch = {name: tokens(1, 17) for name in batch}
+    elif case == "no labels" and odd:
+        del batch["labels"]
+    elif case == "left padding" and odd:
+        batch["attention_mask"] = torch.tensor([[1] * 10, [0] * 2 + [1] * 8])
+        batch["labels"] = torch.full((2, 10), -100)
+    elif case == "embeddings" and odd:
+        batch["inputs_embeds"] = torch.zeros(2, 10, 4)
+    elif case == "ranks differ" and odd:
+        batch["input_ids"] = tokens(2, 10, seed=1)
+    try:
+        scheduler.rounds([batch])
+    except ValueError as caught:
+        return str(caught)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("too long", "sample 0 of data rank 1 has 17 tokens, and a group of all 2 ranks holds 16"),
+        ("no labels", "rank 3 of the group: the batch has no labels"),
+        ("left padding", "row 1 has padding before or between its tokens"),
+        ("embeddings", "the batch has 'inputs_embeds'"),
+        ("ranks differ", "ranks 2 and 3 share their samples and have loaded different ones"),
+    ],
+)
+def test_a_batch_that_cannot_be_dealt_is_refused_on_every_rank(on_ranks, case, message):
+    for found in on_ranks(4, batch_refusal, case):
+        assert message in found
+
+
+DYNAMIC = {"dynamic": True, "max_tokens_per_rank": 64}
+REFUSED = {
+    "output_router_logits": lambda: {"model_type": "qwen3_moe", "model": router_model()},
+    "average_tokens_across_devices": lambda: {"average_tokens_across_devices": False},
+    "num_items_in_batch": lambda: {"accepts": False},
+    "counts positions": lambda: {"model_type": "opt"},
+}
+
+
+def router_model():
+    return tiny_model("qwen3_moe", "context_parallel", torch.float32, output_router_logits=True)
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_no_sum_over_tokens_is_refused(tmp_path, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(1, tmp_path, settings=DYNAMIC, **REFUSED[message]())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dynamic": True}, {"max_tokens_per_rank": 8}, {"dynamic": True, "max_tokens_per_rank": 1}]
+)
+def test_settings_that_do_not_go_together_are_refused(settings):
+    with pytest.raises(ValueError, match="max_tokens_per_rank"):
+        hcp.ContextParallelConfig(**settings)
