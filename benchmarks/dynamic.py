@@ -41,12 +41,11 @@ from hf_context_parallel.layout import LAYOUTS
 from hf_context_parallel.schedule import (
     LLAMA_8B,
     Costs,
-    Group,
     Schedule,
     capacity,
     counts,
+    in_order,
     make_schedule,
-    one_by_one,
 )
 from hf_context_parallel.workers import WorkerPool
 
@@ -62,26 +61,6 @@ def long_tailed(samples: int, seed: int, scale: int = 1) -> list[int]:
     """Log-normal lengths with a median of 3,000 tokens, from 1K to 16K; all divided by `scale`."""
     draws = np.random.default_rng(seed).lognormal(np.log(3000), 0.8, samples)
     return (np.clip(draws, SHORTEST, LONGEST) // scale).astype(int).tolist()
-
-
-def packed(lengths: Sequence[int], ranks: int, extent: int, most: int, costs: Costs) -> Schedule:
-    """Static CP: every group packs its samples, in the order in which they came, to rows that its ranks can hold."""
-    rows = []
-    for rank in range(ranks // extent):
-        own: list[list[int]] = []
-        for sample in range(rank, len(lengths), ranks // extent):
-            if not own or sum(lengths[other] for other in (*own[-1], sample)) > capacity(extent, most):
-                own.append([])
-            own[-1].append(sample)
-        rows.append(own)
-    rounds = tuple(
-        tuple(
-            Group(rank * extent, extent, tuple(own[number]) if number < len(own) else ())
-            for rank, own in enumerate(rows)
-        )
-        for number in range(max(map(len, rows)))
-    )
-    return Schedule(tuple(lengths), ranks, rounds, costs)
 
 
 def waiting_for_nodes(schedule: Schedule) -> float:
@@ -128,8 +107,8 @@ def simulated(ranks: int, most: int, samples: int, steps: int) -> dict[str, Any]
             planning.append(time.perf_counter() - begin)
             stages = stages_of_greedy_rule(lengths, ranks, most, costs, NODE if sharded else 1)
             seconds = {
-                "one by one": measure(one_by_one(lengths, ranks, NODE, costs)),
-                "packed": measure(packed(lengths, ranks, NODE, most, costs)),
+                "one by one": measure(in_order(lengths, ranks, NODE, 0, costs)),
+                "packed": measure(in_order(lengths, ranks, NODE, capacity(NODE, most), costs)),
                 "greedy": float(sum(stage.max() for stage in stages)),
                 "ours": measure(ours),
             }
@@ -161,7 +140,7 @@ def counted(ranks: int, extent: int, most: int, samples: int, shape: Any) -> dic
     rates = Costs.of(shape, CPU)
     work = Costs(pair=rates.pair * CPU.attention, token=rates.token * CPU.linear)
     schedules = {
-        "one by one": one_by_one(lengths, ranks, extent, work),
+        "one by one": in_order(lengths, ranks, extent, 0, work),
         "dynamic": make_schedule(lengths, ranks, extent, most, rates),
     }
     found = {}
@@ -278,7 +257,7 @@ def plot(counted_work: dict[str, Any], simulations: list[dict[str, Any]]) -> Fig
     axes[1].set_xlabel("floating-point operations")
     axis = right.subplots()
     setting = "weights sharded over a node"
-    names = [f"{result['ranks']:,} ranks\n{result['max_tokens_per_rank']:,}" for result in simulations]
+    names = [f"{result['ranks']:,}\n{result['max_tokens_per_rank']:,}" for result in simulations]
     ways = list(simulations[0]["tokens_per_second"][setting])
     for number, way in enumerate(ways):
         values = [
@@ -286,9 +265,11 @@ def plot(counted_work: dict[str, Any], simulations: list[dict[str, Any]]) -> Fig
             for result in simulations
         ]
         axis.bar(np.arange(len(names)) + number / (len(ways) + 1), values, 1 / (len(ways) + 1), label=way)
-    axis.set_xticks(np.arange(len(names)) + 0.3, names, fontsize=8)
-    axis.set_title(f"Simulated tokens/s, {setting},\nas multiples of one by one; tokens a rank may hold below")
-    axis.legend()
+    axis.set_xticks(np.arange(len(names)) + 0.3, names, fontsize=7)
+    axis.set_title(
+        f"Simulated tokens/s with {setting},\nas multiples of one by one: ranks, and tokens that a rank may hold"
+    )
+    axis.legend(loc="lower left", framealpha=1)
     return figure
 
 
