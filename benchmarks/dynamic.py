@@ -266,9 +266,8 @@ def plot(counted_work: dict[str, Any], simulations: list[dict[str, Any]]) -> Fig
         ]
         axis.bar(np.arange(len(names)) + number / (len(ways) + 1), values, 1 / (len(ways) + 1), label=way)
     axis.set_xticks(np.arange(len(names)) + 0.3, names, fontsize=7)
-    axis.set_title(
-        f"Simulated tokens/s with {setting},\nas multiples of one by one: ranks, and tokens that a rank may hold"
-    )
+    axis.set_title(f"Simulated tokens/s with {setting},\nas multiples of one by one")
+    axis.set_xlabel("ranks, and tokens that a rank may hold")
     axis.legend(loc="lower left", framealpha=1)
     return figure
 
