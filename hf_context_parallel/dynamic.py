@@ -59,6 +59,11 @@ class Scheduler:
 
     def __init__(self, cp: ContextParallel, model: torch.nn.Module, sharded: bool = False):
         _refuse(model)
+        if cp.groups.tensor.size > 1:
+            raise ValueError(
+                f"dynamic=True has not been compared with one process under tensor parallelism, and tp_size is "
+                f"{cp.groups.tensor.size}. Set dynamic=False, or load the model without tp_size."
+            )
         self._cp, self._extent = cp, cp.groups
         for size in sizes(cp.size):
             with cp.using(size):

@@ -119,7 +119,6 @@ class ContextParallelMixin:
         for wrong, remedy in (
             (not self.args.average_tokens_across_devices, "needs average_tokens_across_devices=True"),
             (not self.model_accepts_loss_kwargs, "needs a model whose loss is divided by num_items_in_batch"),
-            (self.is_deepspeed_enabled, "is not known to be right with DeepSpeed; use DDP or FSDP2"),
         ):
             if wrong and self._config.dynamic:
                 raise ValueError(f"context parallelism: dynamic=True {remedy}, or set dynamic=False.")
