@@ -81,6 +81,11 @@ class ContextParallelConfig:
                 f"dynamic={self.dynamic} with max_tokens_per_rank={most}: groups are chosen by the tokens that a rank "
                 "can hold, and by nothing else. Set both, or neither."
             )
+        if self.dynamic and self.layout == "balanced":
+            raise ValueError(
+                "layout='balanced' pads rows by their documents, so that dynamic=True could not tell which of them a "
+                "rank can hold. Take layout='zigzag' or 'contiguous'."
+            )
 
     def _check_comm_type(self) -> None:
         if isinstance(self.comm_type, Mapping):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .balance import padded_layout
 from .cost import BACKWARD, Machine, attention_flops
 from .layout import LAYOUTS, Layout
 
@@ -313,8 +314,7 @@ def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int
 
 
 def _row_cost(lengths: list[int], size: int, costs: Costs, layout: str) -> float:
-    chunks = len(LAYOUTS[layout](0, size).chunk_owners)
-    return costs.row(lengths, LAYOUTS[layout](-(-sum(lengths) // chunks) * chunks, size))
+    return costs.row(lengths, padded_layout(layout, sum(lengths), size))
 
 
 class _Dealer:

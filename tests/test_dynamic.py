@@ -272,8 +272,14 @@ def test_what_is_no_sum_over_tokens_is_refused(tmp_path, message):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dynamic": True}, {"max_tokens_per_rank": 8}, {"dynamic": True, "max_tokens_per_rank": 1}]
+    "settings",
+    [
+        {"dynamic": True},
+        {"max_tokens_per_rank": 8},
+        {"dynamic": True, "max_tokens_per_rank": 1},
+        {"dynamic": True, "max_tokens_per_rank": 8, "layout": "balanced"},
+    ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings):
-    with pytest.raises(ValueError, match="max_tokens_per_rank"):
+    with pytest.raises(ValueError, match="max_tokens_per_rank|layout='balanced'"):
         hcp.ContextParallelConfig(**settings)
