@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -274,8 +274,11 @@ def make_schedule(
         if chosen in tried:
             continue
         tried.add(chosen)
-        for packed in (True, False):
-            rounds = _Dealer(lengths, chosen, ranks, holds, costs, layout, packed).deal()
+        ways = [_Dealer(lengths, chosen, ranks, holds, costs, layout, packed).deal for packed in (True, False)]
+        if not costs.in_step:
+            ways.append(partial(_one_after_another, lengths, chosen, ranks, costs, layout))
+        for way in ways:
+            rounds = way()
             schedule = Schedule(tuple(lengths), ranks, rounds, costs, layout)
             if schedule.total < best.total * (1 - 1e-9):
                 best = schedule
@@ -315,6 +318,28 @@ def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int
 
 def _row_cost(lengths: list[int], size: int, costs: Costs, layout: str) -> float:
     return costs.row(lengths, padded_layout(layout, sum(lengths), size))
+
+
+def _one_after_another(
+    lengths: Sequence[int], chosen: Sequence[int], ranks: int, costs: Costs, layout: str
+) -> tuple[tuple[Group, ...], ...]:
+    """Each sample by itself, the largest groups first, on the ranks that are free soonest: some run more often."""
+    done, runs = np.zeros(ranks), np.zeros(ranks, dtype=np.int64)
+    rounds: list[list[Group]] = []
+    for sample in sorted(range(len(lengths)), key=lambda sample: (-chosen[sample], -lengths[sample], sample)):
+        size = chosen[sample]
+        block = int(done.reshape(-1, size).max(axis=1).argmin())
+        group = slice(block * size, (block + 1) * size)
+        done[group] = done[group].max() + _row_cost([lengths[sample]], size, costs, layout)
+        turn = runs[group].max()
+        runs[group] = turn + 1
+        if turn == len(rounds):
+            rounds.append([])
+        rounds[turn].append(Group(group.start, size, (sample,)))
+    for groups in rounds:
+        busy = {rank for first, size, _ in groups for rank in range(first, first + size)}
+        groups += [Group(rank, 1, ()) for rank in range(ranks) if rank not in busy]
+    return tuple(tuple(sorted(groups)) for groups in rounds)
 
 
 class _Dealer:

@@ -281,5 +281,5 @@ def test_what_is_no_sum_over_tokens_is_refused(tmp_path, message):
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings):
-    with pytest.raises(ValueError, match="max_tokens_per_rank|layout='balanced'"):
+    with pytest.raises(ValueError, match=r"max_tokens_per_rank|layout='balanced'"):
         hcp.ContextParallelConfig(**settings)
