@@ -39,7 +39,7 @@ def compare_with_one_process(path: Path, overrides: Sequence[str]) -> int:
         "context_parallel.size=1",
         "context_parallel.sequence_parallel=false",
     ]
-    alone.append("distributed=null")
+    alone += ["distributed=null", "context_parallel.dynamic=false", "context_parallel.max_tokens_per_rank=null"]
     for count, changes in ((ranks, []), (1, alone)):
         share = threads * ranks // count
         print(f"\n{path} on {count} rank{'s' * (count > 1)} of {share} thread{'s' * (share > 1)}", flush=True)

@@ -39,6 +39,10 @@ class ContextParallelConfig:
             stops where a layer differs by more than rounding does; see `verify`. It costs less than two steps.
         sequence_parallel: with tensor parallelism, between its regions (norms, residuals, their dropout) each rank of
             a tensor-parallel group computes and keeps its share of the tokens only, as in Megatron-LM.
+        dynamic: the Trainer deals the samples of a global batch to groups of `size` ranks and fewer, so that short
+            ones need not be split as long ones are.
+        max_tokens_per_rank: the most tokens that a rank holds then, packed; a sample fits where the ranks of a group
+            hold it together.
 
     Raises:
         ValueError: if a value is out of range or not among those listed.
@@ -52,6 +56,8 @@ class ContextParallelConfig:
     check_batch: bool = True
     verify: bool = True
     sequence_parallel: bool = False
+    dynamic: bool = False
+    max_tokens_per_rank: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_count(self.size):
@@ -64,9 +70,22 @@ class ContextParallelConfig:
             )
         for field, allowed in (("layout", LAYOUTS), ("kernel", KERNELS)):
             _check_choice(field, getattr(self, field), allowed)
-        for field in ("check_batch", "verify", "sequence_parallel"):
+        for field in ("check_batch", "verify", "sequence_parallel", "dynamic"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r} must be true or false.")
+        most = self.max_tokens_per_rank
+        if most is not None and (not _is_count(most) or most < 2):
+            raise ValueError(f"max_tokens_per_rank={most!r} must be a number of tokens, 2 or more.")
+        if self.dynamic != (most is not None):
+            raise ValueError(
+                f"dynamic={self.dynamic} with max_tokens_per_rank={most}: groups are chosen by the tokens that a rank "
+                "can hold, and by nothing else. Set both, or neither."
+            )
+        if self.dynamic and self.layout == "balanced":
+            raise ValueError(
+                "layout='balanced' pads rows by their documents, so that dynamic=True could not tell which of them a "
+                "rank can hold. Take layout='zigzag' or 'contiguous'."
+            )
 
     def _check_comm_type(self) -> None:
         if isinstance(self.comm_type, Mapping):

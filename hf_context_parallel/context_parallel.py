@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +28,7 @@ from .kernels import check_kernel, choose_kernel, named_kernel
 from .kernels.base import Kernel, make_scores
 from .layout import Layout
 from .loader import prepare_data_loader
-from .mesh import build_groups, world
+from .mesh import Groups, build_groups, world
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,12 @@ class ContextParallel:
                 f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
                 "ask for the same. Give every process the same settings."
             )
-        self.groups = build_groups(config.size, mesh)
+        self._asked, self.mesh = config, mesh
+        self._made: dict[int, tuple[ContextParallelConfig, Groups, Exchange]] = {}
+        self.groups: Groups
+        self.exchange: Exchange
+        self._make(config, build_groups(config.size, mesh))
+        self.switch(config.size)
         if config.sequence_parallel and self.groups.tensor.size == 1:
             raise ValueError(
                 "sequence_parallel=True shards activations over the ranks of tensor parallelism, and there is none "
@@ -79,7 +86,6 @@ class ContextParallel:
                 "the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...) and give "
                 "mesh=hf_context_parallel.mesh_of(model), or leave sequence_parallel off."
             )
-        self.exchange: Exchange = GroupExchange(self.groups.group)
         self._chosen: set[tuple[str, str, int]] = set()
 
     @property
@@ -91,6 +97,63 @@ class ContextParallel:
     def size(self) -> int:
         """The ranks of a CP group."""
         return self.groups.size
+
+    def resize(self, size: int) -> None:
+        """Split what follows over groups of `size` ranks. Every process of the world must call this alike.
+
+        Layouts, plans, positions and losses follow. Data loaders that were prepared go on dealing samples to the
+        groups that they were prepared for. The groups of a size are made once.
+
+        Args:
+            size: a divisor of the ranks that CP may divide: the world's, or those along the mesh's `cp` or data
+                dimension.
+
+        Raises:
+            ValueError: on every rank alike, if sizes differ or do not divide, or a batch is open on any rank.
+        """
+        asked, error = 0, None
+        try:
+            if current_batch() is not None:
+                raise ValueError(
+                    f"the CP size cannot change from {self.size} to {size} while a batch is open: leave "
+                    "`with cp.shard(...)` first."
+                )
+            inner = self._asked.a2a_size
+            config = replace(self._asked, size=size, a2a_size=None if inner is None else math.gcd(inner, size))
+            asked = size
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
+            error = caught
+        sizes = agree(world(), error, 0, "sizes", "", length=asked)
+        if len(set(sizes)) > 1:
+            odd = next(rank for rank, other in enumerate(sizes) if other != sizes[0])
+            raise ValueError(
+                f"the ranks ask for different CP sizes: rank 0 for size={sizes[0]} and rank {odd} for "
+                f"size={sizes[odd]}. Call resize() or using() with the same size on every process of the world."
+            )
+        if size not in self._made:
+            self._make(config, build_groups(size, self.mesh, divided=True))
+        self.switch(size)
+
+    @contextmanager
+    def using(self, size: int) -> Iterator[ContextParallel]:
+        """`resize` for a `with` block; leaving it, also by an exception, returns to the size before.
+
+        Raises:
+            ValueError: as `resize` does.
+        """
+        before = self.size
+        self.resize(size)
+        try:
+            yield self
+        finally:
+            self.switch(before)
+
+    def switch(self, size: int) -> None:
+        """Go on with groups that `resize` has made before, without asking the other ranks, which may be on others."""
+        self.config, self.groups, self.exchange = self._made[size]
+
+    def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
+        self._made[config.size] = config, groups, GroupExchange(groups.group)
 
     def kernel(self, device: torch.device) -> Kernel:
         """What computes attention on a device.

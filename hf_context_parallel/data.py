@@ -118,26 +118,10 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     Raises:
         ValueError: if the batch holds something that cannot be exact on a shard.
     """
-    batch = {name: value for name, value in batch.items() if value is not None}
-    if "input_ids" not in batch and "inputs_embeds" not in batch:
-        raise ValueError(f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}.")
-    _refuse_unknown(batch)
+    batch, rows, whole = read_batch(batch)
+    batch_size, length = whole["position_ids"].shape
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    batch_size, length = tokens.shape[:2]
-    _check_shapes(batch, batch_size, length)
-    rows = _documents(batch, batch_size, length)
-
-    whole = {name: batch[name] for name in PADDING if name in batch}
-    if "position_ids" not in whole:
-        whole["position_ids"] = torch.arange(length, device=tokens.device)
-    whole["position_ids"] = whole["position_ids"].expand(batch_size, -1)
-    num_items = None
-    if "labels" in whole or "shift_labels" in whole:
-        if "shift_labels" not in whole:
-            whole["shift_labels"] = pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:]
-        whole["labels"] = whole["shift_labels"]
-        _refuse_padded_targets(whole["shift_labels"], batch.get("attention_mask"))
-        num_items = (whole["shift_labels"] != IGNORED).sum()
+    num_items = (whole["shift_labels"] != IGNORED).sum() if "shift_labels" in whole else None
 
     documents = [document for row in rows for document in row]
     layout = padded_layout(config.layout, length, config.size, documents)
@@ -172,6 +156,36 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
         count,
     )
     return local
+
+
+def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[masks.Document, ...], ...], dict]:
+    """A whole batch as the inputs that it has, the documents of each row, and its inputs with a sequence dimension.
+
+    Those are `[B, S]`, with the `position_ids` and the `shift_labels` that one process would make, and `labels` (if
+    there are any) the same.
+
+    Raises:
+        ValueError: as `shard_batch` does.
+    """
+    batch = {name: value for name, value in batch.items() if value is not None}
+    if "input_ids" not in batch and "inputs_embeds" not in batch:
+        raise ValueError(f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}.")
+    _refuse_unknown(batch)
+    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    batch_size, length = tokens.shape[:2]
+    _check_shapes(batch, batch_size, length)
+    rows = _documents(batch, batch_size, length)
+
+    whole = {name: batch[name] for name in PADDING if name in batch}
+    if "position_ids" not in whole:
+        whole["position_ids"] = torch.arange(length, device=tokens.device)
+    whole["position_ids"] = whole["position_ids"].expand(batch_size, -1)
+    if "labels" in whole or "shift_labels" in whole:
+        if "shift_labels" not in whole:
+            whole["shift_labels"] = pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:]
+        whole["labels"] = whole["shift_labels"]
+        _refuse_padded_targets(whole["shift_labels"], batch.get("attention_mask"))
+    return batch, rows, whole
 
 
 def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...], packed: bool) -> torch.Tensor:

@@ -84,11 +84,14 @@ def mesh_of(model: torch.nn.Module) -> DeviceMesh | None:
     return None
 
 
-def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
+def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = False) -> Groups:
     """Make the CP groups. Every process of the world must call this with the same arguments.
 
     Without a mesh, CP groups are `size` consecutive ranks of the world. With one, they are its `cp` dimension, or
     `size` consecutive ranks along its data dimension (`fsdp`, `dp_shard` or `dp`; beyond it, along the replicas).
+
+    Args:
+        divided: make them of `size` consecutive ranks of the `cp` dimension too.
 
     Raises:
         ValueError: if there is no process group, the sizes do not divide, or the mesh is of some of the world's ranks.
@@ -103,9 +106,8 @@ def build_groups(size: int, mesh: DeviceMesh | None = None) -> Groups:
             )
         alone = world()
         return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, alike=alone)
-    blocks = _blocks(size, mesh)
-    everyone = dist.group.WORLD
-    timeout = everyone._get_backend(_device(everyone)).options._timeout  # or else a new group has the default one
+    blocks = _blocks(size, mesh, divided)
+    timeout = _timeout()
     options = _transfers_first(timeout)
     group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks], timeout, pg_options=options)
     me = dist.get_rank()
@@ -150,7 +152,26 @@ def _on_a_node(ranks: list[int]) -> int:
     return max(Counter(rank // local for rank in ranks).values())
 
 
-def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:
+def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGroup:
+    """The ranks with this one's place in CP groups of `size`, one of each share of the samples, in their order.
+
+    Every process of the world must call this with the same arguments.
+    """
+    blocks = _blocks(size, mesh)
+    shares = max(number for _, number in blocks) + 1
+    columns = []
+    for first in range(0, len(blocks), shares):  # each copy of the samples
+        columns += zip(*(ranks for ranks, _ in blocks[first : first + shares]))
+    group, _ = dist.new_subgroups_by_enumeration([list(column) for column in columns], _timeout())
+    return group
+
+
+def _timeout() -> timedelta:
+    """The world's: a new group would have the default one."""
+    return dist.group.WORLD._get_backend(_device(dist.group.WORLD)).options._timeout
+
+
+def _blocks(size: int, mesh: DeviceMesh | None, divided: bool = False) -> list[tuple[list[int], int]]:
     """Every CP group of the world: its ranks, and which share of the samples it gets."""
     if mesh is None:
         names, ranks = ("dp",), torch.arange(dist.get_world_size())
@@ -174,9 +195,10 @@ def _blocks(size: int, mesh: DeviceMesh | None) -> list[tuple[list[int], int]]:
     extent = ranks.shape[names.index(along)]
     copies = prod(ranks.shape[index] for index in shared)
     shares = ranks.numel() // copies
-    fits = extent == size if along == CONTEXT_DIMENSION else not (extent % size and (size % extent or shares % size))
+    whole = along == CONTEXT_DIMENSION and not divided
+    fits = extent == size if whole else not (extent % size and (size % extent or shares % size))
     if not fits:
-        rule = "is not" if along == CONTEXT_DIMENSION else "does not divide"
+        rule = "is not" if whole else "does not divide"
         what = "the world size" if mesh is None else f"the mesh dimension {along!r}"
         raise ValueError(
             f"size={size} {rule} {what}, which is {extent}. Start a multiple of {size * copies} processes, or choose "

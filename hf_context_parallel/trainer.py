@@ -6,13 +6,14 @@ import functools
 import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import recursively_apply
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
 from .composition import (
@@ -27,6 +28,7 @@ from .composition import (
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import ContextParallelDataCollator
+from .dynamic import Round, Scheduler
 from .integration.models import check_model
 from .integration.tensor import check_parallelism
 from .loader import prepare_data_loader
@@ -48,6 +50,10 @@ class ContextParallelMixin:
     Training logs gain `tokens_per_second` (of all ranks), `tokens_per_second_per_rank`, `sequence_length` (the longest
     since the last log) and `peak_memory_gib` (of the rank that needed most, above the start of its step).
 
+    With `dynamic`, the samples that all ranks loaded for an optimizer step are dealt to groups of several sizes
+    (`Scheduler`), and a training step runs the model once or more, on rows that `compute_loss` sees one after another.
+    Logs gain `idle_share`, estimated. Evaluation and prediction run on groups of `size`.
+
     Before its first step `train()` compares the model on shards with the model on whole sequences; see `verify`.
 
     Args:
@@ -62,7 +68,7 @@ class ContextParallelMixin:
         self._config = context_parallel or ContextParallelConfig()
         self._whole_num_items: torch.Tensor | int | None = None
         self._predicting = self._loss_is_ours = False
-        self._tokens = self._longest = 0
+        self._tokens, self._longest = 0.0, 0
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # predictions need the whole batch, so shard it here
@@ -71,6 +77,12 @@ class ContextParallelMixin:
             self.add_callback(_Verification(self))
         self._watch = _StepWatch(self.args.device)
         self.add_callback(self._watch)
+        self._scheduler: Scheduler | None = None
+        if self._config.dynamic:
+            sharded = self.is_fsdp_enabled or isinstance(self.model, FSDPModule)
+            self._scheduler = Scheduler(self.cp, self.model, sharded)
+        self._rounds: list[list[Round]] = []
+        """Those of each training step until the next optimizer step."""
 
     def _refuse(self) -> None:
         """Refuse what is known to be wrong on shards before anything is trained."""
@@ -104,6 +116,12 @@ class ContextParallelMixin:
         ):
             if wrong:
                 raise ValueError(f"context parallelism: {remedy}.")
+        for wrong, remedy in (
+            (not self.args.average_tokens_across_devices, "needs average_tokens_across_devices=True"),
+            (not self.model_accepts_loss_kwargs, "needs a model whose loss is divided by num_items_in_batch"),
+        ):
+            if wrong and self._config.dynamic:
+                raise ValueError(f"context parallelism: dynamic=True {remedy}, or set dynamic=False.")
 
     def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
@@ -140,12 +158,53 @@ class ContextParallelMixin:
         sharded = self.cp.shard(self._prepare_inputs(inputs), model)
         step = ExitStack()
         local = step.enter_context(sharded)
-        self._tokens += sharded.shard.batch_size * sharded.shard.length
-        self._longest = max(self._longest, sharded.shard.length)
+        if self._scheduler is None:
+            self._count(sharded.shard.batch_size * sharded.shard.length, sharded.shard.length)
         return lambda: step, local
 
+    def _count(self, tokens: int, longest: int) -> None:
+        """Note what this rank's group computes, for the logs."""
+        self._tokens += tokens / self.cp.groups.alike.size
+        self._longest = max(self._longest, longest)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Trainer's. What they hold is scheduled now, since more samples are dealt out more evenly."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._scheduler is not None and batches:
+            rounds, steps = self._scheduler.rounds(batches), len(batches)
+            edges = [len(rounds) * step // steps for step in range(steps + 1)]
+            self._rounds = [rounds[start:stop] for start, stop in zip(edges, edges[1:])]
+        return batches, num_items_in_batch
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Trainer's, which must have computed its loss here."""
+        """Trainer's, which must have computed its loss here; with `dynamic`, for each round of this step."""
+        if self._scheduler is None:
+            return self._checked_step(model, inputs, num_items_in_batch)
+        rounds = self._rounds.pop(0) if self._rounds else self._scheduler.rounds([inputs])
+        loss = torch.zeros((), device=self.args.device)
+        sync = self.accelerator.gradient_state.sync_gradients
+        try:
+            for number, round in enumerate(rounds, start=1):
+                last = not self._rounds and number == len(rounds)
+                self.cp.switch(round.size)
+                self._count(round.tokens, round.longest)
+                self.accelerator.gradient_state._set_sync_gradients(sync and last)
+                with nullcontext() if last else self._without_reduction(model):
+                    loss = loss + self._checked_step(model, round.batch, num_items_in_batch)
+        finally:
+            self.cp.switch(self._config.size)
+            self.accelerator.gradient_state._set_sync_gradients(sync)
+        return loss
+
+    def _without_reduction(self, model: torch.nn.Module) -> AbstractContextManager:
+        """For a backward pass whose gradients are only added up, as those of all micro-batches but the last are."""
+        if self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+            return nullcontext()
+        if isinstance(self.model, FSDPModule) and hasattr(self, "_defer_fsdp_gradient_reduction"):
+            return self._defer_fsdp_gradient_reduction()  # sharded when it was loaded, so accelerate does not know it
+        return self.accelerator.no_sync(model)
+
+    def _checked_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         self._loss_is_ours = False
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_other_losses()
@@ -220,17 +279,19 @@ class ContextParallelMixin:
     def _throughput(self) -> dict[str, float]:
         seconds, peak = self._watch.read()
         mine = torch.tensor(
-            [self._tokens / self.cp.groups.alike.size, self._longest, -1.0 if peak is None else peak],
+            [self._tokens, self._longest, -1.0 if peak is None else peak],
             dtype=torch.float64,
             device=self.args.device,
         )
-        self._tokens = self._longest = 0
+        self._tokens, self._longest = 0.0, 0
         tokens, longest, peaks = self.accelerator.gather(mine[None]).T
         figures = {
             "tokens_per_second": tokens.sum().item() / seconds,
             "tokens_per_second_per_rank": tokens.mean().item() / seconds,
             "sequence_length": int(longest.max()),
         }
+        if self._scheduler is not None:
+            figures["idle_share"] = self._scheduler.idle_share()
         if peaks.max() >= 0:
             figures["peak_memory_gib"] = peaks.max().item()
         return figures

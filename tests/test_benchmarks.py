@@ -109,3 +109,16 @@ def test_gpu_says_that_there_is_none(run, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert importlib.import_module("benchmarks.gpu").main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_dynamic(run, tmp_path):
+    small = ("--rounds", "1", "--scale", "64", "--samples", "2", "--steps", "1")
+    results = run("dynamic", "--ranks", "8,64", "--most", "4096", *small)
+    assert (tmp_path / "dynamic.png").stat().st_size
+    assert all(len(seconds) == 1 for seconds in results["seconds"].values())
+    static, dynamic = results["counted"]["one by one"], results["counted"]["dynamic"]
+    assert dynamic["slowest"] <= static["slowest"]
+    assert all(ours < other for ours, other in zip(dynamic["idle"], static["idle"]))
+    assert [result["ranks"] for result in results["simulated"]] == [8, 64]
+    for result in results["simulated"]:
+        assert all(all(ways.values()) for ways in result["never_slower"].values())
