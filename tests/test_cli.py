@@ -72,7 +72,7 @@ def test_processes_that_would_train_apart_are_told(run):
         assert line in result.stdout
 
 
-@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", "qwen3_8b_fsdp2"])
+@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", pytest.param("qwen3_8b_fsdp2", marks=pytest.mark.exhaustive)])
 def test_recipes_for_large_machines_run_dry(run, name):
     result = run(*COMMAND, "train", f"recipes/{name}.yaml", "--dry-run", "--nproc", "2")
     assert result.returncode == 0, result.stdout

@@ -34,7 +34,7 @@ from hf_context_parallel.plan import build_plan
 SCALE = 0.3
 PLAIN = Scores(SCALE)
 KERNELS = ("cpu", "reference")
-SIZES = (1, 2, 3, 4, 8)
+SIZES = (1, pytest.param(2, marks=pytest.mark.exhaustive), 3, 4, 8)
 
 
 def tensors(mask, heads=4, key_heads=2, dim=8, value_dim=8, dtype=torch.float64, seed=0):
