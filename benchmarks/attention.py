@@ -8,8 +8,8 @@ processes that talk over gloo and have one torch thread each. Timed, interleaved
     ideal         the kernel calls of an equal share of the arithmetic, 1/N of the heads of the whole batch, and
                   nothing else: no messages, no merging, no copies
     p2p, all_gather, a2a, a2a+p2p (in pairs)
-                  `attention` by each strategy, made before, as a model's layers call it. That which `auto` chooses is
-                  marked.
+                  `attention` by each strategy in the layout `balanced`, made before, as a model's layers call it. That
+                  which `auto` chooses is marked.
     one process   the whole batch on one process that has as many threads as there are ranks
     ...           others', where they take the case: pip install --no-deps ring-flash-attn axolotl-ringmaster; torch
                   has its own
@@ -40,11 +40,12 @@ from tqdm import tqdm
 from hf_context_parallel.attention import attention
 from hf_context_parallel.attention.exchange import GroupExchange
 from hf_context_parallel.attention.strategy import Shape, build_strategy
+from hf_context_parallel.balance import balanced
 from hf_context_parallel.choice import choose, machine_of
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.kernels import choose_kernel
 from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.layout import zigzag
+from hf_context_parallel.layout import Layout, zigzag
 from hf_context_parallel.mask import Mask, Pattern, from_cu_seqlens
 from hf_context_parallel.memory import PeakMemory
 from hf_context_parallel.plan import build_own_plan
@@ -117,7 +118,7 @@ def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
         size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
         if comm_type == "a2a+p2p" and size < 4:
             raise UnsuitablePeer("there are no subgroups of two ranks in two")
-        layout = zigzag(layer.mask.length, size)
+        layout = dealt(layer.mask, size)
         strategy = build_strategy(comm_type, inner(size), layout, layer.mask, rank)
         inputs = [tensor[layout.positions(rank)].requires_grad_() for tensor in layer.whole[:3]]
         grad_output = layer.whole[3][layout.positions(rank)]
@@ -193,8 +194,13 @@ def chosen(case: Case) -> str:
     """What `comm_type="auto"` chooses."""
     config = ContextParallelConfig(size=case.ranks, comm_type="auto", a2a_size=2 if case.ranks == 4 else None)
     shape = Shape(case.heads, case.key_heads, case.head_dim, case.head_dim, getattr(torch, case.dtype))
-    machine = machine_of(torch.device("cpu"), case.ranks)
-    return choose(config, "auto", zigzag(case.tokens, case.ranks), build_mask(case), shape, machine).comm_type
+    machine, mask = machine_of(torch.device("cpu"), case.ranks, os.cpu_count()), build_mask(case)
+    return choose(config, "auto", dealt(mask, case.ranks), mask, shape, machine).comm_type
+
+
+def dealt(mask: Mask, size: int) -> Layout:
+    """The layout of ours: zigzag for one document."""
+    return balanced(mask.length, size, mask.rows[0])
 
 
 def build_runs(layer: Layer, variants: list[str]) -> tuple[dict[str, Run], list[str]]:

@@ -147,8 +147,14 @@ def estimate(
     Args:
         here: the layout's demand, where the caller has it.
     """
-    times = (share.seconds(shape, machine) for share in shares(comm_type, inner, layout, mask, shape, machine, here))
-    return max(times, key=lambda time: time.total)
+    times = [share.seconds(shape, machine) for share in shares(comm_type, inner, layout, mask, shape, machine, here)]
+    slowest = max(times, key=lambda time: time.total)
+    if machine.cores is None:
+        return slowest
+    # Ranks that share cores are done when all that they do is done, whoever does it.
+    shared = min(machine.node, layout.size) / machine.cores / len(times)
+    together = Estimate(sum(t.computing for t in times) * shared, sum(t.messages for t in times) * shared)
+    return max(slowest, together, key=lambda time: time.total)
 
 
 def shares(
@@ -256,6 +262,6 @@ def layer_type(pattern: Pattern) -> str:
     return "full_attention" if pattern.chunk_size is None else "chunked_attention"
 
 
-def machine_of(device: torch.device, node: int) -> Machine:
-    """The rates that choices for a device are made with, for so many ranks of the group a node."""
-    return replace(H100_NODE if device.type == "cuda" else CPU, node=node)
+def machine_of(device: torch.device, node: int, cores: int | None = None) -> Machine:
+    """The rates that choices for a device are made with, for so many ranks of the group and cores a node."""
+    return replace(H100_NODE, node=node) if device.type == "cuda" else replace(CPU, node=node, cores=cores)

@@ -165,7 +165,9 @@ class ContextParallel:
 
     def choice(self, comm_type: str, layout: Layout, mask: masks.Mask, shape: Shape, device: torch.device) -> Choice:
         """How a layer's keys travel, where `comm_type` may be `"auto"`. Each new choice is logged with its reason."""
-        choice = choose(self.config, comm_type, layout, mask, shape, machine_of(device, self.groups.node))
+        choice = choose(
+            self.config, comm_type, layout, mask, shape, machine_of(device, self.groups.node, self.groups.cores)
+        )
         kind = layer_type(mask.pattern)
         if choice.reason and (kind, *choice[:2]) not in self._chosen and self.rank == 0:
             self._chosen.add((kind, *choice[:2]))

@@ -18,6 +18,7 @@ class Machine:
         latency, node_latency: seconds until a message begins to arrive, within a node and between nodes.
         launch: seconds that a kernel call takes whatever it computes.
         node: ranks of a node.
+        cores: ranks of a node that compute at a time, where that may be fewer than it has; the others wait for them.
         overlap: the share of the shorter that is hidden when messages and computing go on at once: 1 where they share
             nothing, 0 where they share the cores.
     """
@@ -32,6 +33,7 @@ class Machine:
     launch: float
     node: int
     overlap: float = 1.0
+    cores: int | None = None
 
     def transfer(self, near: float, far: float, messages: int = 1) -> float:
         """Seconds that a rank's messages take: bytes that stay on the node, and bytes that leave it."""
@@ -54,16 +56,16 @@ H100_NODE = Machine(
 arXiv:2407.08608), four fifths of HBM3, of NVLink 4 (450 GB/s a direction) and of one 400 Gb/s link a GPU."""
 
 CPU = Machine(
-    attention=40e9,
+    attention=58e9,
     linear=60e9,
-    memory=8e9,
-    bandwidth=1.5e9,
+    memory=4e9,
+    bandwidth=1e9,
     node_bandwidth=1e9,
     latency=100e-6,
     node_latency=200e-6,
     launch=50e-6,
     node=8,
-    overlap=0.3,
+    overlap=0.5,
 )
 """A core of a CPU a rank, float32, and gloo, which copies messages with the same cores: measured by
 `benchmarks/attention.py`."""

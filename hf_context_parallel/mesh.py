@@ -47,6 +47,7 @@ class Groups(Ranks):
         alike: all ranks that see the same samples: those of its CP group, and of the CP groups beside it that hold
             other heads or layers.
         node: the most ranks of its CP group that share a machine.
+        cores: of the machine that has fewest.
     """
 
     data_rank: int
@@ -55,6 +56,7 @@ class Groups(Ranks):
     tensor: Ranks
     alike: Ranks
     node: int = 1
+    cores: int = 1
 
 
 def world() -> Ranks:
@@ -113,7 +115,9 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
     device = _device(group)
-    dist.all_reduce(torch.zeros(1, device=device), group=group)  # NCCL: point-to-point must not be a group's first use
+    # All ranks choose by the same number. (And with NCCL point-to-point must not be a group's first use.)
+    cores = torch.tensor([os.cpu_count() or 1], device=device)
+    dist.all_reduce(cores, dist.ReduceOp.MIN, group=group)
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]
     mine = Ranks(group, ranks.index(me), size, device)
@@ -133,6 +137,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
         tensor=tensor,
         alike=alike,
         node=_on_a_node(ranks),
+        cores=cores.item(),
     )
 
 
