@@ -115,9 +115,10 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
     device = _device(group)
-    # All ranks choose by the same number. (And with NCCL point-to-point must not be a group's first use.)
-    cores = torch.tensor([os.cpu_count() or 1], device=device)
-    dist.all_reduce(cores, dist.ReduceOp.MIN, group=group)
+    # All ranks choose by the same numbers. (And with NCCL point-to-point must not be a group's first use.)
+    least = torch.tensor([_on_a_node(ranks), os.cpu_count() or 1], device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    node, cores = least.tolist()
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]
     mine = Ranks(group, ranks.index(me), size, device)
@@ -136,8 +137,8 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
         first_ranks=first_ranks,
         tensor=tensor,
         alike=alike,
-        node=_on_a_node(ranks),
-        cores=cores.item(),
+        node=node,
+        cores=cores,
     )
 
 
