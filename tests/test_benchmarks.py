@@ -71,6 +71,7 @@ def test_plan(run, tmp_path):
     assert one["zigzag by document"]["megabytes"] == pytest.approx(4096 * token * (3 * (2 + 2) + 4 * 4) / 1e6)
 
 
+@pytest.mark.exhaustive
 def test_mixers(run):
     results = run("mixers", "--tokens", "24", "--rounds", "1")["results"]
     assert len(results) == 3
