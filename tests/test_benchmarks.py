@@ -79,6 +79,7 @@ def test_mixers(run):
         assert set(result["seconds"]) == {"one process", "whole sequences", "native", "halves"}
 
 
+@pytest.mark.exhaustive
 def test_trace(run, tmp_path):
     sizes = ("--ranks", "2", "--tokens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--rounds", "1")
     results = run("trace", *sizes, "--traces", str(tmp_path / "traces"))["bars"]
