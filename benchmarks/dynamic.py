@@ -23,6 +23,7 @@ import importlib
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -35,9 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_context_parallel as hcp
+from hf_context_parallel.balance import padded_layout
 from hf_context_parallel.cost import CPU, H100_NODE
 from hf_context_parallel.dynamic import Scheduler, model_shape
-from hf_context_parallel.layout import LAYOUTS
 from hf_context_parallel.schedule import (
     LLAMA_8B,
     Costs,
@@ -77,7 +78,6 @@ def stages_of_greedy_rule(
     A group runs its samples one after another. Where a node's ranks wait for each other, their nth runs take as long
     as the slowest of them.
     """
-    chunks = len(LAYOUTS["zigzag"](0, 1).chunk_owners)
     found = []
     for groups in greedy_stages(lengths, ranks, most):
         longest = max(len(group.samples) for group in groups)
@@ -85,8 +85,7 @@ def stages_of_greedy_rule(
         first = 0
         for group in sorted(groups, key=lambda group: -group.size):
             for number, sample in enumerate(group.samples):
-                length = -(-lengths[sample] // (chunks * group.size)) * chunks * group.size
-                layout = LAYOUTS["zigzag"](length, group.size)
+                layout = padded_layout("zigzag", lengths[sample], group.size)
                 runs[first : first + group.size, number] = costs.row([lengths[sample]], layout)
             first += group.size
         found.append(runs.reshape(ranks // node, node, longest).max(axis=1).sum(axis=1))
@@ -146,25 +145,21 @@ def counted(ranks: int, extent: int, most: int, samples: int, shape: Any) -> dic
     }
     found = {}
     for way, schedule in schedules.items():
-        by_rank, done = np.zeros((len(schedule.rounds), ranks)), np.zeros(ranks)
+        by_rank, last = np.zeros((len(schedule.rounds), ranks)), replace(schedule, costs=work).total
         for number, groups in enumerate(schedule.rounds):
             for first, size, members in groups:
-                layout = LAYOUTS["zigzag"](0, size)
-                chunks = len(layout.chunk_owners)
                 own = [lengths[sample] for sample in members]
-                layout = LAYOUTS["zigzag"](-(-sum(own) // chunks) * chunks, size)
+                layout = padded_layout("zigzag", sum(own), size)
                 if own:
                     pairs, _ = counts(own, layout)
                     by_rank[number, first : first + size] = work.pair * np.array(pairs) + work.token * (
                         layout.length / size
                     )
-                group = slice(first, first + size)
-                done[group] = done[group].max() + by_rank[number, group].max()
         found[way] = {
             "rounds": len(schedule.rounds),
-            "slowest": float(done.max()),
+            "slowest": last,
             "work": by_rank.sum(axis=0).tolist(),
-            "idle": (done.max() - by_rank.sum(axis=0)).tolist(),
+            "idle": (last - by_rank.sum(axis=0)).tolist(),
             "timeline": [
                 [[first, size, float(by_rank[number, first])] for first, size, _ in groups]
                 for number, groups in enumerate(schedule.rounds)

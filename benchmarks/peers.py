@@ -231,50 +231,15 @@ def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
         for buffer, grad in zip((dq, dk, dv), grads):
             buffer[0].copy_(grad)  # flash-attn writes where it is told; torch's CPU operator cannot
 
-    def varlen_forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size=(-1, -1),
-        softcap=0.0,
-        alibi_slopes=None,
-        return_softmax=False,
-    ):
+    # Whether a window is passed as one argument is asked of the signature.
+    def varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size=(-1, -1), **unused):
         tiles = _tiles(cu_seqlens_q, cu_seqlens_k, causal, window_size)
         output, lse = kernel.forward(q, k, v, tiles, Scores(softmax_scale))
         return output.to(q.dtype), lse.T, None, None
 
-    def varlen_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size=(-1, -1),
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=False,
-    ):
-        tiles = _tiles(cu_seqlens_q, cu_seqlens_k, causal, window_size)
-        grads = kernel.backward(dout, q, k, v, out, softmax_lse.T, tiles, Scores(softmax_scale))
+    def varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, window_size=(-1, -1), **how):
+        tiles = _tiles(how["cu_seqlens_q"], how["cu_seqlens_k"], how["causal"], window_size)
+        grads = kernel.backward(dout, q, k, v, out, softmax_lse.T, tiles, Scores(how["softmax_scale"]))
         for buffer, grad in zip((dq, dk, dv), grads):
             buffer.copy_(grad)
 

@@ -227,7 +227,7 @@ def exchange_of_heads(
     """
     inner, first = len(counts), rank - rank % len(counts)
     tokens = TokenExchange(None, rank - first, counts[rank - first], None, counts, (), sum(counts))
-    shared = SharedHeads(tokens, shape.heads, shape.key_heads)
+    shared = SharedHeads(tokens, shape.heads, shape.key_heads, torch.device("cpu"))
     sent = sum(bytes_of_heads(shape, shared))
     outside = sum(other // machine.node != rank // machine.node for other in range(first, first + inner))
     # What is exchanged is put together and taken apart, this rank's part as well.

@@ -57,8 +57,8 @@ class Heads:
             *(_flat(x.flatten(0, 1)) for x in tensors),
         )
         whole = [x.reshape(*x.shape[:2], *like.shape[3:]) for x, like in zip(whole, tensors)]
-        reads = [reads_of(shares[self._tokens.rank], ratio) for ratio in ratios]
-        return [x if read is None else x[:, read] for x, read in zip(whole, reads)]
+        reads = [reads_of(shares[self._tokens.rank], ratio, x.device) for ratio, x in zip(ratios, whole)]
+        return [x if read is None else x.index_select(1, read) for x, read in zip(whole, reads)]
 
     def sharded(self, x: torch.Tensor, shares: Several[range]) -> torch.Tensor:
         """`[T, h, ...]` back as `[B, S_local, H, ...]`: 0 where a token is in no sequence.

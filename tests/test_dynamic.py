@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import context, some_labels, tiny_model, tokens
-from test_trainer import STOCK, make_trainer
+from test_trainer import STOCK, make_trainer, samples_of
 
 import hf_context_parallel as hcp
 from hf_context_parallel.dynamic import Scheduler
@@ -113,24 +113,11 @@ def test_a_size_that_cannot_be_is_refused_on_every_rank(on_ranks, case, message)
 LONG_TAILED = (9, 61, 12, 30, 17, 120, 10, 24, 11, 80, 14, 40, 19, 13, 28, 55)
 
 
-def long_tailed_samples() -> list[dict]:
-    """Samples of which one has a single target, so that most ranks have none."""
-    made = []
-    for number, length in enumerate(LONG_TAILED):
-        input_ids = tokens(1, length, seed=number)[0]
-        labels = some_labels(input_ids, seed=number)
-        if number == 0:
-            labels[:] = -100
-            labels[3] = input_ids[3]
-        made.append({"input_ids": input_ids.tolist(), "labels": labels.tolist()})
-    return made
-
-
 def history(kind, folder, options, most=None) -> tuple[list[tuple[float, float]], list[int], list[dict]]:
     """Loss and gradient norm of each step, the CP sizes that this rank's runs had, and what was logged."""
     settings = {} if most is None else {"dynamic": True, "max_tokens_per_rank": most, "verify": False}
     trainer = make_trainer(kind, folder, settings=settings, **options)
-    trainer.train_dataset = long_tailed_samples()
+    trainer.train_dataset = samples_of(LONG_TAILED)
     sizes = []
     if most is not None:
         trainer.model.register_forward_hook(lambda *_: sizes.append(trainer.cp.size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,14 @@ SAMPLES = 8
 
 def samples(count: int = SAMPLES) -> list[dict]:
     """Documents of many lengths. The first has a single target, so that most ranks have none."""
+    return samples_of(9 + 7 * number for number in range(count))
+
+
+def samples_of(lengths: Iterable[int]) -> list[dict]:
+    """Documents of these lengths, of which the first has a single target."""
     made = []
-    for number in range(count):
-        input_ids = tokens(1, 9 + 7 * number, seed=number)[0]
+    for number, length in enumerate(lengths):
+        input_ids = tokens(1, length, seed=number)[0]
         labels = some_labels(input_ids, seed=number)
         if number == 0:
             labels[:] = -100

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,11 +33,17 @@ def grouped_heads(shares: Sequence[range], ratio: int) -> list[range]:
     return [range(s.start // ratio, (s.stop - 1) // ratio + 1) if s else range(0) for s in shares]
 
 
-def reads_of(share: range, ratio: int) -> list[int] | None:
-    """Which of a rank's `grouped_heads` each of its own reads; None where equally many read each, as kernels want."""
+@lru_cache(maxsize=1024)
+def reads_of(share: range, ratio: int, device: torch.device) -> torch.Tensor | None:
+    """Which of a rank's `grouped_heads` each of its own reads; None where equally many read each, as kernels want.
+
+    Made once: a layer finds it on the device.
+    """
     reads = [head // ratio - share.start // ratio for head in share]
     equally = len(reads) // (reads[-1] + 1) if reads else 1
-    return None if reads == [head // max(1, equally) for head in range(len(reads))] else reads
+    if reads == [head // max(1, equally) for head in range(len(reads))]:
+        return None
+    return torch.tensor(reads, device=device)
 
 
 class SharedHeads:
@@ -45,16 +52,17 @@ class SharedHeads:
     Args:
         tokens: which tokens travel.
         heads, key_heads: of a layer. A key head goes to each rank that has queries of it.
+        device: of the tensors.
     """
 
-    def __init__(self, tokens: TokenExchange, heads: int, key_heads: int):
+    def __init__(self, tokens: TokenExchange, heads: int, key_heads: int, device: torch.device):
         self._tokens, self._totals = tokens, (heads, key_heads)
         ratio = heads // key_heads
         self._queries = deal_heads(heads, len(tokens.counts))
         self._keys = grouped_heads(self._queries, ratio)
         self.mine = self._queries[tokens.rank]
         self._are_shared = sum(map(len, self._keys)) > key_heads
-        self._reads = reads_of(self.mine, ratio)
+        self._reads = reads_of(self.mine, ratio, device)
 
     @property
     def key_heads(self) -> int:
@@ -83,7 +91,7 @@ class SharedHeads:
         """`[T, H, D]` and `[T, H_kv, D + D_v]` as `[T_all, h, D]` and `[T_all, h_kv, D + D_v]`; h_kv divides h."""
         query, key_value = self._tokens.to_heads([query, key_value], [self._queries, self._keys])
         if self._reads is not None:
-            key_value = key_value[:, self._reads]
+            key_value = key_value.index_select(1, self._reads)
         return query, key_value
 
     def to_tokens(self, grad_query: torch.Tensor, grad_key_value: torch.Tensor) -> list[torch.Tensor]:
@@ -91,7 +99,7 @@ class SharedHeads:
         if self._reads is not None:
             count = len(self._keys[self._tokens.rank])
             grad = grad_key_value.new_zeros(len(grad_key_value), count, grad_key_value.shape[2])
-            grad_key_value = grad.index_add_(1, torch.tensor(self._reads, device=grad.device), grad_key_value)
+            grad_key_value = grad.index_add_(1, self._reads, grad_key_value)
         return self._tokens.to_tokens([grad_query, grad_key_value], [self._queries, self._keys], self._totals)
 
     def output_to_heads(self, output: torch.Tensor) -> torch.Tensor:

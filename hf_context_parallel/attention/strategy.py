@@ -100,6 +100,7 @@ class Strategy:
             ),
             heads,
             key_heads,
+            device,
         )
 
     def refusal(self, heads: int) -> str | None:
