@@ -114,13 +114,17 @@ def test_gpu_says_that_there_is_none(run, monkeypatch, capsys):
 
 
 def test_dynamic(run, tmp_path):
-    small = ("--rounds", "1", "--scale", "64", "--samples", "2", "--steps", "1")
+    small = ("--batches", "1", "--rounds", "1", "--scale", "64", "--samples", "2", "--steps", "1")
     results = run("dynamic", "--ranks", "8,64", "--most", "4096", *small)
     assert (tmp_path / "dynamic.png").stat().st_size
-    assert all(len(seconds) == 1 for seconds in results["seconds"].values())
-    static, dynamic = results["counted"]["one by one"], results["counted"]["dynamic"]
-    assert dynamic["slowest"] <= static["slowest"]
-    assert all(ours < other for ours, other in zip(dynamic["idle"], static["idle"]))
+    assert [[len(times) for times in taken.values()] for taken in results["seconds"]] == [[1, 1]]
+    for setting, ways in results["counted"].items():
+        static, dynamic = ways["one by one"], ways["dynamic"]
+        assert dynamic["last"] <= static["last"] and sum(dynamic["idle"]) < sum(static["idle"])
+        if setting == "weights sharded over a node":
+            assert all(ours < other for ours, other in zip(dynamic["idle"], static["idle"]))
     assert [result["ranks"] for result in results["simulated"]] == [8, 64]
     for result in results["simulated"]:
         assert all(all(ways.values()) for ways in result["never_slower"].values())
+        for rates in result["tokens_per_second"].values():
+            assert rates["ours"] <= rates["most"]
