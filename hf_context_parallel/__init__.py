@@ -9,7 +9,7 @@ from .data import ContextParallelDataCollator
 from .integration import attention, masks
 from .mesh import mesh_of
 from .trainer import ContextParallelMixin, ContextParallelTrainer
-from .verify import verify
+from .verification import verify
 
 attention.register()
 masks.register()

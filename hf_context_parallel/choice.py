@@ -62,7 +62,7 @@ def choose(
         return Choice("p2p", 1, "one rank")
     here = demand(layout, mask)
     times = {
-        candidate: estimate(*candidate, layout, mask, shape, machine, here).total
+        candidate: estimate(shares(*candidate, layout, mask, shape, machine, here), shape, machine).total
         for candidate in candidates(config, shape)
     }
     best, *others = sorted(times, key=times.__getitem__)
@@ -133,26 +133,14 @@ class Share(NamedTuple):
         return Estimate(computing, beside + machine.transfer(*self.shown) + self.copied / machine.memory)
 
 
-def estimate(
-    comm_type: str,
-    inner: int,
-    layout: Layout,
-    mask: Mask,
-    shape: Shape,
-    machine: Machine,
-    here: Demand | None = None,
-) -> Estimate:
-    """What a layer takes on the slowest rank.
-
-    Args:
-        here: the layout's demand, where the caller has it.
-    """
-    times = [share.seconds(shape, machine) for share in shares(comm_type, inner, layout, mask, shape, machine, here)]
+def estimate(found: Sequence[Share], shape: Shape, machine: Machine) -> Estimate:
+    """What a layer takes on the slowest rank, where each does its share."""
+    times = [share.seconds(shape, machine) for share in found]
     slowest = max(times, key=lambda time: time.total)
     if machine.cores is None:
         return slowest
     # Ranks that share cores are done when all that they do is done, whoever does it.
-    shared = min(machine.node, layout.size) / machine.cores / len(times)
+    shared = min(machine.node, len(times)) / machine.cores / len(times)
     together = Estimate(sum(t.computing for t in times) * shared, sum(t.messages for t in times) * shared)
     return max(slowest, together, key=lambda time: time.total)
 
@@ -166,7 +154,11 @@ def shares(
     machine: Machine,
     here: Demand | None = None,
 ) -> list[Share]:
-    """What each rank does. As many tokens are taken to leave it as it reads: over all ranks they are the same."""
+    """What each rank does. As many tokens are taken to leave it as it reads: over all ranks they are the same.
+
+    Args:
+        here: the layout's demand, where the caller has it.
+    """
     here = here or demand(layout, mask)
     if inner > 1:
         return _shares_of_heads(inner, layout, mask, shape, machine, here)

@@ -34,7 +34,7 @@ from .integration.tensor import check_parallelism
 from .loader import prepare_data_loader
 from .memory import PeakMemory
 from .mesh import mesh_of
-from .verify import verify
+from .verification import verify
 
 
 class ContextParallelMixin:
