@@ -100,6 +100,7 @@ def _serve(link) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     import torch
     import torch.distributed as dist
+    import torch.distributed.tensor.debug as dtensor_debug
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     torch.set_num_threads(1)
@@ -121,5 +122,8 @@ def _serve(link) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            # DTensor remembers results by meshes that look alike, and the groups of these are gone now.
+            clear_sharding_cache = getattr(dtensor_debug, "_clear_sharding_prop_cache", lambda: None)
+            clear_sharding_cache()
             for state in (AcceleratorState, GradientState, PartialState):
                 state._shared_state.clear()
