@@ -16,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="such as recipes/demo_cpu.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[OVERRIDES]", help="such as training.max_steps=3")]
+Processes = Annotated[int | None, typer.Option(min=1, help="processes to start; else as many as the recipe needs")]
 
 
 @app.callback()
@@ -27,9 +28,7 @@ def root() -> None:
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="processes to start; else as many as the recipe needs")
-    ] = None,
+    nproc: Processes = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="one step of a tiny model, offline, on one process")
     ] = False,
@@ -43,9 +42,9 @@ def train(
 
 
 @app.command()
-def compare(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Run RECIPE on one CP group and on one process, and print both side by side."""
-    sys.exit(compare_with_one_process(recipe, overrides or []))
+def compare(recipe: RecipePath, overrides: Overrides = None, nproc: Processes = None) -> None:
+    """Run RECIPE on several ranks and on one process, and print both side by side."""
+    sys.exit(compare_with_one_process(recipe, overrides or [], nproc))
 
 
 @app.command()

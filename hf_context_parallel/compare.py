@@ -1,4 +1,4 @@
-"""One recipe on the ranks of a CP group and on one process: is it the same training, at what speed and memory?"""
+"""One recipe on several ranks and on one process: is it the same training, at what speed and memory?"""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ TOLERANCE = 1e-4  # of the loss, relative
 MEASURES = {"peak_memory_gib": "peak GiB a rank", "tokens_per_second": "tokens/s"}
 
 
-def compare_with_one_process(path: Path, overrides: Sequence[str]) -> int:
-    """Runs the recipe on as many ranks as it needs and on one, prints a table, and returns an exit status.
+def compare_with_one_process(path: Path, overrides: Sequence[str], processes: int | None = None) -> int:
+    """Runs the recipe on several ranks and on one, prints a table, and returns an exit status.
 
-    The one process has as many CPU threads as all ranks together. The status is 0 if each step's loss is the same
-    to a relative 1e-4.
+    The one process has as many CPU threads as all ranks together, and accumulates the gradients of what all CP groups
+    see at a time. The status is 0 if each step's loss is the same to a relative 1e-4.
+
+    Args:
+        path, overrides: the recipe.
+        processes: those to start; else as many as the recipe needs.
 
     Raises:
         RecipeError: if the recipe is invalid, or does not split the sequence.
@@ -31,15 +35,21 @@ def compare_with_one_process(path: Path, overrides: Sequence[str]) -> int:
     recipe = load_recipe(path, overrides)
     if recipe.context_parallel.size == 1:
         raise RecipeError("context_parallel.size=1 leaves nothing to compare: take 2 or more.")
-    ranks = recipe.processes
+    ranks = processes or recipe.processes
     folder = Path(recipe.training.output_dir or "trainer_output")
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
+    groups = ranks // (recipe.context_parallel.size * recipe.tensor_ranks)
     alone = [
         f"training.output_dir={folder / 'one_process'}",
+        f"training.gradient_accumulation_steps={groups * (recipe.training.gradient_accumulation_steps or 1)}",
+        "training.fsdp=null",
+        "training.fsdp_config=null",
         "context_parallel.size=1",
         "context_parallel.sequence_parallel=false",
+        "context_parallel.dynamic=false",
+        "context_parallel.max_tokens_per_rank=null",
+        "distributed=null",
     ]
-    alone += ["distributed=null", "context_parallel.dynamic=false", "context_parallel.max_tokens_per_rank=null"]
     for count, changes in ((ranks, []), (1, alone)):
         share = threads * ranks // count
         print(f"\n{path} on {count} rank{'s' * (count > 1)} of {share} thread{'s' * (share > 1)}", flush=True)

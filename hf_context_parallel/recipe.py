@@ -193,6 +193,11 @@ class Recipe:
             return self.context_parallel.size
         return prod(getattr(self.distributed, name, None) or 1 for name in PARALLEL_SIZES)
 
+    @property
+    def tensor_ranks(self) -> int:
+        """The ranks that share each layer."""
+        return getattr(self.distributed, "tp_size", None) or 1
+
     def distributed_config(self) -> DistributedConfig | None:
         """The `DistributedConfig`, or None where Transformers is not to shard the model.
 

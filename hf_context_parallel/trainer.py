@@ -291,7 +291,7 @@ class ContextParallelMixin:
             "sequence_length": int(longest.max()),
         }
         if self._scheduler is not None:
-            figures["idle_share"] = self._scheduler.idle_share()
+            figures["idle_share"] = round(self._scheduler.idle_share(), 6)
         if peaks.max() >= 0:
             figures["peak_memory_gib"] = peaks.max().item()
         return figures

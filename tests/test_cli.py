@@ -93,6 +93,19 @@ def test_a_split_run_equals_one_process(run, tmp_path):
         assert [entry["sequence_length"] for entry in history if "loss" in entry] == [1024, 1024]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "name", ["demo_ddp", "demo_fsdp2", "demo_hsdp", "demo_experts", "dynamic", "megatron_quick_start"]
+)
+def test_recipes_of_several_dimensions_equal_one_process(run, tmp_path, name):
+    processes = ["--nproc", "4"] if name in ("demo_ddp", "demo_fsdp2") else []
+    changes = [f"training.output_dir={tmp_path}", "data.max_length=1024"]
+    changes += ["context_parallel.max_tokens_per_rank=512"] if name == "dynamic" else []
+    result = run(*COMMAND, "compare", f"recipes/{name}_cpu.yaml", *changes, *processes)
+    assert result.returncode == 0, result.stdout
+    assert "The losses are the same" in result.stdout
+
+
 def test_the_example_trains(run, tmp_path):
     model = tmp_path / "model"
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
