@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -48,13 +48,19 @@ class Unrounded(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            if function is torch.Tensor.float:
-                return args[0]
-            if function in (torch.Tensor.to, torch.Tensor.type):
-                args = args[:1] + tuple(torch.float64 if x is torch.float32 else x for x in args[1:])
+        if function is torch.Tensor.float:
+            return args[0].double()
+        is_cast = function in (torch.Tensor.to, torch.Tensor.type)
+        if is_cast:  # of integers and of float32 too, which are multiplied with what stays as it is
+            args = args[:1] + tuple(torch.float64 if x is torch.float32 else x for x in args[1:])
+        if is_cast or (args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64):
             kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
         return function(*args, **kwargs)
+
+
+def unrounded(config: PreTrainedConfig) -> AbstractContextManager:
+    """`Unrounded`, for a model that runs in float64."""
+    return Unrounded() if _dtype(config) == torch.float64 else nullcontext()
 
 
 def tolerance(config: PreTrainedConfig) -> float:
@@ -109,7 +115,7 @@ def errors(
     for number, (kind, batch) in enumerate(batches(config).items()):
         sharded.zero_grad(set_to_none=True)
         sharded.config.output_router_logits = kind == AUXILIARY
-        with trying(), Unrounded():
+        with trying(), unrounded(config):
             sharding = cp.shard(batch, sharded)
             with sharding as local:
                 loss = sharded(**local).loss
@@ -152,13 +158,15 @@ def _reference(pickled_config: bytes, kind: str) -> tuple[torch.Tensor, list]:
     Documents are run alone: that is what packing means.
     """
     config = pickle.loads(pickled_config)
-    model = tiny_model(config, None, _dtype(config))
+    # SDPA left softcaps out in earlier versions of Transformers.
+    attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    model = tiny_model(config, attention, _dtype(config))
     model.config.output_router_logits = kind == AUXILIARY
     batch = batches(config)[kind]
     parts = [batch]
     if kind == "packed":
         parts = [dict(zip(batch, values)) for values in zip(*(value.split(DOCUMENTS, 1) for value in batch.values()))]
-    with finite_masks(), Unrounded():
+    with finite_masks(), unrounded(config):
         loss = _sum_of_parts(model, parts)
     return loss, [parameter.grad for parameter in model.parameters()]
 

@@ -27,7 +27,7 @@ from .composition import (
 )
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
-from .data import ContextParallelDataCollator
+from .data import IGNORED, ContextParallelDataCollator
 from .dynamic import Round, Scheduler
 from .integration.models import check_model
 from .integration.tensor import check_parallelism
@@ -112,6 +112,11 @@ class ContextParallelMixin:
                 self.model_init is not None and mesh_of(self.model) is not None,
                 "model_init makes a model that Transformers shards, and its mesh is needed before; pass a model",
             ),
+            (
+                mesh_of(self.model) is not None and not hasattr(self, "is_distributed_loading_by_transformers"),
+                "the Trainer of this version of Transformers wraps a model that was sharded as it was loaded once "
+                "more; upgrade Transformers, or load the model whole and shard it by training.fsdp",
+            ),
             (self.args.eval_use_gather_object, "eval_use_gather_object gathers from every rank; set it to False"),
         ):
             if wrong:
@@ -148,7 +153,7 @@ class ContextParallelMixin:
         self.gather_function = self.accelerator.gather_for_metrics
 
     def get_cp_size(self) -> int:
-        """The ranks that see the same samples. Trainer divides batch sizes and token counts by it."""
+        """The ranks that see the same samples. Trainer divides batch sizes by it."""
         return self.cp.size
 
     def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: Mapping[str, Any]):
@@ -223,20 +228,37 @@ class ContextParallelMixin:
         self._loss_is_ours = True
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            return result  # which get_cp_size() has made Trainer scale
+            return result  # which Trainer has scaled
         # The model divided its sum by the whole batch's count, and DDP will take the mean of the group's sums.
         if return_outputs:
             return result[0] * self.cp.size, result[1]
         return result * self.cp.size
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        return self._whole_num_items if self._predicting else super()._get_num_items_in_batch(batch_samples, device)
+        """The targets of all ranks' samples, each counted once, in every version of Trainer alike.
+
+        Without `average_tokens_across_devices`, those of this rank's samples by the group's size, over whose ranks DDP
+        will take the mean.
+        """
+        if self._predicting:
+            return self._whole_num_items
+        if not (self.model_accepts_loss_kwargs and batch_samples and "labels" in batch_samples[0]):
+            return None
+        count = torch.stack([self._targets(batch).ne(IGNORED).sum() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices:
+            return self.accelerator.gather(count[None])[self.cp.groups.first_ranks].sum()
+        return count / self.cp.groups.size
+
+    def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        if "shift_labels" in batch:
+            return batch["shift_labels"]
+        return batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Trainer's, with whole outputs in the order of the batch on every rank."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
-        self._whole_num_items = super()._get_num_items_in_batch([inputs], self.args.device)
+        self._whole_num_items = self._get_num_items_in_batch([inputs], self.args.device)
         with self.cp.shard(inputs, model) as local:
             self._predicting, self._loss_is_ours = True, False
             try:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
+from transformers import masking_utils
+from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
 from hf_context_parallel import tiny
 from hf_context_parallel.tiny import VOCABULARY
+
+needs_sharding_while_loading = pytest.mark.skipif(
+    not hasattr(DistributedConfig, "dp_replicate_size"),
+    reason="this version of Transformers does not shard a model that is trained over two dimensions",
+)
+needs_chunks_of_documents = pytest.mark.skipif(
+    not hasattr(masking_utils, "remap_positions_for_packed_sequence"),
+    reason="this version of Transformers counts chunks from the row's start, and packing is refused with them",
+)
+
+
+def needs_transformers(version: str):
+    """Where the installed version's models are not those that a test is about."""
+    return pytest.mark.skipif(
+        Version(transformers.__version__) < Version(version), reason=f"Transformers {version} changed its models"
+    )
 
 
 def tiny_model(model_type: str, attention: str | None, dtype: torch.dtype = torch.float64, **changes):

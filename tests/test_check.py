@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from models import needs_chunks_of_documents, needs_transformers
 
 from hf_context_parallel import check, survey
 from hf_context_parallel.check_command import PAGE, run_check
@@ -36,13 +37,22 @@ SAMPLE = {
 """Types of every kind, and the groups that they are checked on."""
 
 
-@pytest.mark.parametrize("model_type", SAMPLE)
+def needing_marks(types: dict[str, str]) -> list:
+    """Parameters, each of a model type, with what the type needs."""
+    return [
+        pytest.param(name, marks=needs_chunks_of_documents if model_type == "llama4_text" else ())
+        for name, model_type in types.items()
+    ]
+
+
+@pytest.mark.parametrize("model_type", needing_marks({model_type: model_type for model_type in SAMPLE}))
 def test_what_is_known_of_a_type_is_so(on_ranks, model_type):
     found = survey.examine(on_ranks, model_type, SAMPLE[model_type], {})
     known = known_states()[model_type]
     assert (found.state, found.handled) == (known["state"], known["handled"]), found.reason
 
 
+@needs_transformers("5.23")
 def test_every_type_is_known_and_few_are_refused():
     known = known_states()
     assert sorted(known) == survey.model_types()
@@ -73,7 +83,7 @@ def largest_error(model_type: str, changes: dict) -> float:
     return max(max(errors.loss, errors.gradients) for errors in found.values())
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", needing_marks({name: model_type for name, (model_type, _) in SETTINGS.items()}))
 def test_settings_that_look_at_the_whole_are_exact(on_ranks, name):
     model_type, changes = SETTINGS[name]
     if name == "dynamic RoPE":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import tiny_model
+from models import needs_sharding_while_loading, tiny_model
 from test_trainer import STOCK, history, make_trainer
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
@@ -37,6 +37,7 @@ def sharded_history(size, folder, sizes, options) -> list[tuple[float, float]]:
     return history(size, folder, {**options, "model": model})
 
 
+@needs_sharding_while_loading
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
     [

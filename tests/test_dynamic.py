@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import context, some_labels, tiny_model, tokens
+from models import context, needs_sharding_while_loading, some_labels, tiny_model, tokens
 from test_trainer import STOCK, make_trainer, samples_of
 
 import hf_context_parallel as hcp
@@ -166,6 +166,7 @@ def sharded_history(extent, folder, options, most) -> list[tuple[float, float]]:
     return history(extent, folder, {**options, "model": model}, most)[0]
 
 
+@needs_sharding_while_loading
 def test_dynamic_training_of_a_sharded_model_is_that_of_one_process(on_ranks, tmp_path):
     options = {"max_steps": 2, "global_batch": 4, "gradient_accumulation_steps": 2, "collator": "packed"}
     tiny_model("llama", None, torch.float32).save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import needs_chunks_of_documents
 from simulated import allowed
 from transformers import AutoConfig, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -65,7 +66,7 @@ def test_a_row_is_masked_as_transformers_does(kind):
     assert made.equal(allowed(Mask(LENGTH, ((((0, LENGTH),),),) * 2, pattern)))
 
 
-@pytest.mark.parametrize("kind", ["causal", "window", "chunks"])
+@pytest.mark.parametrize("kind", ["causal", "window", pytest.param("chunks", marks=needs_chunks_of_documents)])
 def test_packed_documents_are_masked_as_transformers_does(kind):
     made, pattern = masks_of(kind, position_ids=PACKED)
     assert made.equal(allowed(Mask(LENGTH, from_position_ids(PACKED), pattern)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import some_labels, tiny_model, tokens
+from models import needs_sharding_while_loading, some_labels, tiny_model, tokens
 from test_trainer import STOCK, history, make_trainer, samples
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -16,6 +16,8 @@ from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
 from hf_context_parallel.workers import WorkerPool
+
+pytestmark = needs_sharding_while_loading
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
