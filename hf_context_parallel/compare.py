@@ -45,6 +45,7 @@ def compare_with_one_process(path: Path, overrides: Sequence[str], processes: in
         "training.fsdp=null",
         "training.fsdp_config=null",
         "context_parallel.size=1",
+        "context_parallel.a2a_size=null",
         "context_parallel.sequence_parallel=false",
         "context_parallel.dynamic=false",
         "context_parallel.max_tokens_per_rank=null",

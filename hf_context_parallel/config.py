@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -36,7 +37,7 @@ class ContextParallelConfig:
         check_batch: compare a checksum of each batch between the ranks of a CP group before the model runs. The
             local checks and the exchange of their outcome stay on when it is off.
         verify: before the first step, the Trainer compares the model on shards with the model on whole sequences, and
-            stops where a layer differs by more than rounding does; see `verify`. It costs less than two steps.
+            stops where a layer differs by more than rounding does; see `verify`.
         sequence_parallel: with tensor parallelism, between its regions (norms, residuals, their dropout) each rank of
             a tensor-parallel group computes and keeps its share of the tokens only, as in Megatron-LM.
         dynamic: the Trainer deals the samples of a global batch to groups of `size` ranks and fewer, so that short
@@ -97,7 +98,7 @@ class ContextParallelConfig:
             for layer, value in enumerate(self.comm_type):
                 _check_choice(f"comm_type[{layer}]", value, COMM_TYPES)
         else:
-            _check_choice("comm_type", self.comm_type, COMM_TYPES)
+            check_comm_type(self.comm_type)
 
     def comm_type_of(self, layer_type: str, layer: int | None) -> str:
         """How keys travel in a layer.
@@ -126,6 +127,15 @@ class ContextParallelConfig:
         self.check_layers(max(layer + 1, len(self.comm_type)))
         return self.comm_type[layer]
 
+    def of_size(self, size: int) -> ContextParallelConfig:
+        """The same for groups of another size, with the subgroups that are left of `a2a_size`.
+
+        Raises:
+            ValueError: if `size` is no number of ranks.
+        """
+        inner = self.a2a_size
+        return replace(self, size=size, a2a_size=math.gcd(inner, size) if inner and _is_count(size) else None)
+
     def check_layers(self, layers: int) -> None:
         """Refuse a list of another length than a model's layers.
 
@@ -139,12 +149,21 @@ class ContextParallelConfig:
             )
 
 
+def check_comm_type(value: object) -> None:
+    """Refuse what does not name a way for keys to travel.
+
+    Raises:
+        ValueError: naming it, and those that there are.
+    """
+    _check_choice("comm_type", value, COMM_TYPES)
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         nearest = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.{hint}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from .attention.exchange import Exchange, GroupExchange
 from .attention.strategy import Shape, build_strategy
 from .balance import make_layout
 from .choice import Choice, choose, layer_type, machine_of
-from .config import ContextParallelConfig
+from .config import ContextParallelConfig, check_comm_type
 from .consensus import agree, fingerprint
 from .gather import gather_sequence
 from .integration.context import ShardedBatch
@@ -118,9 +116,7 @@ class ContextParallel:
                     f"the CP size cannot change from {self.size} to {size} while a batch is open: leave "
                     "`with cp.shard(...)` first."
                 )
-            inner = self._asked.a2a_size
-            config = replace(self._asked, size=size, a2a_size=None if inner is None else math.gcd(inner, size))
-            asked = size
+            config, asked = self._asked.of_size(size), size
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         sizes = agree(world(), error, 0, "sizes", "", length=asked)
@@ -291,7 +287,7 @@ class ContextParallel:
             if comm_type is None:
                 comm_type = self.config.comm_type_of(layer_type(pattern), None)
             else:
-                replace(self.config, comm_type=comm_type)  # which checks it
+                check_comm_type(comm_type)
             options = shapes, pattern, scores._replace(seed=0), sinks is None, comm_type
             mark = fingerprint({"options": options, **settings})
         except Exception as caught:  # whatever it is, the other ranks must hear of it

@@ -52,8 +52,9 @@ H100_NODE = Machine(
     launch=5e-6,
     node=8,
 )
-"""An 8-GPU H100 node, bfloat16: FlashAttention's and dense matrix products' achieved rates (Shah et al., 2024,
-arXiv:2407.08608), four fifths of HBM3, of NVLink 4 (450 GB/s a direction) and of one 400 Gb/s link a GPU."""
+"""An 8-GPU H100 node, bfloat16: attention between what FlashAttention-2 and -3 achieve there (Shah et al., 2024,
+arXiv:2407.08608), dense matrix products at three fifths of the peak, three quarters of HBM3 (3.35 TB/s), four fifths
+of NVLink 4 (450 GB/s a direction) and nine tenths of one 400 Gb/s link a GPU; latencies and launches are assumed."""
 
 CPU = Machine(
     attention=58e9,
@@ -67,8 +68,8 @@ CPU = Machine(
     node=8,
     overlap=0.5,
 )
-"""A core of a CPU a rank, float32, and gloo, which copies messages with the same cores: measured by
-`benchmarks/attention.py`."""
+"""A core of a CPU a rank, float32, and gloo, which copies messages with the same cores: fitted so that estimates are
+near the times of `benchmarks/attention.py` on the machine of its results."""
 
 BACKWARD = 2.5
 """Products of attention's backward for each of its forward: five matrix products for two."""

@@ -65,8 +65,7 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         data=dataclasses.replace(data, max_length=min(data.max_length, MAX_LENGTH)),
         training=recipe.training.model_copy(update=training),
         context_parallel=dataclasses.replace(
-            recipe.context_parallel,
-            size=recipe.context_parallel.size if sharded else world_size,
+            recipe.context_parallel.of_size(recipe.context_parallel.size if sharded else world_size),
             sequence_parallel=recipe.context_parallel.sequence_parallel and sharded,
             kernel="auto",
         ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .choice import machine_of
 from .consensus import agree, fingerprint
@@ -71,6 +72,7 @@ class Scheduler:
         self._column = build_columns(cp.size, cp.mesh) if cp.groups.data_size > 1 else None
         machine = machine_of(next(model.parameters()).device, cp.groups.node)
         self._costs = Costs.of(model_shape(model), machine, sharded)
+        self._settings = fingerprint({"costs": self._costs, "config": cp.config})
         self._busy = self._passed = 0.0
 
     def rounds(self, batches: Sequence[Mapping[str, Any]]) -> list[Round]:
@@ -117,7 +119,9 @@ class Scheduler:
     def _gathered_lengths(self, samples: list[torch.Tensor], mark: int, error: Exception | None) -> list[list[int]]:
         """For each share of the samples, their lengths."""
         everyone = world()
-        counts = agree(everyone, error, 0, "", "", length=len(samples))
+        counts = agree(
+            everyone, error, self._settings, "models or settings", "Give every process the same.", len(samples)
+        )
         own = torch.zeros(max(counts) + 2, dtype=torch.int64)
         own[0], own[1] = self._extent.data_rank, mark
         own[2 : 2 + len(samples)] = torch.tensor([sample.shape[1] for sample in samples], dtype=torch.int64)
@@ -224,9 +228,18 @@ def model_shape(model: torch.nn.Module) -> ModelShape:
         heads=heads,
         key_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        parameters=module.num_parameters(exclude_embeddings=True),
+        parameters=_met_by_a_token(module, config),
         itemsize=next(module.parameters()).itemsize,
     )
+
+
+def _met_by_a_token(module: PreTrainedModel, config: PreTrainedConfig) -> int:
+    """Parameters without embeddings; of experts, which are stacked in tensors of three dimensions, those of a few."""
+    fields = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((getattr(config, field) for field in fields if getattr(config, field, None)), 0)
+    chosen = getattr(config, "num_experts_per_tok", None) or experts
+    stacked = sum(p.numel() for p in module.parameters() if p.dim() == 3 and p.shape[0] == experts)
+    return module.num_parameters(exclude_embeddings=True) - (stacked - stacked * chosen // experts if experts else 0)
 
 
 def _wanted(schedule: Schedule, rank: int) -> list[int]:

@@ -25,7 +25,8 @@ class Ranks:
     """Processes that work together, this one among them.
 
     Args:
-        group: their process group, None where this process is alone.
+        group: their process group; None where there is none to make, since no process group was initialised, or for a
+            dimension that has one rank.
         rank, size: this one's rank among them, and how many they are.
         device: where tensors of their collectives live.
     """
@@ -46,7 +47,7 @@ class Groups(Ranks):
         tensor: the ranks of its tensor-parallel group, which hold other heads of the same tokens.
         alike: all ranks that see the same samples: those of its CP group, and of the CP groups beside it that hold
             other heads or layers.
-        node: the most ranks of its CP group that share a machine.
+        node: the most ranks of a CP group that share a machine, of the group where that is fewest.
         cores: of the machine that has fewest.
     """
 
@@ -115,9 +116,10 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
     device = _device(group)
-    # All ranks choose by the same numbers. (And with NCCL point-to-point must not be a group's first use.)
+    # All ranks choose by the same numbers: of the world, since schedules are the world's.
     least = torch.tensor([_on_a_node(ranks), os.cpu_count() or 1], device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)  # with NCCL p2p must not be a group's first use
     node, cores = least.tolist()
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]

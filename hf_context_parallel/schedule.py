@@ -82,8 +82,9 @@ class Costs:
             sharded: whether weights are gathered for each run, in forward and in backward, from the ranks of a node.
         """
         weights = shape.parameters * shape.itemsize
-        keys = 2 * shape.key_heads * shape.head_dim * shape.itemsize
-        sent = shape.layers * 4 * keys  # keys in both directions, and their gradients in float32
+        numbers = 2 * shape.key_heads * shape.head_dim  # of a token's keys and values
+        # Those travel in forward and in backward, and their gradients in float32 or what is wider.
+        sent = shape.layers * numbers * (2 * shape.itemsize + max(shape.itemsize, 4))
         read = 3 * weights / machine.memory
         gathered = 2 * weights * (1 - 1 / machine.node) / machine.bandwidth
         return cls(

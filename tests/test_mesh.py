@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -57,3 +59,13 @@ def refusal(size: int, shape: tuple[int, ...], names: tuple[str, ...]) -> str:
 def test_a_mesh_that_does_not_fit_is_refused(on_ranks, size, shape, names, message):
     for found in on_ranks(4, refusal, size, shape, names):
         assert message in found
+
+
+def node_of_pairs(ranks_of_a_machine: int) -> int:
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_of_a_machine)
+    return build_groups(2).node
+
+
+def test_all_ranks_of_the_world_choose_by_the_same_numbers(on_ranks):
+    """Ranks 0 to 2 share a machine and rank 3 has its own, so of two groups one is on two machines."""
+    assert on_ranks(4, node_of_pairs, 3) == [1, 1, 1, 1]

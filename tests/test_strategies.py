@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from simulated import Log, cases, run
 from test_ring import HOW, MASKS, SHAPES, check, on_rank, some_sinks, tensors
 
-from hf_context_parallel.attention.a2a import deal_heads
+from hf_context_parallel import ContextParallel
+from hf_context_parallel.attention.a2a import deal_heads, reads_of
 from hf_context_parallel.attention.strategy import Shape, build_strategy
 from hf_context_parallel.balance import balanced
 from hf_context_parallel.choice import choose, inner_size, shares
@@ -174,6 +175,15 @@ def test_heads_are_dealt_once_and_evenly(heads, size, turn):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_indices_that_evaluation_made_serve_training():
+    reads_of.cache_clear()
+    with torch.inference_mode():
+        reads = reads_of(range(1, 4), 2, torch.device("cpu"))
+    shared = torch.ones(2, requires_grad=True)
+    shared.index_select(0, reads).sum().backward()
+    assert reads.tolist() == [0, 1, 1] and shared.grad.tolist() == [1, 2]
+
+
 @given(cases())
 def test_demand_is_what_plans_have(case):
     layout, mask = case
@@ -231,6 +241,18 @@ def test_auto_follows_the_mask_and_the_topology():
     window = Mask(length, whole_rows(1, length), Pattern(sliding_window=1024))
     assert chosen(window, shape).comm_type in ("p2p", "all_gather")
     assert chosen(one, shape, size=1) == ("p2p", 1, "one rank")
+
+
+def test_one_call_of_attention_has_one_way():
+    q = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"comm_type=\['all_gather'\] is not one of 'p2p', 'all_gather'"):
+        ContextParallel(ContextParallelConfig()).attention(q, q, q, comm_type=["all_gather"])
+
+
+def test_groups_of_another_size_keep_what_they_can_of_subgroups():
+    config = ContextParallelConfig(size=8, comm_type="a2a+p2p", a2a_size=4)
+    assert [config.of_size(size).a2a_size for size in (8, 6, 2, 1)] == [4, 2, 2, 1]
+    assert ContextParallelConfig(size=8).of_size(2) == ContextParallelConfig(size=2)
 
 
 def test_layers_have_their_own():

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 import hf_context_parallel as hcp
-from hf_context_parallel import data, mask, tiny, trainer
+from hf_context_parallel import data, mask, tiny, trainer, verification
 from hf_context_parallel.integration import attention, models
 from hf_context_parallel.kernels.reference import ReferenceKernel
 
@@ -316,3 +316,10 @@ def test_a_trainer_stops_before_its_first_step(on_ranks, tmp_path):
     [(_, steps, message), other] = on_ranks(2, steps_of_a_trainer, tmp_path, True, "scale")
     assert steps == 0 and WRONG["scale"] in message and other[1:] == (steps, message)
     assert on_ranks(2, steps_of_a_trainer, tmp_path, False, "scale") == [(0, 2, "")] * 2
+
+
+def test_what_is_no_number_is_not_explained_by_rounding():
+    nan = float("nan")
+    found = verification._of_all_ranks([verification.Difference("layer", "output", "packed", nan, nan)], context())
+    with pytest.raises(ValueError, match=r"its output differs from that on whole sequences by inf"):
+        raise verification._first_error(found)

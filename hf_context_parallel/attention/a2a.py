@@ -37,13 +37,14 @@ def grouped_heads(shares: Sequence[range], ratio: int) -> list[range]:
 def reads_of(share: range, ratio: int, device: torch.device) -> torch.Tensor | None:
     """Which of a rank's `grouped_heads` each of its own reads; None where equally many read each, as kernels want.
 
-    Made once: a layer finds it on the device.
+    Made once: a layer finds it on the device. Autograd may save it, wherever it was made.
     """
     reads = [head // ratio - share.start // ratio for head in share]
     equally = len(reads) // (reads[-1] + 1) if reads else 1
     if reads == [head // max(1, equally) for head in range(len(reads))]:
         return None
-    return torch.tensor(reads, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(reads, device=device)
 
 
 class SharedHeads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .seams import CONVOLUTION, SCANS, seams
+
+logger = logging.getLogger(__name__)
 
 
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -134,7 +139,15 @@ _trying = False
 @cache
 def known_states() -> dict[str, dict]:
     """For each model type that was checked, what was found."""
-    return json.loads(KNOWN.read_text())["types"] if KNOWN.exists() else {}
+    if not KNOWN.exists():
+        return {}
+    content = json.loads(KNOWN.read_text())
+    if Version(content["transformers"]).release[:2] != Version(transformers.__version__).release[:2]:
+        logger.warning(
+            f"Models were compared with one process in Transformers {content['transformers']}, and "
+            f"{transformers.__version__} is installed. `hf-context-parallel check TYPE` compares one with that."
+        )
+    return content["types"]
 
 
 @cache

@@ -47,10 +47,10 @@ def _options(window: Window, scores: Scores) -> dict:
 
 @contextmanager
 def _determinism(wanted: bool):
-    """PyTorch's global setting is the only way to ask the operator for it."""
+    """PyTorch's global setting is the only way to ask the operator for it, which only warns where that only warns."""
     before = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(before or wanted, warn_only=only_warns or not before)
+    torch.use_deterministic_algorithms(before or wanted, warn_only=only_warns and not wanted)
     try:
         yield
     finally:

@@ -64,8 +64,10 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
 
 def _of_all_ranks(differences: list[Difference], cp: ContextParallel) -> list[Difference]:
     """The group's largest, so that all of its ranks say the same."""
-    figures = torch.tensor([difference[3:] for difference in differences], dtype=torch.float32)
-    figures = figures.nan_to_num(nan=float("inf")).to(cp.groups.device)
+    found, bound = torch.tensor([difference[3:] for difference in differences], dtype=torch.float32).view(-1, 2).T
+    # What is no number differs, and explains no difference.
+    figures = torch.stack([found.nan_to_num(nan=float("inf")), bound.nan_to_num(nan=0.0)], dim=1)
+    figures = figures.to(cp.groups.device)
     if cp.groups.alike.size > 1:
         dist.all_reduce(figures, dist.ReduceOp.MAX, group=cp.groups.alike.group)
     return [
