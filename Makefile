@@ -14,6 +14,7 @@ test: lint
 	$(BIN)/pytest tests -m "not exhaustive"
 
 test-all: lint
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,deepspeed]'
 	$(BIN)/pytest tests
 
 lint: .venv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import needs_sharding_while_loading, tiny_model
+from models import needs_sharding_while_loading, some_labels, tiny_model, tokens
 from test_trainer import STOCK, history, make_trainer
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ from transformers.distributed import DistributedConfig
 import hf_context_parallel as hcp
 from hf_context_parallel.composition import refuse_ignored_size
 from hf_context_parallel.launch import DEFAULTS
+from hf_context_parallel.workers import WorkerPool
 
 WINDOWS = {"model_type": "gemma3_text", "collator": "packed", "gradient_accumulation_steps": 2}
 """A model whose windows accelerate's own context parallelism refuses."""
@@ -194,3 +196,72 @@ def different_sizes() -> str:
 def test_ranks_that_ask_for_different_sizes_are_refused_alike(on_ranks):
     for found in on_ranks(4, different_sizes):
         assert found.startswith("rank 0 asks for CP groups of size=2 and rank 3 for size=4: all ranks must ask")
+
+
+def zero_steps(stage: int, size: int) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses of steps by DeepSpeed's engine, each over one row a CP group, and the parameters after them."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.init_distributed("gloo")
+    model = tiny_model("qwen3", "context_parallel", torch.float32)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 1e9,  # DeepSpeed's default is 1
+    }
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=sgd, config=settings)
+    cp = context_of(size)
+    rows, targets = rows_of_groups(cp.groups.data_size)
+    losses = []
+    for _ in range(2):
+        with cp.shard({**rows[cp.groups.data_rank], "num_items_in_batch": targets}, engine) as local:
+            loss = engine(**local).loss
+            engine.backward(loss * dist.get_world_size())  # ZeRO takes the mean over all ranks
+        engine.step()
+        loss = loss.detach().clone()
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        return losses, [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def context_of(size: int) -> hcp.ContextParallel:
+    return hcp.ContextParallel(hcp.ContextParallelConfig(size=size))
+
+
+def rows_of_groups(groups: int) -> tuple[list[dict[str, torch.Tensor]], int]:
+    """A row for each group, and the targets of all."""
+    rows = [{"input_ids": tokens(1, 37 + 4 * group, group)} for group in range(groups)]
+    for group, row in enumerate(rows):
+        row["labels"] = some_labels(row["input_ids"], group)
+    return rows, sum(int((row["labels"][:, 1:] != -100).sum()) for row in rows)
+
+
+@pytest.fixture
+def on_new_ranks():
+    """DeepSpeed keeps the process groups that it found first. (It is compiled when first used, so they are patient.)"""
+    workers = WorkerPool(4, 900)
+    yield workers
+    workers.close()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_loop_with_deepspeeds_zero_trains_as_one_process(on_new_ranks, stage):
+    pytest.importorskip("deepspeed", reason="it comes with `pip install -e '.[deepspeed]'`")
+    model = tiny_model("qwen3", "sdpa", torch.float32)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows, targets = rows_of_groups(2)
+    expected = []
+    for _ in range(2):
+        losses = [model(**row, use_cache=False, num_items_in_batch=targets).loss for row in rows]
+        sum(losses).backward()
+        sgd.step()
+        sgd.zero_grad()
+        expected.append(sum(loss.item() for loss in losses))
+    for found, parameters in on_new_ranks(4, zero_steps, stage, 2):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        for parameter, of_one in zip(parameters, model.parameters(), strict=True):
+            torch.testing.assert_close(parameter, of_one.detach(), rtol=1e-5, atol=1e-6)
