@@ -256,7 +256,7 @@ def measure_memory(run: Run) -> float | None:
     return None if peak.isnan() else peak.item()
 
 
-def time_case(case: Case, rank: int, variants: list[str], rounds: int, progress: tqdm) -> dict[str, Any]:
+def time_case(case: Case, variants: list[str], rounds: int, progress: tqdm) -> dict[str, Any]:
     """Seconds of each round and peak memory, by variant."""
     layer = build_layer(case)
     runs, absent = build_runs(layer, variants)
@@ -280,7 +280,7 @@ def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder:
     size = cases[0].ranks
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     with tqdm(total=len(cases) * rounds, unit="round", disable=rank > 0) as progress:
-        results = [time_case(case, rank, variants, rounds, progress) for case in cases]
+        results = [time_case(case, variants, rounds, progress) for case in cases]
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()

@@ -26,14 +26,14 @@ PAGE = Path("docs/models.md")
 
 
 def run_check(
-    model: str | None, every: bool, ranks: str, comm_type: str, jobs: int | None, keep: bool, tp_size: int = 1
+    model: str | None, every: bool, ranks: str | None, comm_type: str, jobs: int | None, keep: bool, tp_size: int = 1
 ) -> int:
     """Check one model, or all types, and print what was found.
 
     Returns:
         The exit status: 0 if everything is exact or refused.
     """
-    problem = _mistake(model, every, ranks, comm_type, keep)
+    problem = _mistake(model, every, ranks, comm_type, keep, tp_size)
     if problem:
         print(problem, file=sys.stderr)
         return 2
@@ -49,7 +49,7 @@ def run_check(
         if tp_size > 1:
             findings = survey_tensor_parallel(models, tp_size, jobs or default_jobs(), report)
         else:
-            sizes = [int(size) for size in ranks.split(",")]
+            sizes = [2, 3, 4] if ranks is None else [int(size) for size in ranks.split(",")]
             findings = survey(models, sizes, {"comm_type": comm_type}, jobs or default_jobs(), report)
     print(table(findings))
     if keep and tp_size > 1:
@@ -59,14 +59,18 @@ def run_check(
     return int(any(finding.state not in GOOD for finding in findings))
 
 
-def _mistake(model: str | None, every: bool, ranks: str, comm_type: str, keep: bool) -> str | None:
+def _mistake(
+    model: str | None, every: bool, ranks: str | None, comm_type: str, keep: bool, tp_size: int = 1
+) -> str | None:
     """What is wrong with the arguments, if anything."""
     if every == (model is not None):
         return "give one MODEL_OR_TYPE, or --all."
-    if not all(size.strip().isdigit() and int(size) > 0 for size in ranks.split(",")):
+    if ranks is not None and not all(size.strip().isdigit() and int(size) > 0 for size in ranks.split(",")):
         return f"--ranks={ranks!r} must be numbers of processes with commas between them, such as 2,3,4."
     if comm_type not in COMM_TYPES:
         return f"--comm={comm_type!r} is not one of {', '.join(COMM_TYPES)}."
+    if tp_size > 1 and (ranks is not None or comm_type != "p2p"):
+        return f"--tp={tp_size} compares CP groups of 2 by p2p: leave --ranks and --comm out."
     if keep and not (every and PAGE.parent.is_dir()):
         return f"--write goes with --all, in the project's folder: it writes {PAGE}."
     return None

@@ -162,19 +162,19 @@ def shares(
     here = here or demand(layout, mask)
     if inner > 1:
         return _shares_of_heads(inner, layout, mask, shape, machine, here)
-    gathers = comm_type == "all_gather"
-    far = max(0, layout.size - machine.node) / max(1, layout.size - 1) if gathers else layout.size > machine.node
+    crosses = layout.size > machine.node
+    outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # of a rank's group, the share elsewhere
     found = []
     for rank in range(layout.size):
         read, owners = here.read[rank], here.owners[rank]
         work = here.pairs[rank] * shape.heads
-        if gathers:
-            traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), far, 3 * owners)
+        if comm_type == "all_gather":
+            traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), outside, 3 * owners)
             own = here.tokens[rank] * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
             copied = 4 * own + _adding(shape, read, shape.key_heads)  # its own keys to the others, in both passes
             found.append(Share(work, 2, copied, shown=traffic))
         else:
-            found.append(ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, far))
+            found.append(ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses))
     return found
 
 

@@ -160,7 +160,13 @@ class ContextParallel:
         return choose_kernel(self.config.kernel, device.type)
 
     def choice(self, comm_type: str, layout: Layout, mask: masks.Mask, shape: Shape, device: torch.device) -> Choice:
-        """How a layer's keys travel, where `comm_type` may be `"auto"`. Each new choice is logged with its reason."""
+        """How a layer's keys travel, where `comm_type` may be `"auto"`. Each new choice is logged with its reason.
+
+        Args:
+            comm_type: one of `COMM_TYPES`.
+            layout, mask, shape: of the whole sequence, and of the heads of the layer.
+            device: whose rates estimates are made with.
+        """
         choice = choose(
             self.config, comm_type, layout, mask, shape, machine_of(device, self.groups.node, self.groups.cores)
         )
@@ -202,7 +208,8 @@ class ContextParallel:
 
         Raises:
             RuntimeError: outside `cp.shard`.
-            ValueError: if the tensor's first two dimensions are not the shard's.
+            ValueError: if the tensor's first two dimensions are not the shard's; on this rank alone, so that the
+                others wait for it.
         """
         batch = current_batch()
         if batch is None or batch.cp is not self:
@@ -224,7 +231,15 @@ class ContextParallel:
         numbers of tokens; `shard` pads instead, so that all hold equally many.
 
         Args:
-            cu_seqlens: cumulative lengths of the sequence's documents, which the layout `balanced` goes by.
+            seq_len: tokens of the sequence.
+            cu_seqlens: `[documents + 1]`, cumulative lengths of the sequence's documents, which the layout `balanced`
+                goes by.
+
+        Returns:
+            `[S_local]`, ascending, on the CPU.
+
+        Raises:
+            ValueError: if `cu_seqlens` does not rise from 0 to `seq_len`.
         """
         documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, seq_len)
         return make_layout(self.config.layout, seq_len, self.size, documents).positions(self.rank)

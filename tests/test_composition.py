@@ -241,7 +241,7 @@ def rows_of_groups(groups: int) -> tuple[list[dict[str, torch.Tensor]], int]:
 
 @pytest.fixture
 def on_new_ranks():
-    """DeepSpeed keeps the process groups that it found first. (It is compiled when first used, so they are patient.)"""
+    """DeepSpeed keeps the process groups that it found first. It is compiled when first used, so they are patient."""
     workers = WorkerPool(4, 900)
     yield workers
     workers.close()

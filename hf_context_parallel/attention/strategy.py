@@ -78,7 +78,9 @@ class Strategy:
             return exchange
         return Subset(exchange, range(self.rank % self.inner, self.plan.size * self.inner, self.inner))
 
-    def shared_heads(self, exchange: Exchange | None, heads: int, key_heads: int, device: torch.device):
+    def shared_heads(
+        self, exchange: Exchange | None, heads: int, key_heads: int, device: torch.device
+    ) -> SharedHeads | None:
         """The exchange of heads in this rank's subgroup; None where there is none."""
         if self.inner == 1:
             return None

@@ -1,5 +1,4 @@
-"""The attention function and the mask function that Transformers calls for "
-"`attn_implementation="context_parallel"`."""
+"""The attention function that Transformers calls for `attn_implementation="context_parallel"`."""
 
 from __future__ import annotations
 
