@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import accumulate
 
-from .layout import LAYOUTS, Layout, zigzag
+from .layout import FIXED_LAYOUTS, Layout, zigzag
 from .mask import Document
 
 FINEST = 64
@@ -28,7 +28,7 @@ SLACK = 0.005
 
 def make_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:
     """The layout of this name for rows of `length` tokens that hold these documents, which only one looks at."""
-    return balanced(length, size, documents) if name == "balanced" else LAYOUTS[name](length, size)
+    return balanced(length, size, documents) if name == "balanced" else FIXED_LAYOUTS[name](length, size)
 
 
 def padded_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:

@@ -169,7 +169,7 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
     """
     batch = {name: value for name, value in batch.items() if value is not None}
     if "input_ids" not in batch and "inputs_embeds" not in batch:
-        raise ValueError(f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}.")
+        raise ValueError(f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}: give one of them.")
     _refuse_unknown(batch)
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     batch_size, length = tokens.shape[:2]
@@ -264,7 +264,7 @@ def _refuse_unknown(batch: Mapping[str, Any]) -> None:
 def _check_shapes(batch: Mapping[str, Any], batch_size: int, length: int) -> None:
     """Refuse inputs that do not describe the same rows of tokens."""
     if batch_size == 0 or length == 0:
-        raise ValueError(f"the batch is empty: {batch_size} rows of {length} tokens.")
+        raise ValueError(f"the batch is empty: {batch_size} rows of {length} tokens. Leave it out.")
     for name in (*PADDING, "attention_mask"):
         if name not in batch:
             continue

@@ -16,7 +16,7 @@ from .consensus import agree, fingerprint
 from .data import CONSUMED, IGNORED, read_batch
 from .integration.models import UNSHIFTED, makes_positions, mixers, transformers_model
 from .integration.rope import follows_length
-from .layout import LAYOUTS
+from .layout import FIXED_LAYOUTS
 from .mesh import build_columns, world
 from .schedule import Costs, Group, ModelShape, Schedule, make_schedule, sizes
 
@@ -174,7 +174,7 @@ class Scheduler:
 
     def _round(self, group: Group, here: dict[int, torch.Tensor]) -> Round:
         if not group.samples:
-            length = len(LAYOUTS[self._cp.config.layout](0, group.size).chunk_owners)
+            length = len(FIXED_LAYOUTS[self._cp.config.layout](0, group.size).chunk_owners)
             row, lengths = torch.zeros(len(CARRIED), length, dtype=torch.int64), []
             row[CARRIED.index("shift_labels")] = IGNORED
             row[CARRIED.index("position_ids")] = torch.arange(length)

@@ -6,7 +6,8 @@ of a CP group. It is integer arithmetic: no process group, no tensor on a device
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,12 +64,19 @@ class Layout:
             if owner == rank
         ]
 
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """Where the positions `[start, stop)` lie, in order: a rank, an index there, the position, and how many."""
+        chunk = bisect_right(self.bounds, start) - 1
+        while start < stop:
+            end = min(stop, self.bounds[chunk + 1])
+            if start < end:  # a chunk may be empty
+                index = self.chunk_offsets[chunk] + start - self.bounds[chunk]
+                yield self.chunk_owners[chunk], index, start, end - start
+            start, chunk = end, chunk + 1
+
     def owners(self, start: int, stop: int) -> tuple[int, ...]:
         """The ranks that hold the positions `[start, stop)`, a chunk's each."""
-        first, last = bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop)
-        return tuple(
-            self.chunk_owners[chunk] for chunk in range(first, last) if self.bounds[chunk] < self.bounds[chunk + 1]
-        )
+        return tuple(rank for rank, *_ in self.pieces(start, stop))
 
     def positions(self, rank: int) -> torch.LongTensor:
         """The positions that `rank` holds, in local order: `[local_length]`."""
@@ -86,8 +94,8 @@ class Layout:
         """The rank that holds `position`, and its index there."""
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} is outside a sequence of {self.length} tokens")
-        chunk = bisect_right(self.bounds, position) - 1
-        return self.chunk_owners[chunk], self.chunk_offsets[chunk] + position - self.bounds[chunk]
+        ((rank, index, _, _),) = self.pieces(position, position + 1)
+        return rank, index
 
 
 def zigzag(length: int, size: int) -> Layout:
@@ -105,4 +113,5 @@ def contiguous(length: int, size: int) -> Layout:
     return Layout(length, size, tuple(range(size)))
 
 
-LAYOUTS = {"zigzag": zigzag, "contiguous": contiguous}
+FIXED_LAYOUTS = {"zigzag": zigzag, "contiguous": contiguous}
+"""Those that do not depend on documents."""

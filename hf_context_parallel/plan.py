@@ -15,7 +15,6 @@ numbers.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -463,14 +462,9 @@ def pieces_of_documents(layout: Layout, mask: Mask) -> list[dict[int, list[Piece
         for document in row_documents:
             pieces: dict[int, list[Piece]] = {}
             for start, stop in document:
-                chunk = bisect_right(layout.bounds, start) - 1
-                while start < stop:
-                    end = min(stop, layout.bounds[chunk + 1])
-                    if start < end:
-                        rank = layout.chunk_owners[chunk]
-                        first = row * local_lengths[rank] + layout.chunk_offsets[chunk] + start - layout.bounds[chunk]
-                        _extend(pieces.setdefault(rank, []), Piece(first, first + end - start, start))
-                    start, chunk = end, chunk + 1
+                for rank, index, position, length in layout.pieces(start, stop):
+                    first = row * local_lengths[rank] + index
+                    _extend(pieces.setdefault(rank, []), Piece(first, first + length, position))
             documents.append(pieces)
     return documents
 

@@ -10,7 +10,6 @@ A sequence is a row, or a document where rows are packed: what the module would 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -61,14 +60,8 @@ class Piece(NamedTuple):
 
 def pieces(layout: Layout, sequence: Sequence) -> Iterator[Piece]:
     """Where a sequence lies, from its first token to its last."""
-    chunk, position = bisect_right(layout.bounds, sequence.start) - 1, sequence.start
-    while position < sequence.stop:
-        start, stop, rank = layout.bounds[chunk], layout.bounds[chunk + 1], layout.chunk_owners[chunk]
-        token = sequence.row * layout.local_length(rank) + layout.chunk_offsets[chunk] + position - start
-        length = min(stop, sequence.stop) - position
-        if length:  # a chunk may be empty
-            yield Piece(rank, token, position - sequence.start, length)
-        chunk, position = chunk + 1, position + length
+    for rank, index, position, length in layout.pieces(sequence.start, sequence.stop):
+        yield Piece(rank, sequence.row * layout.local_length(rank) + index, position - sequence.start, length)
 
 
 def ranges(starts: list[int], lengths: list[int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 
 from .balance import padded_layout
 from .cost import BACKWARD, Machine, attention_flops
-from .layout import LAYOUTS, Layout
+from .layout import FIXED_LAYOUTS, Layout
 
 KERNELS_A_LAYER = 36
 """Kernel calls of a decoder layer, forward and backward, beside attention's."""
@@ -313,7 +313,7 @@ def in_order(
 
 def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int:
     """The tokens that a row of a group may have, so that with padding no rank holds more than it may."""
-    chunks = len(LAYOUTS[layout](0, 1).chunk_owners)
+    chunks = len(FIXED_LAYOUTS[layout](0, 1).chunk_owners)
     return max_tokens_per_rank // chunks * chunks * size
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from hf_context_parallel.attention.exchange import Message as Buffer
 from hf_context_parallel.intervals import intersection
 from hf_context_parallel.kernels.base import Kernel
-from hf_context_parallel.layout import LAYOUTS, Layout
+from hf_context_parallel.layout import FIXED_LAYOUTS, Layout
 from hf_context_parallel.mask import Mask, Pattern, from_attention_mask, from_cu_seqlens
 from hf_context_parallel.plan import Band
 
@@ -360,7 +360,7 @@ def patterns(length: int) -> st.SearchStrategy[Pattern]:
 @st.composite
 def layouts(draw, max_length: int = 40, sizes: st.SearchStrategy[int] = SMALL) -> Layout:
     """A layout of any kind."""
-    return LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](draw(st.integers(1, max_length)), draw(sizes))
+    return FIXED_LAYOUTS[draw(st.sampled_from(sorted(FIXED_LAYOUTS)))](draw(st.integers(1, max_length)), draw(sizes))
 
 
 @st.composite

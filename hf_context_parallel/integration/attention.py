@@ -123,7 +123,7 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
         if name not in HARMLESS and not off:
             raise ValueError(
                 f"{layer} asks for {name}={value if isinstance(value, (int, float, str)) else type(value).__name__}, "
-                "which context-parallel attention does not know and will not ignore."
+                "which context-parallel attention does not know and will not ignore. Call the model outside cp.shard."
             )
     if isinstance(attention_mask, PlannedMask):
         pattern = attention_mask.pattern

@@ -188,7 +188,7 @@ def read_pattern(function, model_type: str) -> Pattern:
     name = function.__qualname__
     inside = inspect.getclosurevars(function).nonlocals
     if name == "and_masks.<locals>.and_mask":
-        return _both([read_pattern(part, model_type) for part in inside["mask_functions"]])
+        return _both([read_pattern(part, model_type) for part in inside["mask_functions"]], model_type)
     if name == "or_masks.<locals>.or_mask":
         parts = [part for part in inside["mask_functions"] if not _is_text_only(part)]
         return _either([read_pattern(part, model_type) for part in parts], model_type)
@@ -214,12 +214,15 @@ def read_pattern(function, model_type: str) -> Pattern:
     )
 
 
-def _both(patterns: list[Pattern]) -> Pattern:
+def _both(patterns: list[Pattern], model_type: str) -> Pattern:
     """What all of them let a token read."""
     windows = [x.sliding_window for x in patterns if x.sliding_window is not None]
     sizes = [x.chunk_size for x in patterns if x.chunk_size is not None]
     if len(set(sizes)) > 1:
-        raise ValueError(f"chunks of different sizes, {sizes}, are not supported.")
+        raise ValueError(
+            f"{model_type!r} lets a token read what chunks of {sizes} tokens both say, and it is not known how that "
+            "is sharded. Call the model outside cp.shard."
+        )
     return Pattern(any(x.causal for x in patterns), min(windows, default=None), min(sizes, default=None))
 
 

@@ -230,7 +230,8 @@ class Sharded(_Watch):
             if self._done_calls.get(module, -1) + 1 != len(records):
                 raise RuntimeError(
                     f"{self._names[module]} runs {len(records)} times of whole sequences and "
-                    f"{self._done_calls.get(module, -1) + 1} times of shards."
+                    f"{self._done_calls.get(module, -1) + 1} times of shards, so it cannot be compared. "
+                    "ContextParallelConfig(verify=False) trains without this comparison."
                 )
         return self._differences
 
@@ -264,7 +265,10 @@ class Sharded(_Watch):
         number = calls[module] = calls.get(module, -1) + 1
         records = self._records.get(module, [])
         if number >= len(records):
-            raise RuntimeError(f"{self._names[module]} runs more often of shards than of whole sequences.")
+            raise RuntimeError(
+                f"{self._names[module]} runs more often of shards than of whole sequences, so it cannot be compared. "
+                "ContextParallelConfig(verify=False) trains without this comparison."
+            )
         return records[number]
 
     def _compare(self, module: torch.nn.Module, record: _Record, found: Mapping[str, torch.Tensor | None]) -> None:
