@@ -136,7 +136,7 @@ class ContextParallelConfig:
         inner = self.a2a_size
         return replace(self, size=size, a2a_size=math.gcd(inner, size) if inner and _is_count(size) else None)
 
-    def check_layers(self, layers: int) -> None:
+    def check_layers(self, layers: int | None) -> None:
         """Refuse a list of another length than a model's layers.
 
         Raises:

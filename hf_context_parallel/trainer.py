@@ -67,7 +67,7 @@ class ContextParallelMixin:
     def __init__(self, *args, context_parallel: ContextParallelConfig | None = None, **kwargs):
         self._config = context_parallel or ContextParallelConfig()
         self._whole_num_items: torch.Tensor | int | None = None
-        self._predicting = self._loss_is_ours = False
+        self._predicting = self._loss_is_ours = self._all_log = False
         self._tokens, self._longest = 0.0, 0
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
@@ -292,9 +292,19 @@ class ContextParallelMixin:
             before + (self.state.num_input_tokens_seen - before) // self.cp.groups.alike.size
         )
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        self._all_log = True
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._all_log = False
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with throughput, sequence length and memory beside a training loss."""
-        if "loss" in logs:
+        """Trainer's, with throughput, sequence length and memory beside the training loss that all ranks log.
+
+        A call of one's own may be on some ranks alone.
+        """
+        if self._all_log and "loss" in logs:
             logs |= self._throughput()
         super().log(logs, start_time)
 

@@ -268,3 +268,63 @@ def fully_sharded_difference(model_type: str) -> float:
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "lfm2", "jamba"])
 def test_a_fully_sharded_model_is_exact(on_ranks, model_type):
     assert max(on_ranks(2, fully_sharded_difference, model_type)) < 1e-12
+
+
+# What depends on more than the shard
+
+
+def loss_with_offset(model_type: str) -> float:
+    """Positions that do not begin at 0."""
+    cp, batch = context(), batch_of(2, 37)
+    batch["position_ids"] = torch.arange(50, 87).expand(2, -1).clone()
+    found = loss_and_gradients(tiny_model(tiny_config(model_type), "context_parallel"), batch, cp)
+    whole = tiny_model(tiny_config(model_type), None)
+    with finite_masks():
+        loss = whole(**batch, use_cache=False).loss
+    loss.backward()
+    return largest_difference(found, [loss.detach()] + [parameter.grad for parameter in whole.parameters()])
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "llama", "bloom"])
+def test_positions_need_not_begin_at_0(on_ranks, model_type):
+    """Llama 4's temperature goes by a token's index, its RoPE by its position."""
+    assert max(on_ranks(2, loss_with_offset, model_type)) < 2e-6  # norms and softmax compute in float32
+
+
+def refusal_without_a_dictionary(model_type: str) -> str:
+    model = tiny_model(tiny_config(model_type), "context_parallel")
+    with (
+        pytest.raises(ValueError) as refusal,
+        context().shard({**batch_of(2, 24), "return_dict": False}, model) as local,
+    ):
+        model(**local)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "xlnet"])
+def test_a_loss_that_is_put_right_needs_a_dictionary(on_ranks, model_type):
+    for told in on_ranks(2, refusal_without_a_dictionary, model_type):
+        assert f"return_dict=False: the loss of a {model_type} is a mean over its shard" in told
+
+
+def refusal_of_generating() -> str:
+    model = tiny_model(tiny_config("llama"), "context_parallel")
+    with pytest.raises(ValueError) as refusal, context().shard({"input_ids": tokens(1, 13)}, model) as local:
+        model.generate(local["input_ids"], max_new_tokens=2, pad_token_id=0)
+    return str(refusal.value)
+
+
+def test_generating_inside_of_a_batch_is_refused_on_every_rank(on_ranks):
+    """Of 13 tokens one rank alone has padding, and so a mask that is not of ones."""
+    assert all("outside the block" in told for told in on_ranks(2, refusal_of_generating))
+
+
+def runs_as_users_run_it(model_type: str) -> bool:
+    model = tiny_model(tiny_config(model_type), "context_parallel")
+    with context().shard(batch_of(2, 24), model) as local:
+        return bool(model(**local).loss.isfinite())
+
+
+@pytest.mark.parametrize("model_type", ["blt", "emu3", "mllama"])
+def test_what_is_known_as_exact_is_not_refused(on_ranks, model_type):
+    assert all(on_ranks(2, runs_as_users_run_it, model_type))

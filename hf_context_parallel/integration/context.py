@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from ..data import SHARD, Shard, shard_batch
 from ..mask import Pattern
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
+from .masks import GIVEN_A_MASK
 from .models import NAME, check_model, is_native, mixers, styles_of, transformers_model
 from .native import NativeMixers
 from .randomness import own_stream
@@ -81,14 +83,16 @@ class ShardedBatch(AbstractContextManager):
             self._last_words.explain(failure, self._last_words.block - 1)
             raise
         self.shard, self.positions = local.pop(SHARD), local["position_ids"]
+        self._hooks = []
         if self._model is not None:
             model = transformers_model(self._model)
+            self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
             optional = {"position_ids", "use_cache", "shift_labels", "num_items_in_batch"}
             refused = optional - set(accepted(model, optional))
             local = {name: value for name, value in local.items() if name not in refused}
         del self._batch, self._model
         enter(self)
-        self._hooks = [
+        self._hooks += [
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
@@ -126,7 +130,18 @@ class ShardedBatch(AbstractContextManager):
         """Refuse a model that would not be exact, or that the configuration does not fit."""
         check_model(model)
         check_parallelism(model, self.cp)
-        self.cp.config.check_layers(transformers_model(model).config.get_text_config().num_hidden_layers)
+        config = transformers_model(model).config.get_text_config()
+        self.cp.config.check_layers(getattr(config, "num_hidden_layers", None))  # a few have stacks of several names
+
+    @cached_property
+    def indices(self) -> torch.Tensor:
+        """`[B, S_local]`, where each token stands in its row; in its document, where rows are packed."""
+        shard = self.shard
+        whole = torch.arange(shard.layout.length).repeat(shard.batch_size, 1)
+        for row, documents in enumerate(shard.rows if shard.packed else ()):
+            for (start, stop), *_ in documents:  # which packing leaves whole
+                whole[row, start:stop] -= start
+        return whole[:, shard.layout.positions(shard.rank)]
 
     def check_backward(self) -> None:
         """Raise unless this batch's gradients can be computed now."""
@@ -172,6 +187,15 @@ class ShardedBatch(AbstractContextManager):
                 self._replicated.replace_all(styles_of(module))
             if self.cp.config.sequence_parallel:
                 self._sequence.replace_parts(module)
+
+    @torch.compiler.disable
+    def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Check what a model that was passed to `shard` is given, before what a rank sees depends on its share."""
+        if current_batch() is self and self._running is module:
+            given = by_name(module.forward, args, kwargs)
+            if given.get("attention_mask") is not None:
+                raise ValueError(GIVEN_A_MASK)
+            self._check_inputs(module, given)
 
     @torch.compiler.disable
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:

@@ -62,7 +62,14 @@ def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any]
         given: what the model's forward was given, by name.
     """
     config, shard = model.config, batch.shard
-    if given.get("labels") is None or not isinstance(output, Mapping):
+    if given.get("labels") is None:
+        return None
+    if not isinstance(output, Mapping):
+        if config.model_type in UNSHIFTED or getattr(config, "z_loss_coefficient", 0):
+            raise ValueError(
+                f"return_dict=False: the loss of a {config.model_type} is a mean over its shard, and is put right in "
+                "the output's 'loss'. Leave return_dict out, or set it to True."
+            )
         return None
     logits = output["logits"]
     if config.model_type in UNSHIFTED:

@@ -21,6 +21,11 @@ from ..mask import Pattern
 from .current import current_batch
 from .models import ASK_FOR_THE_NAME, NAME
 
+GIVEN_A_MASK = (
+    "a shard's model was given an attention_mask: call it with what cp.shard yields and no more, and generate() "
+    "outside the block."
+)
+
 _told_otherwise = False
 
 
@@ -92,7 +97,7 @@ def context_parallel_mask(**kwargs) -> Any:
         return ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(config))](**kwargs)
     given = kwargs.get("attention_mask")
     if given is not None and not given.all():  # some models make one of ones when they are given none
-        raise ValueError("a shard's model was given an attention_mask: call it with what cp.shard yields and no more.")
+        raise ValueError(GIVEN_A_MASK)
     pattern = read_pattern(kwargs["mask_function"], config.model_type)
     counts_from_documents = hasattr(masking_utils, "remap_positions_for_packed_sequence")
     if pattern.chunk_size is not None and not counts_from_documents and batch.shard.packed:

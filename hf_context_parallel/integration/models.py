@@ -133,6 +133,9 @@ KNOWN = Path(__file__).parent.parent / "models.json"
 KNOWN_TENSOR_PARALLEL = KNOWN.with_name("tensor_parallel.json")
 """What `hf-context-parallel check --all --tp 2 --write` has found of each type that has a tensor-parallel plan."""
 
+TEXT_TYPES = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+"""Types whose causal language model has a configuration of another type than the one that is checked."""
+
 _trying = False
 
 
@@ -307,7 +310,7 @@ def _refuse_layer_drop(config: PreTrainedConfig) -> None:
 
 def check_config(config: PreTrainedConfig) -> None:
     """Refuse a configuration that would not be exact. See `check_model`."""
-    name = config.model_type
+    name = TEXT_TYPES.get(config.model_type, config.model_type)
     if name in REFUSED:
         raise ValueError(f"model type {name!r} is refused: {REFUSED[name]}. Call the model outside cp.shard.")
     if not _trying and known_states().get(name, {}).get("state") not in ("exact", "exact by resharding"):

@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 
 
-def corrected_query(module: torch.nn.Module, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The query with a factor for each token's position, where the layer has put one for its index on this rank.
+def corrected_query(module: torch.nn.Module, query: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The query with a factor for each token's index in its row, where the layer has put one for that on this rank.
 
-    Llama 4 raises the temperature of layers without RoPE with the position, which it counts from 0.
+    Llama 4 raises the temperature of layers without RoPE with the index, whatever `position_ids` say.
 
     Args:
         query: `[B, H, S_local, D]`.
-        positions: `[B, S_local]`, of this rank's tokens.
+        indices: `[B, S_local]`, of this rank's tokens.
     """
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
 
-    def factor(position: torch.Tensor) -> torch.Tensor:
-        return torch.log1p(torch.floor((position.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+    def factor(index: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(torch.floor((index.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
-    index = torch.arange(query.shape[2], device=query.device)
-    right = factor(positions.to(query.device)).double() / factor(index).double()
+    of_shard = torch.arange(query.shape[2], device=query.device)
+    right = factor(indices.to(query.device)).double() / factor(of_shard).double()
     return query * right[:, None, :, None].to(query.dtype)
 
 
