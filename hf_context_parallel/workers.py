@@ -5,7 +5,6 @@ Importing Transformers takes seconds, so it happens once a worker, however many 
 
 from __future__ import annotations
 
-import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -126,6 +125,5 @@ def _serve(link) -> None:
             # DTensor remembers results by meshes that look alike, and the groups of these are gone now.
             clear_sharding_cache = getattr(dtensor_debug, "_clear_sharding_prop_cache", lambda: None)
             clear_sharding_cache()
-            gc.collect()  # groups in cycles with their meshes, each of which has threads
             for state in (AcceleratorState, GradientState, PartialState):
                 state._shared_state.clear()
