@@ -237,9 +237,9 @@ def _met_by_a_token(module: PreTrainedModel, config: PreTrainedConfig) -> int:
     """Parameters without embeddings; of experts, which are stacked in tensors of three dimensions, those of a few."""
     fields = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((getattr(config, field) for field in fields if getattr(config, field, None)), 0)
-    chosen = getattr(config, "num_experts_per_tok", None) or experts
+    others = experts - (getattr(config, "num_experts_per_tok", None) or experts)
     stacked = sum(p.numel() for p in module.parameters() if p.dim() == 3 and p.shape[0] == experts)
-    return module.num_parameters(exclude_embeddings=True) - (stacked - stacked * chosen // experts if experts else 0)
+    return module.num_parameters(exclude_embeddings=True) - stacked * others // max(experts, 1)
 
 
 def _wanted(schedule: Schedule, rank: int) -> list[int]:

@@ -166,16 +166,15 @@ class Recipe:
             self._check_sizes()
 
     def _check_sizes(self) -> None:
-        sizes = {name: getattr(self.distributed, name, None) or 1 for name in PARALLEL_SIZES}
-        size, tp_size = self.context_parallel.size, sizes["tp_size"]
-        data = sizes["fsdp_size"] * sizes["dp_replicate_size"]
+        size = self.context_parallel.size
+        data = self._parallel_size("fsdp_size") * self._parallel_size("dp_replicate_size")
         if data % size:
             raise ValueError(
                 f"context_parallel.size={size} does not divide the {data} data ranks of 'distributed' (fsdp_size * "
                 f"dp_replicate_size), along which CP groups lie: take fsdp_size={size} or a multiple of it, and start "
                 f"tp_size * fsdp_size * dp_replicate_size processes."
             )
-        if self.context_parallel.sequence_parallel and tp_size == 1:
+        if self.context_parallel.sequence_parallel and self.tensor_ranks == 1:
             raise ValueError(
                 "context_parallel.sequence_parallel=true shards activations over the ranks of tensor parallelism, and "
                 "distributed.tp_size is 1: take 2 or more, or leave it off."
@@ -191,12 +190,15 @@ class Recipe:
         """The processes that it runs on, or a multiple of them where 'distributed' does not say how many exactly."""
         if self.distributed is None:
             return self.context_parallel.size
-        return prod(getattr(self.distributed, name, None) or 1 for name in PARALLEL_SIZES)
+        return prod(map(self._parallel_size, PARALLEL_SIZES))
 
     @property
     def tensor_ranks(self) -> int:
         """The ranks that share each layer."""
-        return getattr(self.distributed, "tp_size", None) or 1
+        return self._parallel_size("tp_size")
+
+    def _parallel_size(self, name: str) -> int:
+        return getattr(self.distributed, name, None) or 1
 
     def distributed_config(self) -> DistributedConfig | None:
         """The `DistributedConfig`, or None where Transformers is not to shard the model.

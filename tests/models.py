@@ -24,11 +24,9 @@ needs_chunks_of_documents = pytest.mark.skipif(
 )
 
 
-def needs_transformers(version: str):
+def needs_transformers(version: str, why: str):
     """Where the installed version's models are not those that a test is about."""
-    return pytest.mark.skipif(
-        Version(transformers.__version__) < Version(version), reason=f"Transformers {version} changed its models"
-    )
+    return pytest.mark.skipif(Version(transformers.__version__) < Version(version), reason=why)
 
 
 def tiny_model(model_type: str, attention: str | None, dtype: torch.dtype = torch.float64, **changes):

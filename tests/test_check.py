@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 from models import needs_chunks_of_documents, needs_transformers
+from transformers import AutoModelForCausalLM
 
 from hf_context_parallel import check, survey
 from hf_context_parallel.check_command import PAGE, run_check
 from hf_context_parallel.integration import models
-from hf_context_parallel.integration.models import KNOWN, known_states
+from hf_context_parallel.integration.models import KNOWN, NAME, known_states
 from hf_context_parallel.tiny import tiny_config
 
 SAMPLE = {
@@ -52,13 +53,24 @@ def test_what_is_known_of_a_type_is_so(on_ranks, model_type):
     assert (found.state, found.handled) == (known["state"], known["handled"]), found.reason
 
 
-@needs_transformers("5.23")
+@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
 def test_every_type_is_known_and_few_are_refused():
     known = known_states()
     assert sorted(known) == survey.model_types()
     refused = [name for name, finding in known.items() if finding["state"] == "refused"]
     assert len(refused) < len(known) / 10
     assert all(known[name]["reason"] for name in refused)
+
+
+@pytest.mark.exhaustive
+@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+def test_what_is_known_as_exact_is_not_refused():
+    """As a user has it: by the class's own configuration, whose type may be another than the table's."""
+    exact = [name for name, finding in known_states().items() if finding["state"] != "refused"]
+    with torch.device("meta"):
+        for name in exact:
+            config = survey.configuration(name)
+            models.check_model(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
 
 
 def test_the_page_shows_what_is_known():

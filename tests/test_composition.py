@@ -212,7 +212,7 @@ def zero_steps(stage: int, size: int) -> tuple[list[float], list[torch.Tensor]]:
     }
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=sgd, config=settings)
-    cp = context_of(size)
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=size))
     rows, targets = rows_of_groups(cp.groups.data_size)
     losses = []
     for _ in range(2):
@@ -225,10 +225,6 @@ def zero_steps(stage: int, size: int) -> tuple[list[float], list[torch.Tensor]]:
         losses.append(loss.item())
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
         return losses, [parameter.detach().clone() for parameter in engine.module.parameters()]
-
-
-def context_of(size: int) -> hcp.ContextParallel:
-    return hcp.ContextParallel(hcp.ContextParallelConfig(size=size))
 
 
 def rows_of_groups(groups: int) -> tuple[list[dict[str, torch.Tensor]], int]:

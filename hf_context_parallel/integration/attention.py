@@ -90,7 +90,7 @@ def context_parallel_attention(
     _check_lengths(batch, query, key)
     _sharded.add(module)
     batch.note(module, "ring")
-    query = corrected_query(module, query, batch.indices)
+    query = corrected_query(module, query, batch)
     query, key, value = one_dtype(query, key, value)
     kernel = batch.cp.kernel(query.device)
     scores = make_scores(query, scaling, softcap, dropout, torch.are_deterministic_algorithms_enabled())

@@ -133,8 +133,8 @@ KNOWN = Path(__file__).parent.parent / "models.json"
 KNOWN_TENSOR_PARALLEL = KNOWN.with_name("tensor_parallel.json")
 """What `hf-context-parallel check --all --tp 2 --write` has found of each type that has a tensor-parallel plan."""
 
-TEXT_TYPES = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
-"""Types whose causal language model has a configuration of another type than the one that is checked."""
+_CHECKED_AS = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+"""Types of the configurations that causal language models of other types have."""
 
 _trying = False
 
@@ -207,6 +207,7 @@ def check_tensor_parallel_type(name: str, sequence_parallel: bool) -> None:
     Raises:
         ValueError: with what was found of it.
     """
+    name = _CHECKED_AS.get(name, name)
     found = known_tensor_parallel().get(name, {})
     if _trying or found.get("sequence_parallel" if sequence_parallel else "state") == "exact":
         return
@@ -310,7 +311,7 @@ def _refuse_layer_drop(config: PreTrainedConfig) -> None:
 
 def check_config(config: PreTrainedConfig) -> None:
     """Refuse a configuration that would not be exact. See `check_model`."""
-    name = TEXT_TYPES.get(config.model_type, config.model_type)
+    name = _CHECKED_AS.get(config.model_type, config.model_type)
     if name in REFUSED:
         raise ValueError(f"model type {name!r} is refused: {REFUSED[name]}. Call the model outside cp.shard.")
     if not _trying and known_states().get(name, {}).get("state") not in ("exact", "exact by resharding"):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+if TYPE_CHECKING:
+    from .context import ShardedBatch
 
-def corrected_query(module: torch.nn.Module, query: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+
+def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ShardedBatch) -> torch.Tensor:
     """The query with a factor for each token's index in its row, where the layer has put one for that on this rank.
 
     Llama 4 raises the temperature of layers without RoPE with the index, whatever `position_ids` say.
 
     Args:
         query: `[B, H, S_local, D]`.
-        indices: `[B, S_local]`, of this rank's tokens.
+        batch: the current one.
     """
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
@@ -21,7 +26,7 @@ def corrected_query(module: torch.nn.Module, query: torch.Tensor, indices: torch
         return torch.log1p(torch.floor((index.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
     of_shard = torch.arange(query.shape[2], device=query.device)
-    right = factor(indices.to(query.device)).double() / factor(of_shard).double()
+    right = factor(batch.indices.to(query.device)).double() / factor(of_shard).double()
     return query * right[:, None, :, None].to(query.dtype)
 
 
