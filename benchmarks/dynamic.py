@@ -9,7 +9,7 @@ Llama at 8, 64 and 1,024 ranks, for
 
     one by one    static CP of 8 ranks, one sample a run
     packed        static CP of 8 ranks, each group's samples packed in the order in which they came
-    greedy        Megatron-LM's rule (`benchmarks/greedy.py`)
+    greedy        Megatron-LM's rule (`hf_context_parallel/greedy.py`), in groups of up to all ranks
     ours          `hf_context_parallel.schedule`
     most          if every rank computed its share of pairs and tokens and nothing else, without a wait: a bound
 
@@ -40,6 +40,7 @@ import hf_context_parallel as hcp
 from hf_context_parallel.balance import padded_layout
 from hf_context_parallel.cost import CPU, H100_NODE
 from hf_context_parallel.dynamic import Scheduler, model_shape
+from hf_context_parallel.greedy import greedy_stages
 from hf_context_parallel.schedule import (
     LLAMA_8B,
     Costs,
@@ -52,7 +53,6 @@ from hf_context_parallel.schedule import (
 from hf_context_parallel.workers import WorkerPool
 
 from . import report
-from .greedy import greedy_stages
 
 NODE = H100_NODE.node
 SETTINGS = {"whole weights": False, "weights sharded over a node": True}
@@ -82,7 +82,9 @@ def stages_of_greedy_rule(
     as the slowest of them.
     """
     found = []
-    for groups in greedy_stages(lengths, ranks, most):
+    powers = [2**power for power in range(ranks.bit_length())]
+    chosen = [next(size for size in powers if size * most >= length) for length in lengths]
+    for groups in greedy_stages(lengths, chosen, ranks, powers):
         longest = max(len(group.samples) for group in groups)
         runs = np.zeros((ranks, longest))
         first = 0

@@ -16,6 +16,7 @@ import numpy as np
 
 from .balance import padded_layout
 from .cost import BACKWARD, Machine, attention_flops
+from .greedy import GreedyGroup, greedy_stages
 from .layout import FIXED_LAYOUTS, Layout
 
 KERNELS_A_LAYER = 36
@@ -235,7 +236,8 @@ def make_schedule(
     """Deal samples to groups so that the slowest ranks are done soonest.
 
     A sample gets the smallest group that holds it, or a larger one where that takes less time in all. Groups with
-    several samples run them as documents of one row. By the estimate it is never slower than static CP.
+    several samples run them as documents of one row. By the estimate it is never slower than static CP or the greedy
+    rule of `greedy.py`.
 
     Args:
         lengths: tokens of each sample.
@@ -262,8 +264,10 @@ def make_schedule(
     # A long sample is done sooner in a larger group than it needs. How long is too long? Try the times that the
     # longest takes in each, and no time, which puts everything into the largest groups.
     limits = sorted({costs.sample(lengths[longest], size) for size in holds} | {0.0}, reverse=True)
-    static = (in_order(lengths, ranks, extent, room, costs, layout) for room in (0, holds[extent]))
-    best = min(static, key=lambda schedule: schedule.total)
+    others = [in_order(lengths, ranks, extent, room, costs, layout) for room in (0, holds[extent])]
+    stages = greedy_stages(lengths, smallest, ranks, list(holds))
+    others.append(Schedule(tuple(lengths), ranks, _in_rounds(stages, ranks), costs, layout))
+    best = min(others, key=lambda schedule: schedule.total)
     tried = set()
     for limit in limits:
         chosen = tuple(
@@ -341,6 +345,22 @@ def _one_after_another(
         busy = {rank for first, size, _ in groups for rank in range(first, first + size)}
         groups += [Group(rank, 1, ()) for rank in range(ranks) if rank not in busy]
     return tuple(tuple(sorted(groups)) for groups in rounds)
+
+
+def _in_rounds(stages: Sequence[Sequence[GreedyGroup]], ranks: int) -> tuple[tuple[Group, ...], ...]:
+    """A round for each of the samples that the groups of a stage run one after another."""
+    rounds = []
+    for stage in stages:
+        placed, first = [], 0
+        for group in sorted(stage, key=lambda group: -group.size):
+            placed.append((first, group))
+            first += group.size
+        idle = [Group(rank, 1, ()) for rank in range(first, ranks)]
+        for turn in range(max(len(group.samples) for group in stage)):
+            rounds.append(
+                (*(Group(at, group.size, tuple(group.samples[turn : turn + 1])) for at, group in placed), *idle)
+            )
+    return tuple(rounds)
 
 
 class _Dealer:

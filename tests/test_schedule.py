@@ -72,16 +72,14 @@ def test_a_schedule_is_never_slower_than_static(batch, costs):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 4, 8, 16]), st.sampled_from([2048, 4096]), st.integers(2, 6))
-def test_few_long_tailed_samples_are_about_as_fast_as_by_the_greedy_rule_or_faster(seed, ranks, most, samples):
+def test_a_schedule_is_never_slower_than_the_greedy_rule(seed, ranks, most, samples):
     longest = min(16384, ranks * most)
     draws = np.random.default_rng(seed).lognormal(np.log(3000), 0.8, samples * ranks)
     lengths = np.clip(draws, 1024, longest).astype(int).tolist()
-    costs = COSTS["GPUs"]
-    schedule = make_schedule(lengths, ranks, ranks, most, costs)
-    stages = stages_of_greedy_rule(lengths, ranks, most, costs)
-    # Neither is the best there is: in one batch of a hundred the rule is faster, by 2% at most. At 64 ranks and more
-    # it never was (tests/test_benchmarks.py).
-    assert schedule.total <= sum(stage.max() for stage in stages) * 1.03
+    for costs in (COSTS["GPUs"], COSTS["GPUs, sharded weights"]):
+        stages = stages_of_greedy_rule(lengths, ranks, most, costs, node=ranks if costs.in_step else 1)
+        schedule = make_schedule(lengths, ranks, ranks, most, costs)
+        assert schedule.total <= sum(stage.max() for stage in stages) * (1 + 1e-9)
 
 
 @settings(max_examples=100, deadline=None)
