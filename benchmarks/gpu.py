@@ -51,13 +51,17 @@ SHAPES = (Shape(8, 8, 64), Shape(8, 2, 96), Shape(4, 1, 128))
 
 
 def masks(length: int) -> dict[str, Mask]:
-    """One document, and documents of one token and of several chunks, causal and not."""
+    """One document, documents of one token and of several chunks, and windows; causal and not."""
     edges = torch.tensor([0, 1, length // 5, length // 5 + 3, length // 2 + 1, length])
     packed = (from_cu_seqlens(edges, length),)
+    window = length // 6
     return {
         "one document": Mask(length, whole_rows(1, length)),
         "packed": Mask(length, packed),
         "packed, bidirectional": Mask(length, packed, Pattern(causal=False)),
+        "a window": Mask(length, whole_rows(1, length), Pattern(sliding_window=window)),
+        "packed, a window": Mask(length, packed, Pattern(sliding_window=window)),
+        "packed, a bidirectional window": Mask(length, packed, Pattern(causal=False, sliding_window=window)),
     }
 
 

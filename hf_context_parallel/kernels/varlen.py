@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 
 from ..intervals import Interval
-from ..plan import Segments, take
+from ..plan import CAUSAL, FULL, Segments, take
 from .base import Kernel, Scores
 
 
 class Lengths(NamedTuple):
-    """Cumulative lengths of query and key ranges, `[segments + 1]` int32, and the longest of each.
+    """Cumulative lengths of query and key ranges, `[segments + 1]` int32, and what none of them is longer than.
 
     In the order in which all varlen kernels take them.
     """
@@ -105,11 +105,15 @@ def _cumulative(ranges: tuple[Interval, ...], device: torch.device) -> torch.Ten
 
 
 def _lengths(segments: Segments, device: torch.device) -> Lengths:
+    longest_query, longest_key = (
+        max(stop - start for start, stop in side) for side in (segments.queries, segments.keys)
+    )
+    if segments.band not in (FULL, CAUSAL):
+        # FlashAttention takes a window without a right limit for one of `max_keys`, and one of `max_keys` or more for
+        # none (`set_params_fprop`, `mha_varlen_fwd`). Both are so only where no range of queries is longer than that.
+        longest_key = max(longest_key, longest_query)
     return Lengths(
-        _cumulative(segments.queries, device),
-        _cumulative(segments.keys, device),
-        max(stop - start for start, stop in segments.queries),
-        max(stop - start for start, stop in segments.keys),
+        _cumulative(segments.queries, device), _cumulative(segments.keys, device), longest_query, longest_key
     )
 
 
