@@ -12,6 +12,7 @@ import torch
 
 from .attention.a2a import TokenExchange, grouped_heads, reads_of
 from .attention.exchange import Exchange
+from .attention.rows import Rows
 from .data import Shard
 from .reshard import held, linear, sequences
 
@@ -26,7 +27,7 @@ class Heads:
     `sequences` are all of the batch's, shortest first.
     """
 
-    def __init__(self, shard: Shard, exchange: Exchange, device: torch.device):
+    def __init__(self, shard: Shard, exchange: Exchange):
         self.sequences = sorted(sequences(shard), key=lambda sequence: sequence.length)
         by_rank = held(shard, self.sequences)
         counts = [len(tokens) for tokens, _ in by_rank]
@@ -35,9 +36,9 @@ class Heads:
             exchange=exchange,
             rank=shard.rank,
             rows=self._local[0] * self._local[1],
-            tokens=by_rank[shard.rank][0].to(device),
+            tokens=Rows(by_rank[shard.rank][0]),
             counts=counts,
-            places=[places.to(device) for _, places in by_rank],
+            places=[Rows(places) for _, places in by_rank],
             whole=sum(counts),
         )
 

@@ -183,7 +183,7 @@ def test_scan_by_heads_is_that_of_whole_sequences(every, groups, ratio, turn):
     def compute(rank, local, parameters):
         shares = deal_heads(count, len(every), turn)
         mine = shares[rank]
-        geometry = heads.Heads(every[rank], SimulatedExchange(network, rank), torch.device("cpu"))
+        geometry = heads.Heads(every[rank], SimulatedExchange(network, rank))
         whole = geometry.whole(local, shares)
         own = parameters[0][mine.start : mine.stop]
         parts = zip(*(x.split([sequence.length for sequence in geometry.sequences]) for x in whole))

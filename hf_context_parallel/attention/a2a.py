@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .exchange import Exchange
+from .exchange import Exchange, Pending
+from .rows import Rows
 
 Dealt = Sequence[range]
 """For each rank the heads that it gets."""
@@ -120,18 +121,18 @@ class TokenExchange:
         exchange: the group's messages.
         rank: this rank in it.
         rows: how many rows this rank's tensors have.
-        tokens: `[n]`, which of them travel; None for all.
+        tokens: which of them travel; None for all.
         counts: for each rank, how many tokens travel from there.
-        places: for each rank, the rows that its tokens have among all tokens: `[count]`.
+        places: for each rank, the rows that its tokens have among all tokens.
         whole: how many rows all tokens have. Those that are nobody's place are 0.
     """
 
     exchange: Exchange
     rank: int
     rows: int
-    tokens: torch.Tensor | None
+    tokens: Rows | None
     counts: Sequence[int]
-    places: Sequence[torch.Tensor]
+    places: Sequence[Rows]
     whole: int
 
     def to_heads(self, tensors: Sequence[torch.Tensor], dealt: Sequence[Dealt]) -> list[torch.Tensor]:
@@ -140,18 +141,21 @@ class TokenExchange:
         Args:
             dealt: for each tensor and each rank, the heads that go there.
         """
-        sources = [x if self.tokens is None else x.index_select(0, self.tokens) for x in tensors]
-        sent = [_empty(sources, self.counts[self.rank], [d[rank] for d in dealt]) for rank in self._ranks]
-        for message, *heads in zip(sent, *dealt):
-            for block, x, share in zip(message.blocks, sources, heads):
-                block.copy_(x[:, share.start : share.stop])
-        received = [_empty(tensors, count, [d[self.rank] for d in dealt]) for count in self.counts]
-        received = self._swapped(sent, received)
+        sent = {rank: _empty(tensors, self.counts[self.rank], [d[rank] for d in dealt]) for rank in self._others}
+        for rank, message in sent.items():
+            for block, x, shares in zip(message.blocks, tensors, dealt):
+                Rows.move(_heads(x, shares[rank]), self.tokens, block, None)
+        own = [shares[self.rank] for shares in dealt]
+        received = {rank: _empty(tensors, self.counts[rank], own) for rank in self._others}
+        pending = self._post(sent, received)
         make = torch.Tensor.new_empty if sum(self.counts) == self.whole else torch.Tensor.new_zeros
-        results = [make(x, (self.whole, len(d[self.rank]), x.shape[2])) for x, d in zip(tensors, dealt)]
-        for message, places in zip(received, self.places):
+        results = [make(x, (self.whole, len(share), x.shape[2])) for x, share in zip(tensors, own)]
+        for result, x, share in zip(results, tensors, own):
+            Rows.move(_heads(x, share), self.tokens, result, self.places[self.rank])
+        pending.wait()
+        for rank, message in received.items():
             for result, block in zip(results, message.blocks):
-                result.index_copy_(0, places, block)
+                Rows.move(block, None, result, self.places[rank])
         return results
 
     def to_tokens(
@@ -161,34 +165,40 @@ class TokenExchange:
 
         What the ranks have of a head that went to several is added up, and tokens that do not travel are 0.
         """
-        sent = [_filled([x.index_select(0, places) for x in tensors]) for places in self.places]
         count = self.counts[self.rank]
-        received = self._swapped(sent, [_empty(tensors, count, [d[rank] for d in dealt]) for rank in self._ranks])
-        results = []
-        for index, (x, shares, total) in enumerate(zip(tensors, dealt, totals)):
-            once = sum(map(len, shares)) == total
-            result = (x.new_empty if once else x.new_zeros)(count, total, x.shape[2])
-            for message, share in zip(received, shares):
-                there, block = result[:, share.start : share.stop], message.blocks[index]
-                there.copy_(block) if once else there.add_(block)
-            if self.tokens is not None:
-                result = x.new_zeros(self.rows, *result.shape[1:]).index_copy_(0, self.tokens, result)
-            results.append(result)
+        sent = {rank: _filled([self.places[rank].of(x) for x in tensors]) for rank in self._others}
+        received = {rank: _empty(tensors, count, [d[rank] for d in dealt]) for rank in self._others}
+        pending = self._post(sent, received)
+        once = [sum(map(len, shares)) == total for shares, total in zip(dealt, totals)]
+        results = [
+            (x.new_empty if single and self.tokens is None else x.new_zeros)(self.rows, total, x.shape[2])
+            for x, single, total in zip(tensors, once, totals)
+        ]
+        for x, result, single, shares in zip(tensors, results, once, dealt):
+            place = _heads(result, shares[self.rank])
+            Rows.move(x, self.places[self.rank], place, self.tokens, add=not single)
+        pending.wait()
+        for rank, message in received.items():
+            for block, result, single, shares in zip(message.blocks, results, once, dealt):
+                Rows.move(block, None, _heads(result, shares[rank]), self.tokens, add=not single)
         return results
 
     @property
-    def _ranks(self) -> range:
-        return range(len(self.counts))
+    def _others(self) -> list[int]:
+        return [rank for rank in range(len(self.counts)) if rank != self.rank]
 
-    def _swapped(self, sent: list[_Message], received: list[_Message]) -> list[_Message]:
-        """Message r of `sent` to rank r for message r of `received`; its own stays with this rank."""
-        received[self.rank] = sent[self.rank]
+    def _post(self, sent: dict[int, _Message], received: dict[int, _Message]) -> Pending:
+        """A message to each rank, and one from each."""
         sends, receives = (
-            [(rank, part) for rank in self._ranks if rank != self.rank for part in side[rank].parts if part.numel()]
+            [(rank, part) for rank, message in side.items() for part in message.parts if part.numel()]
             for side in (sent, received)
         )
-        self.exchange.post(sends, receives).wait()
-        return received
+        return self.exchange.post(sends, receives)
+
+
+def _heads(x: torch.Tensor, share: range) -> torch.Tensor:
+    """These heads of `[tokens, H, D]`."""
+    return x[:, share.start : share.stop]
 
 
 class _Message(NamedTuple):

@@ -12,7 +12,7 @@ two exchanges of heads, and p2p one for subgroups of one rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from ..plan import Plan, build_gathering_plan, build_own_plan, build_plan
 from .a2a import SharedHeads, TokenExchange
 from .exchange import Exchange, Subset
 from .p2p import accumulation_dtype
+from .rows import Rows
 
 
 class Shape(NamedTuple):
@@ -68,9 +69,8 @@ class Strategy:
     tokens: int
     plan: Plan | None
     own: Plan | None = None
-    travelling: tuple[torch.Tensor, ...] = ()
-    places: tuple[torch.Tensor, ...] = ()
-    _on: dict = field(default_factory=dict, repr=False, compare=False)
+    travelling: tuple[Rows, ...] = ()
+    places: tuple[Rows, ...] = ()
 
     def outer(self, exchange: Exchange) -> Exchange:
         """The messages between this rank and those that have its place in other subgroups."""
@@ -84,20 +84,15 @@ class Strategy:
         """The exchange of heads in this rank's subgroup; None where there is none."""
         if self.inner == 1:
             return None
-        if device not in self._on:
-            self._on[device] = [
-                tuple(x.to(device, non_blocking=True) for x in xs) for xs in (self.travelling, self.places)
-            ]
-        travelling, places = self._on[device]
         first, mine = self.rank - self.rank % self.inner, self.rank % self.inner
         return SharedHeads(
             TokenExchange(
                 exchange=None if exchange is None else Subset(exchange, range(first, first + self.inner)),
                 rank=mine,
                 rows=self.tokens,
-                tokens=None if len(travelling[mine]) == self.tokens else travelling[mine],
-                counts=[len(x) for x in travelling],
-                places=places,
+                tokens=None if len(self.travelling[mine]) == self.tokens else self.travelling[mine],
+                counts=[len(rows) for rows in self.travelling],
+                places=self.places,
                 whole=self.plan.tokens,
             ),
             heads,
@@ -171,8 +166,8 @@ def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank:
         positions = layout.positions(other)
         travels = torch.stack([_within(row, layout.length)[positions] for row in travelling.rows])
         rows = torch.arange(len(mask.rows))[:, None] * len(whole)
-        moving.append(travels.flatten().nonzero().flatten())
-        places.append((rows + torch.searchsorted(whole, positions))[travels])
+        moving.append(Rows(travels.flatten().nonzero().flatten()))
+        places.append(Rows((rows + torch.searchsorted(whole, positions))[travels]))
     plan = build_plan(merged, travelling, rank // inner)
     return Strategy(comm_type, rank, inner, tokens, plan, own, tuple(moving), tuple(places))
 

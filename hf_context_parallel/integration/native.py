@@ -50,7 +50,7 @@ class NativeMixers(Replacement):
     def __init__(self, batch: ShardedBatch, whole: WholeSequences):
         super().__init__()
         self._batch, self._whole = batch, whole
-        self._heads: dict[torch.device, Heads] = {}
+        self._heads: Heads | None = None
         self._halos: dict[tuple[int, torch.device], Halo] = {}
         self._paddings: dict[torch.device, torch.Tensor | None] = {}
 
@@ -144,7 +144,7 @@ class NativeMixers(Replacement):
         by_token = {key: given[key] for key in (*scan.by_head, *scan.by_group)}
         count = by_token[scan.by_head[0]].shape[2]
         shares = deal_heads(count, self._batch.cp.size, turn)
-        geometry = self._heads_on(by_token[scan.by_head[0]].device)
+        self._heads = geometry = self._heads or Heads(self._batch.shard, self._batch.cp.exchange)
         whole = dict(zip(by_token, geometry.whole(list(by_token.values()), shares)))
         mine = shares[self._batch.cp.rank]
         per_head = {key: given[key] for key in scan.per_head if given.get(key) is not None}
@@ -174,11 +174,6 @@ class NativeMixers(Replacement):
         if (width, device) not in self._halos:
             self._halos[width, device] = Halo(self._batch.shard, width, self._batch.cp.groups.group, device)
         return self._halos[width, device]
-
-    def _heads_on(self, device: torch.device) -> Heads:
-        if device not in self._heads:
-            self._heads[device] = Heads(self._batch.shard, self._batch.cp.exchange, device)
-        return self._heads[device]
 
 
 def _is_nothing(value: Any) -> bool:
