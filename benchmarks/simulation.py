@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -18,8 +19,9 @@ PATIENCE = 120  # seconds until a message that nobody sent is an error
 class ThreadGroup:
     """A group whose ranks are threads, for results.
 
-    On CUDA, messages are as NCCL's process group does them: on a stream of the rank's own, from the sender's memory
-    into the receiver's, with nothing but events between the streams. So memory that is used or freed too early shows.
+    On CUDA, each rank's kernels are on a stream of its own, and messages are as NCCL's process group does them: on
+    another, from the sender's memory into the receiver's, with nothing but events between the streams. So memory that
+    is used or freed too early shows.
 
     Args:
         delay: cycles of the device that each message takes on top, so that what does not wait for it is early.
@@ -34,11 +36,23 @@ class ThreadGroup:
 
         def start(rank):
             # Backward must run in the rank's own thread: in autograd's, one a device, ranks would wait for each other.
-            with torch.autograd.set_multithreading_enabled(False):
+            with torch.autograd.set_multithreading_enabled(False), _own_stream():
                 return work(rank, ThreadExchange(rank, messages, self._delay))
 
         with ThreadPoolExecutor(self._size) as pool:
             return list(pool.map(start, range(self._size)))
+
+
+@contextmanager
+def _own_stream():
+    """On CUDA, a stream for what a thread queues, after all that was queued before and before all that will be."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+        torch.cuda.current_stream().synchronize()
 
 
 class ThreadExchange:

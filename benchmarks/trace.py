@@ -33,6 +33,7 @@ from hf_context_parallel.attention import attention
 from hf_context_parallel.attention.exchange import Exchange, GroupExchange
 from hf_context_parallel.attention.spans import span
 from hf_context_parallel.attention.strategy import Strategy, build_strategy
+from hf_context_parallel.intervals import total, union
 from hf_context_parallel.kernels import choose_kernel
 from hf_context_parallel.kernels.base import Scores
 from hf_context_parallel.layout import zigzag
@@ -194,7 +195,7 @@ def read_rounds(path: Path, device: str) -> dict[int, list[Range]]:
     for (direction, *rest), start, end in spans:
         if direction != "round":
             step = int(rest[0].removeprefix("step")) if len(rest) == 2 else None
-            number = next(n for n, (first, last) in limits.items() if first <= start and end <= last)
+            number = next(n for n, (first, last) in limits.items() if first <= start <= last)
             rounds[number].append(Range(direction, step, rest[-1], start, end))
     return rounds
 
@@ -275,7 +276,7 @@ def plot(results: dict[str, list[list[Bar]]], title: str) -> Figure:
     return figure
 
 
-def table(results: dict[str, list[list[Bar]]]) -> str:
+def table(results: dict[str, list[list[Bar]]], device: str) -> str:
     """Milliseconds of each kind on the ranks' streams of kernels, and how much of what travels nothing waits for."""
     rows = []
     for comm_type, by_rank in results.items():
@@ -286,6 +287,9 @@ def table(results: dict[str, list[list[Bar]]]) -> str:
             whole = max(bar.end for bar in drawn) - min(bar.start for bar in drawn)
             kinds = ("kernels", "merging", "adding gradients", "posting", "waiting")
             shown = [f"{spent[True, kind]:.1f}" for kind in kinds]
+            if device == "cuda":  # where a wait is nothing that the device does, so it is when it computes nothing
+                computing = [bar for bar in drawn if bar.row == "compute" and bar.kind != "waiting"]
+                spent[True, "waiting"] = whole - total(union((bar.start, bar.end) for bar in computing))
             waiting = spent[True, "waiting"] / whole
             rows.append((comm_type, str(rank), f"{whole:.1f}", *shown, f"{waiting:.1%}"))
     headers = ["comm_type", "rank", "ms", "kernels", "merging", "adding gradients", "posting", "waiting", "of all"]
@@ -347,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
         "with the number of its step; below, what travels meanwhile: keys to the step of that number, and gradients "
         f"of the keys of that step. {travelling}\n\n![Timeline of every rank](trace.png)\n\n"
         "Milliseconds of the rank that computes, by what it does, and how much of them it waits for messages:\n\n"
-        f"{table(results)}"
+        f"{table(results, options.device)}"
     )
     data = {
         "machine": facts,

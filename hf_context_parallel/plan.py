@@ -98,6 +98,11 @@ class Segments:
         """The key ranges in order, with neighbours joined."""
         return joined(self.keys)
 
+    @cached_property
+    def kept(self) -> dict:
+        """What a kernel has made of this call: every layer makes the call again."""
+        return {}
+
     @property
     def pairs(self) -> int:
         """How many query-key pairs are computed."""

@@ -237,7 +237,9 @@ def packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropou
     assert query.dtype == key.dtype == value.dtype in (torch.bfloat16, torch.float16)
     assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     assert key.shape == value.shape and query.shape[1] % key.shape[1] == 0
-    assert all(tensor.dim() == 3 and tensor.stride(-1) == 1 for tensor in (query, key, value))
+    for tensor in (query, key, value):
+        assert tensor.dim() == 3 and tensor.stride(-1) == 1
+        assert not any(n * tensor.itemsize % 16 for n in (tensor.storage_offset(), *tensor.stride()[:-1]))
     ranges = []
     for rows, cumulative, longest in ((query, cu_queries, max_queries), (key, cu_keys, max_keys)):
         assert cumulative.dtype == torch.int32 and cumulative.is_contiguous() and cumulative.device == rows.device
@@ -522,8 +524,15 @@ def machine(monkeypatch):
         monkeypatch.setattr(
             importlib.util,
             "find_spec",
-            lambda name, *args: flash_attn or None if name == "flash_attn" else find_spec(name, *args),
+            lambda name, *args: bool(flash_attn) or None if name == "flash_attn" else find_spec(name, *args),
         )
+        package = ModuleType("flash_attn")
+        package.__path__ = []
+        monkeypatch.setitem(sys.modules, "flash_attn", package)
+        interface = "flash_attn.flash_attn_interface"
+        monkeypatch.delitem(sys.modules, interface, raising=False)
+        if flash_attn is True:
+            monkeypatch.setitem(sys.modules, interface, ModuleType(interface))
 
     has()
     return has
@@ -542,6 +551,14 @@ def test_a_missing_kernel_says_how_to_get_it(machine):
     machine(cuda=True)
     with pytest.raises(ValueError, match="install a CUDA build of PyTorch"):
         choose_kernel("torch", "cuda")
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_passed_over(machine):
+    """As one that was built for another PyTorch, or flash-attn-4, whose modules lie in a package of that name."""
+    machine(flash_attn="broken", cuda=True, flash_in_torch=True)
+    assert choose_kernel("auto", "cuda").name == "torch"
+    with pytest.raises(ValueError, match=r"flash-attn cannot be imported \(No module named.*pip install"):
+        choose_kernel("flash_attn", "cuda")
 
 
 def test_no_kernel_for_a_device_says_why(machine):

@@ -119,9 +119,12 @@ def _unrecorded(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a tensor for which `record_stream` does nothing, on CUDA.
 
     NCCL's process group calls that for each point-to-point message, and then memory that is freed can be used again
-    only when the host has seen that the network's stream is done. `Pending` makes that needless.
+    only when the host has seen that the network's stream is done. `Pending` makes that needless. Allocators other than
+    PyTorch's own fail on memory that is not theirs, and are told as usual.
     """
-    return dlpack.from_dlpack(dlpack.to_dlpack(tensor.detach())) if tensor.is_cuda else tensor
+    if not tensor.is_cuda or torch.cuda.get_allocator_backend() != "native":
+        return tensor
+    return dlpack.from_dlpack(dlpack.to_dlpack(tensor.detach()))
 
 
 class Subset:

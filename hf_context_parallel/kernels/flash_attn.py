@@ -6,6 +6,7 @@ are four, the LSE second, and `window_size_left` and `window_size_right`. Since 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from functools import cache
@@ -25,6 +26,10 @@ class FlashAttnKernel(VarlenKernel):
             return "the flash-attn package is not installed; pip install 'hf-context-parallel[flash]'"
         if not torch.cuda.is_available():
             return "PyTorch sees no CUDA device; on the CPU use kernel='cpu'"
+        try:
+            importlib.import_module("flash_attn.flash_attn_interface")
+        except ImportError as error:  # built for another torch, or flash-attn-4, which has its own modules there
+            return f"flash-attn cannot be imported ({error}); pip install 'hf-context-parallel[flash]'"
         return None
 
     def varlen_forward(self, query, key, value, lengths, window, scores):

@@ -7,7 +7,6 @@ Other head dims are padded with zeros, which changes neither scores nor outputs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -43,6 +42,11 @@ class VarlenKernel(Kernel):
     def refusal(self, device, dtype, query_dim, value_dim, scores) -> str | None:
         if device.type != "cuda":
             return f"it runs on CUDA and the tensors are on {device}; use kernel='auto'"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+            return (
+                f"it takes GPUs from compute capability 8.0 (Ampere) on, and {torch.cuda.get_device_name(device)} has "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use kernel='reference'"
+            )
         if dtype not in (torch.bfloat16, torch.float16):
             return (
                 f"it takes bfloat16 and float16, not {dtype}; train with bf16=True (autocast), or load the model with "
@@ -94,27 +98,26 @@ class VarlenKernel(Kernel):
         return grad_query[..., :query_dim], grad_key[..., :query_dim], grad_value[..., :value_dim]
 
 
-@lru_cache(maxsize=4096)
-def _cumulative(ranges: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
-    """0 and the running sum of the ranges' lengths, made once: a layer finds them on the device."""
-    lengths = torch.tensor([0, *(stop - start for start, stop in ranges)], dtype=torch.int32)
-    pinned = lengths.cumsum(0, dtype=torch.int32)
-    if device.type == "cuda" and torch.cuda.is_available():
-        pinned = pinned.pin_memory()
-    return pinned.to(device, non_blocking=True)
-
-
 def _lengths(segments: Segments, device: torch.device) -> Lengths:
-    longest_query, longest_key = (
-        max(stop - start for start, stop in side) for side in (segments.queries, segments.keys)
-    )
-    if segments.band not in (FULL, CAUSAL):
-        # FlashAttention takes a window without a right limit for one of `max_keys`, and one of `max_keys` or more for
-        # none (`set_params_fprop`, `mha_varlen_fwd`). Both are so only where no range of queries is longer than that.
-        longest_key = max(longest_key, longest_query)
-    return Lengths(
-        _cumulative(segments.queries, device), _cumulative(segments.keys, device), longest_query, longest_key
-    )
+    """A call's lengths, made once for a stream: a layer finds them on the device."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if (device, stream) not in segments.kept:
+        sides = segments.queries, segments.keys
+        longest_query, longest_key = (max(stop - start for start, stop in side) for side in sides)
+        if segments.band not in (FULL, CAUSAL):
+            # FlashAttention takes a window without a right limit for one of `max_keys`, and one of `max_keys` or more
+            # for none (`set_params_fprop`, `mha_varlen_fwd`). Both are so only where no range of queries is longer.
+            longest_key = max(longest_key, longest_query)
+        cumulative = (_cumulative(side, device) for side in sides)
+        segments.kept[device, stream] = Lengths(*cumulative, longest_query, longest_key)
+    return segments.kept[device, stream]
+
+
+def _cumulative(ranges: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
+    """0 and the running sum of the ranges' lengths."""
+    lengths = torch.tensor([0, *(stop - start for start, stop in ranges)], dtype=torch.int32)
+    cumulative = lengths.cumsum(0, dtype=torch.int32)
+    return cumulative.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else cumulative.to(device)
 
 
 def _window(segments: Segments) -> Window:
@@ -128,5 +131,13 @@ def _head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
 
 
 def _pad(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """`tensor` with zeros up to `width` in its last dimension."""
-    return tensor if tensor.shape[-1] == width else torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+    """`tensor` with zeros up to `width` in its last dimension, and where kernels can load 16 bytes at a time.
+
+    A view of packed keys and values can not be where another dim than `width` lies beside it.
+    """
+    aligned = all(start * tensor.itemsize % 16 == 0 for start in (tensor.storage_offset(), *tensor.stride()[:-1]))
+    if tensor.shape[-1] == width and aligned:
+        return tensor
+    padded = tensor.new_zeros(*tensor.shape[:-1], width)
+    padded[..., : tensor.shape[-1]] = tensor
+    return padded
