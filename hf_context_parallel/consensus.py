@@ -41,7 +41,7 @@ def agree(
     failed, fingerprints, lengths = notes.T.tolist()
     if any(failed):
         first = failed.index(1)
-        message = [str(error)]
+        message = [str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(message, group=ranks.group, group_src=first, device=ranks.device)
         raise ValueError(f"rank {first} of the group: {message[0]}") from error
     if len(set(fingerprints)) > 1:

@@ -181,7 +181,7 @@ class ContextParallel:
         """This rank's share of a batch, for a `with` block that covers the model's forward and backward.
 
         Losses and parameters' gradients, *summed* over the CP group, equal those of one process with stock attention
-        and `use_cache=False`.
+        and `use_cache=False`; of packed rows, those of each document alone, which stock models do not all keep apart.
 
         Args:
             batch: the whole batch, the same on every rank of the group, as one process would give it to the model; or
@@ -189,8 +189,9 @@ class ContextParallel:
             model: the model that is going to run, so that a model that would not be exact is refused at once.
 
         Returns:
-            A context manager that yields the model's inputs, to be entered once. Blocks for different batches nest.
-            Outputs at padded positions are unspecified.
+            A context manager that yields the model's inputs, to be entered once. `labels` and `shift_labels` are
+            both shifted: a token's is the next one's. Blocks for different batches nest. Outputs at padded positions
+            are unspecified. Call the model itself and not its `forward`: what runs is checked as it is called.
 
         Raises:
             ValueError: on entering, with the same message on all ranks of the group, if a rank's batch cannot be exact
@@ -293,6 +294,8 @@ class ContextParallel:
         settings = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
         local_length, mark, error, scores = 0, 0, None, None
         try:
+            if cu_seqlens is None and attention_mask is None:
+                _refuse_documents_unsaid(self)
             _check_heads(q, k, v, sinks)
             q, k, v = one_dtype(q, k, v)
             scores = make_scores(q, scale, softcap, dropout_p, deterministic)
@@ -352,6 +355,20 @@ class ContextParallel:
         else:
             rows = masks.whole_rows(batch_size, layout.length)
         return layout, masks.Mask(layout.length, rows, pattern)
+
+
+def _refuse_documents_unsaid(cp: ContextParallel) -> None:
+    """Refuse attention over what looks like one document while a batch with others, or with padding, is open."""
+    batch = current_batch()
+    if batch is None or batch.cp is not cp:
+        return
+    shard = batch.shard
+    if shard.packed or shard.padding is not None or shard.layout.length != shard.length:
+        raise ValueError(
+            "cp.attention() does not go by the batch that is open, which has several documents or padding (its rows "
+            f"of {shard.length} tokens are filled up to {shard.layout.length}): say them by cu_seqlens or "
+            "attention_mask, of the whole row, or call it outside of cp.shard."
+        )
 
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import gcd
 from typing import Any
 
 import torch
@@ -55,6 +56,9 @@ class Shard:
         lengths: `[B, S_local]`, for each token one more than the largest position of its document where rows are
             packed, else of the batch.
         all_lengths: those of all ranks' tokens.
+        has_targets: whether the batch has labels.
+        typed: whether a token of it is of another type than 0, as an image's are.
+        begins: the greatest common divisor of the positions at which packed documents begin.
         unshifted: this rank's labels as they came, for models that compare each token with its own, and
         unshifted_count: how many the batch has. None without labels.
     """
@@ -69,6 +73,9 @@ class Shard:
     fingerprint: int
     lengths: torch.Tensor = field(compare=False)
     all_lengths: tuple[int, ...]
+    has_targets: bool
+    typed: bool
+    begins: int
     unshifted: torch.Tensor | None = field(default=None, compare=False)
     unshifted_count: torch.Tensor | None = field(default=None, compare=False)
     _strategies: dict = field(default_factory=dict, repr=False, compare=False)
@@ -128,6 +135,8 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     positions = layout.positions(rank).to(tokens.device)
     local = {name: batch[name] for name in PASSED_ON if name in batch}
     local |= {name: _take(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
+    if "labels" in local:
+        local["labels"] = local["shift_labels"]  # one tensor, so that nobody has to compare the two
     local["use_cache"] = False
     if num_items is not None:
         local.setdefault("num_items_in_batch", num_items)
@@ -141,19 +150,23 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     # Ranks whose plans differ would wait for each other, so what plans are made of is always compared.
     planned = {"planned": (config.layout, batch_size, length, rows)}
     mark = fingerprint({**batch, **planned} if config.check_batch else planned)
+    types = whole.get("token_type_ids")
     local[SHARD] = Shard(
-        batch_size,
-        length,
-        layout,
-        rank,
-        rows,
-        "position_ids" in batch,
-        packed,
-        mark,
-        lengths,
-        tuple(reach.unique().tolist()),
-        unshifted,
-        count,
+        batch_size=batch_size,
+        length=length,
+        layout=layout,
+        rank=rank,
+        rows=rows,
+        positioned="position_ids" in batch,
+        packed=packed,
+        fingerprint=mark,
+        lengths=lengths,
+        all_lengths=tuple(reach.unique().tolist()),
+        has_targets=num_items is not None,
+        typed=types is not None and bool(types.any()),
+        begins=_begins(whole["position_ids"].cpu(), rows) if packed else 0,
+        unshifted=unshifted,
+        unshifted_count=count,
     )
     return local
 
@@ -199,6 +212,13 @@ def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], .
     return reach
 
 
+def _begins(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...]) -> int:
+    """The greatest common divisor of the positions of documents' first tokens; 0 if all are 0."""
+    return gcd(
+        *(int(position_ids[row, document[0][0]]) for row, documents in enumerate(rows) for document in documents)
+    )
+
+
 def _take(tensor: torch.Tensor, positions: torch.Tensor, length: int, fill: int) -> torch.Tensor:
     """The columns `positions` of `[B, S, ...]`, filled up to `length` columns."""
     filled = pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]), value=fill)
@@ -215,6 +235,10 @@ def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[
             f"the batch has both an attention_mask and {source}: packed rows have no padding mask, and with one, "
             "Transformers lets documents see each other. Leave the attention_mask out, to keep the documents apart; "
             "or give position_ids that count up by 1 (or none), to make each row one document."
+        )
+    if cu_seqlens is None and "cu_seq_lens_k" in batch:
+        raise ValueError(
+            "the batch has cu_seq_lens_k and no cu_seq_lens_q, from which documents are read. Give both, the same."
         )
     if cu_seqlens is not None:
         keys = batch.get("cu_seq_lens_k", cu_seqlens)
@@ -276,8 +300,10 @@ def _check_shapes(batch: Mapping[str, Any], batch_size: int, length: int) -> Non
             )
         rows = (1, batch_size) if name == "position_ids" else (batch_size,)
         if len(shape) != (3 if name == "inputs_embeds" else 2) or shape[0] not in rows or shape[1] != length:
+            hint = " Of text alone the axes of M-RoPE are the same: leave it out." if len(shape) == 3 else ""
             raise ValueError(
-                f"{name} has shape {shape}; with {batch_size} rows of {length} tokens it must begin with these."
+                f"{name} has shape {shape}; with {batch_size} rows of {length} tokens it must begin with these, and "
+                f"have {3 if name == 'inputs_embeds' else 2} dimensions.{hint if name == 'position_ids' else ''}"
             )
 
 

@@ -67,7 +67,7 @@ class ModelSection:
         tokenizer: a hub id or a folder; `bytes` is ByT5's, which needs no file. Without it, `name`.
         dtype: of the weights. Without it, what the checkpoint has, or float32 for random weights.
         attention: `attn_implementation`; a dictionary for a composite model, such as
-            `{text_config: context_parallel, vision_config: sdpa}`.
+            `{"": context_parallel, text_config: context_parallel, vision_config: sdpa}`.
         trust_remote_code: run the code that the model's repository ships.
     """
 

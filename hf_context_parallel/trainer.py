@@ -29,6 +29,7 @@ from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import IGNORED, ContextParallelDataCollator
 from .dynamic import Round, Scheduler
+from .integration.current import current_batch
 from .integration.models import check_model
 from .integration.tensor import check_parallelism
 from .loader import prepare_data_loader
@@ -42,7 +43,8 @@ class ContextParallelMixin:
 
     The Trainer takes the data set, the collator and the arguments that one process would: collators yield whole
     batches, which are sharded here. All ranks of a CP group get the same samples, different groups different ones; the
-    batch size is per CP group. Losses, gradient norms, evaluations and predictions are those of one process.
+    batch size is per CP group. Losses, gradient norms, evaluations and predictions are those of one process; of packed
+    batches, those of each document alone, where Transformers' own attention keeps documents apart or not.
 
     A subclass that overrides `compute_loss` begins with `super().compute_loss`, which scales the loss so that its mean
     over all ranks is that of one process; the inputs and outputs it sees are a shard's.
@@ -242,7 +244,8 @@ class ContextParallelMixin:
         """
         if self._predicting:
             return self._whole_num_items
-        if not (self.model_accepts_loss_kwargs and batch_samples and "labels" in batch_samples[0]):
+        labelled = batch_samples and not {"labels", "shift_labels"}.isdisjoint(batch_samples[0])
+        if not (self.model_accepts_loss_kwargs and labelled):
             return None
         count = torch.stack([self._targets(batch).ne(IGNORED).sum() for batch in batch_samples]).sum().to(device)
         if self.args.average_tokens_across_devices:
@@ -274,10 +277,13 @@ class ContextParallelMixin:
         return loss, outputs, labels if outputs is not None else None
 
     def _gather_output(self, output: torch.Tensor) -> torch.Tensor:
-        if output.dim() < 2:
+        shard = current_batch().shard
+        expected = shard.batch_size, shard.layout.local_length(shard.rank)
+        if tuple(output.shape[:2]) != expected:
             raise ValueError(
-                f"the model returned an output of shape {tuple(output.shape)}, which has no sequence dimension to "
-                "restore. Name it in ignore_keys, or set prediction_loss_only=True."
+                f"the model returned an output of shape {tuple(output.shape)}, which does not begin with the shard's "
+                f"rows and tokens {expected}, so that their order cannot be restored. Name it in ignore_keys, or set "
+                "prediction_loss_only=True."
             )
         return self.cp.gather(output)
 

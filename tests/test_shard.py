@@ -470,7 +470,7 @@ def test_backward_of_two_batches_at_once_is_refused():
 
 def test_lengths_that_are_not_the_plans_are_refused_with_what_would_do():
     model = tiny_model("llama", "context_parallel")
-    with pytest.raises(ValueError, match='"vision_config": "sdpa"'), context().shard(labelled()):
+    with pytest.raises(ValueError, match="'vision_config': 'sdpa'"), context().shard(labelled()):
         model(input_ids=tokens(2, 9))
 
 

@@ -59,11 +59,18 @@ def no_labels_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def shifted_labels_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
+    batch = padding_collator(rows)
+    batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    return batch
+
+
 COLLATORS = {
     "right": padding_collator,
     "left": left_padding_collator,
     "packed": DataCollatorWithFlattening(),
     "no labels": no_labels_collator,
+    "shifted labels": shifted_labels_collator,
 }
 
 
@@ -147,6 +154,15 @@ def test_losses_and_gradient_norms_are_those_of_one_process(on_ranks, tmp_path, 
     for ranks, size, reference in ((2, 2, expected), (4, 4, expected), (4, 2, of_two)):
         for found in on_ranks(ranks, history, size, tmp_path, options):
             np.testing.assert_allclose(found, reference, rtol=1e-5, err_msg=f"{ranks} ranks, CP {size}")
+
+
+@pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])
+def test_batches_may_bring_labels_that_are_shifted_already(on_ranks, tmp_path, settings):
+    options = {"gradient_accumulation_steps": 2}
+    [expected] = on_ranks(1, history, STOCK, tmp_path, options)
+    options |= {"collator": "shifted labels", "settings": settings}
+    for found in on_ranks(2, history, 2, tmp_path, options):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.ndarray | None]:

@@ -8,6 +8,7 @@ from models import document_positions, some_labels, tiny_model, tokens
 
 import hf_context_parallel as hcp  # noqa: F401 (registers the attention)
 from hf_context_parallel.integration.attention import unsharded_implementation
+from hf_context_parallel.integration.models import TEXT_ALONE
 
 TYPES = {
     "llama": {},
@@ -83,7 +84,7 @@ def test_a_composite_model_can_keep_its_vision_tower_on_sdpa():
         text_config={"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
         vision_config={"model_type": "clip_vision_model", "hidden_size": 24, "num_hidden_layers": 1},
     )
-    chosen = {"text_config": "context_parallel", "vision_config": "sdpa"}
+    chosen = TEXT_ALONE
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=chosen)
     assert model.config.text_config._attn_implementation == "context_parallel"
     assert model.config.vision_config._attn_implementation == "sdpa"

@@ -23,7 +23,7 @@ from ..mask import Pattern
 from .context import ShardedBatch
 from .current import current_batch
 from .masks import PlannedMask, unsharded_implementation
-from .models import NAME
+from .models import NAME, TEXT_ALONE
 from .positions import corrected_query
 
 HARMLESS = {
@@ -160,7 +160,7 @@ def _check_lengths(batch: ShardedBatch, query: torch.Tensor, key: torch.Tensor) 
                 f"a layer has {found[0]} rows of {found[1]} {name} where the shard has {expected[0]} of "
                 f"{expected[1]}. Prompt and prefix tuning, generate() and caches add tokens that no shard holds, and "
                 "are not supported in cp.shard. A vision tower, or another part that does not see the text, needs its "
-                f'own attention: attn_implementation={{"text_config": "{NAME}", "vision_config": "sdpa"}}.'
+                f"own attention: attn_implementation={TEXT_ALONE}."
             )
 
 

@@ -21,7 +21,16 @@ from ..mask import Pattern
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
 from .masks import GIVEN_A_MASK
-from .models import NAME, check_model, is_native, mixers, styles_of, transformers_model
+from .models import (
+    NAME,
+    UNSHIFTED,
+    check_model,
+    is_native,
+    learned_positions,
+    mixers,
+    styles_of,
+    transformers_model,
+)
 from .native import NativeMixers
 from .randomness import own_stream
 from .replacement import by_name
@@ -62,14 +71,17 @@ class ShardedBatch(AbstractContextManager):
             raise RuntimeError("this sharded batch was entered before: call cp.shard(batch) again for another pass.")
         self._entered = True
         self._last_words = LastWords()
-        local, error = {}, None
+        local, error, signature = {}, None, ()
         try:
             if self._model is not None:
                 self._check(self._model)
+                signature = _signature(self._model)
             local = self._local()
+            if self._model is not None:
+                self._check_range(transformers_model(self._model), local)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        about = {"batch": local[SHARD].fingerprint if local else 0, "model": _signature(self._model)}
+        about = {"batch": local[SHARD].fingerprint if local else 0, "model": signature}
         try:
             agree(
                 self.cp.groups.alike,
@@ -84,8 +96,9 @@ class ShardedBatch(AbstractContextManager):
             raise
         self.shard, self.positions = local.pop(SHARD), local["position_ids"]
         self._hooks = []
+        self._passed: PreTrainedModel | None = None
         if self._model is not None:
-            model = transformers_model(self._model)
+            self._passed = model = transformers_model(self._model)
             self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
             optional = {"position_ids", "use_cache", "shift_labels", "num_items_in_batch"}
             refused = optional - set(accepted(model, optional))
@@ -105,7 +118,7 @@ class ShardedBatch(AbstractContextManager):
             replacement.restore()
         if self._random:
             self._random.__exit__(None, None, None)
-        self._left = True
+        self._left, self._passed = True, None
         leave(self)
         if error is not None:
             self._last_words.leave(error)
@@ -132,6 +145,42 @@ class ShardedBatch(AbstractContextManager):
         check_parallelism(model, self.cp)
         config = transformers_model(model).config.get_text_config()
         self.cp.config.check_layers(getattr(config, "num_hidden_layers", None))  # a few have stacks of several names
+
+    def _check_range(self, model: PreTrainedModel, local: Mapping[str, Any]) -> None:
+        """Refuse tokens and positions that the model has no embedding of, which the ranks that hold them would raise
+        for while the others wait."""
+        tokens = self._batch.get("input_ids")
+        embeddings = model.get_input_embeddings()
+        if self.cp.config.check_batch and tokens is not None and isinstance(embeddings, torch.nn.Embedding):
+            least, most = tokens.min().item(), tokens.max().item()
+            if least < 0 or most >= embeddings.num_embeddings:
+                raise ValueError(
+                    f"input_ids has {least if least < 0 else most}, and {type(model).__name__} has embeddings of the "
+                    f"tokens 0 to {embeddings.num_embeddings - 1}: take the tokenizer of this model, or call "
+                    "model.resize_token_embeddings()."
+                )
+        length, positions = max(local[SHARD].all_lengths), learned_positions(model)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"the batch has a token at position {length - 1}, and {type(model).__name__} has learned the "
+                f"positions 0 to {positions - 1}: cut rows or documents to {positions} tokens, or take a model with "
+                "more."
+            )
+        if model.config.model_type in UNSHIFTED and local[SHARD].has_targets and local[SHARD].unshifted is None:
+            raise ValueError(
+                f"{type(model).__name__} compares each token's logits with the token's own label, and the batch has "
+                "shift_labels alone. Give labels."
+            )
+
+    def _refuse_part(self, module: PreTrainedModel) -> None:
+        """Refuse a part of the model that was passed, run by itself: what the model does with its outputs was not seen
+        to, as where its `forward` is called and not it."""
+        if any(part is module for part in self._passed.modules()):
+            raise ValueError(
+                f"{type(module).__name__} runs by itself in a block for the {type(self._passed).__name__} that it is "
+                "a part of, with labels: that model's loss would be computed unseen. Call it as model(**local), not "
+                "its forward; or pass the part to cp.shard, and leave the labels out."
+            )
 
     @cached_property
     def indices(self) -> torch.Tensor:
@@ -171,6 +220,8 @@ class ShardedBatch(AbstractContextManager):
     def _before(self, module: torch.nn.Module, _) -> None:
         """Check the model that is about to run: the outermost, whether or not it was passed to `shard`."""
         if isinstance(module, PreTrainedModel) and current_batch() is self and self._running is None:
+            if self._passed is not None and self._passed is not module and self.shard.has_targets:
+                self._refuse_part(module)
             self._check(module)
             self._running, self.handled = module, {}
             if module.training and not self._random:
@@ -244,6 +295,18 @@ class ShardedBatch(AbstractContextManager):
                 "labels also shift_labels and num_items_in_batch. Call it as model(**local); call other models, and "
                 "generate(), outside the block. Where its forward takes no such inputs, pass the model to cp.shard."
             )
+        labels, targets = given.get("labels"), given.get("shift_labels")
+        if labels is not None and targets is not None and labels is not targets and not torch.equal(labels, targets):
+            raise ValueError(
+                "labels and shift_labels differ: cp.shard yields both shifted, each token's being the next one's, and "
+                "the loss goes by shift_labels. Change both alike, or the labels of the batch before cp.shard."
+            )
+        kept = given.get("logits_to_keep")
+        if isinstance(kept, torch.Tensor) or kept:
+            raise ValueError(
+                "logits_to_keep would keep the last tokens of each rank's shard, which are not the sequence's. Leave "
+                "it out, and take what you need of cp.gather(logits)."
+            )
         wanted = given.get("output_hidden_states")
         if self.cp.config.sequence_parallel and (module.config.output_hidden_states if wanted is None else wanted):
             raise ValueError(
@@ -259,6 +322,7 @@ def accepted(module: torch.nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if anything or name in parameters]
 
 
-def _signature(model: torch.nn.Module | None) -> tuple:
+def _signature(model: torch.nn.Module) -> tuple:
     """What all ranks' models must have in common."""
-    return () if model is None else (type(model).__name__, str(next(model.parameters()).dtype))
+    parameter = next(model.parameters(), None)
+    return type(model).__name__, model.training, None if parameter is None else str(parameter.dtype)

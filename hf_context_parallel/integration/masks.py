@@ -98,12 +98,18 @@ def context_parallel_mask(**kwargs) -> Any:
     given = kwargs.get("attention_mask")
     if given is not None and not given.all():  # some models make one of ones when they are given none
         raise ValueError(GIVEN_A_MASK)
-    pattern = read_pattern(kwargs["mask_function"], config.model_type)
+    pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not batch.shard.typed)
     counts_from_documents = hasattr(masking_utils, "remap_positions_for_packed_sequence")
     if pattern.chunk_size is not None and not counts_from_documents and batch.shard.packed:
         raise ValueError(
             f"{config.model_type!r} has chunked attention, whose chunks this version of Transformers counts from the "
             "row's start and newer ones from each document's. Upgrade Transformers, or do not pack."
+        )
+    if pattern.chunk_size is not None and batch.shard.begins % pattern.chunk_size:
+        raise ValueError(
+            f"{config.model_type!r} has attention in chunks of {pattern.chunk_size} positions, and a packed document "
+            "begins at a position that is no multiple of that: here chunks are counted from its first token, and in "
+            "Transformers by position_ids. Let the position_ids of each document begin at 0."
         )
     options = {name: value for name, value in kwargs.items() if name.startswith("allow_is_")}
     return PlannedMask(pattern, config, options)
@@ -184,8 +190,11 @@ def stock_attention(module: torch.nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = NAME
 
 
-def read_pattern(function, model_type: str) -> Pattern:
+def read_pattern(function, model_type: str, text_only: bool = True) -> Pattern:
     """The pattern that one of Transformers' mask functions describes, documents and padding aside.
+
+    Args:
+        text_only: whether all tokens of the whole batch, of which a rank sees its shard, are text's.
 
     Raises:
         ValueError: naming the piece that is not known.
@@ -193,12 +202,12 @@ def read_pattern(function, model_type: str) -> Pattern:
     name = function.__qualname__
     inside = inspect.getclosurevars(function).nonlocals
     if name == "and_masks.<locals>.and_mask":
-        return _both([read_pattern(part, model_type) for part in inside["mask_functions"]], model_type)
+        return _both([read_pattern(part, model_type, text_only) for part in inside["mask_functions"]], model_type)
     if name == "or_masks.<locals>.or_mask":
-        parts = [part for part in inside["mask_functions"] if not _is_text_only(part)]
-        return _either([read_pattern(part, model_type) for part in parts], model_type)
+        parts = [part for part in inside["mask_functions"] if not (text_only and _is_text_only(part))]
+        return _either([read_pattern(part, model_type, text_only) for part in parts], model_type)
     if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
-        return read_pattern(inside["mask_function"], model_type)
+        return read_pattern(inside["mask_function"], model_type, text_only)
     if name == "causal_mask_function":
         return Pattern(causal=True)
     if name == "sliding_window_overlay.<locals>.inner_mask":
@@ -253,7 +262,7 @@ def _contains(wide: Pattern, narrow: Pattern) -> bool:
 
 
 def _is_text_only(function) -> bool:
-    """Whether a mask function is that of blocks of tokens, such as an image's, and there is none."""
+    """Whether a mask function is that of blocks of tokens, such as an image's, and there is none in this shard."""
     if function.__qualname__ != "blockwise_overlay.<locals>.inner_mask":
         return False
     return bool((inspect.getclosurevars(function).nonlocals["block_sequence_ids"] < 0).all())

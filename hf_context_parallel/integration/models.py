@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -17,7 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from .replacement import own_forward
 from .seams import CONVOLUTION, SCANS, seams
+from .tuners import check_tuners
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,8 @@ def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
 
 NAME = "context_parallel"
 """The value of `attn_implementation` that this package registers."""
+TEXT_ALONE = {"": NAME, "text_config": NAME, "vision_config": "sdpa"}
+"""The value for a composite model whose text is sharded and whose vision tower is not."""
 
 CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 BASE_CLASSES = frozenset(name for names in MODEL_MAPPING_NAMES.values() for name in _names(names))
@@ -240,6 +245,19 @@ def makes_positions(module: torch.nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) or _is_called(type(module), MAKES_POSITIONS)
 
 
+LEARNED_POSITIONS = re.compile(r"(.*\.)?(wpe|embed_positions|position_embeddings?)")
+"""What models call the embedding of positions that they have learned."""
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has learned embeddings of; None if it has none."""
+    decoder = model.get_decoder()  # and not a vision tower, which has positions of its own
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.Embedding) and LEARNED_POSITIONS.fullmatch(name):
+            return module.num_embeddings
+    return None
+
+
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     """The outermost Transformers model within what wraps it.
 
@@ -265,11 +283,11 @@ def check_model(model: torch.nn.Module) -> None:
     config, name = module.config, type(module).__name__
     check_config(config)
     stock = _stock_class(module)
-    if stock is None or type(module).forward is not stock.forward:
+    if stock is None or not _has_forward_of(stock, module):
         raise ValueError(
-            f"{name} is not one of Transformers' causal language models, or has a forward of its own: what it does "
-            "with outputs, it would do with a shard's. Exact are the classes that AutoModelForCausalLM and AutoModel "
-            "choose."
+            f"{name} is not one of Transformers' causal language models, or has a forward of its own, as fused losses "
+            "(liger, unsloth) give it: what it does with outputs, it would do with a shard's. Exact are the classes "
+            "that AutoModelForCausalLM and AutoModel choose, as they are."
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -282,12 +300,14 @@ def check_model(model: torch.nn.Module) -> None:
             "shift_labels and num_items_in_batch. Leave loss_function alone, or call the model without labels and "
             "compute the loss from cp.gather(logits)."
         )
+    check_tuners(model)
     if model.training:
         _refuse_layer_drop(config)
-    if config._attn_implementation != NAME:
+    attention = config.get_text_config()._attn_implementation
+    if attention != NAME:
         raise ValueError(
-            f"{name} was loaded with attn_implementation={config._attn_implementation!r}; load it with "
-            f"attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})."
+            f"{name} was loaded with attn_implementation={attention!r}; load it with attn_implementation={NAME!r}, or "
+            f"call model.set_attn_implementation({NAME!r})."
         )
 
 
@@ -297,6 +317,16 @@ def _stock_class(model: PreTrainedModel) -> type | None:
         if kind.__module__.startswith("transformers.") and kind.__name__ in CAUSAL_LM_CLASSES | BASE_CLASSES:
             return kind
     return None
+
+
+def _has_forward_of(stock: type, model: PreTrainedModel) -> bool:
+    """Whether a model computes what Transformers wrote: neither its class, nor it itself, nor the stock class has
+    another forward. Wrappers that say what they wrap, as accelerate's do, are looked through."""
+    original = inspect.unwrap(stock.forward)
+    if type(model).forward is not stock.forward or not original.__module__.startswith("transformers."):
+        return False
+    own = inspect.unwrap(own_forward(model))
+    return getattr(own, "__func__", own) is original
 
 
 def _refuse_layer_drop(config: PreTrainedConfig) -> None:
@@ -318,6 +348,5 @@ def check_config(config: PreTrainedConfig) -> None:
         reason = known_states().get(name, {}).get("reason") or "it has not been compared with one process"
         raise ValueError(
             f"model type {name!r} is refused: {reason}. `hf-context-parallel check {name}` compares it. If this is "
-            "one part of a composite model, give each part its own attention, for example "
-            f'attn_implementation={{"text_config": "{NAME}", "vision_config": "sdpa"}}.'
+            f"one part of a composite model, give each part its own attention, as attn_implementation={TEXT_ALONE}."
         )

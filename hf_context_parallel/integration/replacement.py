@@ -31,10 +31,7 @@ class Replacement(ABC):
         if module in self._replaced:
             return
         before = vars(module).get("forward")  # another library's, or that of a batch which this one is nested in
-        forward = module.forward
-        while isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), Replacement):
-            forward = forward.args[1]
-        module.forward = partial(self.run, module, forward, len(self._replaced))
+        module.forward = partial(self.run, module, own_forward(module), len(self._replaced))
         self._replaced[module] = before
 
     def restore(self) -> None:
@@ -44,6 +41,14 @@ class Replacement(ABC):
             else:
                 module.forward = before
         self._replaced.clear()
+
+
+def own_forward(module: torch.nn.Module) -> Callable:
+    """What a module computes where no batch is open: its forward, behind what replaces it."""
+    forward = module.forward
+    while isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), Replacement):
+        forward = forward.args[1]
+    return forward
 
 
 def by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
