@@ -34,7 +34,7 @@ def test_attention(run):
         "window",
     }
     for result in results:
-        assert {"ideal", "p2p", "all_gather", "a2a", "one process"} <= set(result["seconds"])
+        assert {"ideal", "share", "p2p", "all_gather", "a2a", "one process"} <= set(result["seconds"])
         assert result["auto"] in result["seconds"]
         assert all(len(seconds) == 2 for seconds in result["seconds"].values())
 
