@@ -34,7 +34,7 @@ from matplotlib.ticker import ScalarFormatter
 from tqdm import tqdm
 
 from hf_context_parallel.attention.strategy import Shape
-from hf_context_parallel.balance import balanced
+from hf_context_parallel.balance import make_layout
 from hf_context_parallel.choice import Share, Traffic, candidates, exchange_of_heads, ring_of_keys, shares
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.cost import BACKWARD, H100_NODE, attention_flops
@@ -168,7 +168,7 @@ def count(batch: Batch, size: int) -> dict[str, Result | None]:
     results = {name: by_zigzag.get(name) for name in ("p2p", "all_gather", "a2a")}
     results["a2a+p2p"] = max(hierarchical, default=None)
     results["auto"] = max(by_zigzag.values())
-    layout = balanced(mask.length, size, mask.rows[0])
+    layout = make_layout("balanced", mask.length, size, mask.rows[0])
     results["balanced, auto"] = max(judged(found, pairs, name) for name, found in ours(batch, layout).items())
     peers = {"zigzag by document": zigzag_by_document, "llama3": llama3, "Ulysses": ulysses}
     for name, peer in peers.items():

@@ -16,6 +16,9 @@ from itertools import accumulate
 from .layout import FIXED_LAYOUTS, Layout, zigzag
 from .mask import Document
 
+LEAST = 2048
+"""Tokens of a rank from which on documents are balanced. With fewer, what the documents that are cut send, and the
+messages that it takes, cost more than even work gains (`benchmarks/plan.py`), and the row is dealt in zigzag."""
 FINEST = 64
 """Tokens of a chunk at the least. Rows are filled up to whole chunks: by less than a hundredth, on average."""
 MOST = 64, 4096
@@ -28,7 +31,9 @@ SLACK = 0.005
 
 def make_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:
     """The layout of this name for rows of `length` tokens that hold these documents, which only one looks at."""
-    return balanced(length, size, documents) if name == "balanced" else FIXED_LAYOUTS[name](length, size)
+    if name == "balanced":
+        return balanced(length, size, documents) if length >= LEAST * size else zigzag(length, size)
+    return FIXED_LAYOUTS[name](length, size)
 
 
 def padded_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:

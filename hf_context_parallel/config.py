@@ -29,7 +29,8 @@ class ContextParallelConfig:
             heads and `size`, so that no key goes to two of them.
         layout: which tokens a rank holds. `"zigzag"`: chunks r and 2 * size - 1 - r of 2 * size, so that every
             rank has the same share of a causal mask of one document. `"balanced"`: as many chunks as it takes, dealt
-            so that every rank has the same share of the batch's documents; zigzag where there is one.
+            so that every rank has the same share of the batch's documents; zigzag where there is one, or where
+            ranks hold fewer than 2,048 tokens.
             `"contiguous"`: chunk r of size.
         kernel: what computes attention on one rank. `"auto"` takes the best that is present: `"flash_attn"` (the
             flash-attn package), `"torch"` (PyTorch's own CUDA flash attention) or `"cpu"` (PyTorch's CPU flash

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import allowed, layouts, rows
 
-from hf_context_parallel.balance import balanced, work_of_chunks
+from hf_context_parallel.balance import balanced, make_layout, work_of_chunks
 from hf_context_parallel.demand import demand
 from hf_context_parallel.intervals import difference, intersection, total, union
 from hf_context_parallel.layout import contiguous, zigzag
@@ -137,6 +137,14 @@ def test_balanced_shares_the_work_of_packed_documents(size):
     layout = balanced(length, size, documents)
     uneven, even = (max(demand(a, Mask(length, (tuple(documents),))).pairs) for a in (zigzag(length, size), layout))
     assert uneven > 1.2 * pairs / size and even < 1.04 * pairs / size
+
+
+def test_balanced_is_zigzag_where_ranks_hold_few_tokens():
+    for length, few in ((6144, True), (8192, False)):
+        edges = [length * share // 16 for share in (0, 3, 9, 11, 16)]
+        documents = [((start, stop),) for start, stop in zip(edges, edges[1:])]
+        dealt, even = zigzag(length, 4), balanced(length, 4, documents)
+        assert even != dealt and make_layout("balanced", length, 4, documents) == (dealt if few else even)
 
 
 def test_balanced_of_one_document_is_zigzag():

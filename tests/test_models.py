@@ -133,6 +133,7 @@ def errors_of_a_balanced_model(model_type: str) -> tuple[dict, bool]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(balance, "FINEST", 1)
+        patch.setattr(balance, "LEAST", 1)
         patch.setattr(data, "padded_layout", noting)
         found, _ = checks.errors(tiny_config(model_type), {"layout": "balanced"})
     return found, any(len(layout.chunk_owners) > 2 * layout.size for layout in dealt)
