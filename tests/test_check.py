@@ -9,11 +9,12 @@ import torch
 from models import needs_chunks_of_documents, needs_transformers
 from transformers import AutoModelForCausalLM
 
+import hf_context_parallel as hcp
 from hf_context_parallel import check, survey
 from hf_context_parallel.check_command import PAGE, run_check
 from hf_context_parallel.integration import models
 from hf_context_parallel.integration.models import KNOWN, NAME, known_states
-from hf_context_parallel.tiny import tiny_config
+from hf_context_parallel.tiny import VOCABULARY, tiny_config, tiny_model
 
 SAMPLE = {
     "llama4_text": (2, 3),  # chunks, and a temperature that follows positions
@@ -71,6 +72,17 @@ def test_what_is_known_as_exact_is_not_refused():
         for name in exact:
             config = survey.configuration(name)
             models.check_model(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
+
+
+@pytest.mark.exhaustive
+@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+def test_every_type_that_is_known_as_exact_runs_in_a_block():
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig())
+    for name in (name for name, finding in known_states().items() if finding["state"] != "refused"):
+        model = tiny_model(tiny_config(name), NAME, torch.float32)
+        input_ids = torch.randint(3, VOCABULARY, (1, 40))
+        with cp.shard({"input_ids": input_ids, "labels": input_ids}, model) as local:
+            assert model(**local).loss.isfinite(), name
 
 
 def test_the_page_shows_what_is_known():

@@ -251,9 +251,11 @@ LEARNED_POSITIONS = re.compile(r"(.*\.)?(wpe|embed_positions|position_embeddings
 
 def learned_positions(model: PreTrainedModel) -> int | None:
     """How many positions a model has learned embeddings of; None if it has none."""
-    decoder = model.get_decoder()  # and not a vision tower, which has positions of its own
-    for name, module in decoder.named_modules():
-        if isinstance(module, torch.nn.Embedding) and LEARNED_POSITIONS.fullmatch(name):
+    # A vision tower inside of the decoder has positions of its own, and fewer.
+    least = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    for name, module in model.get_decoder().named_modules():
+        is_of_positions = isinstance(module, torch.nn.Embedding) and LEARNED_POSITIONS.fullmatch(name)
+        if is_of_positions and module.num_embeddings >= least:
             return module.num_embeddings
     return None
 
