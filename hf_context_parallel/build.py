@@ -100,7 +100,7 @@ def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any]) -> P
         return model
     # Transformers shards what it loads, and only that.
     options |= {"state_dict": model.state_dict(), "dtype": model.dtype, "distributed_config": distributed}
-    return type(model).from_pretrained(None, config=config, **options)
+    return type(model).from_pretrained(None, config=model.config, **options)  # of a composite one, the text's
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_context_parallel.build import BYTES, load_tokenizer
+from hf_context_parallel.build import BYTES, load_config, load_tokenizer
 from hf_context_parallel.corpus import COLUMNS
-from hf_context_parallel.recipe import DataSection, ModelSection, Recipe, RecipeError, model_config_keys
+from hf_context_parallel.recipe import DataSection, ModelSection, Recipe, RecipeError
+from hf_context_parallel.tiny import UNSTATED, with_small_sizes
 
-MAX_LENGTH = 256
-# Widths and counts by the names that configurations share; each configuration takes those it has.
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-}
-HEADS = ("num_attention_heads", "num_key_value_heads")
+MAX_LENGTH = 128
+"""Tokens of a row: fewer than a tiny model has positions, some of which RoBERTa and its like leave out."""
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -35,18 +24,28 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     """The recipe to run instead, for one step on `world_size` processes, and a line on each thing replaced.
 
     Raises:
-        RecipeError: if the architecture is neither stated nor to be read from a folder.
+        RecipeError: if the architecture is neither stated nor to be read from a folder, or the configuration is
+            refused.
     """
     model, data = recipe.model, recipe.data
     on_cpu = not torch.cuda.is_available()
     source = model.tokenizer or model.name
     tokenizer_name = source if source == BYTES or Path(source).is_dir() else BYTES
-    small_model = dataclasses.replace(model, name=None, type=architecture(model), tokenizer=tokenizer_name, config={})
-    small_model.config = tiny_config(small_model.type, model.config, len(load_tokenizer(small_model)))
     sharded = recipe.distributed is not None and recipe.processes == world_size
-    if sharded:  # each rank of tensor parallelism has heads of its own
-        least = recipe.distributed.tp_size or 1
-        small_model.config |= {key: max(small_model.config[key], least) for key in HEADS if key in small_model.config}
+    distributed = recipe.distributed if sharded else None
+    config = full_configuration(model)
+    model_type = model.type or config.model_type
+    small_model = dataclasses.replace(model, name=None, type=model_type, tokenizer=tokenizer_name, config={})
+    small_config = with_small_sizes(
+        config,
+        vocabulary=len(load_tokenizer(small_model)),
+        tensor_ranks=getattr(distributed, "tp_size", None) or 1,
+        expert_ranks=getattr(distributed, "ep_size", None) or 1,  # which older versions of Transformers lack
+    )
+    small_model.config = {name: value for name, value in small_config.to_dict().items() if name != "model_type"}
+    comm_type = recipe.context_parallel.comm_type
+    if not isinstance(comm_type, (str, Mapping)):  # one a layer, of which fewer are left
+        comm_type = comm_type[: small_config.get_text_config().num_hidden_layers]
     training = {
         "output_dir": output_dir,
         "max_steps": 1,
@@ -66,14 +65,14 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         training=recipe.training.model_copy(update=training),
         context_parallel=dataclasses.replace(
             recipe.context_parallel.of_size(recipe.context_parallel.size if sharded else world_size),
+            comm_type=comm_type,
             sequence_parallel=recipe.context_parallel.sequence_parallel and sharded,
             kernel="auto",
         ),
-        distributed=recipe.distributed if sharded else None,
+        distributed=distributed,
     )
     replaced = [
-        f"model: a {small_model.type} of {TINY['num_hidden_layers']} layers and width {TINY['hidden_size']} with "
-        f"random weights, for {model.name or model.type}",
+        f"model: a tiny {model_type} with random weights, for {model.name or model.type}",
         f"tokenizer: {tokenizer_name}, for {source}",
         f"data: made-up documents in rows of {small.data.max_length} tokens, for {data.path} in {data.max_length}",
         f"context_parallel.size: {small.context_parallel.size}, "
@@ -85,21 +84,20 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     return small, replaced
 
 
-def architecture(model: ModelSection) -> str:
-    """The model's type, as stated or as a folder's configuration says."""
-    if model.type is not None:
-        return model.type
-    if not Path(model.name).is_dir():
+def full_configuration(model: ModelSection) -> PreTrainedConfig:
+    """The model's own configuration, or for one of the hub, which a dry run does not ask, the default of its type.
+
+    Raises:
+        RecipeError: if it is a hub's model and its type is not stated, or the configuration is refused.
+    """
+    if model.name is None or Path(model.name).is_dir():
+        return load_config(model)
+    if model.type is None:
         raise RecipeError(
             f"model.type: a dry run does not ask the hub what {model.name!r} is. State it, such as llama."
         )
-    return AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code).model_type
-
-
-def tiny_config(model_type: str, values: dict, vocab_size: int) -> dict:
-    """The recipe's own configuration values, with small sizes over them."""
-    known = model_config_keys(model_type)
-    return values | {key: size for key, size in TINY.items() if key in known} | {"vocab_size": vocab_size}
+    values = {**UNSTATED.get(model.type, {}), **model.config}
+    return load_config(dataclasses.replace(model, name=None, tokenizer=BYTES, config=values))
 
 
 def made_up_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:

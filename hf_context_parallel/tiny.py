@@ -8,7 +8,8 @@ RoPE, tying) is left as it is. Types whose fields depend on one another in a way
 from __future__ import annotations
 
 import copy
-from typing import Any
+from math import lcm
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -17,65 +18,89 @@ VOCABULARY = 64
 _POSITIONS = 256
 _LAYERS = 4
 
+
+def _by_name(names_of: dict[int, str]) -> dict[str, int]:
+    """The number that each name is listed under."""
+    return {name: number for number, names in names_of.items() for name in names.split()}
+
+
 # The most that a field of one of these names may be. Smaller values stay, and so does None.
-_AT_MOST = {
-    name: most
-    for most, names in {
+_AT_MOST = _by_name(
+    {
         _POSITIONS: """
             max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions context_length
         """,
-        VOCABULARY: """
-            vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size
+        64: """
             original_max_position_embeddings encoder_hash_byte_group_vocab shape_vocab_size pronunciation_vocab_size
-            mamba_d_ssm num_centroids ngram_vocab_size_base
-        """,
-        48: """
-            intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim dim_ff dff ffn_hidden_size d_inner d_ff
-            intermediate_size_mlp dense_intermediate_size feed_forward_size mlp_dim
+            num_centroids ngram_vocab_size_base
         """,
         32: """
-            hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim hidden_size_global
-            input_embedding_size output_embedding_size lru_width input_size output_channels ext_pw_out_channel
-            depthwise_separable_out_channel nemo_conv_channels backbone_hidden_size adapter_in_dim adapter_out_dim
-            adapter_input_size ple_embed_dim
+            output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels
         """,
         16: """
-            moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
-            shared_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank
-            kv_lora_rank o_lora_rank index_head_dim chunk_size mamba_chunk_size floor_scale log_scaling_n_floor
-            query_pre_attn_scalar rel_extent router_hidden_size hidden_size_per_layer_input pronunciation_embed_dim
-            shape_embed_dim attention_head_dim indexer_head_dim
+            q_lora_rank kv_lora_rank o_lora_rank index_head_dim chunk_size mamba_chunk_size floor_scale
+            log_scaling_n_floor query_pre_attn_scalar rel_extent router_hidden_size hidden_size_per_layer_input
+            pronunciation_embed_dim shape_embed_dim attention_head_dim indexer_head_dim
         """,
         8: """
             qk_nope_head_dim v_head_dim d_kv d_head dim_head linear_key_head_dim linear_value_head_dim linear_head_dim
             attention_chunk_size block_size index_topk laurel_rank mamba_d_head mamba_head_dim mamba_d_state state_size
-            ssm_state_size attention_head_size mamba_n_heads mamba_num_heads d_rel adapter_rank hc_lowrank
-            index_block_size indexer_budget index_n_heads indexer_n_heads make_ngram_vocab_size_divisible_by
-            kv_channels mamba_headdim n_mamba_heads
+            ssm_state_size attention_head_size d_rel adapter_rank hc_lowrank index_block_size indexer_budget
+            index_n_heads indexer_n_heads make_ngram_vocab_size_divisible_by kv_channels mamba_headdim
         """,
         7: """
             sliding_window sliding_window_size attention_window_size window_size local_attention
             local_attention_window_len keep_window_size
         """,
         4: """
-            num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
-            num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads
-            num_attention_heads_per_layer linear_num_value_heads linear_num_heads qk_rope_head_dim num_experts
-            n_routed_experts num_local_experts moe_num_experts zero_expert_num time_step_rank mamba_dt_rank rotary_dim
-            split_ngram_parts
+            qk_rope_head_dim zero_expert_num time_step_rank mamba_dt_rank rotary_dim split_ngram_parts
         """,
         2: """
-            num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads n_group
-            num_expert_group num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts n_groups
-            mamba_n_groups mamba_ngroups o_groups index_topk_blocks num_random_blocks heads_per_ngram
+            n_group num_expert_group num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts
+            n_groups mamba_n_groups mamba_ngroups o_groups index_topk_blocks num_random_blocks heads_per_ngram
         """,
         1: """
             topk_group first_k_dense_replace num_dense_layers moe_layer_start_index n_shared_experts num_shared_experts
             moe_num_shared_experts num_nextn_predict_layers
         """,
-    }.items()
-    for name in names.split()
-}
+    }
+)
+# The tokenizer's ids, whatever the value was.
+_VOCABULARIES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
+_EXPERTS = _by_name({4: "num_experts n_routed_experts num_local_experts moe_num_experts"})
+# What the ranks of tensor parallelism share, for one or two of them; more have as much more. Heads stay as wide.
+_SHARED_AT_MOST = _by_name(
+    {
+        64: "mamba_d_ssm",
+        48: """
+            intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim dim_ff dff ffn_hidden_size d_inner d_ff
+            intermediate_size_mlp dense_intermediate_size feed_forward_size mlp_dim
+        """,
+        16: """
+            moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
+            shared_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size
+        """,
+        8: "mamba_n_heads mamba_num_heads n_mamba_heads",
+        2: "linear_num_key_heads",
+    }
+)
+# The same, and where there are several, one for each of the ranks at least.
+_KEY_VALUE_HEADS = _by_name({2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads"})
+# The same, whatever the value was: other sizes are parts or multiples of these.
+_SHARED = _by_name(
+    {
+        32: """
+            hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim hidden_size_global
+            input_embedding_size output_embedding_size lru_width input_size backbone_hidden_size adapter_in_dim
+            adapter_out_dim adapter_input_size ple_embed_dim
+        """,
+        4: """
+            num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+            num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads
+            num_attention_heads_per_layer linear_num_value_heads linear_num_heads
+        """,
+    }
+)
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 _DEPTHS = (
     "num_hidden_layers",
@@ -108,7 +133,6 @@ _OWN: dict[str, dict[str, Any]] = {
         "expert_layer_period": 3,
         "expert_layer_offset": 1,
     },
-    "minimax_m3_vl_text": {"index_n_heads": 2},  # as many as there are key/value heads
     "qwen4_exp_text": {
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "indexed_attention"],
@@ -124,7 +148,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3],
     },
 }
-# Where the default configuration of a type cannot be built, or has not all kinds of layers that the type can have.
+# What the default configurations of some types lack.
 _HALF_SLIDING = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7}
 _HEAD = {"head_dim": 128}
 _INDEXER = {
@@ -134,51 +158,83 @@ _INDEXER = {
     "indexer_budget": 2048,
     "indexer_compress_ratio": 4,
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
+UNSTATED: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, **_HALF_SLIDING},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": _HEAD,
+    "hunyuan_v1_moe": _HEAD,
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "ministral": _HEAD,
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "xmod": {"default_language": "en_XX"},
+}
+"""What the default configuration of a type does not say, and a model cannot be built or run without."""
+# Where the default configuration of a type has not all kinds of layers that the type can have.
+_KINDS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dots1": _HALF_SLIDING,
     "granitemoehybrid": {
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "full_attention"],
         "position_embedding_type": "rope",
     },
-    "hunyuan_v1_dense": _HEAD,
-    "hunyuan_v1_moe": _HEAD,
     "laguna": _HALF_SLIDING,
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "mellum": _HALF_SLIDING,
-    "ministral": _HEAD,
     "minimax_m3_vl_text": {
         "num_hidden_layers": 2,
         "layer_types": ["full_attention", "minimax_m3_sparse"],
         "mlp_layer_types": ["dense", "sparse"],
     },
-    "nemotron": {"num_key_value_heads": 8},
     "qwen2": {"use_sliding_window": True, **_HALF_SLIDING},
     "qwen2_moe": {"use_sliding_window": True, **_HALF_SLIDING},
     "qwen3": {"use_sliding_window": True, **_HALF_SLIDING},
     "smollm3": {"use_sliding_window": True, **_HALF_SLIDING, "no_rope_layers": [0, 1]},
-    "qwen4_exp": {"text_config": _INDEXER},
-    "qwen4_exp_text": _INDEXER,
-    "xmod": {"default_language": "en_XX"},
     "zaya": {**_HALF_SLIDING, "layer_types": ["hybrid", "hybrid_sliding"]},
 }
 
 
+class _Limits(NamedTuple):
+    """The least and the most that the fields of a small configuration may be, by their names."""
+
+    least: dict[str, int]
+    most: dict[str, int]
+
+    def applied(self, name: str, value: float) -> float:
+        """The value of a field of this name, no larger and no smaller than it may be."""
+        small = min(value, self.most.get(name, value))
+        return max(small, self.least.get(name, small))
+
+
 def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
-    """The configuration of a model of this type that fits anywhere."""
-    return shrink(AutoConfig.for_model(model_type, **_DEFAULTS.get(model_type, {})), **changes)
+    """The configuration of a model of this type that fits anywhere, as `check` runs it. See `shrink`."""
+    values = {**UNSTATED.get(model_type, {}), **_KINDS.get(model_type, {})}
+    return shrink(AutoConfig.for_model(model_type, **values), **changes)
 
 
 def shrink(config: PreTrainedConfig, **changes) -> PreTrainedConfig:
-    """A configuration of the same architecture, small; `changes` are fields to set beside."""
-    return type(config).from_dict({**_shrunk(config.to_dict()), **changes})
+    """A small configuration of the same architecture, without dropout; `changes` are fields to set beside."""
+    small = _shrunk(config.to_dict(), _limits(VOCABULARY, tensor_ranks=1, expert_ranks=1))
+    return type(config).from_dict({**_without_randomness(small), **changes})
+
+
+def with_small_sizes(
+    config: PreTrainedConfig, vocabulary: int, tensor_ranks: int, expert_ranks: int
+) -> PreTrainedConfig:
+    """A small configuration of the same architecture, with all else as it is.
+
+    Args:
+        vocabulary: how many ids the tokenizer has.
+        tensor_ranks: the ranks that share each layer. They divide its heads, of which there are as many at least.
+        expert_ranks: the ranks that share the experts of a layer. They divide these, where there are as many.
+    """
+    return type(config).from_dict(_shrunk(config.to_dict(), _limits(vocabulary, tensor_ranks, expert_ranks)))
 
 
 def tiny_model(
@@ -201,46 +257,77 @@ def tiny_model(
     return model
 
 
-def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
+def _limits(vocabulary: int, tensor_ranks: int, expert_ranks: int) -> _Limits:
+    """What `with_small_sizes` keeps to."""
+
+    def shared(sizes: dict[str, int]) -> dict[str, int]:
+        return {name: size * max(2, tensor_ranks) // 2 for name, size in sizes.items()}
+
+    vocabularies = dict.fromkeys(_VOCABULARIES, vocabulary)
+    experts = {name: lcm(number, expert_ranks) for name, number in _EXPERTS.items()}
+    fixed = shared(_SHARED) | vocabularies
+    return _Limits(
+        least=dict.fromkeys(_KEY_VALUE_HEADS, tensor_ranks) | fixed,
+        most=_AT_MOST | experts | shared(_SHARED_AT_MOST | _KEY_VALUE_HEADS) | fixed,
+    )
+
+
+def _without_randomness(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, and of those within it, without dropout and jitter."""
+    still = {}
+    for name, value in fields.items():
+        if isinstance(value, dict) and "model_type" in value:
+            value = _without_randomness(value)
+        elif ("drop" in name or "jitter" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = type(value)(0)
+        still[name] = value
+    return still
+
+
+def _shrunk(fields: dict[str, Any], limits: _Limits) -> dict[str, Any]:
     """The fields of a configuration, or of one within it, made small."""
     layers = _kept_layers(fields)
-    small = {name: _small(name, value, fields, layers) for name, value in fields.items()}
+    small = {name: _small(name, value, fields, layers, limits) for name, value in fields.items()}
     if fields.get("num_kv_shared_layers"):
         small["num_kv_shared_layers"] = sum(layer >= _unshared(fields) for layer in layers)
     return small | _OWN.get(fields.get("model_type"), {})
 
 
-def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int]) -> Any:
+def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int], limits: _Limits) -> Any:
     if name in _TOKENS:
         return _TOKENS[name]
     if value is None or isinstance(value, (bool, str)):
         return value
     if name == "per_layer_config":
         overrides = {int(layer): override for layer, override in value.items()}
-        return {new: _in_proportion(overrides[old], fields) for new, old in enumerate(layers) if old in overrides}
+        return {
+            new: _in_proportion(overrides[old], fields, limits) for new, old in enumerate(layers) if old in overrides
+        }
     if isinstance(value, dict):
         if name.startswith("rope_"):
             return _small_rope(value, fields)
-        return _shrunk(value) if "model_type" in value else value
+        return _shrunk(value, limits) if "model_type" in value else value
     if isinstance(value, (list, tuple)):
         if name in _INDICES:
             return [new for new, old in enumerate(layers) if old in value]
         if len(value) == _depth(fields):
-            return [_small(name, value[layer], fields, layers) for layer in layers]
+            return [_small(name, value[layer], fields, layers, limits) for layer in layers]
         return value
     if name in _DEPTHS:
         return min(value, len(layers))
-    if "drop" in name or "jitter" in name:
-        return type(value)(0)
     if name in ("head_dim", "qk_head_dim", "swa_head_dim"):
         return _head_dim(value, fields)
+    if name in _KEY_VALUE_HEADS and value == 1:  # all queries share it, on however many ranks they are
+        return 1
     if name == "num_key_value_heads" and "kv_lora_rank" in fields:  # latent attention gives every query its keys
-        return min(value, _AT_MOST["num_attention_heads"])
+        return min(value, limits.most["num_attention_heads"])
+    if name == "index_n_heads" and value == fields.get("num_key_value_heads"):  # one for each
+        return limits.applied("num_key_value_heads", value)
     if name == "attention_hidden_size":  # a multiple of the hidden size
-        return _AT_MOST["hidden_size"] * (value // fields["hidden_size"])
+        return limits.most["hidden_size"] * (value // fields["hidden_size"])
     if name == "image_size":
         return min(value, 4 * fields["patch_size"])
-    return min(value, _AT_MOST.get(name, value))
+    return limits.applied(name, value)
 
 
 def _depth(fields: dict[str, Any]) -> int:
@@ -311,11 +398,11 @@ def _small_rope(parameters: dict[str, Any], fields: dict[str, Any]) -> dict[str,
     return small
 
 
-def _in_proportion(override: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def _in_proportion(override: dict[str, Any], fields: dict[str, Any], limits: _Limits) -> dict[str, Any]:
     """What one layer has other than the rest, made as much smaller as the rest is."""
     small = {}
     for name, value in override.items():
-        small[name] = max(1, _small(name, fields[name], fields, []) * value // fields[name])
+        small[name] = max(1, _small(name, fields[name], fields, [], limits) * value // fields[name])
     if "qk_nope_head_dim" in small:
         rope = override.get("qk_rope_head_dim", fields["qk_rope_head_dim"])
         small["head_dim"] = small["qk_nope_head_dim"] + min(rope, _AT_MOST["qk_rope_head_dim"])

@@ -81,6 +81,18 @@ def test_recipes_for_large_machines_run_dry(run, name):
     assert f"The recipe is valid: recipes/{name}.yaml ran one step." in result.stdout
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model_type", ["phi3", "llama4_text"])
+def test_models_of_the_hub_run_dry(run, tmp_path, model_type):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name: somebody/something, type: {model_type}}}\ndata: {{path: any, max_length: 1024}}\n"
+    )
+    result = run(*COMMAND, "train", str(recipe), "--dry-run", "--nproc", "2")
+    assert result.returncode == 0, result.stdout
+    assert f"model: a tiny {model_type} with random weights, for somebody/something" in result.stdout
+
+
 def test_a_split_run_equals_one_process(run, tmp_path):
     output = tmp_path / "output"
     changes = [f"training.output_dir={output}", "training.max_steps=2", "training.save_strategy=steps"]

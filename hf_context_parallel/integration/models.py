@@ -256,7 +256,8 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     for name, module in model.get_decoder().named_modules():
         is_of_positions = isinstance(module, torch.nn.Embedding) and LEARNED_POSITIONS.fullmatch(name)
         if is_of_positions and module.num_embeddings >= least:
-            return module.num_embeddings
+            before_first = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            return module.num_embeddings - before_first
     return None
 
 
