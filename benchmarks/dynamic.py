@@ -89,9 +89,8 @@ def stages_of_greedy_rule(
         runs = np.zeros((ranks, longest))
         first = 0
         for group in sorted(groups, key=lambda group: -group.size):
-            for number, sample in enumerate(group.samples):
-                layout = padded_layout("zigzag", lengths[sample], group.size)
-                runs[first : first + group.size, number] = costs.row([lengths[sample]], layout)
+            own = np.array([lengths[sample] for sample in group.samples])
+            runs[first : first + group.size, : len(own)] = costs.rows(own, np.ones_like(own), group.size)
             first += group.size
         found.append(runs.reshape(ranks // node, node, longest).max(axis=1).sum(axis=1))
     return found
@@ -160,13 +159,11 @@ def _counted(schedule: Schedule, work: Costs) -> dict[str, Any]:
     by_rank, last = np.zeros((len(schedule.rounds), schedule.ranks)), replace(schedule, costs=work).total
     for number, groups in enumerate(schedule.rounds):
         for first, size, members in groups:
-            own = [schedule.lengths[sample] for sample in members]
-            layout = padded_layout("zigzag", sum(own), size)
-            if own:
-                pairs, _ = counts(own, layout)
-                by_rank[number, first : first + size] = work.pair * np.array(pairs) + work.token * (
-                    layout.length / size
-                )
+            if members:
+                own = np.array([schedule.lengths[sample] for sample in members])
+                [pairs], _ = counts(own, np.array([len(own)]), size)
+                tokens = padded_layout("zigzag", own.sum().item(), size).length / size
+                by_rank[number, first : first + size] = work.pair * pairs + work.token * tokens
     return {
         "rounds": len(schedule.rounds),
         "last": last,

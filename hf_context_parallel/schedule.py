@@ -5,24 +5,30 @@ Arithmetic alone: no process group, no tensor on a device. Every rank makes the 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate
+from functools import cached_property
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from .balance import padded_layout
 from .cost import BACKWARD, Machine, attention_flops
-from .greedy import GreedyGroup, greedy_stages
-from .layout import FIXED_LAYOUTS, Layout
+from .greedy import greedy_stages
+from .layout import FIXED_LAYOUTS
 
 KERNELS_A_LAYER = 36
 """Kernel calls of a decoder layer, forward and backward, beside attention's."""
 KERNELS_A_STEP = 6
 """Kernel calls of a ring's step in a layer, forward and backward: a tile, its merge and its gradients."""
+LONGER = 1.0, 1.15, 1.35, 1.6, 2.0
+"""How long a sample may take, as multiples of the least that a round could take on average; all are tried. Rounds take
+longer than that: runs cost something, rows are uneven, and long samples come together in a few rounds."""
+TRIED, BEST = 512, 3
+"""Where there are more samples, about so many are dealt in all ways, and all samples in so many of the best ways."""
+COUNTED = 2**17
+"""Rows times ranks whose work is counted at a time: this bounds the memory for it, to a few hundred bytes for each."""
 
 
 class ModelShape(NamedTuple):
@@ -104,53 +110,61 @@ class Costs:
             in_step=sharded,
         )
 
-    def sample(self, length: int, size: int) -> float:
-        """What a sample adds to each rank of a group, at most: as if it were alone there."""
-        pairs = length * (length + 1) / 2 / size
-        return self.token * length / size + self._attention(pairs, length * (size - 1) / size, size)
+    def sample(self, lengths: np.ndarray, size: int) -> np.ndarray:
+        """What each sample adds to every rank of a group, at most: as if it were alone there."""
+        pairs = lengths * (lengths + 1) / 2 / size
+        return self.token * lengths / size + self._attention(pairs, lengths * (size - 1) / size, size)
 
     def group(self, size: int) -> float:
         """What a run takes in a group of `size`, whatever it holds."""
         return self.run + (size - 1) * self.step
 
-    def row(self, lengths: Sequence[int], layout: Layout) -> float:
-        """What a run takes on the rank that needs longest, for documents packed to one causal row.
+    def rows(self, lengths: np.ndarray, documents: np.ndarray, size: int, layout: str = "zigzag") -> np.ndarray:
+        """`[rows]`: what a run of each takes on the rank that needs longest. Arguments are those of `counts`."""
+        tokens = np.diff(_edges(lengths)[_edges(documents)])
+        chunks = len(FIXED_LAYOUTS[layout](0, size).chunk_owners)
+        linear = np.maximum(self.least, self.token * (-(-tokens // chunks) * chunks) / size)
+        attention = self._attention(*counts(lengths, documents, size, layout), size).max(axis=1)
+        return self.group(size) + linear + attention
 
-        Args:
-            layout: of the row, padded to equal shares.
-        """
-        linear = max(self.least, self.token * layout.length / layout.size)
-        ranks = zip(*counts(lengths, layout))
-        attention = max(self._attention(pairs, keys, layout.size) for pairs, keys in ranks)
-        return self.group(layout.size) + linear + attention
-
-    def _attention(self, pairs: float, keys: float, size: int) -> float:
+    def _attention(self, pairs: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
         computed, moved = self.pair * pairs, (self.key if size <= self.node else self.far_key) * keys
-        return max(computed, moved) + (1 - self.overlap) * min(computed, moved)
+        return np.maximum(computed, moved) + (1 - self.overlap) * np.minimum(computed, moved)
 
 
-def counts(lengths: Sequence[int], layout: Layout) -> tuple[list[int], list[int]]:
-    """For each rank, the query-key pairs that it computes and the tokens whose keys it gets from others: causal
-    documents packed to one row."""
-    if layout.size == 1:
-        return [sum(length * (length + 1) // 2 for length in lengths)], [0]
-    starts = list(accumulate(lengths, initial=0))
-    before = list(accumulate((length * (length + 1) // 2 for length in lengths), initial=0))
-    pairs, keys, read_until = ([0] * layout.size for _ in range(3))
-    end = computed = 0
-    for rank, bound in zip(layout.chunk_owners, layout.bounds[1:]):
-        start, end = end, min(bound, starts[-1])
-        if start == end:
-            break
-        # A chunk reads from its first token's document's start on, unless the rank's earlier chunk has read that.
-        document = bisect_right(starts, start) - 1
-        keys[rank] += start - max(starts[document], min(read_until[rank], start))
-        read_until[rank] = end
-        document = bisect_right(starts, end) - 1
-        inside = end - starts[document]
-        pairs[rank] += before[document] + inside * (inside + 1) // 2 - computed
-        computed = before[document] + inside * (inside + 1) // 2
+def counts(
+    lengths: np.ndarray, documents: np.ndarray, size: int, layout: str = "zigzag"
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[rows, size]`: the query-key pairs that each rank computes, and the tokens whose keys it gets from others.
+
+    Rows are causal documents, packed, and padded to equal shares.
+
+    Args:
+        lengths: tokens of all documents, one row's after another's.
+        documents: how many each row has.
+        size: ranks that each row is dealt to.
+    """
+    owners = np.array(FIXED_LAYOUTS[layout](0, size).chunk_owners)
+    chunks = owners.argsort(kind="stable").reshape(size, -1)  # of each rank, in the order of the row
+    # Positions count on from row to row: a row ends where the next one's document begins, and has read nothing of it.
+    starts, before = _edges(lengths), _edges(lengths * (lengths + 1) // 2)
+    edges = starts[_edges(documents)][:, None]
+    begins, ends = edges[:-1], edges[1:]
+    share = -(-(ends - begins) // len(owners))
+    bounds = np.minimum(begins + share * np.arange(len(owners) + 1), ends)
+    document = starts.searchsorted(bounds, side="right") - 1
+    inside = bounds - starts[document]
+    computed = before[document] + inside * (inside + 1) // 2
+    pairs = (computed[:, chunks + 1] - computed[:, chunks]).sum(axis=2)
+    # A chunk reads from its first token's document's start on, unless the rank's earlier chunk has read that.
+    read = np.concatenate([begins[:, :, None].repeat(size, axis=1), bounds[:, chunks[:, :-1] + 1]], axis=2)
+    keys = (bounds[:, chunks] - np.maximum(starts[document[:, chunks]], read)).sum(axis=2)
     return pairs, keys
+
+
+def _edges(lengths: np.ndarray) -> np.ndarray:
+    """Where ranges begin that follow each other from 0 on, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 class Group(NamedTuple):
@@ -173,7 +187,7 @@ class Schedule:
     Args:
         lengths: tokens of each sample.
         ranks: how many there are.
-        rounds: in each, groups that make up all ranks. Every rank runs the model once a round.
+        rounds: in each, groups that make up all ranks, in their order. Every rank runs the model once a round.
         costs: what it was made for.
         layout: of rows.
     """
@@ -187,13 +201,12 @@ class Schedule:
     @cached_property
     def work(self) -> np.ndarray:
         """`[rounds, ranks]`: what each run takes, by the costs. Ranks without samples do nothing of use."""
+        runs = [(number, group) for number, groups in enumerate(self.rounds) for group in groups if group.samples]
+        rows, sizes = [group.samples for _, group in runs], np.array([group.size for _, group in runs])
+        taken = _row_costs(rows, sizes, np.array(self.lengths), self.costs, self.layout)
         work = np.zeros((len(self.rounds), self.ranks))
-        for number, groups in enumerate(self.rounds):
-            for group in groups:
-                if group.samples:
-                    work[number, group.first : group.first + group.size] = _row_cost(
-                        [self.lengths[sample] for sample in group.samples], group.size, self.costs, self.layout
-                    )
+        for (number, (first, size, _)), cost in zip(runs, taken.tolist()):
+            work[number, first : first + size] = cost
         return work
 
     @cached_property
@@ -203,8 +216,9 @@ class Schedule:
             return float(self.work.max(axis=1).sum())
         done = np.zeros(self.ranks)
         for groups, work in zip(self.rounds, self.work):
-            for first, size, _ in groups:
-                done[first : first + size] = done[first : first + size].max() + work[first]
+            # A group begins when the last of its ranks is done with the round before.
+            begins = np.maximum.reduceat(done, [group.first for group in groups])
+            done = begins.repeat([group.size for group in groups]) + work
         return float(done.max())
 
     @property
@@ -235,9 +249,9 @@ def make_schedule(
 ) -> Schedule:
     """Deal samples to groups so that the slowest ranks are done soonest.
 
-    A sample gets the smallest group that holds it, or a larger one where that takes less time in all. Groups with
-    several samples run them as documents of one row. By the estimate it is never slower than static CP or the greedy
-    rule of `greedy.py`.
+    A sample gets the smallest group that holds it and in which it does not take too long. How long is too long, and in
+    how many rounds all are dealt, is tried. Groups with several samples run them as documents of one row. By the
+    estimate it is never slower than static CP or the greedy rule of `greedy.py`.
 
     Args:
         lengths: tokens of each sample.
@@ -260,34 +274,9 @@ def make_schedule(
             f"max_tokens_per_rank={max_tokens_per_rank}: a sample must fit into one group. Raise max_tokens_per_rank "
             "or size, or cut the sample."
         )
-    smallest = [next(size for size in holds if length <= holds[size]) for length in lengths]
-    # A long sample is done sooner in a larger group than it needs. How long is too long? Try the times that the
-    # longest takes in each, and no time, which puts everything into the largest groups.
-    limits = sorted({costs.sample(lengths[longest], size) for size in holds} | {0.0}, reverse=True)
-    others = [in_order(lengths, ranks, extent, room, costs, layout) for room in (0, holds[extent])]
-    stages = greedy_stages(lengths, smallest, ranks, list(holds))
-    others.append(Schedule(tuple(lengths), ranks, _in_rounds(stages, ranks), costs, layout))
-    best = min(others, key=lambda schedule: schedule.total)
-    tried = set()
-    for limit in limits:
-        chosen = tuple(
-            next(
-                (size for size in holds if size >= least and costs.sample(length, size) <= limit * (1 + 1e-9)), extent
-            )
-            for length, least in zip(lengths, smallest)
-        )
-        if chosen in tried:
-            continue
-        tried.add(chosen)
-        ways = [_Dealer(lengths, chosen, ranks, holds, costs, layout, packed).deal for packed in (True, False)]
-        if not costs.in_step:
-            ways.append(partial(_one_after_another, lengths, chosen, ranks, costs, layout))
-        for way in ways:
-            rounds = way()
-            schedule = Schedule(tuple(lengths), ranks, rounds, costs, layout)
-            if schedule.total < best.total * (1 - 1e-9):
-                best = schedule
-    return best
+    static = [in_order(lengths, ranks, extent, room, costs, layout) for room in (0, holds[extent])]
+    dealer = _Dealer(np.array(lengths), ranks, holds, costs, layout)
+    return min((dealer.fastest(), dealer.greedy(), *static), key=lambda schedule: schedule.total)
 
 
 def in_order(
@@ -300,11 +289,14 @@ def in_order(
             is alone.
     """
     rows: list[list[list[int]]] = [[] for _ in range(ranks // extent)]
+    room = [0] * len(rows)
     for sample, length in enumerate(lengths):
-        own = rows[sample % len(rows)]
-        if not own or sum(lengths[other] for other in own[-1]) + length > most:
-            own.append([])
-        own[-1].append(sample)
+        number = sample % len(rows)
+        if not rows[number] or length > room[number]:
+            rows[number].append([])
+            room[number] = most
+        rows[number][-1].append(sample)
+        room[number] -= length
     rounds = tuple(
         tuple(
             Group(number * extent, extent, tuple(own[turn]) if turn < len(own) else ())
@@ -321,195 +313,213 @@ def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int
     return max_tokens_per_rank // chunks * chunks * size
 
 
-def _row_cost(lengths: list[int], size: int, costs: Costs, layout: str) -> float:
-    return costs.row(lengths, padded_layout(layout, sum(lengths), size))
+def _row_costs(
+    rows: Sequence[Sequence[int]], sizes: np.ndarray, lengths: np.ndarray, costs: Costs, layout: str
+) -> np.ndarray:
+    """What each row takes.
+
+    Args:
+        rows: the samples of each.
+        sizes: of the groups that run them.
+        lengths: of samples.
+    """
+    taken = np.zeros(len(rows))
+    for size in np.unique(sizes).tolist():
+        alike, some = np.flatnonzero(sizes == size), max(1, COUNTED // size)
+        for numbers in (alike[begin : begin + some] for begin in range(0, len(alike), some)):
+            packed = [rows[number] for number in numbers.tolist()]
+            samples = np.fromiter(chain.from_iterable(packed), dtype=np.int64)
+            taken[numbers] = costs.rows(lengths[samples], np.array(list(map(len, packed))), size, layout)
+    return taken
 
 
-def _one_after_another(
-    lengths: Sequence[int], chosen: Sequence[int], ranks: int, costs: Costs, layout: str
-) -> tuple[tuple[Group, ...], ...]:
-    """Each sample by itself, the largest groups first, on the ranks that are free soonest: some run more often."""
-    done, runs = np.zeros(ranks), np.zeros(ranks, dtype=np.int64)
-    rounds: list[list[Group]] = []
-    for sample in sorted(range(len(lengths)), key=lambda sample: (-chosen[sample], -lengths[sample], sample)):
-        size = chosen[sample]
-        block = int(done.reshape(-1, size).max(axis=1).argmin())
-        group = slice(block * size, (block + 1) * size)
-        done[group] = done[group].max() + _row_cost([lengths[sample]], size, costs, layout)
-        turn = runs[group].max()
-        runs[group] = turn + 1
-        if turn == len(rounds):
-            rounds.append([])
-        rounds[turn].append(Group(group.start, size, (sample,)))
-    for groups in rounds:
-        busy = {rank for first, size, _ in groups for rank in range(first, first + size)}
-        groups += [Group(rank, 1, ()) for rank in range(ranks) if rank not in busy]
-    return tuple(tuple(sorted(groups)) for groups in rounds)
+class _Rows(NamedTuple):
+    """Samples packed to rows, and where those run. All but `total` have an entry for each row.
 
+    Args:
+        samples: in the order of the row.
+        sizes, firsts: of the group, as in `Group`.
+        rounds: the number of the round.
+        total: what all rounds take.
+    """
 
-def _in_rounds(stages: Sequence[Sequence[GreedyGroup]], ranks: int) -> tuple[tuple[Group, ...], ...]:
-    """A round for each of the samples that the groups of a stage run one after another."""
-    rounds = []
-    for stage in stages:
-        placed, first = [], 0
-        for group in sorted(stage, key=lambda group: -group.size):
-            placed.append((first, group))
-            first += group.size
-        idle = [Group(rank, 1, ()) for rank in range(first, ranks)]
-        for turn in range(max(len(group.samples) for group in stage)):
-            rounds.append(
-                (*(Group(at, group.size, tuple(group.samples[turn : turn + 1])) for at, group in placed), *idle)
-            )
-    return tuple(rounds)
+    samples: Sequence[list[int]]
+    sizes: Sequence[int]
+    firsts: Sequence[int]
+    rounds: Sequence[int]
+    total: float
 
 
 class _Dealer:
-    """Deals samples whose least sizes are chosen, the largest groups first and of these the longest samples first.
-
-    A sample goes where the slowest of a round gets slower by the least: to a group of its size or a larger one that
-    has room, or to a new one of its size. Since each size divides the
-    larger ones, there is always a place for them that begins at a multiple of their size.
+    """Packs samples to rows, the longest first, and deals those to ranks.
 
     Args:
-        chosen: the least size for each sample.
-        holds: the tokens that a row has room for, by size.
-        packed: whether groups of several ranks may hold several samples. Their ranks' shares of a causal mask are not
-            the same then.
+        lengths: tokens of each sample.
+        holds: the tokens that a row has room for, by the size of its group, ascending.
     """
 
-    def __init__(self, lengths, chosen, ranks, holds, costs, layout, packed):
-        self._lengths, self._chosen, self._ranks, self._holds = lengths, chosen, ranks, holds
-        self._costs, self._layout, self._packed = costs, layout, packed
-        self._sizes = list(holds)
-        self._used: list[int] = []
-        """For each round, the ranks that have a group."""
-        self._groups: list[list[tuple[int, list[int]]]] = []
-        """For each round, its groups' sizes and samples."""
-        self._places = _Places()
+    def __init__(self, lengths: np.ndarray, ranks: int, holds: dict[int, int], costs: Costs, layout: str):
+        self._lengths, self._ranks, self._holds, self._costs, self._layout = lengths, ranks, holds, costs, layout
+        self._alone = {size: costs.sample(lengths, size) for size in holds}
 
-    def deal(self) -> tuple[tuple[Group, ...], ...]:
-        for size in sorted(set(self._chosen), reverse=True):
-            samples = [sample for sample, wanted in enumerate(self._chosen) if wanted == size]
-            self._deal_size(size, sorted(samples, key=lambda sample: (-self._lengths[sample], sample)))
-        done = np.zeros(self._ranks)
-        return tuple(self._laid_out(self._grown(groups), done) for groups in self._groups)
+    def greedy(self) -> Schedule:
+        """The greedy rule's: a round for each of the samples that the groups of a stage run one after another."""
+        rounds: list[list[Group]] = []
+        lengths, smallest = self._lengths.tolist(), self._smallest(np.inf).tolist()
+        for stage in greedy_stages(lengths, smallest, self._ranks, list(self._holds)):
+            begin, first = len(rounds), 0
+            rounds += [[] for _ in range(max(len(group.samples) for group in stage))]
+            for group in sorted(stage, key=lambda group: -group.size):
+                for number, sample in enumerate(group.samples, start=begin):
+                    rounds[number].append(Group(first, group.size, (sample,)))
+                first += group.size
+        return self._schedule(rounds)
 
-    def _deal_size(self, size: int, samples: list[int]) -> None:
-        places, kind = self._places, self._sizes.index(size)
-        new = {number: self._place_for_new(number, kind) for number in range(len(self._used))}
-        for sample in samples:
-            length = self._lengths[sample]
-            costs = np.array([self._costs.sample(length, size) for size in self._sizes])
-            place = places.best(length, costs)
-            if place is None:
-                number = len(self._used)
-                self._used.append(0)
-                self._groups.append([])
-                places.slowest.append(0.0)
-                place = new[number] = self._place_for_new(number, kind)
-            number = int(places.rounds[place])
-            if places.samples[place] is None:
-                members: list[int] = []
-                self._groups[number].append((size, members))
-                self._used[number] += size
-                places.samples[place] = members
-                new[number] = self._place_for_new(number, kind)
-            places.take(place, sample, length, costs)
-            if not self._packed and size > 1:
-                places.close(place)
-        for place in new.values():
-            if place is not None:
-                places.close(place)
+    def fastest(self) -> Schedule:
+        """The fastest of all ways, or of those that are best for a part of many samples."""
+        part = self._part()
+        distinct = {(rounds, part._smallest(limit).tobytes()): (rounds, limit) for rounds, limit in self._ways()}
+        ways = list(distinct.values())
+        if part is not self:
+            ways = sorted(ways, key=lambda way: part._dealt(*way).total)[:BEST]
+        best = min((self._dealt(*way) for way in ways), key=lambda rows: rows.total)
+        rounds: list[list[Group]] = [[] for _ in range(max(best.rounds) + 1)]
+        for samples, size, first, number in zip(best.samples, best.sizes, best.firsts, best.rounds):
+            rounds[number].append(Group(first, size, tuple(samples)))
+        return self._schedule(rounds)
 
-    def _place_for_new(self, number: int, kind: int) -> int | None:
-        """A place for a new group in a round, if there are ranks for it."""
-        size = self._sizes[kind]
-        if self._used[number] + size > self._ranks:
-            return None
-        return self._places.add(number, kind, self._costs.group(size), self._holds[size])
+    def _schedule(self, rounds: Sequence[Sequence[Group]]) -> Schedule:
+        """Ranks that have no group in a round run by themselves, on nothing."""
+        idle = [Group(rank, 1, ()) for rank in range(self._ranks)]
+        completed = []
+        for groups in rounds:
+            every: list[Group] = []
+            end = 0
+            for group in sorted(groups):
+                every += [*idle[end : group.first], group]
+                end = group.first + group.size
+            completed.append((*every, *idle[end:]))
+        return Schedule(tuple(self._lengths.tolist()), self._ranks, tuple(completed), self._costs, self._layout)
 
-    def _grown(self, groups: list[tuple[int, list[int]]]) -> list[tuple[float, int, list[int]]]:
-        """What a round's groups take, their sizes and samples; the slowest on more ranks where some would be idle and
-        it helps."""
-        free = self._ranks - sum(size for size, _ in groups)
-        larger = dict(zip(self._sizes, self._sizes[1:]))
-        timed = [(self._cost(size, samples), size, samples) for size, samples in groups]
-        while free:
-            slowest = max(range(len(timed)), key=lambda number: timed[number][0])
-            cost, size, samples = timed[slowest]
-            if size not in larger or larger[size] - size > free:
-                break
-            grown = self._cost(larger[size], samples)
-            if grown >= cost:
-                break
-            timed[slowest] = grown, larger[size], samples
-            free -= larger[size] - size
-        return timed
+    def _part(self) -> _Dealer:
+        """The same for about `TRIED` of the samples, evenly from short to long, and as many fewer ranks."""
+        extent, count = max(self._holds), len(self._lengths)
+        ranks = -(-self._ranks * TRIED // (count * extent)) * extent
+        if ranks >= self._ranks:
+            return self
+        tried = count * ranks // self._ranks
+        middles = (2 * np.arange(tried) + 1) * count // (2 * tried)
+        return _Dealer(np.sort(self._lengths)[middles], ranks, self._holds, self._costs, self._layout)
 
-    def _laid_out(self, groups: list[tuple[float, int, list[int]]], done: np.ndarray) -> tuple[Group, ...]:
-        """A round's groups on ranks: the larger first, and of these the slowest on the ranks that have done least.
+    def _ways(self) -> list[tuple[int, float]]:
+        """Rounds, and how long a sample may take in its group, that are worth a try."""
+        # In as few rounds as have room, and each sample by itself.
+        limits = [0.0, *(float(taken.max()) for taken in self._alone.values())]
+        ways = [(rounds, limit) for rounds in (1, len(self._lengths)) for limit in limits]
+        # In so many rounds that take about as long as each other.
+        least = float(self._alone[1].sum()) / self._ranks
+        fewest = -(-int(self._lengths.sum()) // (self._ranks * self._holds[1]))
+        more = max(1, fewest // 8)
+        rounds = range(fewest, fewest + 4 * more, more)
+        return ways + [(number, factor * least / number) for number in rounds for factor in LONGER]
 
-        Args:
-            done: `[ranks]`, what each has done before; brought up to date.
+    def _dealt(self, rounds: int, limit: float) -> _Rows:
+        rows, sizes = self._packed(rounds, limit)
+        return self._alike_together(rows, sizes) if self._costs.in_step else self._where_ranks_are_free(rows, sizes)
+
+    def _smallest(self, limit: float) -> np.ndarray:
+        """For each sample, the smallest size that holds it and where it takes at most `limit`, or the largest."""
+        *smaller, extent = self._holds
+        chosen = np.full(len(self._lengths), extent)
+        for size in reversed(smaller):
+            chosen[(self._lengths <= self._holds[size]) & (self._alone[size] <= limit)] = size
+        return chosen
+
+    def _packed(self, rounds: int, limit: float) -> tuple[list[list[int]], np.ndarray]:
+        """The samples of rows and the sizes of their groups, which make up all ranks in so many rounds, or more.
+
+        Longest first, samples get rows of their own while there are ranks for them, of the size that `limit` asks for.
+        The others join the row that takes least of those that have room; if none has, there is one round more.
         """
-        taken = np.zeros(self._ranks, dtype=bool)
-        laid = []
-        for size in sorted({size for _, size, _ in groups}, reverse=True):
-            blocks = np.where(taken.reshape(-1, size).any(axis=1), np.inf, done.reshape(-1, size).max(axis=1))
-            alike = sorted((group for group in groups if group[1] == size), key=lambda group: -group[0])
-            for block, (cost, _, samples) in zip(blocks.argsort(kind="stable").tolist(), alike):
-                ranks = slice(block * size, (block + 1) * size)
-                taken[ranks] = True
-                done[ranks] = done[ranks].max() + cost
-                laid.append(Group(ranks.start, size, tuple(samples)))
-        laid += [Group(rank, 1, ()) for rank in np.flatnonzero(~taken).tolist()]
-        return tuple(sorted(laid))
+        lengths, wanted = self._lengths.tolist(), self._smallest(limit).tolist()
+        alone = {size: taken.tolist() for size, taken in self._alone.items()}
+        rows: list[list[int]] = []
+        sizes: list[int] = []
+        room: list[int] = []
+        open_rows: list[tuple[float, int]] = []  # what they take, and their numbers
+        full_rows: list[tuple[int, float, int]] = []  # room, negative, and the same: until samples are short enough
+        free = rounds * self._ranks
+        for sample in (-self._lengths).argsort(kind="stable").tolist():
+            length, size = lengths[sample], wanted[sample]
+            while full_rows and -full_rows[0][0] >= length:
+                heappush(open_rows, heappop(full_rows)[1:])
+            if free < size:
+                while open_rows and room[open_rows[0][1]] < length:
+                    taken, row = heappop(open_rows)
+                    heappush(full_rows, (-room[row], taken, row))
+                if not open_rows:
+                    free += self._ranks
+            if free >= size:
+                free -= size
+                heappush(open_rows, (self._costs.group(size) + alone[size][sample], len(rows)))
+                rows.append([sample])
+                sizes.append(size)
+                room.append(self._holds[size] - length)
+            else:
+                taken, row = open_rows[0]
+                heapreplace(open_rows, (taken + alone[sizes[row]][sample], row))
+                rows[row].append(sample)
+                room[row] -= length
+        return rows, np.array(sizes)
 
-    def _cost(self, size: int, samples: list[int]) -> float:
-        return _row_cost([self._lengths[sample] for sample in samples], size, self._costs, self._layout)
+    def _alike_together(self, rows: list[list[int]], sizes: np.ndarray) -> _Rows:
+        """Rows that take about as long run in the same round, in which all ranks wait for the slowest.
 
+        Those of the smallest size, sorted, lie side by side in blocks of the next size; these, sorted together with
+        the rows of that size, in blocks of the next; and so on up to all ranks.
+        """
+        order = sizes.argsort(kind="stable")
+        rows, sizes = [rows[number] for number in order.tolist()], sizes[order]
+        taken = _row_costs(rows, sizes, self._lengths, self._costs, self._layout)
+        slowest = np.zeros(0)  # what each block takes
+        blocks, firsts = np.zeros((2, 0), dtype=np.int64)  # each row's block, and its first rank there
+        for size, larger in pairwise([*self._holds, self._ranks]):
+            own = taken[sizes == size]
+            blocks = np.concatenate([blocks, len(slowest) + np.arange(len(own))])
+            firsts = np.concatenate([firsts, np.zeros(len(own), dtype=np.int64)])
+            slowest = np.concatenate([slowest, own])
+            order, beside = (-slowest).argsort(kind="stable"), larger // size
+            places = order.argsort(kind="stable")[blocks]
+            blocks, firsts = places // beside, firsts + places % beside * size
+            slowest = slowest[order][::beside]
+        return _Rows(rows, sizes.tolist(), firsts.tolist(), blocks.tolist(), float(slowest.sum()))
 
-class _Places:
-    """Where a sample may go: groups, and in each round a new one. Arrays, since there are ranks times rounds of them.
+    def _where_ranks_are_free(self, rows: list[list[int]], sizes: np.ndarray) -> _Rows:
+        """Each row runs on the ranks that are done soonest: the largest first, and of these the slowest.
 
-    For each its round, its size (as an index), what it takes less than the slowest of its round, the tokens it has
-    room for, and its samples; None for a new group.
-    """
-
-    def __init__(self):
-        self.rounds, self.kinds, self.room = (np.zeros(64, dtype=np.int64) for _ in range(3))
-        self.slack = np.zeros(64)
-        self.samples: list[list[int] | None] = []
-        self.slowest: list[float] = []
-        """For each round, what the slowest group takes."""
-
-    def add(self, number: int, kind: int, cost: float, room: int) -> int:
-        place = len(self.samples)
-        if place == len(self.rounds):
-            for name in ("rounds", "kinds", "room", "slack"):
-                setattr(self, name, np.concatenate([getattr(self, name), np.zeros_like(getattr(self, name))]))
-        self.rounds[place], self.kinds[place], self.room[place] = number, kind, room
-        self.slack[place] = self.slowest[number] - cost
-        self.samples.append(None)
-        return place
-
-    def best(self, length: int, costs: np.ndarray) -> int | None:
-        """The place that holds `length` more and has most to spare then, or is slowest by the least."""
-        count = len(self.samples)
-        spare = np.where(self.room[:count] >= length, self.slack[:count] - costs[self.kinds[:count]], -np.inf)
-        place = int(spare.argmax()) if count else -1
-        return None if place < 0 or spare[place] == -np.inf else place
-
-    def close(self, place: int) -> None:
-        """Nothing more goes there."""
-        self.room[place] = -1
-
-    def take(self, place: int, sample: int, length: int, costs: np.ndarray) -> None:
-        """Put a sample there."""
-        self.samples[place].append(sample)
-        self.room[place] -= length
-        self.slack[place] -= costs[self.kinds[place]]
-        if self.slack[place] < 0:  # it is the slowest now, and the others of its round have more to spare
-            number, slower = self.rounds[place], -self.slack[place]
-            self.slowest[number] += slower
-            self.slack[self.rounds == number] += slower
+        What a rank runs by itself one after another is packed as far as there is room: it cannot be uneven.
+        """
+        costs = _row_costs(rows, sizes, self._lengths, self._costs, self._layout)
+        lengths = self._lengths.tolist()
+        placed = []
+        width, free = self._ranks, [(0.0, 0, 0)]  # when blocks of ranks are done, their numbers, and runs so far
+        singles: dict[int, tuple[list[int], int]] = {}  # a rank's last row that it runs by itself, and the room there
+        for number in np.lexsort((-costs, -sizes)).tolist():
+            samples, size, cost = rows[number], int(sizes[number]), float(costs[number])
+            if size < width:
+                parts, width = width // size, size
+                free = [(done, block * parts + part, runs) for done, block, runs in free for part in range(parts)]
+                heapify(free)
+            done, block, runs = free[0]
+            if size == 1:
+                tokens = sum(lengths[sample] for sample in samples)
+                last, room = singles.get(block, ([], 0))
+                if tokens <= room:
+                    last += samples
+                    singles[block] = last, room - tokens
+                    heapreplace(free, (done + cost - self._costs.group(1), block, runs))
+                    continue
+                singles[block] = samples, self._holds[1] - tokens
+            heapreplace(free, (done + cost, block, runs + 1))
+            placed.append((samples, size, block * size, runs))
+        return _Rows(*zip(*placed), max(free)[0])

@@ -40,12 +40,9 @@ def batches(draw):
     return lengths, ranks, extent, most
 
 
-@settings(max_examples=150, deadline=None)
-@given(batches(), st.sampled_from(sorted(COSTS)), st.sampled_from(sorted(FIXED_LAYOUTS)))
-def test_a_schedule_is_complete_and_fits(batch, costs, layout):
-    lengths, ranks, extent, most = batch
-    schedule = make_schedule(lengths, ranks, extent, most, COSTS[costs], layout)
-    assert schedule == make_schedule(list(lengths), ranks, extent, most, COSTS[costs], layout)
+def assert_complete(schedule, extent, most):
+    """Every sample is dealt once, to a group that has room for it; groups make up all ranks in every round."""
+    lengths, ranks, layout = schedule.lengths, schedule.ranks, schedule.layout
     dealt = [sample for groups in schedule.rounds for group in groups for sample in group.samples]
     assert sorted(dealt) == list(range(len(lengths)))
     for groups in schedule.rounds:
@@ -59,6 +56,15 @@ def test_a_schedule_is_complete_and_fits(batch, costs, layout):
             chunks = len(FIXED_LAYOUTS[layout](0, group.size).chunk_owners)
             assert -(-row // chunks) * chunks <= most * group.size
     assert schedule.idle.min() >= -1e-9
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches(), st.sampled_from(sorted(COSTS)), st.sampled_from(sorted(FIXED_LAYOUTS)))
+def test_a_schedule_is_complete_and_fits(batch, costs, layout):
+    lengths, ranks, extent, most = batch
+    schedule = make_schedule(lengths, ranks, extent, most, COSTS[costs], layout)
+    assert schedule == make_schedule(list(lengths), ranks, extent, most, COSTS[costs], layout)
+    assert_complete(schedule, extent, most)
 
 
 @settings(max_examples=150, deadline=None)
@@ -83,13 +89,15 @@ def test_a_schedule_is_never_slower_than_the_greedy_rule(seed, ranks, most, samp
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 5))
-def test_counts_are_those_of_the_mask(lengths, size):
-    layout = zigzag(-(-sum(lengths) // (2 * size)) * 2 * size, size)
-    edges = np.cumsum([0, *lengths]).tolist()
-    row = tuple(((start, stop),) for start, stop in zip(edges, edges[1:]))
-    expected = demand(layout, Mask(layout.length, (row,)))
-    assert tuple(map(tuple, counts(lengths, layout))) == (expected.pairs, expected.read)
+@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=9), min_size=1, max_size=3), st.integers(1, 5))
+def test_counts_are_those_of_the_mask(rows, size):
+    pairs, keys = counts(np.concatenate(rows), np.array([len(lengths) for lengths in rows]), size)
+    for lengths, *found in zip(rows, pairs, keys):
+        layout = zigzag(-(-sum(lengths) // (2 * size)) * 2 * size, size)
+        edges = np.cumsum([0, *lengths]).tolist()
+        row = tuple(((start, stop),) for start, stop in zip(edges, edges[1:]))
+        expected = demand(layout, Mask(layout.length, (row,)))
+        assert tuple(map(tuple, found)) == (expected.pairs, expected.read)
 
 
 def test_a_long_sample_gets_more_ranks_than_it_needs_where_others_would_be_idle():
@@ -122,8 +130,10 @@ def test_a_sample_that_fits_nowhere_is_named():
         make_schedule([], 4, 4, 9, COSTS["GPUs"])
 
 
-def test_a_thousand_ranks():
+@pytest.mark.parametrize("costs", ["GPUs", "GPUs, sharded weights"])
+def test_a_thousand_ranks(costs):
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(3000), 0.8, 2048), 1024, 16384).astype(int).tolist()
-    schedule = make_schedule(lengths, 1024, 8, 4096, COSTS["GPUs"])
+    schedule = make_schedule(lengths, 1024, 8, 4096, COSTS[costs])
+    assert_complete(schedule, 8, 4096)
     sized = groupby(sorted(group.size for groups in schedule.rounds for group in groups))
     assert schedule.idle.mean() < 0.15 and {size for size, _ in sized} <= {1, 2, 4, 8}
