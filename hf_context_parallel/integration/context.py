@@ -152,7 +152,7 @@ class ShardedBatch(AbstractContextManager):
         tokens = self._batch.get("input_ids")
         embeddings = model.get_input_embeddings()
         if self.cp.config.check_batch and tokens is not None and isinstance(embeddings, torch.nn.Embedding):
-            least, most = tokens.min().item(), tokens.max().item()
+            least, most = torch.stack(tokens.aminmax()).tolist()
             if least < 0 or most >= embeddings.num_embeddings:
                 raise ValueError(
                     f"input_ids has {least if least < 0 else most}, and {type(model).__name__} has embeddings of the "
