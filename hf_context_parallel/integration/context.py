@@ -54,6 +54,8 @@ class ShardedBatch(AbstractContextManager):
         """For each class of modules that mix tokens: how they were computed."""
         self._batch = batch
         self._model = model
+        self._passed: PreTrainedModel | None = None
+        """The Transformers model in what was passed."""
         self._entered = self._left = False
         self.positions: torch.Tensor
         self._running: torch.nn.Module | None = None
@@ -75,10 +77,10 @@ class ShardedBatch(AbstractContextManager):
         try:
             if self._model is not None:
                 self._check(self._model)
-                signature = _signature(self._model)
+                self._passed, signature = transformers_model(self._model), _signature(self._model)
             local = self._local()
-            if self._model is not None:
-                self._check_range(transformers_model(self._model), local)
+            if self._passed is not None:
+                self._check_range(self._passed, local)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         about = {"batch": local[SHARD].fingerprint if local else 0, "model": signature}
@@ -96,12 +98,10 @@ class ShardedBatch(AbstractContextManager):
             raise
         self.shard, self.positions = local.pop(SHARD), local["position_ids"]
         self._hooks = []
-        self._passed: PreTrainedModel | None = None
-        if self._model is not None:
-            self._passed = model = transformers_model(self._model)
-            self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        if self._passed is not None:
+            self._hooks.append(self._passed.register_forward_pre_hook(self._begin, with_kwargs=True))
             optional = {"position_ids", "use_cache", "shift_labels", "num_items_in_batch"}
-            refused = optional - set(accepted(model, optional))
+            refused = optional - set(accepted(self._passed, optional))
             local = {name: value for name, value in local.items() if name not in refused}
         del self._batch, self._model
         enter(self)
