@@ -6,6 +6,7 @@ Importing Transformers takes seconds, so it happens once a worker, however many 
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -28,6 +29,7 @@ class WorkerPool:
         self._workers, self._timeout = workers, timeout
         self._links: list = []
         self._processes: list = []
+        self._runs = itertools.count()
 
     def __call__(self, ranks: int, function, *args) -> list:
         """What `function(*args)` returns on each of `ranks` ranks.
@@ -37,11 +39,11 @@ class WorkerPool:
         """
         if not self._processes:
             self._start()
-        with tempfile.TemporaryDirectory() as folder:
-            task = function.__module__, function.__qualname__, args
-            for rank, link in enumerate(self._links[:ranks]):
-                link.send((*task, rank, ranks, f"{folder}/store", _free_port(), self._timeout))
-            answers = self._answers(ranks)
+        store = Path(self._folder.name, f"store{next(self._runs)}")
+        task = function.__module__, function.__qualname__, args
+        for rank, link in enumerate(self._links[:ranks]):
+            link.send((*task, rank, ranks, store, _free_port(), self._timeout))
+        answers = self._answers(ranks)
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         # When one rank fails, others lose the connection to it; why it failed is what matters.
         failures = [text for text in failures if "gloo/transport" not in text] or failures
@@ -73,6 +75,8 @@ class WorkerPool:
         return [answers[rank] for rank in range(ranks)]
 
     def _start(self) -> None:
+        # Groups leave their stores after their ranks have answered, so the folder lasts as long as the workers.
+        self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         for _ in range(self._workers):
             here, there = context.Pipe()
@@ -86,6 +90,8 @@ class WorkerPool:
         for process in self._processes:
             process.kill()
             process.join()
+        if self._processes:
+            self._folder.cleanup()
         self._links, self._processes = [], []
 
 
@@ -98,6 +104,8 @@ def _free_port() -> int:
 def _serve(link) -> None:
     """A worker's life: run what comes, answer with its result or its traceback."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    # Or a rank that has nothing to send would leave a group while others still connect to it, and they would fail.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     import torch
     import torch.distributed as dist
     import torch.distributed.tensor.debug as dtensor_debug
@@ -115,7 +123,7 @@ def _serve(link) -> None:
         try:
             if ranks > 1:
                 options = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=timeout)}
-                dist.init_process_group("gloo", init_method=Path(store).as_uri(), **options)
+                dist.init_process_group("gloo", init_method=store.as_uri(), **options)
             link.send((True, getattr(importlib.import_module(module), name)(*args)))
         except BaseException:  # whatever it was, whoever asked must hear of it
             link.send((False, traceback.format_exc()))
