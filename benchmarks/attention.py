@@ -16,12 +16,14 @@ processes that talk over gloo and have one torch thread each. Timed, interleaved
                   has its own
 
 A run lasts from the first rank's start to the last rank's end. Efficiency is ideal's time over a variant's, round by
-round. Before anything is timed, outputs and gradients are compared with the one process's.
+round. Before anything is timed, outputs and gradients are compared with the one process's. While runs are timed the C
+library keeps what they free, as GPUs' allocators do: else a run also pays for taking its memory from the system anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -280,22 +282,40 @@ def measure_memory(run: Run) -> float | None:
     return None if peak.isnan() else peak.item()
 
 
-def time_case(case: Case, variants: list[str], rounds: int, progress: tqdm) -> dict[str, Any]:
-    """Seconds of each round and peak memory, by variant."""
+def keep_freed_memory() -> None:
+    """Let glibc keep all that this process frees, of blocks up to the largest that it can keep; nothing elsewhere."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: do not map what is smaller apart
+
+
+def check_case(case: Case, variants: list[str], progress: tqdm) -> dict[str, Any]:
+    """Compares the variants with the one process; what is absent and the peak memory of others."""
+    progress.set_description(f"{described(case)}: verifying")
     layer = build_layer(case)
     runs, absent = build_runs(layer, variants)
-    name = f"{case.ranks} ranks, {case.batch}, {case.tokens} tokens, {case.dtype}"
-    progress.set_description(f"{name}: verifying")
     verify(case, layer, runs)
-    memory = {name: measure_memory(run) for name, run in runs.items()}
+    return {"absent": absent, "memory_mib": {name: measure_memory(run) for name, run in runs.items()}}
+
+
+def time_case(case: Case, variants: list[str], rounds: int, progress: tqdm) -> dict[str, list[float]]:
+    """Seconds of each round, by variant."""
+    progress.set_description(described(case))
+    runs, _ = build_runs(build_layer(case), variants)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    progress.set_description(name)
+    for run in runs.values():
+        run()  # so that the first round finds memory as the others do
     for number in range(rounds):
         # In another order each round, the same on every rank: what a run leaves in caches hits no variant more often.
         for name in random.Random(number).sample(list(runs), len(runs)):
             seconds[name].append(measure(runs[name]))
         progress.update()
-    return {"case": case._asdict(), "auto": chosen(case), "absent": absent, "seconds": seconds, "memory_mib": memory}
+    return seconds
+
+
+def described(case: Case) -> str:
+    return f"{case.ranks} ranks, {case.batch}, {case.tokens:,} tokens, {case.dtype}"
 
 
 def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder: str) -> None:
@@ -304,7 +324,17 @@ def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder:
     size = cases[0].ranks
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     with tqdm(total=len(cases) * rounds, unit="round", disable=rank > 0) as progress:
-        results = [time_case(case, variants, rounds, progress) for case in cases]
+        checked = [check_case(case, variants, progress) for case in cases]
+        keep_freed_memory()  # after the peaks were measured, which are above what is there before
+        results = [
+            {
+                "case": case._asdict(),
+                "auto": chosen(case),
+                **facts,
+                "seconds": time_case(case, variants, rounds, progress),
+            }
+            for case, facts in zip(cases, checked)
+        ]
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()
@@ -344,7 +374,7 @@ def rows(result: dict[str, Any]):
 def verdicts(result: dict[str, Any]):
     """How auto's choice did against the others of ours, the peers and the aim, a sentence each."""
     case, auto, seconds = Case(**result["case"]), result["auto"], result["seconds"]
-    where = f"{case.ranks} ranks, {case.batch}, {case.tokens:,} tokens, {case.dtype}:"
+    where = f"{described(case)}:"
 
     def against(other: str) -> tuple[float, float, float]:
         """Quartiles of another's time over that of auto's choice."""
@@ -361,7 +391,8 @@ def verdicts(result: dict[str, Any]):
     ours, theirs = efficiency(result, auto)[1], [efficiency(result, name)[1] for name in PEERS if name in seconds]
     aims = []
     if case.batch == "one document":
-        aims += [("efficiency", ours, max(theirs) - PEER_AIM, f"{PEER_AIM} below the best peer")] * bool(theirs)
+        if theirs:
+            aims.append(("efficiency", ours, max(theirs) - PEER_AIM, f"{PEER_AIM} below the best peer"))
         if (case.ranks, case.tokens) in SHARE_AIMS:
             aims.append(("share's time over auto's", against("share")[1], SHARE_AIMS[case.ranks, case.tokens], ""))
     elif case.batch != "window":
@@ -414,7 +445,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"One causal layer, {options.heads} query heads on {options.kv_heads} key heads of {options.head_dim}, "
         f"forward and backward; {peers.versions()}. Medians and quartiles of {options.rounds} interleaved rounds. "
         "Efficiency is the time of an equal share of the kernel calls alone (ideal) over a variant's; share is a "
-        "rank's own kernel calls in p2p. Peak memory is above the start of a run. "
+        "rank's own kernel calls in p2p. Peak memory is above the start of a run. While runs are timed the C library "
+        "keeps what they free. "
         f"The window is of {WINDOW:,} tokens."
     )
     facts = report.machine()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -44,10 +44,14 @@ def agree(
         message = [str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(message, group=ranks.group, group_src=first, device=ranks.device)
         raise ValueError(f"rank {first} of the group: {message[0]}") from error
-    if len(set(fingerprints)) > 1:
-        odd = next(rank for rank, value in enumerate(fingerprints) if value != fingerprints[0])
+    if (odd := odd_rank(fingerprints)) is not None:
         raise ValueError(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
     return lengths
+
+
+def odd_rank(values: Sequence[int]) -> int | None:
+    """The first rank whose value is not rank 0's; None if all ranks have the same."""
+    return next((rank for rank, value in enumerate(values) if value != values[0]), None)
 
 
 class LastWords:

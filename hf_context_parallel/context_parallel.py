@@ -18,7 +18,7 @@ from .attention.strategy import Shape, build_strategy
 from .balance import make_layout
 from .choice import Choice, choose, layer_type, machine_of
 from .config import ContextParallelConfig, check_comm_type
-from .consensus import agree, fingerprint
+from .consensus import agree, fingerprint, odd_rank
 from .gather import gather_sequence
 from .integration.context import ShardedBatch
 from .integration.current import current_batch
@@ -65,8 +65,7 @@ class ContextParallel:
         names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
         asked = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
         sizes = agree(world(), error, asked, "settings or meshes", "Give every process the same ones.", config.size)
-        if len(set(sizes)) > 1:
-            odd = next(rank for rank, size in enumerate(sizes) if size != sizes[0])
+        if (odd := odd_rank(sizes)) is not None:
             raise ValueError(
                 f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
                 "ask for the same. Give every process the same settings."
@@ -120,8 +119,7 @@ class ContextParallel:
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         sizes = agree(world(), error, 0, "sizes", "", length=asked)
-        if len(set(sizes)) > 1:
-            odd = next(rank for rank, other in enumerate(sizes) if other != sizes[0])
+        if (odd := odd_rank(sizes)) is not None:
             raise ValueError(
                 f"the ranks ask for different CP sizes: rank 0 for size={sizes[0]} and rank {odd} for "
                 f"size={sizes[odd]}. Call resize() or using() with the same size on every process of the world."

@@ -59,17 +59,17 @@ of NVLink 4 (450 GB/s a direction) and nine tenths of one 400 Gb/s link a GPU; l
 CPU = Machine(
     attention=58e9,
     linear=60e9,
-    memory=4e9,
+    memory=8e9,
     bandwidth=1e9,
     node_bandwidth=1e9,
     latency=100e-6,
     node_latency=200e-6,
     launch=50e-6,
     node=8,
-    overlap=0.5,
+    overlap=0.0,
 )
-"""A core of a CPU a rank, float32, and gloo, which copies messages with the same cores: fitted so that estimates are
-near the times of `benchmarks/attention.py` on the machine of its results."""
+"""A core of a CPU a rank, float32, and gloo, which copies messages with the same cores and so hides none: fitted so that
+choices are those which `benchmarks/attention.py` has found fastest, or near them, on the machines of its results."""
 
 BACKWARD = 2.5
 """Products of attention's backward for each of its forward: five matrix products for two."""

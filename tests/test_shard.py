@@ -338,6 +338,59 @@ def test_all_ranks_refuse_alike(on_ranks, case, expected):
     assert messages[0].startswith(expected)
 
 
+def steps_of_a_loop(summed: bool, check_batch: bool) -> list[str]:
+    """What becomes of each of three steps, in a loop that sums gradients over the ranks or forgets it."""
+    cp, model = context(check_batch=check_batch), tiny_model("llama", "context_parallel", torch.float32)
+    optimizer, outcomes = torch.optim.AdamW(model.parameters()), []
+    for seed in range(3):
+        try:
+            with cp.shard(labelled(2, 19, seed), model) as local:
+                model(**local).loss.backward()
+        except ValueError as refusal:
+            outcomes.append(str(refusal))
+            continue
+        for parameter in model.parameters():
+            if summed:
+                dist.all_reduce(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        outcomes.append("done")
+    return outcomes
+
+
+def test_weights_that_drift_apart_are_refused(on_ranks):
+    done, refused = "done", "ranks 0 and 1 of the group have different weights"
+    assert on_ranks(3, steps_of_a_loop, True, True) == [[done] * 3] * 3
+    assert on_ranks(3, steps_of_a_loop, False, False) == [[done] * 3] * 3
+    for first, *others in on_ranks(3, steps_of_a_loop, False, True):
+        assert first == done
+        assert all(message.startswith(refused) and "sum gradients" in message for message in others)
+
+
+def message_of_weights(trained: list[str], drawn: list[str]) -> str:
+    """What a model is answered, of which `drawn` parameters are each rank's own and `trained` ones are trained."""
+    cp, model = context(), tiny_model("llama", "context_parallel")
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+        if any(part in name for part in drawn):
+            torch.nn.init.normal_(parameter, generator=generator)
+    try:
+        with cp.shard(labelled(), model):
+            return "entered"
+    except ValueError as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("trained", "drawn"), [([""], ["proj"]), ([], ["proj"]), (["norm"], ["model.norm"])], ids=["all", "none", "few"]
+)
+def test_models_of_other_seeds_are_refused(on_ranks, trained, drawn):
+    for message in on_ranks(2, message_of_weights, trained, drawn):
+        assert message.startswith("ranks 0 and 1 of the group have different weights")
+    assert on_ranks(2, message_of_weights, trained, []) == ["entered", "entered"]
+
+
 def message_of_a_bad_size(sizes: list[int]) -> str:
     try:
         hcp.ContextParallel(hcp.ContextParallelConfig(size=sizes[dist.get_rank()]))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..attention.strategy import Shape, Strategy
 from ..choice import Choice, layer_type
-from ..consensus import LastWords, agree, fingerprint
+from ..consensus import LastWords, agree, fingerprint, odd_rank
 from ..data import SHARD, Shard, shard_batch
 from ..mask import Pattern
 from .current import current_batch, enter, leave
@@ -38,6 +38,7 @@ from .replicated import ReplicatedParameters
 from .rope import RopeByLength, follows_length
 from .sequence import SequenceParallel
 from .tensor import check_parallelism
+from .weights import sample_weights
 from .whole import WholeSequences
 
 if TYPE_CHECKING:
@@ -73,11 +74,12 @@ class ShardedBatch(AbstractContextManager):
             raise RuntimeError("this sharded batch was entered before: call cp.shard(batch) again for another pass.")
         self._entered = True
         self._last_words = LastWords()
-        local, error, signature = {}, None, ()
+        local, error, signature, weights = {}, None, (), 0
         try:
             if self._model is not None:
                 self._check(self._model)
                 self._passed, signature = transformers_model(self._model), _signature(self._model)
+                weights = self._fingerprint_of_weights(self._model)
             local = self._local()
             if self._passed is not None:
                 self._check_range(self._passed, local)
@@ -85,17 +87,19 @@ class ShardedBatch(AbstractContextManager):
             error = caught
         about = {"batch": local[SHARD].fingerprint if local else 0, "model": signature}
         try:
-            agree(
+            weights = agree(
                 self.cp.groups.alike,
                 error,
                 fingerprint(about),
                 "batches or models",
                 "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or "
                 "ContextParallelTrainer, which deal samples to CP groups rather than ranks.",
+                weights,
             )
         except RuntimeError as failure:
             self._last_words.explain(failure, self._last_words.block - 1)
             raise
+        _check_weights(weights)
         self.shard, self.positions = local.pop(SHARD), local["position_ids"]
         self._hooks = []
         if self._passed is not None:
@@ -145,6 +149,14 @@ class ShardedBatch(AbstractContextManager):
         check_parallelism(model, self.cp)
         config = transformers_model(model).config.get_text_config()
         self.cp.config.check_layers(getattr(config, "num_hidden_layers", None))  # a few have stacks of several names
+
+    def _fingerprint_of_weights(self, model: torch.nn.Module) -> int:
+        """Of a few weights, where all ranks that see this batch must have the same; else 0."""
+        groups = self.cp.groups
+        # Beside tensor parallelism, ranks have weights of their own.
+        if not self.cp.config.check_batch or groups.alike.size > groups.size:
+            return 0
+        return fingerprint({"weights": sample_weights(model)})
 
     def _check_range(self, model: PreTrainedModel, local: Mapping[str, Any]) -> None:
         """Refuse tokens and positions that the model has no embedding of, which the ranks that hold them would raise
@@ -320,6 +332,16 @@ def accepted(module: torch.nn.Module, names: Iterable[str]) -> list[str]:
     parameters = inspect.signature(module.forward).parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return [name for name in names if anything or name in parameters]
+
+
+def _check_weights(fingerprints: list[int]) -> None:
+    if (odd := odd_rank(fingerprints)) is not None:
+        raise ValueError(
+            f"ranks 0 and {odd} of the group have different weights, and what they compute together would be of no "
+            "model. Give all ranks the same to begin with (seed them alike before the model is made, or load it), and "
+            "sum gradients over all ranks before each step of the optimizer. DistributedDataParallel and "
+            "ContextParallelTrainer do both."
+        )
 
 
 def _signature(model: torch.nn.Module) -> tuple:
