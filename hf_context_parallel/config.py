@@ -36,7 +36,8 @@ class ContextParallelConfig:
             flash-attn package), `"torch"` (PyTorch's own CUDA flash attention) or `"cpu"` (PyTorch's CPU flash
             attention). `"reference"` is plain PyTorch, for any dtype and device, and keeps a matrix of scores.
         check_batch: compare a checksum of each batch, and of some of the model's weights, between the ranks of a CP
-            group before the model runs. The local checks and the exchange of their outcome stay on when it is off.
+            group before the model runs, and look for tokens outside of its vocabulary. The other local checks and the
+            exchange of their outcome stay on when it is off.
         verify: before the first step, the Trainer compares the model on shards with the model on whole sequences, and
             stops where a layer differs by more than rounding does; see `verify`.
         sequence_parallel: with tensor parallelism, between its regions (norms, residuals, their dropout) each rank of

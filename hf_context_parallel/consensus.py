@@ -14,7 +14,7 @@ from .mesh import Ranks
 
 
 def agree(
-    ranks: Ranks, error: Exception | None, fingerprint: int, what: str, remedy: str, length: int = 0
+    ranks: Ranks, error: Exception | None, fingerprint: int, what: str, remedy: str, shared: int = 0
 ) -> list[int]:
     """Compare notes with the group: one all-reduce of three integers a rank, which every rank enters.
 
@@ -22,10 +22,10 @@ def agree(
         error: what went wrong on this rank, if anything.
         fingerprint: a number that must be the same on all ranks.
         what, remedy: what the fingerprint is of, and what to do where it differs, for the message.
-        length: a number to share.
+        shared: a number of this rank's, for all to see.
 
     Returns:
-        The ranks' `length`s.
+        The ranks' `shared` numbers.
 
     Raises:
         ValueError: on every rank with the same message, if a rank had an error or the fingerprints differ.
@@ -33,12 +33,12 @@ def agree(
     if ranks.size == 1:
         if error is not None:
             raise error
-        return [length]
+        return [shared]
     notes = torch.zeros(ranks.size, 3, dtype=torch.int64)
-    notes[ranks.rank] = torch.tensor([error is not None, fingerprint, length])
+    notes[ranks.rank] = torch.tensor([error is not None, fingerprint, shared])
     notes = notes.to(ranks.device)
     dist.all_reduce(notes, group=ranks.group)
-    failed, fingerprints, lengths = notes.T.tolist()
+    failed, fingerprints, numbers = notes.T.tolist()
     if any(failed):
         first = failed.index(1)
         message = [str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"]
@@ -46,7 +46,7 @@ def agree(
         raise ValueError(f"rank {first} of the group: {message[0]}") from error
     if (odd := odd_rank(fingerprints)) is not None:
         raise ValueError(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
-    return lengths
+    return numbers
 
 
 def odd_rank(values: Sequence[int]) -> int | None:
@@ -79,8 +79,8 @@ class LastWords:
             store.set(self._key(self.block), f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
         self.explain(error, self.block)
 
-    def explain(self, error: BaseException, *blocks: int) -> None:
-        """Raise what another rank left in one of these blocks, if `error` is that waiting for it has failed.
+    def explain(self, error: BaseException, block: int) -> None:
+        """Raise what another rank left in a block, if `error` is that waiting for it has failed.
 
         Raises:
             RuntimeError: with the other's message.
@@ -88,9 +88,9 @@ class LastWords:
         if not dist.is_initialized() or not _is_of_waiting(error):
             return
         store = dist.distributed_c10d._get_default_store()
-        for key in map(self._key, blocks):
-            if store.check([key]):
-                raise RuntimeError(f"another rank failed before this one. {store.get(key).decode()}") from error
+        key = self._key(block)
+        if store.check([key]):
+            raise RuntimeError(f"another rank failed before this one. {store.get(key).decode()}") from error
 
     @staticmethod
     def _key(block: int) -> str:

@@ -118,7 +118,7 @@ class ContextParallel:
             config, asked = self._asked.of_size(size), size
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        sizes = agree(world(), error, 0, "sizes", "", length=asked)
+        sizes = agree(world(), error, 0, "sizes", "", shared=asked)
         if (odd := odd_rank(sizes)) is not None:
             raise ValueError(
                 f"the ranks ask for different CP sizes: rank 0 for size={sizes[0]} and rank {odd} for "
@@ -184,7 +184,8 @@ class ContextParallel:
         Args:
             batch: the whole batch, the same on every rank of the group, as one process would give it to the model; or
                 what `ContextParallelDataCollator` yields. See `data.shard_batch` for what it may hold.
-            model: the model that is going to run, so that a model that would not be exact is refused at once.
+            model: the model that is going to run, so that a model that would not be exact, or whose weights are not
+                the same on all ranks, is refused at once.
 
         Returns:
             A context manager that yields the model's inputs, to be entered once. `labels` and `shift_labels` are
@@ -192,8 +193,8 @@ class ContextParallel:
             are unspecified. Call the model itself and not its `forward`: what runs is checked as it is called.
 
         Raises:
-            ValueError: on entering, with the same message on all ranks of the group, if a rank's batch cannot be exact
-                or batches differ.
+            ValueError: on entering, with the same message on all ranks of the group, if a rank's batch or model cannot
+                be exact, or batches, models or a sample of their weights differ.
             RuntimeError: on entering twice; on running backward, or gradient checkpointing's recomputation, after
                 leaving; on leaving after a model ran without its attention being sharded.
         """
@@ -215,8 +216,7 @@ class ContextParallel:
             raise RuntimeError(
                 "cp.gather() restores the order of the current batch: call it inside `with cp.shard(...)`."
             )
-        shard = batch.shard
-        expected = (shard.batch_size, shard.layout.local_length(self.rank))
+        shard, expected = batch.shard, batch.shard.local_shape
         if tuple(x.shape[:2]) != expected:
             raise ValueError(
                 f"cp.gather() takes a tensor that begins with {expected}, this shard's; got {tuple(x.shape)}."

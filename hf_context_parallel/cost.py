@@ -68,8 +68,9 @@ CPU = Machine(
     node=8,
     overlap=0.0,
 )
-"""A core of a CPU a rank, float32, and gloo, which copies messages with the same cores and so hides none: fitted so that
-choices are those which `benchmarks/attention.py` has found fastest, or near them, on the machines of its results."""
+"""A core of a CPU a rank, float32, and gloo, which copies messages with the same cores and so hides none: fitted so
+that choices are those which `benchmarks/attention.py` has found fastest, or near them, on the machines of its results.
+The arithmetic is that of the slower one."""
 
 BACKWARD = 2.5
 """Products of attention's backward for each of its forward: five matrix products for two."""

@@ -80,6 +80,11 @@ class Shard:
     unshifted_count: torch.Tensor | None = field(default=None, compare=False)
     _strategies: dict = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """Rows, and this rank's tokens of each."""
+        return self.batch_size, self.layout.local_length(self.rank)
+
     @cached_property
     def padding(self) -> torch.Tensor | None:
         """`[B, length]`, 0 at padding; None if there is none."""
@@ -134,7 +139,7 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     layout = padded_layout(config.layout, length, config.size, documents)
     positions = layout.positions(rank).to(tokens.device)
     local = {name: batch[name] for name in PASSED_ON if name in batch}
-    local |= {name: _take(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
+    local |= {name: take_columns(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
     if "labels" in local:
         local["labels"] = local["shift_labels"]  # one tensor, so that nobody has to compare the two
     local["use_cache"] = False
@@ -142,10 +147,10 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
         local.setdefault("num_items_in_batch", num_items)
     packed = "attention_mask" not in batch and any(len(row) > 1 for row in rows)
     reach = _reach(whole["position_ids"].cpu(), rows, packed)
-    lengths = _take(reach, layout.positions(rank), layout.length, int(reach.max()))
+    lengths = take_columns(reach, layout.positions(rank), layout.length, int(reach.max()))
     unshifted, count = None, None
     if "labels" in batch:
-        unshifted = _take(batch["labels"], positions, layout.length, IGNORED)
+        unshifted = take_columns(batch["labels"], positions, layout.length, IGNORED)
         count = (batch["labels"] != IGNORED).sum()
     # Ranks whose plans differ would wait for each other, so what plans are made of is always compared.
     planned = {"planned": (config.layout, batch_size, length, rows)}
@@ -219,7 +224,7 @@ def _begins(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], 
     )
 
 
-def _take(tensor: torch.Tensor, positions: torch.Tensor, length: int, fill: int) -> torch.Tensor:
+def take_columns(tensor: torch.Tensor, positions: torch.Tensor, length: int, fill: int) -> torch.Tensor:
     """The columns `positions` of `[B, S, ...]`, filled up to `length` columns."""
     filled = pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]), value=fill)
     return filled.index_select(1, positions)

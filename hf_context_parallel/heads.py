@@ -6,7 +6,7 @@ kind travel together, and results return the other way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 
 import torch
 
@@ -31,7 +31,7 @@ class Heads:
         self.sequences = sorted(sequences(shard), key=lambda sequence: sequence.length)
         by_rank = held(shard, self.sequences)
         counts = [len(tokens) for tokens, _ in by_rank]
-        self._local = shard.batch_size, shard.layout.local_length(shard.rank)
+        self._local = shard.local_shape
         self._tokens = TokenExchange(
             exchange=exchange,
             rank=shard.rank,
@@ -42,7 +42,7 @@ class Heads:
             whole=sum(counts),
         )
 
-    def whole(self, tensors: Several[torch.Tensor], shares: Several[range]) -> list[torch.Tensor]:
+    def whole(self, tensors: Sequence[torch.Tensor], shares: Sequence[range]) -> list[torch.Tensor]:
         """Each `[B, S_local, H, ...]` as the tokens of all sequences, one sequence after another: `[T, h, ...]`.
 
         Args:
@@ -61,7 +61,7 @@ class Heads:
         reads = [reads_of(shares[self._tokens.rank], ratio, x.device) for ratio, x in zip(ratios, whole)]
         return [x if read is None else x.index_select(1, read) for x, read in zip(whole, reads)]
 
-    def sharded(self, x: torch.Tensor, shares: Several[range]) -> torch.Tensor:
+    def sharded(self, x: torch.Tensor, shares: Sequence[range]) -> torch.Tensor:
         """`[T, h, ...]` back as `[B, S_local, H, ...]`: 0 where a token is in no sequence.
 
         Args:

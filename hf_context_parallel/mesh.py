@@ -206,11 +206,15 @@ def _blocks(size: int, mesh: DeviceMesh | None, divided: bool = False) -> list[t
     whole = along == CONTEXT_DIMENSION and not divided
     fits = extent == size if whole else not (extent % size and (size % extent or shares % size))
     if not fits:
-        rule = "is not" if whole else "does not divide"
+        if whole:
+            raise ValueError(
+                f"size={size} is not the mesh dimension {along!r}, which is {extent}. Set size={extent}, or make the "
+                f"mesh with {size} ranks along it."
+            )
         what = "the world size" if mesh is None else f"the mesh dimension {along!r}"
         raise ValueError(
-            f"size={size} {rule} {what}, which is {extent}. Start a multiple of {size * copies} processes, or choose "
-            f"a size that is right for {extent}."
+            f"size={size} does not divide {what}, which is {extent}. Start a multiple of {size * copies} processes, "
+            f"or choose a size that is right for {extent}."
         )
     rows = ranks.permute(*shared, *other, names.index(along)).reshape(-1, size)
     return [(row, number % (len(rows) // copies)) for number, row in enumerate(rows.tolist())]

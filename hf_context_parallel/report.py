@@ -21,6 +21,7 @@ COLUMNS = {
     "tokens_per_second": "tokens/s",
     "tokens_per_second_per_rank": "tokens/s a rank",
     "peak_memory_gib": "peak memory a rank (GiB)",
+    "idle_share": "idle (estimated)",
 }
 
 

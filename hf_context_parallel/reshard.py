@@ -10,6 +10,7 @@ A sequence is a row, or a document where rows are packed: what the module would 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -154,8 +155,8 @@ def held(shard: Shard, wanted: list[Sequence]) -> list[tuple[torch.Tensor, torch
 
 def scattered(shard: Shard, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """A rank's rows `[len(tokens), ...]` as `[B, S_local, ...]`: each where its token is, and 0 elsewhere."""
-    local = shard.batch_size, shard.layout.local_length(shard.rank)
-    return rows.new_zeros(local[0] * local[1], *rows.shape[1:]).index_copy_(0, tokens, rows).unflatten(0, local)
+    whole = rows.new_zeros(math.prod(shard.local_shape), *rows.shape[1:])
+    return whole.index_copy_(0, tokens, rows).unflatten(0, shard.local_shape)
 
 
 Map = Callable[..., list[torch.Tensor]]

@@ -91,7 +91,10 @@ class ContextParallelMixin:
         check_model(self.model)
         check_parallelism(self.model, self.cp)
         for wrong, remedy in (
-            (self.label_smoother is not None, "label_smoothing_factor shifts labels itself; set it to 0"),
+            (
+                self.label_smoother is not None,
+                f"label_smoothing_factor={self.args.label_smoothing_factor} shifts labels itself; set it to 0",
+            ),
             (
                 self.compute_loss_func is not None,
                 "compute_loss_func gets a shard's outputs and labels that are shifted already; override compute_loss "
@@ -103,7 +106,8 @@ class ContextParallelMixin:
             ),
             (
                 self.args.neftune_noise_alpha is not None,
-                "neftune_noise_alpha scales noise by the length it sees, which is a shard's; set it to None",
+                f"neftune_noise_alpha={self.args.neftune_noise_alpha} scales noise by the length it sees, which is a "
+                "shard's; set it to None",
             ),
             (
                 self.label_names != ["labels"],
@@ -155,7 +159,7 @@ class ContextParallelMixin:
         self.gather_function = self.accelerator.gather_for_metrics
 
     def get_cp_size(self) -> int:
-        """The ranks that see the same samples. Trainer divides batch sizes by it."""
+        """The ranks of a CP group, by which Trainer divides batch sizes."""
         return self.cp.size
 
     def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: Mapping[str, Any]):
@@ -278,12 +282,11 @@ class ContextParallelMixin:
 
     def _gather_output(self, output: torch.Tensor) -> torch.Tensor:
         shard = current_batch().shard
-        expected = shard.batch_size, shard.layout.local_length(shard.rank)
-        if tuple(output.shape[:2]) != expected:
+        if tuple(output.shape[:2]) != shard.local_shape:
             raise ValueError(
                 f"the model returned an output of shape {tuple(output.shape)}, which does not begin with the shard's "
-                f"rows and tokens {expected}, so that their order cannot be restored. Name it in ignore_keys, or set "
-                "prediction_loss_only=True."
+                f"rows and tokens {shard.local_shape}, so that their order cannot be restored. Name it in "
+                "ignore_keys, or set prediction_loss_only=True."
             )
         return self.cp.gather(output)
 

@@ -539,7 +539,7 @@ def machine(monkeypatch):
 
 
 def test_a_missing_kernel_says_how_to_get_it(machine):
-    with pytest.raises(ValueError, match=re.escape("pip install 'hf-context-parallel[flash]'")):
+    with pytest.raises(ValueError, match=re.escape("pip install 'flash-attn>=2.6,<2.9'")):
         choose_kernel("flash_attn", "cuda")
     with pytest.raises(
         ValueError, match=r"kernel='torch' cannot be used: .*no CUDA device; on the CPU use kernel='cpu'"

@@ -151,8 +151,7 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
 
 
 def _check_lengths(batch: ShardedBatch, query: torch.Tensor, key: torch.Tensor) -> None:
-    shard = batch.shard
-    expected = (shard.batch_size, shard.layout.local_length(shard.rank))
+    expected = batch.shard.local_shape
     for name, tensor in (("queries", query), ("keys", key)):
         found = (tensor.shape[0], tensor.shape[2])
         if found != expected:

@@ -87,7 +87,7 @@ class ShardedBatch(AbstractContextManager):
             error = caught
         about = {"batch": local[SHARD].fingerprint if local else 0, "model": signature}
         try:
-            weights = agree(
+            marks = agree(
                 self.cp.groups.alike,
                 error,
                 fingerprint(about),
@@ -99,9 +99,8 @@ class ShardedBatch(AbstractContextManager):
         except RuntimeError as failure:
             self._last_words.explain(failure, self._last_words.block - 1)
             raise
-        _check_weights(weights)
+        _check_weights(marks)
         self.shard, self.positions = local.pop(SHARD), local["position_ids"]
-        self._hooks = []
         if self._passed is not None:
             self._hooks.append(self._passed.register_forward_pre_hook(self._begin, with_kwargs=True))
             optional = {"position_ids", "use_cache", "shift_labels", "num_items_in_batch"}

@@ -270,7 +270,10 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
-    raise ValueError(f"{type(model).__name__} holds no Transformers model; only those can be sharded.")
+    raise ValueError(
+        f"{type(model).__name__} holds no Transformers model, and only those can be sharded. Pass one, or call "
+        "cp.attention in a model of your own."
+    )
 
 
 def check_model(model: torch.nn.Module) -> None:

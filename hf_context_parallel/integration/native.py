@@ -14,9 +14,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad
 
 from ..attention.a2a import deal_heads
+from ..data import take_columns
 from ..halo import Halo
 from ..heads import Heads
 from .current import current_batch
@@ -112,8 +112,8 @@ class NativeMixers(Replacement):
             shard = self._batch.shard
             padding = shard.padding
             if padding is not None:
-                padding = pad(padding, (0, shard.layout.length - shard.length))
-                padding = padding.index_select(1, shard.layout.positions(shard.rank)).to(device)
+                positions = shard.layout.positions(shard.rank)
+                padding = take_columns(padding, positions, shard.layout.length, 0).to(device)
             self._paddings[device] = padding
         return self._paddings[device]
 

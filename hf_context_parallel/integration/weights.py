@@ -28,7 +28,11 @@ def sample_weights(model: torch.nn.Module) -> torch.Tensor:
         for p in _spread(whole, MOST_PARAMETERS) + _spread(trained, MOST_PARAMETERS)
     ]
     # On their device, so that the host waits for it once.
-    return torch.cat([part.to(parts[0].device, torch.float64) for part in parts]).cpu() if parts else torch.empty(0)
+    return (
+        torch.cat([part.to(parts[0].device, torch.float64) for part in parts]).cpu()
+        if parts
+        else torch.empty(0, dtype=torch.float64)
+    )
 
 
 def _spread(items: T, most: int) -> T:

@@ -64,11 +64,11 @@ class WholeSequences(Replacement):
         local = [index for index, leaf in enumerate(leaves) if self._is_by_token(leaf)]
         resharding = self._resharding(turn, leaves[local[0]].device)
         by_token = (leaves[index] for index in local)
-        expanded = [leaf.expand(self._local[0], *leaf.shape[1:]) for leaf in by_token]
+        expanded = [leaf.expand(self._batch.shard.local_shape[0], *leaf.shape[1:]) for leaf in by_token]
         whole = _together(resharding.whole, expanded, leading=2)
 
         results, output_form = [], None
-        for call in _calls(resharding.mine, self._local[1]):
+        for call in _calls(resharding.mine, self._batch.shard.local_shape[1]):
             if call.sequences:
                 given = [tensor[call.tokens].unflatten(0, call.shape) for tensor in whole]
             else:
@@ -122,14 +122,8 @@ class WholeSequences(Replacement):
             arguments[name] = _with_padding(arguments.get(name), padding)
         return arguments
 
-    @property
-    def _local(self) -> tuple[int, int]:
-        """Rows and tokens of this rank's share."""
-        shard = self._batch.shard
-        return shard.batch_size, shard.layout.local_length(shard.rank)
-
     def _is_by_token(self, leaf: Any) -> bool:
-        rows, tokens = self._local
+        rows, tokens = self._batch.shard.local_shape
         return (
             isinstance(leaf, torch.Tensor)
             and leaf.dim() >= 2

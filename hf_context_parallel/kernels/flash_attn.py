@@ -23,13 +23,13 @@ class FlashAttnKernel(VarlenKernel):
     @staticmethod
     def missing() -> str | None:
         if importlib.util.find_spec("flash_attn") is None:
-            return "the flash-attn package is not installed; pip install 'hf-context-parallel[flash]'"
+            return "the flash-attn package is not installed; pip install 'flash-attn>=2.6,<2.9'"
         if not torch.cuda.is_available():
             return "PyTorch sees no CUDA device; on the CPU use kernel='cpu'"
         try:
             importlib.import_module("flash_attn.flash_attn_interface")
         except ImportError as error:  # built for another torch, or flash-attn-4, which has its own modules there
-            return f"flash-attn cannot be imported ({error}); pip install 'hf-context-parallel[flash]'"
+            return f"flash-attn cannot be imported ({error}); pip install 'flash-attn>=2.6,<2.9'"
         return None
 
     def varlen_forward(self, query, key, value, lengths, window, scores):

@@ -95,12 +95,8 @@ def _lengths(model: PreTrainedModel, cp: ContextParallel) -> tuple[int, int]:
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in WINDOWS]
     doubled = [2 * window for window in windows if isinstance(window, int) and 0 < 2 * window <= LONGEST]
-    # So that all layouts deal rows, and sequence parallelism shards, without padding them.
-    step = (
-        (8 if cp.config.layout == "balanced" else 2)
-        * cp.size
-        * (cp.groups.tensor.size if cp.config.sequence_parallel else 1)
-    )
+    # So that all layouts deal rows as short as these, and sequence parallelism shards, without padding them.
+    step = 2 * cp.size * (cp.groups.tensor.size if cp.config.sequence_parallel else 1)
     most = getattr(config, "max_position_embeddings", None) or LONGEST
     short = -(-TOKENS_A_RANK * cp.size // step) * step
     long = max([short, *(-(-window // step) * step for window in doubled)])
