@@ -70,7 +70,7 @@ class ContextParallel:
                 f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
                 "ask for the same. Give every process the same settings."
             )
-        self._asked, self.mesh = config, mesh
+        self.made_with, self.mesh = config, mesh
         self._made: dict[int, tuple[ContextParallelConfig, Groups, Exchange]] = {}
         self.groups: Groups
         self.exchange: Exchange
@@ -115,7 +115,7 @@ class ContextParallel:
                     f"the CP size cannot change from {self.size} to {size} while a batch is open: leave "
                     "`with cp.shard(...)` first."
                 )
-            config, asked = self._asked.of_size(size), size
+            config, asked = self.made_with.of_size(size), size
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         sizes = agree(world(), error, 0, "sizes", "", shared=asked)
@@ -134,12 +134,19 @@ class ContextParallel:
 
         Raises:
             ValueError: as `resize` does.
+            RuntimeError: on leaving while a batch is open, which would go on with other groups than it was shared by.
         """
         before = self.size
         self.resize(size)
         try:
             yield self
         finally:
+            batch = current_batch()
+            if batch is not None and batch.cp is self:
+                raise RuntimeError(
+                    f"leaving `with cp.using({size})` while a batch is open that was sharded in it: leave "
+                    "`with cp.shard(...)` first."
+                )
             self.switch(before)
 
     def switch(self, size: int) -> None:

@@ -119,7 +119,8 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     Args:
         batch: what one process would give the model: `input_ids` (or `inputs_embeds`) of `[B, S]`, and any of
             `attention_mask` (2-D padding), `position_ids`, `labels`, `shift_labels`, `token_type_ids`,
-            `cu_seq_lens_q` (with B = 1), `num_items_in_batch`.
+            `cu_seq_lens_q` (with B = 1), `num_items_in_batch`. Positions that it lacks count from the row's first
+            token, with `cu_seq_lens_q` from the document's.
         rank: of `config.size` ranks.
 
     Returns:
@@ -196,14 +197,22 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
 
     whole = {name: batch[name] for name in PADDING if name in batch}
     if "position_ids" not in whole:
-        whole["position_ids"] = torch.arange(length, device=tokens.device)
-    whole["position_ids"] = whole["position_ids"].expand(batch_size, -1)
+        whole["position_ids"] = _positions(rows, length) if "cu_seq_lens_q" in batch else torch.arange(length)
+    whole["position_ids"] = whole["position_ids"].to(tokens.device).expand(batch_size, -1)
     if "labels" in whole or "shift_labels" in whole:
         if "shift_labels" not in whole:
             whole["shift_labels"] = pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:]
         whole["labels"] = whole["shift_labels"]
         _refuse_padded_targets(whole["shift_labels"], batch.get("attention_mask"))
     return batch, rows, whole
+
+
+def _positions(rows: tuple[tuple[masks.Document, ...], ...], length: int) -> torch.Tensor:
+    """Where each token of a packed row stands in its document: `[1, length]`."""
+    positions = torch.arange(length)
+    for (start, stop), *_ in rows[0]:  # which packing leaves whole
+        positions[start:stop] -= start
+    return positions[None]
 
 
 def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...], packed: bool) -> torch.Tensor:

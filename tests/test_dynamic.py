@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from models import context, needs_sharding_while_loading, some_labels, tiny_model, tokens
-from test_trainer import STOCK, make_trainer, samples_of
+from test_trainer import STOCK, make_trainer, padding_collator, samples_of
 
 import hf_context_parallel as hcp
 from hf_context_parallel.dynamic import Scheduler
 
 LENGTH = 45
+
+
+def message_of_a_batch_that_outlives_its_size() -> str:
+    cp, model = context(), tiny_model("llama", "context_parallel")
+    blocks = contextlib.ExitStack()
+    with pytest.raises(RuntimeError) as refusal, cp.using(1):
+        blocks.enter_context(cp.shard({"input_ids": tokens(1, 16)}, model))
+    blocks.close()
+    return str(refusal.value)
+
+
+def test_a_batch_may_not_outlive_its_size(on_ranks):
+    for message in on_ranks(2, message_of_a_batch_that_outlives_its_size):
+        assert message.startswith("leaving `with cp.using(1)` while a batch is open")
 
 
 def losses_and_gradients(sizes, settings) -> list[tuple[float, np.ndarray]]:
@@ -271,3 +287,23 @@ def test_what_is_no_sum_over_tokens_is_refused(tmp_path, message):
 def test_settings_that_do_not_go_together_are_refused(settings):
     with pytest.raises(ValueError, match=r"max_tokens_per_rank|layout='balanced'"):
         hcp.ContextParallelConfig(**settings)
+
+
+def random_crops(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """What augmentations do: other lengths each time, drawn from torch's stream."""
+    kept = [int(torch.randint(5, len(row["input_ids"]) + 1, ())) for row in rows]
+    return padding_collator([{name: value[:n] for name, value in row.items()} for row, n in zip(rows, kept)])
+
+
+def steps_with_random_crops(folder) -> int:
+    model = tiny_model("gpt2", "context_parallel", torch.float32, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0)
+    settings = {"dynamic": True, "max_tokens_per_rank": 64, "verify": False}
+    trainer = make_trainer(2, folder, model=model, settings=settings, max_steps=3, global_batch=4)
+    trainer.train_dataset = samples_of((9, 61, 12, 30, 17, 40, 10, 24, 11, 50, 14, 40))
+    trainer.data_collator = random_crops
+    trainer.train()
+    return trainer.state.global_step
+
+
+def test_dropout_leaves_ranks_the_stream_that_they_share(on_ranks, tmp_path):
+    assert on_ranks(4, steps_with_random_crops, tmp_path) == [3] * 4

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from models import context, tiny_model, tokens
 from test_trainer import make_trainer
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_context_parallel as hcp
 
 SECONDS = 10
 
@@ -43,6 +46,33 @@ def test_others_end_within_the_timeout_and_say_why(on_ranks, tmp_path, when):
     mine, raised = on_ranks(2, alone_in_a_block, tmp_path, when)
     assert raised == "KeyError: 'the disk is full'"
     assert mine == "RuntimeError: another rank failed before this one. rank 1: KeyError: 'the disk is full'"
+
+
+def refused_beside_another_group(folder) -> str:
+    """Two CP groups of one rank under DDP, one of which is given a batch that is refused."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    timeout = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=1))
+    model = DistributedDataParallel(tiny_model("llama", "context_parallel"))
+    labels = tokens(1, 16)
+    if rank == 1:
+        labels[0, 3] = -1
+    started = time.monotonic()
+    try:
+        with cp.shard({"input_ids": tokens(1, 16), "labels": labels}, model) as local:
+            model(**local).loss.backward()
+    except (RuntimeError, ValueError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    time.sleep(max(0, SECONDS + 2 - (time.monotonic() - started)))
+    return raised
+
+
+def test_other_groups_learn_why_one_was_refused(on_ranks, tmp_path):
+    mine, refused = on_ranks(2, refused_beside_another_group, tmp_path)
+    assert refused.startswith("ValueError: labels has -1")
+    assert mine.startswith("RuntimeError: another rank failed before this one. rank 1: ValueError: labels has -1")
 
 
 def alike() -> str:

@@ -156,6 +156,12 @@ def message_of(case: str) -> str:
         batch["token_type_ids"][:, 12:15] = 1  # of the second rank alone
     elif case == "a token":
         batch["input_ids"][1, 17] = 4096
+    elif case == "a label":
+        batch["labels"][0, 18] = -1
+    elif case == "a type":
+        kind = "bert"
+        batch["token_type_ids"] = torch.zeros(2, 19, dtype=torch.long)
+        batch["token_type_ids"][0, 17] = 20
     elif case == "a position":
         kind = "gpt2"
         batch = labelled(1, 4096)
@@ -164,6 +170,9 @@ def message_of(case: str) -> str:
         model.train(dist.get_rank() == 0)
     try:
         with cp.shard(batch, model) as local:
+            if case in ("changed positions", "changed labels"):
+                name = {"changed positions": "position_ids", "changed labels": "labels"}[case]
+                local[name] = local[name].where(local["position_ids"] != 0, 5)  # of the first rank's tokens alone
             model(**local)
     except ValueError as refusal:
         return str(refusal)
@@ -174,13 +183,26 @@ def message_of(case: str) -> str:
     ("case", "message"),
     [
         ("a block", "'gemma3_text' masks attention by 'blockwise_overlay"),
-        ("a token", "rank 0 of the group: input_ids has 4096, and LlamaForCausalLM has embeddings of the tokens 0 to"),
+        ("a token", "rank 0 of the group: input_ids has 4096, and LlamaForCausalLM takes 0 to"),
+        ("a label", "rank 0 of the group: labels has -1, and LlamaForCausalLM takes 0 to"),
+        ("a type", "rank 0 of the group: token_type_ids has 20, and BertLMHeadModel takes 0 to"),
+        ("changed positions", "the model must be called with all that cp.shard yields: position_ids"),
+        ("changed labels", "labels and shift_labels differ"),
         ("a position", "rank 0 of the group: the batch has a token at position 4095, and GPT2LMHeadModel has learned"),
         ("a mode", "ranks 0 and 1 of the group have different batches or models"),
     ],
 )
 def test_what_one_rank_would_fail_on_all_refuse(on_ranks, case, message):
     assert [text.startswith(message) for text in on_ranks(2, message_of, case)] == [True, True]
+
+
+def test_cross_attention_is_refused():
+    model = tiny_model("gpt2", "context_parallel", add_cross_attention=True)
+    with (
+        pytest.raises(ValueError, match="encoder_hidden_states: cross-attention"),
+        context().shard(labelled()) as local,
+    ):
+        model(**local, encoder_hidden_states=torch.zeros(2, 20, model.config.n_embd, dtype=torch.float64))
 
 
 class Broken(dict):

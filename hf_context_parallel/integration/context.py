@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from ..attention.strategy import Shape, Strategy
 from ..choice import Choice, layer_type
-from ..consensus import LastWords, agree, fingerprint, odd_rank
-from ..data import SHARD, Shard, shard_batch
+from ..consensus import LastWords, agree, fingerprint
+from ..data import IGNORED, SHARD, Shard, shard_batch
 from ..mask import Pattern
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
@@ -38,11 +38,15 @@ from .replicated import ReplicatedParameters
 from .rope import RopeByLength, follows_length
 from .sequence import SequenceParallel
 from .tensor import check_parallelism
-from .weights import sample_weights
+from .weights import sampled_parameters, weights_differ
 from .whole import WholeSequences
 
 if TYPE_CHECKING:
     from ..context_parallel import ContextParallel
+
+
+ENCODED = ("encoder_hidden_states", "encoder_outputs", "cross_attention_states")
+"""What models take of an encoder, by its names in their forwards."""
 
 
 class ShardedBatch(AbstractContextManager):
@@ -74,12 +78,11 @@ class ShardedBatch(AbstractContextManager):
             raise RuntimeError("this sharded batch was entered before: call cp.shard(batch) again for another pass.")
         self._entered = True
         self._last_words = LastWords()
-        local, error, signature, weights = {}, None, (), 0
+        local, error, signature = {}, None, ()
         try:
             if self._model is not None:
                 self._check(self._model)
                 self._passed, signature = transformers_model(self._model), _signature(self._model)
-                weights = self._fingerprint_of_weights(self._model)
             local = self._local()
             if self._passed is not None:
                 self._check_range(self._passed, local)
@@ -87,19 +90,22 @@ class ShardedBatch(AbstractContextManager):
             error = caught
         about = {"batch": local[SHARD].fingerprint if local else 0, "model": signature}
         try:
-            marks = agree(
+            agree(
                 self.cp.groups.alike,
                 error,
                 fingerprint(about),
                 "batches or models",
                 "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or "
                 "ContextParallelTrainer, which deal samples to CP groups rather than ranks.",
-                weights,
             )
+            if self._model is not None:
+                self._check_weights(self._model)
         except RuntimeError as failure:
             self._last_words.explain(failure, self._last_words.block - 1)
             raise
-        _check_weights(marks)
+        except ValueError as refusal:
+            self._last_words.leave(refusal)  # to other groups, which go on and will wait for this one
+            raise
         self.shard, self.positions = local.pop(SHARD), local["position_ids"]
         if self._passed is not None:
             self._hooks.append(self._passed.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -149,27 +155,34 @@ class ShardedBatch(AbstractContextManager):
         config = transformers_model(model).config.get_text_config()
         self.cp.config.check_layers(getattr(config, "num_hidden_layers", None))  # a few have stacks of several names
 
-    def _fingerprint_of_weights(self, model: torch.nn.Module) -> int:
-        """Of a few weights, where all ranks that see this batch must have the same; else 0."""
+    def _check_weights(self, model: torch.nn.Module) -> None:
+        """Refuse ranks that do not have the same weights."""
         groups = self.cp.groups
         # Beside tensor parallelism, ranks have weights of their own.
-        if not self.cp.config.check_batch or groups.alike.size > groups.size:
-            return 0
-        return fingerprint({"weights": sample_weights(model)})
+        if not self.cp.config.check_batch or groups.size == 1 or groups.alike.size > groups.size:
+            return
+        if weights_differ(model, groups):
+            raise ValueError(
+                "the ranks of the group have different weights, and what they compute together would be of no model. "
+                "Give all ranks the same to begin with (seed them alike before the model is made, or load it), and "
+                "sum gradients over all ranks before each step of the optimizer. DistributedDataParallel and "
+                "ContextParallelTrainer do both."
+            )
 
     def _check_range(self, model: PreTrainedModel, local: Mapping[str, Any]) -> None:
-        """Refuse tokens and positions that the model has no embedding of, which the ranks that hold them would raise
-        for while the others wait."""
-        tokens = self._batch.get("input_ids")
-        embeddings = model.get_input_embeddings()
-        if self.cp.config.check_batch and tokens is not None and isinstance(embeddings, torch.nn.Embedding):
-            least, most = torch.stack(tokens.aminmax()).tolist()
-            if least < 0 or most >= embeddings.num_embeddings:
-                raise ValueError(
-                    f"input_ids has {least if least < 0 else most}, and {type(model).__name__} has embeddings of the "
-                    f"tokens 0 to {embeddings.num_embeddings - 1}: take the tokenizer of this model, or call "
-                    "model.resize_token_embeddings()."
-                )
+        """Refuse tokens, labels and positions that the model has nothing for, which the ranks that hold them would
+        raise for while the others wait."""
+        if self.cp.config.check_batch:
+            embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+            vocabulary = "take the tokenizer of this model, or call model.resize_token_embeddings()"
+            if isinstance(embeddings, torch.nn.Embedding):
+                self._check_values("input_ids", embeddings.num_embeddings, vocabulary)
+            for name in ("labels", "shift_labels"):
+                if isinstance(head, torch.nn.Linear):
+                    self._check_values(name, head.out_features, f"{vocabulary}; {IGNORED} is no target")
+            kinds = getattr(model.config.get_text_config(), "type_vocab_size", None)
+            if kinds:
+                self._check_values("token_type_ids", kinds, "leave token_type_ids out, or make them by its tokenizer")
         length, positions = max(local[SHARD].all_lengths), learned_positions(model)
         if positions is not None and length > positions:
             raise ValueError(
@@ -181,6 +194,20 @@ class ShardedBatch(AbstractContextManager):
             raise ValueError(
                 f"{type(model).__name__} compares each token's logits with the token's own label, and the batch has "
                 "shift_labels alone. Give labels."
+            )
+
+    def _check_values(self, name: str, most: int, remedy: str) -> None:
+        """Refuse values of a batch's tensor that are not 0 to `most - 1`, nor labels of no target."""
+        values = self._batch.get(name)
+        if values is None:
+            return
+        wrong = (values < 0) | (values >= most)
+        if "labels" in name:
+            wrong &= values != IGNORED
+        wrong = values[wrong]
+        if len(wrong):
+            raise ValueError(
+                f"{name} has {int(wrong[0])}, and {type(self._passed).__name__} takes 0 to {most - 1}: {remedy}."
             )
 
     def _refuse_part(self, module: PreTrainedModel) -> None:
@@ -287,6 +314,15 @@ class ShardedBatch(AbstractContextManager):
                 tensor.register_hook(self._check_hook)
         return corrected
 
+    def _same(self, given: torch.Tensor | None, ours: torch.Tensor | None) -> bool:
+        """Whether a tensor that the model is given has the values that it should, on every rank; True without one.
+
+        That two tensors are not one all ranks find alike, so all come here to compare.
+        """
+        if given is None or ours is None or given is ours:
+            return True
+        return not any(agree(self.cp.groups.alike, None, 0, "", "", not torch.equal(given.cpu(), ours.cpu())))
+
     def _check_hook(self, _) -> None:
         self.check_backward()
 
@@ -296,22 +332,25 @@ class ShardedBatch(AbstractContextManager):
         if given.get("labels") is not None:
             required |= {"shift_labels", "num_items_in_batch"}
         complete = all(given.get(name) is not None for name in required & set(accepted(module, required)))
-        positions = given.get("position_ids")
-        # The same tensor in nearly every call; a copy, perhaps on another device, is compared by its values.
-        if positions is not None and positions is not self.positions:
-            complete = complete and torch.equal(positions.cpu(), self.positions.cpu())
-        if not complete or given.get("use_cache"):
+        labels, targets, positions = (given.get(name) for name in ("labels", "shift_labels", "position_ids"))
+        # The same tensors in nearly every call; a copy, perhaps on another device, is compared by its values.
+        if not self._same(positions, self.positions) or not complete or given.get("use_cache"):
             raise ValueError(
                 "the model must be called with all that cp.shard yields: position_ids, use_cache=False, and with "
                 "labels also shift_labels and num_items_in_batch. Call it as model(**local); call other models, and "
                 "generate(), outside the block. Where its forward takes no such inputs, pass the model to cp.shard."
             )
-        labels, targets = given.get("labels"), given.get("shift_labels")
-        if labels is not None and targets is not None and labels is not targets and not torch.equal(labels, targets):
+        if not self._same(labels, targets):
             raise ValueError(
                 "labels and shift_labels differ: cp.shard yields both shifted, each token's being the next one's, and "
                 "the loss goes by shift_labels. Change both alike, or the labels of the batch before cp.shard."
             )
+        for name in ENCODED:
+            if given.get(name) is not None:
+                raise ValueError(
+                    f"{name}: cross-attention to an encoder's tokens is not known to be exact on shards of the "
+                    "decoder's. Leave it out, or run the model outside the block."
+                )
         kept = given.get("logits_to_keep")
         if isinstance(kept, torch.Tensor) or kept:
             raise ValueError(
@@ -333,17 +372,8 @@ def accepted(module: torch.nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if anything or name in parameters]
 
 
-def _check_weights(fingerprints: list[int]) -> None:
-    if (odd := odd_rank(fingerprints)) is not None:
-        raise ValueError(
-            f"ranks 0 and {odd} of the group have different weights, and what they compute together would be of no "
-            "model. Give all ranks the same to begin with (seed them alike before the model is made, or load it), and "
-            "sum gradients over all ranks before each step of the optimizer. DistributedDataParallel and "
-            "ContextParallelTrainer do both."
-        )
-
-
 def _signature(model: torch.nn.Module) -> tuple:
     """What all ranks' models must have in common."""
     parameter = next(model.parameters(), None)
-    return type(model).__name__, model.training, None if parameter is None else str(parameter.dtype)
+    sizes = len(sampled_parameters(model)), None if parameter is None else str(parameter.dtype)
+    return type(model).__name__, model.training, sizes

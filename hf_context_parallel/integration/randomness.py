@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def own_stream(cp: ContextParallel) -> Iterator[None]:
-    """Draw from a stream of this rank's, on the CPU and on the current GPU. Where it has all tokens it needs none."""
+    """Draw from a stream of this rank's, on the CPU and on the current GPU. It needs none where it always has all
+    tokens; where it has them for now, the ranks that it shares a stream with later may draw more or less meanwhile."""
     tensor_rank = cp.groups.tensor.rank if cp.config.sequence_parallel else 0
-    if cp.size == 1 and not cp.config.sequence_parallel:
+    if cp.size == cp.made_with.size == 1 and not cp.config.sequence_parallel:
         yield
         return
     shared = int(torch.empty((), dtype=torch.int64).random_())

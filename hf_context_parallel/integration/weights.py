@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-MOST_PARAMETERS = 16
-MOST_ELEMENTS = 16
+from ..mesh import Ranks
 
-T = TypeVar("T")
+PARAMETERS = 16
+ELEMENTS = 16
+ROUNDING = 16
+"""How many units of rounding, of a parameter's largest element, ranks may be apart: they may sum gradients in other
+orders."""
 
 
-def sample_weights(model: torch.nn.Module) -> torch.Tensor:
-    """Some elements of some parameters, and of some that are trained: `[n]` in float64, on the CPU.
+def sampled_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Some of a model's parameters, and some of those that are trained. Which ones goes by their order alone."""
+    everything = list(model.parameters())
+    trained = [parameter for parameter in everything if parameter.requires_grad]
+    return _spread(everything, PARAMETERS) + _spread(trained, PARAMETERS)
 
-    Parameters of which each rank holds its own part are left out: DTensors and other kinds of tensors, the empty ones
-    of DeepSpeed's ZeRO-3, and all of FSDP1.
+
+def weights_differ(model: torch.nn.Module, ranks: Ranks) -> bool:
+    """Whether a sample of the weights differs between ranks by more than rounding does: on all ranks the same answer.
+
+    Every rank must call this, with as many parameters. Left out is what a rank has of its own or elsewhere: all that
+    FSDP1 wraps, DTensors and other kinds of tensors, the empty parameters of DeepSpeed's ZeRO-3, and those on `meta`.
     """
+    parameters = sampled_parameters(model)
+    if not parameters:
+        return False
+    sample = torch.stack([_sample(parameter, ranks.device) for parameter in parameters])
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return torch.empty(0, dtype=torch.float64)
-    whole = [p for p in model.parameters() if type(p.data) is torch.Tensor and not p.is_meta and p.numel()]
-    trained = [p for p in whole if p.requires_grad]
-    parts = [
-        _spread(p.detach().reshape(-1), MOST_ELEMENTS)
-        for p in _spread(whole, MOST_PARAMETERS) + _spread(trained, MOST_PARAMETERS)
-    ]
-    # On their device, so that the host waits for it once.
-    return (
-        torch.cat([part.to(parts[0].device, torch.float64) for part in parts]).cpu()
-        if parts
-        else torch.empty(0, dtype=torch.float64)
-    )
+        sample.fill_(float("nan"))
+    extremes = torch.stack([sample, -sample]).nan_to_num_(float("-inf"))
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
+    most, least = extremes[0], -extremes[1]
+    largest = torch.maximum(most.abs(), least.abs()).where(most.isfinite(), 0).amax(dim=1, keepdim=True)
+    rounding = [torch.finfo(p.dtype).eps if p.is_floating_point() else 0.0 for p in parameters]
+    return bool((most - least > ROUNDING * largest * largest.new_tensor(rounding)[:, None]).any())
 
 
-def _spread(items: T, most: int) -> T:
-    """At most so many of a list or a tensor, at equal distances and the last among them."""
+def _sample(parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor:
+    """`[ELEMENTS]` in float64: elements of the parameter's last row, and NaN for those that are not here."""
+    sample = torch.full((ELEMENTS,), float("nan"), dtype=torch.float64, device=device)
+    weights = parameter.data
+    if type(weights) is torch.Tensor and not weights.is_meta and not weights.is_complex() and weights.numel():
+        while weights.dim() > 1:  # no copy is made of a whole weight, whatever its strides and dtype
+            weights = weights[-1]
+        elements = _spread(weights.reshape(-1), ELEMENTS)
+        sample[: len(elements)] = elements.to(device, torch.float64)
+    return sample
+
+
+def _spread(items, most: int):
+    """At most so many of a list or a vector, at equal distances and the last among them."""
     step = -(-len(items) // most) or 1
     return items[(len(items) - 1) % step :: step]
