@@ -216,11 +216,11 @@ def build_mask(case: Case) -> Mask:
     return Mask(case.tokens, (from_cu_seqlens(edges, case.tokens),), Pattern(sliding_window=window))
 
 
-def chosen(case: Case) -> str:
-    """What `comm_type="auto"` chooses."""
+def chosen(case: Case, cores: int) -> str:
+    """What `comm_type="auto"` chooses on a machine of so many cores."""
     config = ContextParallelConfig(size=case.ranks, comm_type="auto", a2a_size=2 if case.ranks == 4 else None)
     shape = Shape(case.heads, case.key_heads, case.head_dim, case.head_dim, getattr(torch, case.dtype))
-    machine, mask = machine_of(torch.device("cpu"), case.ranks, os.cpu_count()), build_mask(case)
+    machine, mask = machine_of(torch.device("cpu"), case.ranks, cores), build_mask(case)
     return choose(config, "auto", dealt(mask, case.ranks), mask, shape, machine).comm_type
 
 
@@ -329,7 +329,7 @@ def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder:
         results = [
             {
                 "case": case._asdict(),
-                "auto": chosen(case),
+                "auto": chosen(case, os.cpu_count()),
                 **facts,
                 "seconds": time_case(case, variants, rounds, progress),
             }
@@ -420,7 +420,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="also long sequences on more ranks than cores")
     parser.add_argument("--batches", type=report.comma_separated(), default=list(BATCHES))
     parser.add_argument("--packed", type=int, default=PACKED, help="tokens of packed batches and windows")
+    parser.add_argument(
+        "--judge",
+        type=Path,
+        help="attention.json of an earlier run: judge its times by what auto chooses now, time none",
+    )
     options = parser.parse_args(arguments)
+    if options.judge:
+        earlier = json.loads(options.judge.read_text(encoding="utf-8"))
+        for result in earlier["results"]:
+            result["auto"] = chosen(Case(**result["case"]), earlier["machine"]["cores"])
+        write(options.output, earlier["machine"], earlier["results"], [])
+        return 0
 
     variants = list(VARIANTS)
     shape = (options.heads, options.kv_heads, options.head_dim)
@@ -434,6 +445,12 @@ def main(arguments: list[str] | None = None) -> int:
             cases = [case for case in cases if case.tokens <= OVERSUBSCRIBED_TOKENS]
         results += run_ranks(cases, variants, options.rounds) if cases else []
 
+    write(options.output, report.machine(), results, left_out)
+    return 0
+
+
+def write(folder: Path, machine: dict[str, Any], results: list[dict[str, Any]], left_out: list[Case]) -> None:
+    """The page and the numbers of a run."""
     headers = ["ranks", "batch", "tokens", "dtype", "variant", "ms", "efficiency", "peak MiB a rank"]
     table = report.table(headers, [row for result in results for row in rows(result)])
     notes = [sentence for result in results for sentence in verdicts(result)]
@@ -441,19 +458,17 @@ def main(arguments: list[str] | None = None) -> int:
     if left_out:
         lengths = ", ".join(sorted({f"{case.tokens:,} tokens on {case.ranks} ranks" for case in left_out}))
         notes.append(f"left out, more ranks than cores (--all times it): {lengths}")
+    case, rounds = Case(**results[0]["case"]), len(results[0]["seconds"]["ideal"])
     about = (
-        f"One causal layer, {options.heads} query heads on {options.kv_heads} key heads of {options.head_dim}, "
-        f"forward and backward; {peers.versions()}. Medians and quartiles of {options.rounds} interleaved rounds. "
+        f"One causal layer, {case.heads} query heads on {case.key_heads} key heads of {case.head_dim}, "
+        f"forward and backward; {peers.versions()}. Medians and quartiles of {rounds} interleaved rounds. "
         "Efficiency is the time of an equal share of the kernel calls alone (ideal) over a variant's; share is a "
         "rank's own kernel calls in p2p. Peak memory is above the start of a run. While runs are timed the C library "
         "keeps what they free. "
         f"The window is of {WINDOW:,} tokens."
     )
-    facts = report.machine()
-    text = "\n\n".join([report.described(facts), about, table, "\n".join(f"- {note}" for note in notes)])
-    data = {"machine": facts, "results": results}
-    report.write(options.output, "attention", "Attention on the CPU", text, data)
-    return 0
+    text = "\n\n".join([report.described(machine), about, table, "\n".join(f"- {note}" for note in notes)])
+    report.write(folder, "attention", "Attention on the CPU", text, {"machine": machine, "results": results})
 
 
 if __name__ == "__main__":
