@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import recursively_apply
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from .composition import (
@@ -169,9 +170,33 @@ class ContextParallelMixin:
         sharded = self.cp.shard(self._prepare_inputs(inputs), model)
         step = ExitStack()
         local = step.enter_context(sharded)
+        step.enter_context(self._prepared(local))
         if self._scheduler is None:
             self._count(sharded.shard.batch_size * sharded.shard.length, sharded.shard.length)
         return lambda: step, local
+
+    @contextmanager
+    def _prepared(self, local: Mapping[str, Any]) -> Iterator[None]:
+        """Trainer's own call of `_prepare_inputs`, which is with the shard, leaves it as it is.
+
+        The whole batch has been prepared, and a subclass may do more than move it, such as masking labels.
+        """
+        prepare, own = self._prepare_inputs, vars(self).get("_prepare_inputs")
+
+        def prepare_others(inputs):
+            # By its tensors, since a subclass may have put them into another dictionary meanwhile.
+            tensors = {name: value for name, value in local.items() if isinstance(value, torch.Tensor)}
+            ours = isinstance(inputs, Mapping) and any(inputs.get(name) is tensors[name] for name in tensors)
+            return inputs if ours else prepare(inputs)
+
+        self._prepare_inputs = prepare_others
+        try:
+            yield
+        finally:
+            if own is None:
+                del self._prepare_inputs
+            else:
+                self._prepare_inputs = own
 
     def _count(self, tokens: int, longest: int) -> None:
         """Note what this rank's group computes, for the logs."""
@@ -190,7 +215,7 @@ class ContextParallelMixin:
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's, which must have computed its loss here; with `dynamic`, for each round of this step."""
         if self._scheduler is None:
-            return self._checked_step(model, inputs, num_items_in_batch)
+            return self._finite_together(self._checked_step(model, inputs, num_items_in_batch))
         rounds = self._rounds.pop(0) if self._rounds else self._scheduler.rounds([inputs])
         loss = torch.zeros((), device=self.args.device)
         sync = self.accelerator.gradient_state.sync_gradients
@@ -205,7 +230,15 @@ class ContextParallelMixin:
         finally:
             self.cp.switch(self._config.size)
             self.accelerator.gradient_state._set_sync_gradients(sync)
-        return loss
+        return self._finite_together(loss)
+
+    def _finite_together(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss as `logging_nan_inf_filter` is to see it: a step's shards are left out all or none."""
+        if not self.args.logging_nan_inf_filter or not dist.is_initialized():
+            return loss
+        total = loss.clone()
+        dist.all_reduce(total, group=self.cp.groups.group if self._scheduler is None else None)
+        return torch.where(total.isfinite(), loss, total)
 
     def _without_reduction(self, model: torch.nn.Module) -> AbstractContextManager:
         """For a backward pass whose gradients are only added up, as those of all micro-batches but the last are."""
@@ -235,6 +268,8 @@ class ContextParallelMixin:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             return result  # which Trainer has scaled
+        if current_batch() is None:
+            return result  # of whole sequences, in a call of one's own
         # The model divided its sum by the whole batch's count, and DDP will take the mean of the group's sums.
         if return_outputs:
             return result[0] * self.cp.size, result[1]
@@ -266,7 +301,7 @@ class ContextParallelMixin:
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
         self._whole_num_items = self._get_num_items_in_batch([inputs], self.args.device)
-        with self.cp.shard(inputs, model) as local:
+        with self.cp.shard(inputs, model) as local, self._prepared(local):
             self._predicting, self._loss_is_ours = True, False
             try:
                 loss, outputs, _ = super().prediction_step(model, local, prediction_loss_only, ignore_keys)
@@ -300,6 +335,11 @@ class ContextParallelMixin:
         self.state.num_input_tokens_seen = (
             before + (self.state.num_input_tokens_seen - before) // self.cp.groups.alike.size
         )
+
+    def _finalize_training(self, *args, **kwargs):
+        """Trainer's, which adds what is left of this rank's losses since the last log to the mean of all ranks'."""
+        self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()
+        return super()._finalize_training(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         self._all_log = True
@@ -353,9 +393,8 @@ class _CpAccelerator(Accelerator):
             return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
         seed = data_loader.worker_init_fn
         if isinstance(seed, functools.partial) and "rank" in seed.keywords:  # Trainer's: workers alike in a CP group
-            data_loader.worker_init_fn = functools.partial(
-                seed.func, *seed.args, **{**seed.keywords, "rank": self.cp.groups.data_rank}
-            )
+            rank = 0 if isinstance(data_loader.dataset, IterableDataset) else self.cp.groups.data_rank  # all read all
+            data_loader.worker_init_fn = functools.partial(seed.func, *seed.args, **{**seed.keywords, "rank": rank})
         loader = prepare_data_loader(
             data_loader,
             self.cp.groups,
@@ -389,8 +428,14 @@ class _CpAccelerator(Accelerator):
         return recursively_apply(self._first_of_each_group, gathered) if self._for_metrics else gathered
 
     def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
-        ranks = gathered.unflatten(0, (self.num_processes, -1))
-        return ranks[self.cp.groups.first_ranks].flatten(0, 1)
+        loader = self.gradient_state.active_dataloader
+        # A loader that outlives a change of the groups goes on dealing to those it was prepared for.
+        groups = getattr(loader, "groups", self.cp.groups)
+        ranks = gathered.unflatten(0, (self.num_processes, -1))[groups.first_ranks]
+        counts = getattr(loader, "counts", None)
+        if counts is None:
+            return ranks.flatten(0, 1)
+        return torch.cat([samples[:count] for samples, count in zip(ranks, counts)])
 
 
 class _Verification(TrainerCallback):

@@ -165,6 +165,83 @@ def test_batches_may_bring_labels_that_are_shifted_already(on_ranks, tmp_path, s
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def mean_loss_of_a_run(kind, folder, options) -> tuple[float, float]:
+    trainer = make_trainer(kind, folder, max_steps=3, **options)
+    trainer.args.logging_steps = 2  # so that the last step is in no log
+    return trainer.train().training_loss, trainer.state.log_history[-1]["train_loss"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])
+def test_the_mean_loss_of_a_run_is_that_of_one_process(on_ranks, tmp_path, settings):
+    [expected] = on_ranks(1, mean_loss_of_a_run, STOCK, tmp_path, {})
+    for ranks in (2, 4):
+        for found in on_ranks(ranks, mean_loss_of_a_run, 2, tmp_path, {"settings": settings}):
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def prepared_by_a_subclass(kind, folder, settings) -> tuple[list[float], float, np.ndarray, list[tuple]]:
+    """Losses, and shapes of what a subclass was given that prepares batches by masking labels, as for prompts."""
+    trainer = make_trainer(kind, folder, settings=settings)
+    shapes = []
+
+    class Masking(type(trainer)):
+        def _prepare_inputs(self, inputs):
+            shapes.append(tuple(inputs["input_ids"].shape))
+            inputs = super()._prepare_inputs(inputs)
+            inputs["labels"][inputs["input_ids"] % 2 == 0] = -100
+            return inputs
+
+    trainer.__class__ = Masking
+    trainer.train_dataset = data = samples()[1:]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = trainer.evaluate(data)["eval_loss"]
+    return losses, loss, trainer.predict(data).label_ids, shapes
+
+
+def test_a_subclass_prepares_each_whole_batch_once(on_ranks, tmp_path):
+    [(losses, loss, labels, shapes)] = on_ranks(1, prepared_by_a_subclass, STOCK, tmp_path, None)
+    assert len(shapes) == 4 + 7 + 7
+    for found in on_ranks(2, prepared_by_a_subclass, 2, tmp_path, {}):
+        np.testing.assert_allclose(found[0], losses, rtol=1e-5)
+        np.testing.assert_allclose(found[1], loss, rtol=1e-5)
+        np.testing.assert_array_equal(found[2], labels)
+        assert found[3] == shapes
+
+
+def loss_of_a_call(kind, folder) -> float:
+    trainer = make_trainer(kind, folder)
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model, padding_collator(samples(2))).item()
+
+
+def test_compute_loss_of_a_whole_batch_is_that_of_one_process(on_ranks, tmp_path):
+    [expected] = on_ranks(1, loss_of_a_call, STOCK, tmp_path)
+    np.testing.assert_allclose(on_ranks(2, loss_of_a_call, 2, tmp_path), expected, rtol=1e-6)
+
+
+def history_with_an_infinite_loss(kind, folder, settings) -> list[float]:
+    trainer = make_trainer(kind, folder, settings=settings)
+
+    class Overflowing(type(trainer)):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            infinite = self.state.global_step == 1 and self.args.process_index == self.args.world_size - 1
+            return loss + float("inf") if infinite else loss  # whose gradient is the same
+
+    trainer.__class__ = Overflowing
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])
+def test_an_infinite_loss_on_one_rank_is_left_out_of_logs_on_all(on_ranks, tmp_path, settings):
+    [expected] = on_ranks(1, history_with_an_infinite_loss, STOCK, tmp_path, None)
+    assert expected[1] == 0
+    for found in on_ranks(2, history_with_an_infinite_loss, 2, tmp_path, settings):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.ndarray | None]:
     """Evaluation loss, and predictions of 7 samples, which 2 groups do not divide."""
     trainer = make_trainer(kind, folder, collator=collator)
