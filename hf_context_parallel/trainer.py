@@ -32,6 +32,7 @@ from .data import IGNORED, ContextParallelDataCollator
 from .dynamic import Round, Scheduler
 from .integration.current import current_batch
 from .integration.models import check_model
+from .integration.randomness import share_streams
 from .integration.tensor import check_parallelism
 from .loader import prepare_data_loader
 from .memory import PeakMemory
@@ -335,6 +336,12 @@ class ContextParallelMixin:
         self.state.num_input_tokens_seen = (
             before + (self.state.num_input_tokens_seen - before) // self.cp.groups.alike.size
         )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's, after which the ranks of a group draw alike: a checkpoint of fewer ranks has states of some."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self.cp.groups.alike.size > 1:
+            share_streams(self.cp.groups.alike)
 
     def _finalize_training(self, *args, **kwargs):
         """Trainer's, which adds what is left of this rank's losses since the last log to the mean of all ranks'."""

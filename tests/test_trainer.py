@@ -279,6 +279,25 @@ def train_and_save(kind, folder) -> list[tuple[float, float]]:
     return history(kind, folder, options)
 
 
+def steps_with_random_crops(size, folder, checkpoint) -> int:
+    """Steps done by a Trainer whose collator draws from torch's stream, as augmentations do."""
+
+    def crops(rows: list[dict]) -> dict[str, torch.Tensor]:
+        kept = [int(torch.randint(5, len(row["input_ids"]) + 1, ())) for row in rows]
+        return padding_collator([{name: value[:n] for name, value in row.items()} for row, n in zip(rows, kept)])
+
+    trainer = make_trainer(size, folder, save_strategy="steps", save_steps=2)
+    trainer.data_collator = crops
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.state.global_step
+
+
+def test_ranks_that_a_checkpoint_has_no_random_state_of_draw_as_their_group(on_ranks, tmp_path):
+    assert on_ranks(2, steps_with_random_crops, 2, tmp_path / "saved", None) == [4, 4]
+    checkpoint = str(tmp_path / "saved" / "checkpoint-2")
+    assert on_ranks(4, steps_with_random_crops, 4, tmp_path / "resumed", checkpoint) == [4] * 4
+
+
 def test_a_checkpoint_is_ordinary_and_resumes_at_another_size(on_ranks, tmp_path):
     [expected, _] = on_ranks(2, train_and_save, 2, tmp_path)
     checkpoint = tmp_path / "checkpoint-2"

@@ -8,13 +8,17 @@ tensor-parallel group have the same tokens and draw alike, unless sequence paral
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from ..kernels.base import seed_of
+from ..mesh import Ranks
 
 if TYPE_CHECKING:
     from ..context_parallel import ContextParallel
@@ -33,3 +37,21 @@ def own_stream(cp: ContextParallel) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed_of(shared, cp.rank, tensor_rank))
         yield
+
+
+def share_streams(ranks: Ranks) -> None:
+    """Let all ranks go on with the random numbers of the first: Python's, NumPy's and torch's, on the CPU and the GPU.
+    Every rank must call this."""
+    cuda = torch.cuda.is_available()
+    states = [
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state() if cuda else None,
+    ]
+    dist.broadcast_object_list(states, group=ranks.group, group_src=0, device=ranks.device)
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if cuda:
+        torch.cuda.set_rng_state(states[3])
