@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -55,15 +56,11 @@ class _Dealer:
         if self._first is None:
             self._first = samples[: self._groups]
         share = -(-len(samples) // self._groups)
-        start = self._rank * share
-        mine = samples[start : start + share]
-        missing = max(0, start + share - max(start, len(samples)))
-        skipped = max(0, start - len(samples))
-        top_up = [self._first[(skipped + number) % len(self._first)] for number in range(missing)]
+        dealt = samples + list(islice(cycle(self._first), share * self._groups - len(samples)))
         counts = [min(max(len(samples) - group * share, 0), share) for group in range(self._groups)]
         if len(samples) < self._size:
             self._first = None  # that was the last of a pass over the data
-        batch = self._collate(mine + top_up)
+        batch = self._collate(dealt[self._rank * share : (self._rank + 1) * share])
         return _Dealt(batch, counts) if self._counted else batch
 
 
