@@ -104,8 +104,6 @@ def _free_port() -> int:
 def _serve(link) -> None:
     """A worker's life: run what comes, answer with its result or its traceback."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    # Or a rank that has nothing to send would leave a group while others still connect to it, and they would fail.
-    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     import torch
     import torch.distributed as dist
     import torch.distributed.tensor.debug as dtensor_debug
@@ -124,6 +122,7 @@ def _serve(link) -> None:
             if ranks > 1:
                 options = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=timeout)}
                 dist.init_process_group("gloo", init_method=store.as_uri(), **options)
+                dist.barrier()  # or one that has nothing to send would leave while others still connect to it
             link.send((True, getattr(importlib.import_module(module), name)(*args)))
         except BaseException:  # whatever it was, whoever asked must hear of it
             link.send((False, traceback.format_exc()))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import context, needs_sharding_while_loading, some_labels, tiny_model, tokens
-from test_trainer import STOCK, make_trainer, padding_collator, samples_of
+from test_trainer import STOCK, make_trainer, random_crops, samples_of
 
 import hf_context_parallel as hcp
 from hf_context_parallel.dynamic import Scheduler
@@ -287,12 +287,6 @@ def test_what_is_no_sum_over_tokens_is_refused(tmp_path, message):
 def test_settings_that_do_not_go_together_are_refused(settings):
     with pytest.raises(ValueError, match=r"max_tokens_per_rank|layout='balanced'"):
         hcp.ContextParallelConfig(**settings)
-
-
-def random_crops(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """What augmentations do: other lengths each time, drawn from torch's stream."""
-    kept = [int(torch.randint(5, len(row["input_ids"]) + 1, ())) for row in rows]
-    return padding_collator([{name: value[:n] for name, value in row.items()} for row, n in zip(rows, kept)])
 
 
 def steps_with_random_crops(folder) -> int:

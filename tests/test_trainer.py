@@ -279,15 +279,15 @@ def train_and_save(kind, folder) -> list[tuple[float, float]]:
     return history(kind, folder, options)
 
 
+def random_crops(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """What augmentations do: other lengths each time, drawn from torch's stream."""
+    kept = [int(torch.randint(5, len(row["input_ids"]) + 1, ())) for row in rows]
+    return padding_collator([{name: value[:n] for name, value in row.items()} for row, n in zip(rows, kept)])
+
+
 def steps_with_random_crops(size, folder, checkpoint) -> int:
-    """Steps done by a Trainer whose collator draws from torch's stream, as augmentations do."""
-
-    def crops(rows: list[dict]) -> dict[str, torch.Tensor]:
-        kept = [int(torch.randint(5, len(row["input_ids"]) + 1, ())) for row in rows]
-        return padding_collator([{name: value[:n] for name, value in row.items()} for row, n in zip(rows, kept)])
-
     trainer = make_trainer(size, folder, save_strategy="steps", save_steps=2)
-    trainer.data_collator = crops
+    trainer.data_collator = random_crops
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.state.global_step
 
