@@ -333,8 +333,8 @@ class ShardedBatch(AbstractContextManager):
             required |= {"shift_labels", "num_items_in_batch"}
         complete = all(given.get(name) is not None for name in required & set(accepted(module, required)))
         labels, targets, positions = (given.get(name) for name in ("labels", "shift_labels", "position_ids"))
-        # The same tensors in nearly every call; a copy, perhaps on another device, is compared by its values. That comes
-        # last, for it waits for the other ranks.
+        # The same tensors in nearly every call; a copy, perhaps on another device, is compared by its values. That
+        # comes last, for it waits for the other ranks.
         if not complete or given.get("use_cache") or not self._same(positions, self.positions):
             raise ValueError(
                 "the model must be called with all that cp.shard yields: position_ids, use_cache=False, and with "
