@@ -197,7 +197,9 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
 
     whole = {name: batch[name] for name in PADDING if name in batch}
     if "position_ids" not in whole:
-        whole["position_ids"] = _positions(rows, length) if "cu_seq_lens_q" in batch else torch.arange(length)
+        whole["position_ids"] = (
+            positions_in_documents(rows, length) if "cu_seq_lens_q" in batch else torch.arange(length)
+        )
     whole["position_ids"] = whole["position_ids"].to(tokens.device).expand(batch_size, -1)
     if "labels" in whole or "shift_labels" in whole:
         if "shift_labels" not in whole:
@@ -207,12 +209,13 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
     return batch, rows, whole
 
 
-def _positions(rows: tuple[tuple[masks.Document, ...], ...], length: int) -> torch.Tensor:
-    """Where each token of a packed row stands in its document: `[1, length]`."""
-    positions = torch.arange(length)
-    for (start, stop), *_ in rows[0]:  # which packing leaves whole
-        positions[start:stop] -= start
-    return positions[None]
+def positions_in_documents(rows: tuple[tuple[masks.Document, ...], ...], length: int) -> torch.Tensor:
+    """Where each token of packed rows stands in its document; after the last one, in its row: `[B, length]`."""
+    positions = torch.arange(length).repeat(len(rows), 1)
+    for row, documents in enumerate(rows):
+        for (start, stop), *_ in documents:  # which packing leaves whole
+            positions[row, start:stop] -= start
+    return positions
 
 
 def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...], packed: bool) -> torch.Tensor:

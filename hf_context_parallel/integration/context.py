@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..attention.strategy import Shape, Strategy
 from ..choice import Choice, layer_type
 from ..consensus import LastWords, agree, fingerprint
-from ..data import IGNORED, SHARD, Shard, shard_batch
+from ..data import IGNORED, SHARD, Shard, positions_in_documents, shard_batch
 from ..mask import Pattern
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
@@ -78,11 +78,12 @@ class ShardedBatch(AbstractContextManager):
             raise RuntimeError("this sharded batch was entered before: call cp.shard(batch) again for another pass.")
         self._entered = True
         self._last_words = LastWords()
-        local, error, signature = {}, None, ()
+        local, error, signature, sampled = {}, None, (), []
         try:
             if self._model is not None:
                 self._check(self._model)
-                self._passed, signature = transformers_model(self._model), _signature(self._model)
+                sampled = self._sampled(self._model)
+                self._passed, signature = transformers_model(self._model), (*_signature(self._model), len(sampled))
             local = self._local()
             if self._passed is not None:
                 self._check_range(self._passed, local)
@@ -98,8 +99,13 @@ class ShardedBatch(AbstractContextManager):
                 "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or "
                 "ContextParallelTrainer, which deal samples to CP groups rather than ranks.",
             )
-            if self._model is not None:
-                self._check_weights(self._model)
+            if weights_differ(sampled, self.cp.groups):
+                raise ValueError(
+                    "the ranks of the group have different weights, and what they compute together would be of no "
+                    "model. Give all ranks the same to begin with (seed them alike before the model is made, or load "
+                    "it), and sum gradients over all ranks before each step of the optimizer. DistributedDataParallel "
+                    "and ContextParallelTrainer do both."
+                )
         except RuntimeError as failure:
             self._last_words.explain(failure, self._last_words.block - 1)
             raise
@@ -155,19 +161,13 @@ class ShardedBatch(AbstractContextManager):
         config = transformers_model(model).config.get_text_config()
         self.cp.config.check_layers(getattr(config, "num_hidden_layers", None))  # a few have stacks of several names
 
-    def _check_weights(self, model: torch.nn.Module) -> None:
-        """Refuse ranks that do not have the same weights."""
+    def _sampled(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """The parameters that the ranks compare."""
         groups = self.cp.groups
         # Beside tensor parallelism, ranks have weights of their own.
         if not self.cp.config.check_batch or groups.size == 1 or groups.alike.size > groups.size:
-            return
-        if weights_differ(model, groups):
-            raise ValueError(
-                "the ranks of the group have different weights, and what they compute together would be of no model. "
-                "Give all ranks the same to begin with (seed them alike before the model is made, or load it), and "
-                "sum gradients over all ranks before each step of the optimizer. DistributedDataParallel and "
-                "ContextParallelTrainer do both."
-            )
+            return []
+        return sampled_parameters(model)
 
     def _check_range(self, model: PreTrainedModel, local: Mapping[str, Any]) -> None:
         """Refuse tokens, labels and positions that the model has nothing for, which the ranks that hold them would
@@ -177,9 +177,9 @@ class ShardedBatch(AbstractContextManager):
             vocabulary = "take the tokenizer of this model, or call model.resize_token_embeddings()"
             if isinstance(embeddings, torch.nn.Embedding):
                 self._check_values("input_ids", embeddings.num_embeddings, vocabulary)
-            for name in ("labels", "shift_labels"):
-                if isinstance(head, torch.nn.Linear):
-                    self._check_values(name, head.out_features, f"{vocabulary}; {IGNORED} is no target")
+            if isinstance(head, torch.nn.Linear):
+                for name in ("labels", "shift_labels"):
+                    self._check_values(name, head.out_features, f"{vocabulary}; {IGNORED} is no target", IGNORED)
             kinds = getattr(model.config.get_text_config(), "type_vocab_size", None)
             if kinds:
                 self._check_values("token_type_ids", kinds, "leave token_type_ids out, or make them by its tokenizer")
@@ -196,15 +196,14 @@ class ShardedBatch(AbstractContextManager):
                 "shift_labels alone. Give labels."
             )
 
-    def _check_values(self, name: str, most: int, remedy: str) -> None:
-        """Refuse values of a batch's tensor that are not 0 to `most - 1`, nor labels of no target."""
+    def _check_values(self, name: str, most: int, remedy: str, *beside: int) -> None:
+        """Refuse values of a batch's tensor that are neither 0 to `most - 1` nor among those `beside`."""
         values = self._batch.get(name)
         if values is None:
             return
-        wrong = (values < 0) | (values >= most)
-        if "labels" in name:
-            wrong &= values != IGNORED
-        wrong = values[wrong]
+        wrong = values[(values < 0) | (values >= most)]
+        for value in beside:
+            wrong = wrong[wrong != value]
         if len(wrong):
             raise ValueError(
                 f"{name} has {int(wrong[0])}, and {type(self._passed).__name__} takes 0 to {most - 1}: {remedy}."
@@ -224,11 +223,8 @@ class ShardedBatch(AbstractContextManager):
     def indices(self) -> torch.Tensor:
         """`[B, S_local]`, where each token stands in its row; in its document, where rows are packed."""
         shard = self.shard
-        whole = torch.arange(shard.layout.length).repeat(shard.batch_size, 1)
-        for row, documents in enumerate(shard.rows if shard.packed else ()):
-            for (start, stop), *_ in documents:  # which packing leaves whole
-                whole[row, start:stop] -= start
-        return whole[:, shard.layout.positions(shard.rank)]
+        rows = shard.rows if shard.packed else ((),) * shard.batch_size
+        return positions_in_documents(rows, shard.layout.length)[:, shard.layout.positions(shard.rank)]
 
     def check_backward(self) -> None:
         """Raise unless this batch's gradients can be computed now."""
@@ -376,5 +372,4 @@ def accepted(module: torch.nn.Module, names: Iterable[str]) -> list[str]:
 def _signature(model: torch.nn.Module) -> tuple:
     """What all ranks' models must have in common."""
     parameter = next(model.parameters(), None)
-    sizes = len(sampled_parameters(model)), None if parameter is None else str(parameter.dtype)
-    return type(model).__name__, model.training, sizes
+    return type(model).__name__, model.training, None if parameter is None else str(parameter.dtype)

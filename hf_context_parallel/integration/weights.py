@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -16,24 +18,26 @@ orders."""
 
 
 def sampled_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Some of a model's parameters, and some of those that are trained. Which ones goes by their order alone."""
+    """Some of a model's parameters, and some of those that are trained. Which ones goes by their order alone.
+
+    None where FSDP1 wraps any, as each rank has its own part then.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return []
     everything = list(model.parameters())
     trained = [parameter for parameter in everything if parameter.requires_grad]
     return _spread(everything, PARAMETERS) + _spread(trained, PARAMETERS)
 
 
-def weights_differ(model: torch.nn.Module, ranks: Ranks) -> bool:
-    """Whether a sample of the weights differs between ranks by more than rounding does: on all ranks the same answer.
+def weights_differ(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> bool:
+    """Whether some elements of parameters differ between ranks by more than rounding does: the same answer on all.
 
-    Every rank must call this, with as many parameters. Left out is what a rank has of its own or elsewhere: all that
-    FSDP1 wraps, DTensors and other kinds of tensors, the empty parameters of DeepSpeed's ZeRO-3, and those on `meta`.
+    Every rank must call this, with as many parameters. Left out is what a rank has of its own or elsewhere: DTensors
+    and other kinds of tensors, the empty parameters of DeepSpeed's ZeRO-3, and those on `meta`.
     """
-    parameters = sampled_parameters(model)
     if not parameters:
         return False
     sample = torch.stack([_sample(parameter, ranks.device) for parameter in parameters])
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        sample.fill_(float("nan"))
     extremes = torch.stack([sample, -sample]).nan_to_num_(float("-inf"))
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
     most, least = extremes[0], -extremes[1]
