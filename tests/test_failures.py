@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -18,16 +19,27 @@ import hf_context_parallel as hcp
 SECONDS = 10
 
 
-def alone_in_a_block(folder, when) -> str:
-    """Rank 1 raises in a block, catches it and lives on. What is raised on each rank, within the group's timeout."""
+def raised_by(step: Callable[[int], None], folder) -> str:
+    """What a step of two ranks raises on this one, within their timeout. Then it lives on, its connections open."""
     rank = dist.get_rank()
     dist.destroy_process_group()
     timeout = timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
-    cp, model = context(), tiny_model("llama", "context_parallel")
-    batch = {"input_ids": tokens(1, 16), "labels": tokens(1, 16)}
     started = time.monotonic()
     try:
+        step(rank)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    time.sleep(max(0, SECONDS + 2 - (time.monotonic() - started)))
+    return raised
+
+
+def alone_in_a_block(folder, when) -> str:
+    """Rank 1 raises in a block, and catches it."""
+
+    def steps(rank: int) -> None:
+        cp, model = context(), tiny_model("llama", "context_parallel")
+        batch = {"input_ids": tokens(1, 16), "labels": tokens(1, 16)}
         for step in range(2):
             with cp.shard(batch, model) as local:
                 if rank == 1 and when == "before":
@@ -35,10 +47,8 @@ def alone_in_a_block(folder, when) -> str:
                 model(**local).loss.backward()
                 if rank == 1 and when == "after" and step == 0:
                     raise KeyError("the disk is full")
-    except (RuntimeError, KeyError) as error:
-        raised = f"{type(error).__name__}: {error}"
-    time.sleep(max(0, SECONDS + 2 - (time.monotonic() - started)))  # lives on, its connections open
-    return raised
+
+    return raised_by(steps, folder)
 
 
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.exhaustive)])
@@ -50,23 +60,17 @@ def test_others_end_within_the_timeout_and_say_why(on_ranks, tmp_path, when):
 
 def refused_beside_another_group(folder) -> str:
     """Two CP groups of one rank under DDP, one of which is given a batch that is refused."""
-    rank = dist.get_rank()
-    dist.destroy_process_group()
-    timeout = timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
-    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=1))
-    model = DistributedDataParallel(tiny_model("llama", "context_parallel"))
-    labels = tokens(1, 16)
-    if rank == 1:
-        labels[0, 3] = -1
-    started = time.monotonic()
-    try:
+
+    def step(rank: int) -> None:
+        cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=1))
+        model = DistributedDataParallel(tiny_model("llama", "context_parallel"))
+        labels = tokens(1, 16)
+        if rank == 1:
+            labels[0, 3] = -1
         with cp.shard({"input_ids": tokens(1, 16), "labels": labels}, model) as local:
             model(**local).loss.backward()
-    except (RuntimeError, ValueError) as error:
-        raised = f"{type(error).__name__}: {error}"
-    time.sleep(max(0, SECONDS + 2 - (time.monotonic() - started)))
-    return raised
+
+    return raised_by(step, folder)
 
 
 def test_other_groups_learn_why_one_was_refused(on_ranks, tmp_path):
