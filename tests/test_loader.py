@@ -1,4 +1,4 @@
-"""Iterable data sets of several CP groups against Transformers' own Trainer on as many processes."""
+"""Data loaders that deal samples to CP groups, against Transformers' own Trainer on as many processes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,67 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from streams import Stream
 from test_trainer import STOCK, make_trainer, samples, samples_of
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import hf_context_parallel as hcp
 from hf_context_parallel.loader import _Dealer
+
+SAMPLERS = {
+    "weighted": lambda data: {"sampler": WeightedRandomSampler([1.0] * len(data), len(data), replacement=False)},
+    "subset": lambda data: {"sampler": SubsetRandomSampler(range(len(data)))},
+    "batches": lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 2, False)},
+    "a rank's own generator": lambda data: {
+        "sampler": RandomSampler(data, generator=torch.Generator().manual_seed(dist.get_rank()))
+    },
+}
+
+
+def sampled(sampler: str) -> list[list[int]]:
+    cp, data = hcp.ContextParallel(hcp.ContextParallelConfig(size=2)), list(range(12))
+    torch.manual_seed(100 + dist.get_rank())
+    options = SAMPLERS[sampler](data)
+    loader = DataLoader(data, **options, **({} if "batch_sampler" in options else {"batch_size": 2}))
+    return [batch.tolist() for batch in cp.prepare_data_loader(loader)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_draw_alike(on_ranks, sampler):
+    first, second, third, fourth = on_ranks(4, sampled, sampler)
+    assert first == second and third == fourth
+    assert sorted(sample for batch in first + third for sample in batch) == list(range(12))
+
+
+def dealt_to_groups(iterable: bool, workers: int, spawned: bool) -> list[list[int]]:
+    """The samples of each batch, of 4 ranks in 2 CP groups."""
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
+    torch.manual_seed(100 + dist.get_rank())  # ranks that were not seeded alike
+    options = {"num_workers": workers, "multiprocessing_context": "spawn" if spawned else None}
+    data = Stream() if iterable else list(range(12))
+    loader = DataLoader(data, batch_size=2, shuffle=not iterable, **options)
+    return [batch.tolist() for batch in cp.prepare_data_loader(loader)]
+
+
+@pytest.mark.parametrize(
+    ("iterable", "workers", "spawned"),
+    [(False, 0, False), (False, 2, False), (False, 1, True), (True, 0, False), (True, 1, False)],
+)
+def test_ranks_of_a_group_get_the_same_samples(on_ranks, iterable, workers, spawned):
+    first, second, third, fourth = on_ranks(4, dealt_to_groups, iterable, workers, spawned)
+    assert first == second and third == fourth
+    assert sorted(sample for batch in first + third for sample in batch) == list(range(12))
+
+
+# Iterable data sets
 
 
 class Plain(IterableDataset):
