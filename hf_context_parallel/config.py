@@ -34,7 +34,9 @@ class ContextParallelConfig:
             `"contiguous"`: chunk r of size.
         kernel: what computes attention on one rank. `"auto"` takes the best that is present: `"flash_attn"` (the
             flash-attn package), `"torch"` (PyTorch's own CUDA flash attention) or `"cpu"` (PyTorch's CPU flash
-            attention). `"reference"` is plain PyTorch, for any dtype and device, and keeps a matrix of scores.
+            attention). `"cudnn"` is cuDNN's by PyTorch for long documents, and `"torch"` for all else: the fastest on
+            Hopper where lengths repeat, since each new length costs up to a second. `"reference"` is plain PyTorch,
+            for any dtype and device, and keeps a matrix of scores.
         check_batch: compare a checksum of each batch, and of some of the model's weights, between the ranks of a CP
             group before the model runs, and look for tokens outside of its vocabulary. The other local checks and the
             exchange of their outcome stay on when it is off.

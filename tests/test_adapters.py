@@ -17,9 +17,9 @@ from simulated import in_band
 from test_kernels import CALLS, SCALE, SHAPES, SOFTCAP, TOKENS, by_kernel, check, limits, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_context_parallel.kernels import FlashAttnKernel, ReferenceKernel, TorchKernel
+from hf_context_parallel.kernels import CudnnKernel, FlashAttnKernel, ReferenceKernel, TorchKernel, cudnn
 from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.plan import Band, Segments
+from hf_context_parallel.plan import CAUSAL, FULL, Band, Segments
 
 told = []
 """For each call of a backward, whether it was to be deterministic: 1 if so, 2 if all of PyTorch was, or else fail."""
@@ -76,15 +76,52 @@ def packed_backward(
     return [share.to(query.dtype) for share in ReferenceKernel().backward(*tensors, segments, scores)]
 
 
+def one_tile(query, key, value, causal):
+    """`[1, H, T, D]` tensors as cuDNN takes them, tokens first, and the one tile that they are."""
+    for tensor in (query, key, value):
+        assert tensor.dim() == 4 and len(tensor) == 1 and tensor.stride(-1) == 1 and tensor.shape[-1] % 8 == 0
+        assert not any(n * tensor.itemsize % 16 for n in (tensor.storage_offset(), *tensor.stride()[:-1]))
+    assert key.shape[:3] == value.shape[:3] and query.shape[1] % key.shape[1] == 0
+    assert isinstance(causal, bool) and (
+        not causal or query.shape[2] == key.shape[2]
+    )  # it aligns masks at the top left
+    segments = Segments(((0, query.shape[2]),), ((0, key.shape[2]),), CAUSAL if causal else FULL)
+    return [tensor[0].transpose(0, 1) for tensor in (query, key, value)], segments
+
+
 class StandInForAten(TorchDispatchMode):
     """PyTorch's own operators: their schemas are checked before a call comes here."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
+            return self.cudnn_forward(*args, **kwargs)
+        if func is torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default:
+            return self.cudnn_backward(*args, **kwargs)
         if func is torch.ops.aten._flash_attention_forward.default:
             return self.forward(*args, **kwargs)
         if func is torch.ops.aten._flash_attention_backward.default:
             return self.backward(*args, **kwargs)
         return func(*args, **(kwargs or {}))
+
+    def cudnn_forward(self, query, key, value, bias, lse_wanted, dropout=0.0, causal=False, *, scale):
+        assert bias is None and lse_wanted and dropout == 0
+        tensors, segments = one_tile(query, key, value, causal)
+        output, lse = ReferenceKernel().forward(*tensors, segments, Scores(scale))
+        state = torch.empty((), dtype=torch.int64)
+        lengths = None, None, query.shape[2], key.shape[2]
+        return output.transpose(0, 1)[None], lse.T[None, :, :, None], *lengths, state, state, torch.empty(0)
+
+    def cudnn_backward(self, grad, query, key, value, output, lse, *rest, scale):
+        seed, offset, bias, cu_queries, cu_keys, max_queries, max_keys, dropout, causal = rest
+        assert seed.dtype == offset.dtype == torch.int64 and dropout == 0
+        assert bias is cu_queries is cu_keys is None
+        assert (max_queries, max_keys) == (query.shape[2], key.shape[2])
+        assert lse.shape == (*query.shape[:3], 1) and lse.dtype == torch.float32 and lse.is_contiguous()
+        tensors, segments = one_tile(query, key, value, causal)
+        grad, output = (tensor[0].transpose(0, 1) for tensor in (grad, output))
+        told.append("cudnn")
+        found = ReferenceKernel().backward(grad, *tensors, output, lse[0, :, :, 0].T, segments, Scores(scale))
+        return [share.to(query.dtype).transpose(0, 1)[None] for share in found]
 
     def forward(self, *args, scale, window_size_left=-1, window_size_right=-1):
         *tensors_and_lengths, causal, debug = args
@@ -218,12 +255,14 @@ FLASH_ATTN = {
 }
 
 
-@pytest.fixture(params=["torch", *FLASH_ATTN])
+@pytest.fixture(params=["torch", "cudnn", *FLASH_ATTN])
 def adapter(request, monkeypatch):
     """A CUDA kernel, with a stand-in for what it calls."""
-    if request.param == "torch":
+    if request.param in ("torch", "cudnn"):
+        monkeypatch.setattr(cudnn, "SHORTEST", 1)
+        monkeypatch.setattr(cudnn, "_widest_head", lambda device: 256)
         with StandInForAten():
-            yield TorchKernel()
+            yield TorchKernel() if request.param == "torch" else CudnnKernel()
         return
     forward, backward = FLASH_ATTN[request.param]()
     package = ModuleType("flash_attn")
@@ -278,7 +317,32 @@ def test_adapters_ask_for_determinism(adapter, wanted, everywhere):
         assert torch.get_deterministic_debug_mode() == everywhere
     finally:
         torch.use_deterministic_algorithms(False)
-    assert told == [wanted or (everywhere == 2 and adapter.name == "torch")]
+    assert told == [wanted or (everywhere == 2 and adapter.name in ("torch", "cudnn"))]
+
+
+@pytest.mark.parametrize("adapter", ["cudnn"], indirect=True)
+@pytest.mark.parametrize(
+    "calls, taken",
+    [
+        ("a tile", True),
+        ("a causal tile", True),
+        ("several tiles", False),
+        ("causal tiles of more keys", False),
+        ("windows", False),
+    ],
+)
+def test_cudnn_computes_one_plain_tile_and_pytorchs_kernel_the_rest(adapter, calls, taken, monkeypatch):
+    whole = tensors(SHAPES["grouped"], torch.bfloat16)
+    told.clear()
+    by_kernel(adapter, CALLS[calls], Scores(SCALE), *whole)
+    assert told == ["cudnn" if taken else False]
+    told.clear()
+    by_kernel(adapter, CALLS[calls], Scores(SCALE, deterministic=True), *whole)
+    assert told == [True]
+    monkeypatch.setattr(cudnn, "SHORTEST", 1000)
+    told.clear()
+    by_kernel(adapter, CALLS[calls], Scores(SCALE), *whole)
+    assert told == [False]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

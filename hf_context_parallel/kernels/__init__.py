@@ -9,6 +9,7 @@ import torch
 
 from .base import Kernel, Scores
 from .cpu import CpuKernel
+from .cudnn import CudnnKernel
 from .flash_attn import FlashAttnKernel
 from .reference import ReferenceKernel
 from .torch_cuda import TorchKernel
@@ -16,7 +17,7 @@ from .torch_cuda import TorchKernel
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, type[Kernel]] = {
-    kernel.name: kernel for kernel in (FlashAttnKernel, TorchKernel, CpuKernel, ReferenceKernel)
+    kernel.name: kernel for kernel in (FlashAttnKernel, TorchKernel, CudnnKernel, CpuKernel, ReferenceKernel)
 }
 AUTOMATIC = {"cuda": ("flash_attn", "torch"), "cpu": ("cpu",)}
 """For each device type, the kernels that `auto` tries, best first."""

@@ -130,13 +130,17 @@ def _head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
     return -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
 
 
+def aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row begins where kernels can load 16 bytes at a time."""
+    return all(start * tensor.itemsize % 16 == 0 for start in (tensor.storage_offset(), *tensor.stride()[:-1]))
+
+
 def _pad(tensor: torch.Tensor, width: int) -> torch.Tensor:
     """`tensor` with zeros up to `width` in its last dimension, and where kernels can load 16 bytes at a time.
 
     A view of packed keys and values can not be where another dim than `width` lies beside it.
     """
-    aligned = all(start * tensor.itemsize % 16 == 0 for start in (tensor.storage_offset(), *tensor.stride()[:-1]))
-    if tensor.shape[-1] == width and aligned:
+    if tensor.shape[-1] == width and aligned(tensor):
         return tensor
     padded = tensor.new_zeros(*tensor.shape[:-1], width)
     padded[..., : tensor.shape[-1]] = tensor
