@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_ring import dense, on_rank, tensors
 
 from hf_context_parallel.attention import exchange as exchanges
@@ -46,3 +47,16 @@ def test_memory_of_messages_is_used_again_at_once():
     exchanges._unrecorded(messages).record_stream(other)
     del messages
     assert torch.empty(1 << 22, device="cuda").data_ptr() == address
+
+
+def staged_sum() -> float:
+    """What a rank of a gloo group receives on its device, summed."""
+    group = exchanges.GroupExchange(dist.group.WORLD)
+    rank = dist.get_rank()
+    sent, received = torch.full((1000,), rank + 1.0, device="cuda"), torch.empty(1000, device="cuda")
+    group.post([(1 - rank, sent)], [(1 - rank, received)]).wait()
+    return received.sum().item()
+
+
+def test_gloo_stages_messages_through_the_host(on_ranks):
+    assert on_ranks(2, staged_sum) == [2000, 1000]

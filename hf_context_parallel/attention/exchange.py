@@ -99,12 +99,21 @@ class Exchange(Protocol):
 
 
 class GroupExchange:
-    """The messages of a `torch.distributed` process group (None: a group of one rank, which has nobody to talk to)."""
+    """The messages of a `torch.distributed` process group (None: a group of one rank, which has nobody to talk to).
+
+    Over gloo, tensors of a CUDA device are staged through the host, which then waits for the device at each message.
+    That is for trying several ranks on one device, where NCCL refuses them.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None):
         self._group = group
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        landings: list[_Landing] = []
+        if self._through_host(sends, receives):
+            landings = [_Landing(tensor) for _, tensor in receives]
+            sends = [(peer, tensor.cpu()) for peer, tensor in sends]
+            receives = [(peer, landing.host) for (peer, _), landing in zip(receives, landings)]
         operations = [
             dist.P2POp(operation, _unrecorded(tensor), group=self._group, group_peer=peer)
             for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
@@ -112,7 +121,26 @@ class GroupExchange:
         ]
         if not operations:  # which batch_isend_irecv does not take
             return Pending()
-        return Pending(dist.batch_isend_irecv(operations), [tensor for _, tensor in (*sends, *receives)])
+        works = [*dist.batch_isend_irecv(operations), *landings]
+        return Pending(works, [tensor for _, tensor in (*sends, *receives)])
+
+    def _through_host(self, sends: Sequence[Message], receives: Sequence[Message]) -> bool:
+        """Whether the messages are on a CUDA device and the group's backend reads host memory alone, as gloo's
+        point-to-point messages do: it would take a device's addresses for the host's."""
+        on_device = any(tensor.is_cuda for _, tensor in (*sends, *receives))
+        return on_device and "cuda:gloo" in str(dist.get_backend_config(self._group))
+
+
+class _Landing:
+    """Host memory for a message that is on its way to a CUDA tensor."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._tensor = tensor
+
+    def wait(self) -> None:
+        """Copy what has arrived; the current stream comes after the copy."""
+        self._tensor.copy_(self.host, non_blocking=True)
 
 
 def _unrecorded(tensor: torch.Tensor) -> torch.Tensor:
