@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -25,10 +25,11 @@ class ThreadGroup:
 
     Args:
         delay: cycles of the device that each message takes on top, so that what does not wait for it is early.
+        apart: False puts everything on one stream, where nothing can be early.
     """
 
-    def __init__(self, size: int, delay: int = 0):
-        self._size, self._delay = size, delay
+    def __init__(self, size: int, delay: int = 0, apart: bool = True):
+        self._size, self._delay, self._apart = size, delay, apart
 
     def run(self, work: Callable[[int, ThreadExchange], Result]) -> list[Result]:
         """What `work(rank, exchange)` returns for each rank, all running at once."""
@@ -36,8 +37,9 @@ class ThreadGroup:
 
         def start(rank):
             # Backward must run in the rank's own thread: in autograd's, one a device, ranks would wait for each other.
-            with torch.autograd.set_multithreading_enabled(False), _own_stream():
-                return work(rank, ThreadExchange(rank, messages, self._delay))
+            own = _own_stream() if self._apart else nullcontext()
+            with torch.autograd.set_multithreading_enabled(False), own:
+                return work(rank, ThreadExchange(rank, messages, self._delay, self._apart))
 
         with ThreadPoolExecutor(self._size) as pool:
             return list(pool.map(start, range(self._size)))
@@ -58,11 +60,11 @@ def _own_stream():
 class ThreadExchange:
     """One rank's messages to the other threads of a group."""
 
-    def __init__(self, rank: int, messages: dict[tuple[int, int, int], Future], delay: int):
+    def __init__(self, rank: int, messages: dict[tuple[int, int, int], Future], delay: int, apart: bool = True):
         self._rank = rank
         self._messages = messages
         self._posted: Counter[tuple[int, int]] = Counter()
-        self._network = _Network(delay)
+        self._network = _Network(delay, apart)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         works: list[_Arrival | _Departure] = []
@@ -83,8 +85,8 @@ class ThreadExchange:
 class _Network:
     """On CUDA a stream that copies when what it copies is ready; elsewhere copies are made at once."""
 
-    def __init__(self, delay: int = 0):
-        self._delay = delay
+    def __init__(self, delay: int = 0, apart: bool = True):
+        self._delay, self._apart = delay, apart
         self._stream: torch.cuda.Stream | None = None
 
     @staticmethod
@@ -97,7 +99,9 @@ class _Network:
         if not target.is_cuda:
             target.copy_(source)
             return None
-        self._stream = self._stream or torch.cuda.Stream(target.device, priority=-1)
+        if self._stream is None:
+            here = torch.cuda.current_stream(target.device)
+            self._stream = torch.cuda.Stream(target.device, priority=-1) if self._apart else here
         for event in ready:
             self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
@@ -145,11 +149,12 @@ class PreparedExchange:
     """Messages that are already there, for timing one rank without any other.
 
     Every message is the beginning of `stock`, `[tokens, ...]`: the numbers are wrong, and as fast to compute with as
-    the right ones. On CUDA they are copied on a stream of their own, beside the kernels.
+    the right ones. On CUDA they are copied on a stream of their own, beside the kernels, at the speed of the device's
+    memory and with no multiprocessors taken for long: what overlaps here is the most that can.
     """
 
     def __init__(self, stock: torch.Tensor):
-        self._stock = stock
+        self._stock = stock.flatten()
         self._network = _Network()
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
@@ -160,6 +165,7 @@ class PreparedExchange:
         return Pending(works, [tensor for _, tensor in (*sends, *receives)])
 
     def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As many elements of the stock as `tensor` has, again and again if there are fewer."""
-        flat = self._stock.flatten()
-        return flat.repeat(-(-tensor.numel() // flat.numel()))[: tensor.numel()].view(tensor.shape)
+        """As many elements of the stock as `tensor` has. It is made longer, once, where it has fewer."""
+        if tensor.numel() > self._stock.numel():
+            self._stock = self._stock.repeat(-(-tensor.numel() // self._stock.numel()))
+        return self._stock[: tensor.numel()].view(tensor.shape)

@@ -176,26 +176,30 @@ def _path(folder: str | Path, comm_type: str, rank: int) -> Path:
 
 
 def read_rounds(path: Path, device: str) -> dict[int, list[Range]]:
-    """The ranges of each round. On CUDA, as the device did what was queued in them."""
+    """The ranges of each round. On CUDA, as the device did what was queued in them.
+
+    A round begins when the host begins it and ends when the next one does, before which the host has waited for the
+    device: on CUDA a range has no time of its own but that of what was queued in it and in no range within it.
+    """
     with gzip.open(path) as file:
         trace = json.load(file)
     category = "gpu_user_annotation" if device == "cuda" else "user_annotation"
     origin = trace.get("baseTimeNanoseconds", 0) / 1000
     spans = [
-        (event["name"].split("/")[1:], origin + event["ts"], origin + event["ts"] + event["dur"])
+        (event["cat"], event["name"].split("/")[1:], origin + event["ts"], origin + event["ts"] + event["dur"])
         for event in trace["traceEvents"]
-        if event.get("cat") == category and event["name"].startswith("cp/")
+        if event.get("cat") in (category, "user_annotation") and event["name"].startswith("cp/")
     ]
-    limits: dict[int, tuple[float, float]] = {}
-    for (what, *rest), start, end in spans:
-        if what == "round":  # on CUDA, one a stream
-            before = limits.get(int(rest[0]), (start, end))
-            limits[int(rest[0])] = min(start, before[0]), max(end, before[1])
-    rounds: dict[int, list[Range]] = {number: [] for number in limits}
-    for (direction, *rest), start, end in spans:
-        if direction != "round":
+    begins = [
+        (start, int(rest[0]))
+        for kind, (what, *rest), start, _ in spans
+        if (kind, what) == ("user_annotation", "round")
+    ]
+    rounds: dict[int, list[Range]] = {number: [] for _, number in begins}
+    for kind, (direction, *rest), start, end in spans:
+        if kind == category and direction != "round":
             step = int(rest[0].removeprefix("step")) if len(rest) == 2 else None
-            number = next(n for n, (first, last) in limits.items() if first <= start <= last)
+            number = max(begin for begin in begins if begin[0] <= start)[1]
             rounds[number].append(Range(direction, step, rest[-1], start, end))
     return rounds
 

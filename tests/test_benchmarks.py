@@ -1,5 +1,6 @@
 """The benchmarks run, and what they count is right. What they time is not looked at."""
 
+import gzip
 import importlib
 import json
 from pathlib import Path
@@ -100,16 +101,41 @@ def test_trace(run, tmp_path):
     assert ways["a2a"] == ways["a2a+p2p"] == [{(*rest, step) for *rest, step in kernels if step == "0"} | heads] * 2
 
 
-def test_gpu_on_the_cpu(run):
-    sizes = ("--parity-tokens", "61", "--tokens", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
-    results = run("gpu", "--device", "cpu", "--dtypes", "bfloat16", *sizes, "--repeats", "1")
-    assert len(results["parity"]) == 18
-    assert [result["run"] for result in results["speed"]] == ["one call", *(f"rank {rank}" for rank in range(4))]
+def test_a_devices_ranges_are_of_the_round_in_which_they_were_queued(run, tmp_path):
+    """Also those that begin on the device before any that were queued in the round itself."""
+
+    def event(category, name, start):
+        return {"cat": category, "name": f"cp/{name}", "ts": start, "dur": 5}
+
+    events = [event("user_annotation", f"round/{number}", 100 * number) for number in range(2)]
+    events += [event("user_annotation", "forward/step0/compute", 1), event("gpu_user_annotation", "round/0", 30)]
+    events += [event("gpu_user_annotation", "forward/step0/compute", start) for start in (20, 120)]
+    with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    rounds = importlib.import_module("benchmarks.trace").read_rounds(tmp_path / "trace.json.gz", "cuda")
+    assert rounds == {n: [("forward", 0, "compute", 100 * n + 20, 100 * n + 25)] for n in range(2)}
 
 
-def test_gpu_says_that_there_is_none(run, monkeypatch, capsys):
+def test_gpu_suite_on_the_cpu(run, tmp_path):
+    suite = importlib.import_module("benchmarks.gpu_suite.__main__")
+    assert suite.main(["--device", "cpu", "--items", "facts,races", "--output", str(tmp_path)]) == 0
+    results = [json.loads(line) for line in (tmp_path / "gpu_suite.jsonl").read_text().splitlines()]
+    assert sum(result["item"] == "races" and result["right"] for result in results) == 16
+    page = (tmp_path / "gpu_suite.md").read_text()
+    assert "18 of 18 checks passed" in page and "same bits True" in page
+
+
+def test_gpu_suite_keeps_what_an_item_found_before_it_failed(run, tmp_path, monkeypatch):
+    suite = importlib.import_module("benchmarks.gpu_suite.__main__")
+    monkeypatch.setitem(suite.ITEMS, "races", 0.1)
+    monkeypatch.setattr(suite, "SLOWER", 1)
+    assert suite.main(["--device", "cpu", "--items", "races", "--output", str(tmp_path)]) == 1
+    assert "**WRONG** ended: status stopped after 0.1 s" in (tmp_path / "gpu_suite.md").read_text()
+
+
+def test_gpu_suite_says_that_there_is_none(run, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert importlib.import_module("benchmarks.gpu").main([]) == 2
+    assert importlib.import_module("benchmarks.gpu_suite.__main__").main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 
 

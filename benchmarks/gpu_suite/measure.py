@@ -1,0 +1,80 @@
+"""Times and errors, as every item takes them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+WARM_UP = 2
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+"""What is computed in: many CPUs have no arithmetic in bfloat16."""
+
+
+def median_ms(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Median milliseconds of `run` on the device, host time included where the device waits for the host."""
+    return measure(run, device, repeats)["ms"]
+
+
+def measure(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> dict[str, float]:
+    """Medians over `repeats`, after warming up.
+
+    Returns:
+        `ms`, from the first kernel to the last; `host ms`, until `run` returned; `peak MiB`, allocated beyond what was
+        allocated before. On a CPU the first two are the same and the last is absent.
+    """
+    cuda = device.type == "cuda"
+    taken, host = [], []
+    for turn in range(WARM_UP + repeats):
+        if cuda:
+            torch.cuda.synchronize()
+            if turn == WARM_UP:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+        begun = time.perf_counter()
+        result = run()
+        host.append(1000 * (time.perf_counter() - begun))
+        del result
+        if cuda:
+            end.record()
+            end.synchronize()
+            taken.append(start.elapsed_time(end))
+        else:
+            taken.append(host[-1])
+    found = {"ms": median(taken[WARM_UP:]), "host ms": median(host[WARM_UP:])}
+    if cuda:
+        found["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return found
+
+
+def kernel_ms(run: Callable[[], Any]) -> float:
+    """Milliseconds of kernels in one `run` on a CUDA device, overlapping ones counted each."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1000
+
+
+def errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """How far `found` is from `expected`, both `[rows, ...]`.
+
+    Returns:
+        `all`, the norm of the difference as a fraction of the norm; `row`, the same of the worst row, where rows of
+        less than a tenth of the mean norm count as having that.
+    """
+    found, expected = (tensor.detach().double().flatten(1) for tensor in (found, expected))
+    difference, norm = (found - expected).norm(dim=1), expected.norm(dim=1)
+    floor = norm.square().mean().sqrt() / 10 + 1e-30
+    return {
+        "all": (difference.norm() / (norm.norm() + 1e-30)).item(),
+        "row": (difference / norm.clamp_min(floor)).max().item(),
+    }
