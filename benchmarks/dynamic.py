@@ -4,8 +4,8 @@
 
 **Measured**, on two CPU processes over gloo: a small Qwen3 under DDP, forward and backward of the same global batches,
 static CP (one sample a run, split over both ranks) and dynamic in turns. **Counted**, at four ranks: pairs and tokens
-that each rank computes, and what it waits. **Simulated**, on nodes of 8 H100s with `hf_context_parallel.cost`: an 8B
-Llama at 8, 64 and 1,024 ranks, for
+that each rank computes, and what it waits. **Simulated**, on nodes of 8 H100s with
+`hf_context_parallel.planning.machine`: an 8B Llama at 8, 64 and 1,024 ranks, for
 
     one by one    static CP of 8 ranks, one sample a run
     packed        static CP of 8 ranks, each group's samples packed in the order in which they came
@@ -37,19 +37,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_context_parallel as hcp
-from hf_context_parallel.balance import padded_layout
-from hf_context_parallel.cost import CPU, H100_NODE
 from hf_context_parallel.dynamic import Scheduler, model_shape
 from hf_context_parallel.greedy import greedy_stages
-from hf_context_parallel.schedule import (
-    LLAMA_8B,
-    Costs,
-    Schedule,
-    capacity,
-    counts,
-    in_order,
-    make_schedule,
-)
+from hf_context_parallel.planning.balanced import padded_layout
+from hf_context_parallel.planning.machine import CPU, H100_NODE
+from hf_context_parallel.schedule import LLAMA_8B, Costs, Schedule, capacity, counts, in_order, make_schedule
 from hf_context_parallel.workers import WorkerPool
 
 from . import report

@@ -28,9 +28,10 @@ from hf_context_parallel.attention.exchange import Exchange, GroupExchange
 from hf_context_parallel.attention.p2p import planned_attention
 from hf_context_parallel.kernels import KERNELS
 from hf_context_parallel.kernels.base import Kernel, Scores
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, Pattern, from_cu_seqlens, whole_rows
-from hf_context_parallel.plan import CAUSAL, Plan, Segments, build_plan
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, whole_rows
+from hf_context_parallel.planning.plan import Plan, build_plan
+from hf_context_parallel.planning.tiles import CAUSAL, Segments
 
 from . import report
 from .simulation import PreparedExchange, ThreadGroup

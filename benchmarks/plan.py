@@ -3,11 +3,11 @@
     python -m benchmarks.plan --ranks 2,8,32,128,1024 --tokens 8K,128K,1M,8M
 
 A layer of Llama-3-8B's attention (32 heads, 8 key heads of 128, bfloat16), causal, forward and backward, on the nodes
-that `hf_context_parallel.cost.H100_NODE` describes. Efficiency is the time of the arithmetic alone, shared perfectly,
-over the time of the slowest rank.
+that `hf_context_parallel.planning.machine.H100_NODE` describes. Efficiency is the time of the arithmetic alone, shared
+perfectly, over the time of the slowest rank.
 
     p2p, all_gather, a2a, a2a+p2p, auto     ours, zigzag over the whole row; a2a+p2p in the best subgroups
-    balanced, auto          ours, tokens dealt by `hf_context_parallel.balance`
+    balanced, auto          ours, tokens dealt by `hf_context_parallel.planning.balanced`
     zigzag by document      each document cut into 2 chunks a rank, padded to a multiple of that; an untrimmed ring,
                             gradients once round (ring-flash-attn's zigzag varlen, Transformer Engine's p2p)
     llama3                  a rank's tokens are neighbours; all keys are gathered, their gradients reduced
@@ -34,13 +34,13 @@ from matplotlib.ticker import ScalarFormatter
 from tqdm import tqdm
 
 from hf_context_parallel.attention.strategy import Shape
-from hf_context_parallel.balance import make_layout
 from hf_context_parallel.choice import Share, Traffic, candidates, exchange_of_heads, ring_of_keys, shares
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.cost import BACKWARD, H100_NODE, attention_flops
-from hf_context_parallel.demand import demand
-from hf_context_parallel.layout import Layout, contiguous, zigzag
-from hf_context_parallel.mask import Mask, Pattern
+from hf_context_parallel.planning.balanced import make_layout
+from hf_context_parallel.planning.layout import Layout, contiguous, zigzag
+from hf_context_parallel.planning.machine import BACKWARD, H100_NODE, attention_flops
+from hf_context_parallel.planning.mask import Mask, Pattern
+from hf_context_parallel.planning.workload import demand
 
 from . import report
 from .traffic import long_tailed_documents

@@ -33,12 +33,12 @@ from hf_context_parallel.attention import attention
 from hf_context_parallel.attention.exchange import Exchange, GroupExchange
 from hf_context_parallel.attention.spans import span
 from hf_context_parallel.attention.strategy import Strategy, build_strategy
-from hf_context_parallel.intervals import total, union
 from hf_context_parallel.kernels import choose_kernel
 from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, whole_rows
-from hf_context_parallel.plan import Plan
+from hf_context_parallel.planning.intervals import total, union
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, whole_rows
+from hf_context_parallel.planning.plan import Plan
 
 from . import report
 from .simulation import PreparedExchange

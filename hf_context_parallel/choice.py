@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,10 @@ from .attention.a2a import SharedHeads, TokenExchange
 from .attention.p2p import accumulation_dtype
 from .attention.strategy import Shape, bytes_of_heads, bytes_of_keys
 from .config import ContextParallelConfig
-from .cost import BACKWARD, CPU, H100_NODE, Machine, attention_flops
-from .demand import Demand, demand
-from .layout import Layout
-from .mask import Mask, Pattern
+from .planning.layout import Layout
+from .planning.machine import BACKWARD, Machine, attention_flops
+from .planning.mask import Mask
+from .planning.workload import Demand, demand
 
 
 class Choice(NamedTuple):
@@ -245,15 +245,3 @@ def _merging(shape: Shape, rows: int, heads: int) -> float:
 def _adding(shape: Shape, tokens: int, key_heads: int) -> float:
     """Bytes read and written to add up the key and value gradients that arrive."""
     return tokens * key_heads * (shape.query_dim + shape.value_dim) * 3 * accumulation_dtype(shape.dtype).itemsize
-
-
-def layer_type(pattern: Pattern) -> str:
-    """What Transformers calls layers with a mask of this pattern."""
-    if pattern.sliding_window is not None:
-        return "sliding_attention"
-    return "full_attention" if pattern.chunk_size is None else "chunked_attention"
-
-
-def machine_of(device: torch.device, node: int, cores: int | None = None) -> Machine:
-    """The rates that choices for a device are made with, for so many ranks of the group and cores a node."""
-    return replace(H100_NODE, node=node) if device.type == "cuda" else replace(CPU, node=node, cores=cores)

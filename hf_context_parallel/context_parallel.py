@@ -11,12 +11,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
-from . import mask as masks
 from .attention import attend, one_dtype
 from .attention.exchange import Exchange, GroupExchange
 from .attention.strategy import Shape, build_strategy
-from .balance import make_layout
-from .choice import Choice, choose, layer_type, machine_of
+from .choice import Choice, choose
 from .config import ContextParallelConfig, check_comm_type
 from .consensus import agree, fingerprint, odd_rank
 from .gather import gather_sequence
@@ -24,9 +22,13 @@ from .integration.context import ShardedBatch
 from .integration.current import current_batch
 from .kernels import check_kernel, choose_kernel, named_kernel
 from .kernels.base import Kernel, make_scores
-from .layout import Layout
 from .loader import prepare_data_loader
 from .mesh import Groups, build_groups, world
+from .planning import mask as masks
+from .planning.balanced import make_layout
+from .planning.layout import Layout
+from .planning.machine import machine_of
+from .planning.mask import layer_type
 
 logger = logging.getLogger(__name__)
 

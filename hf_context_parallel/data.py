@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from . import mask as masks
 from .attention.strategy import Strategy, build_strategy
-from .balance import padded_layout
 from .config import ContextParallelConfig
 from .consensus import fingerprint
-from .layout import Layout
+from .planning import mask as masks
+from .planning.balanced import padded_layout
+from .planning.layout import Layout
 
 IGNORED = -100
 """The label that the loss leaves out."""

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .choice import machine_of
 from .consensus import agree, fingerprint
 from .data import CONSUMED, IGNORED, read_batch
 from .integration.models import UNSHIFTED, makes_positions, mixers, transformers_model
 from .integration.rope import follows_length
-from .layout import FIXED_LAYOUTS
 from .mesh import build_columns, world
+from .planning.layout import FIXED_LAYOUTS
+from .planning.machine import machine_of
 from .schedule import Costs, Group, ModelShape, Schedule, make_schedule, sizes
 
 if TYPE_CHECKING:

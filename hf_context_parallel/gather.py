@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .attention.p2p import accumulation_dtype
-from .layout import Layout
+from .planning.layout import Layout
 
 
 def gather_sequence(x: torch.Tensor, layout: Layout, length: int, group: dist.ProcessGroup | None) -> torch.Tensor:

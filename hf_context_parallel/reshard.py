@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .data import Shard
-from .layout import Layout
+from .planning.layout import Layout
 
 
 class Sequence(NamedTuple):

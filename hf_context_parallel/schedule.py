@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cost import BACKWARD, Machine, attention_flops
 from .greedy import greedy_stages
-from .layout import FIXED_LAYOUTS
+from .planning.layout import FIXED_LAYOUTS
+from .planning.machine import BACKWARD, Machine, attention_flops
 
 KERNELS_A_LAYER = 36
 """Kernel calls of a decoder layer, forward and backward, beside attention's."""

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_context_parallel.attention.exchange import Message as Buffer
-from hf_context_parallel.intervals import intersection
 from hf_context_parallel.kernels.base import Kernel
-from hf_context_parallel.layout import FIXED_LAYOUTS, Layout
-from hf_context_parallel.mask import Mask, Pattern, from_attention_mask, from_cu_seqlens
-from hf_context_parallel.plan import Band
+from hf_context_parallel.planning.intervals import intersection
+from hf_context_parallel.planning.layout import FIXED_LAYOUTS, Layout
+from hf_context_parallel.planning.mask import Mask, Pattern, from_attention_mask, from_cu_seqlens
+from hf_context_parallel.planning.tiles import Band
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")

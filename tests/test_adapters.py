@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_context_parallel.kernels import FlashAttnKernel, ReferenceKernel, TorchKernel
 from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.plan import Band, Segments
+from hf_context_parallel.planning.tiles import Band, Segments
 
 told = []
 """For each call of a backward, whether it was to be deterministic: 1 if so, 2 if all of PyTorch was, or else fail."""

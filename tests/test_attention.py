@@ -9,7 +9,7 @@ from models import context
 from simulated import allowed, dense_attention
 from torch.utils.checkpoint import checkpoint
 
-from hf_context_parallel import mask as masks
+from hf_context_parallel.planning import mask as masks
 
 SCALE = 0.37
 

@@ -9,8 +9,8 @@ from test_ring import dense, on_rank, tensors
 
 from hf_context_parallel.attention import exchange as exchanges
 from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, whole_rows
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, whole_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 WAYS = {"p2p": 1, "all_gather": 1, "a2a": 4, "a2a+p2p": 2}

@@ -24,7 +24,7 @@ from hf_context_parallel.kernels import (
     reference,
 )
 from hf_context_parallel.kernels.base import Scores, blocks
-from hf_context_parallel.plan import CAUSAL, FULL, Band, Segments
+from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 
 SCALE = 0.3
 SOFTCAP = 1.5

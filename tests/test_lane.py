@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from hf_context_parallel.attention import exchange as exchanges
 from hf_context_parallel.attention import p2p
 from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, whole_rows
-from hf_context_parallel.plan import build_plan
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, whole_rows
+from hf_context_parallel.planning.plan import build_plan
 
 KERNELS, LANE, NETWORK = "kernels", "lane", "network"
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import allowed, layouts, rows
 
-from hf_context_parallel.balance import balanced, make_layout, work_of_chunks
-from hf_context_parallel.demand import demand
-from hf_context_parallel.intervals import difference, intersection, total, union
-from hf_context_parallel.layout import contiguous, zigzag
-from hf_context_parallel.mask import Mask
+from hf_context_parallel.planning.balanced import balanced, make_layout, work_of_chunks
+from hf_context_parallel.planning.intervals import difference, intersection, total, union
+from hf_context_parallel.planning.layout import contiguous, zigzag
+from hf_context_parallel.planning.mask import Mask
+from hf_context_parallel.planning.workload import demand
 
 intervals = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=10)
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([64, 257, 1000, 1024]))

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import allowed, cases, cut, in_band, layouts
 
-from hf_context_parallel import mask as masks
-from hf_context_parallel.intervals import total, union
-from hf_context_parallel.layout import contiguous, zigzag
-from hf_context_parallel.mask import Mask, Pattern, whole_rows
-from hf_context_parallel.plan import FULL, build_plan
+from hf_context_parallel.planning import mask as masks
+from hf_context_parallel.planning.intervals import total, union
+from hf_context_parallel.planning.layout import contiguous, zigzag
+from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
+from hf_context_parallel.planning.plan import build_plan
+from hf_context_parallel.planning.tiles import FULL
 
 
 def numbers(layout, mask, rank):

@@ -20,8 +20,8 @@ from hf_context_parallel.attention import attention, p2p
 from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.kernels import choose_kernel, cpu, reference
 from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.layout import contiguous, zigzag
-from hf_context_parallel.mask import Mask, Pattern, whole_rows
+from hf_context_parallel.planning.layout import contiguous, zigzag
+from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 
 SCALE = 0.3
 PLAIN = Scores(SCALE)

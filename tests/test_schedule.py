@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_context_parallel.cost import CPU, H100_NODE
-from hf_context_parallel.demand import demand
-from hf_context_parallel.layout import FIXED_LAYOUTS, zigzag
-from hf_context_parallel.mask import Mask
+from hf_context_parallel.planning.layout import FIXED_LAYOUTS, zigzag
+from hf_context_parallel.planning.machine import CPU, H100_NODE
+from hf_context_parallel.planning.mask import Mask
+from hf_context_parallel.planning.workload import demand
 from hf_context_parallel.schedule import LLAMA_8B, Costs, capacity, counts, in_order, make_schedule, sizes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -13,16 +13,16 @@ from test_ring import HOW, MASKS, SHAPES, check, on_rank, some_sinks, tensors
 from hf_context_parallel import ContextParallel
 from hf_context_parallel.attention.a2a import deal_heads, reads_of
 from hf_context_parallel.attention.strategy import Shape, build_strategy
-from hf_context_parallel.balance import balanced
 from hf_context_parallel.choice import choose, inner_size, shares
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.cost import H100_NODE
-from hf_context_parallel.demand import demand
-from hf_context_parallel.intervals import total, union
 from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.layout import contiguous, zigzag
-from hf_context_parallel.mask import Mask, Pattern, whole_rows
-from hf_context_parallel.plan import build_gathering_plan
+from hf_context_parallel.planning.balanced import balanced
+from hf_context_parallel.planning.intervals import total, union
+from hf_context_parallel.planning.layout import contiguous, zigzag
+from hf_context_parallel.planning.machine import H100_NODE
+from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
+from hf_context_parallel.planning.plan import build_gathering_plan
+from hf_context_parallel.planning.workload import demand
 
 
 def exhaustive(*values):

@@ -10,9 +10,9 @@ from test_ring import MASKS, SIZES, on_rank, tensors
 
 from hf_context_parallel.attention import exchange as exchanges
 from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.layout import contiguous, zigzag
-from hf_context_parallel.mask import Mask, Pattern, whole_rows
-from hf_context_parallel.plan import build_plan
+from hf_context_parallel.planning.layout import contiguous, zigzag
+from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
+from hf_context_parallel.planning.plan import build_plan
 
 
 def watch(layout, mask, whole):

@@ -12,9 +12,9 @@ from itertools import chain
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..intervals import Interval
 from ..kernels.base import Kernel, Scores
-from ..plan import Plan, Step, Transfer
+from ..planning.intervals import Interval
+from ..planning.plan import Plan, Step, Transfer
 from .a2a import SharedHeads
 from .exchange import Exchange, Lane, Message, Pending
 from .merge import begin, merge_

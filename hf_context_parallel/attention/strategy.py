@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..layout import Layout
-from ..mask import Document, Mask
-from ..plan import Plan, build_gathering_plan, build_own_plan, build_plan
+from ..planning.layout import Layout
+from ..planning.mask import Document, Mask
+from ..planning.plan import Plan, build_gathering_plan, build_own_plan, build_plan
 from .a2a import SharedHeads, TokenExchange
 from .exchange import Exchange, Subset
 from .p2p import accumulation_dtype

@@ -19,7 +19,7 @@ from ..attention import attend, one_dtype
 from ..attention.strategy import Shape
 from ..kernels import check_kernel
 from ..kernels.base import make_scores, seed_of
-from ..mask import Pattern
+from ..planning.mask import Pattern
 from .context import ShardedBatch
 from .current import current_batch
 from .masks import PlannedMask, unsharded_implementation

@@ -14,23 +14,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..attention.strategy import Shape, Strategy
-from ..choice import Choice, layer_type
+from ..choice import Choice
 from ..consensus import LastWords, agree, fingerprint
 from ..data import IGNORED, SHARD, Shard, positions_in_documents, shard_batch
-from ..mask import Pattern
+from ..planning.mask import Pattern, layer_type
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss
 from .masks import GIVEN_A_MASK
-from .models import (
-    NAME,
-    UNSHIFTED,
-    check_model,
-    is_native,
-    learned_positions,
-    mixers,
-    styles_of,
-    transformers_model,
-)
+from .models import NAME, UNSHIFTED, check_model, is_native, learned_positions, mixers, styles_of, transformers_model
 from .native import NativeMixers
 from .randomness import own_stream
 from .replacement import by_name

@@ -17,7 +17,7 @@ import torch
 from transformers import MODEL_MAPPING, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..mask import Pattern
+from ..planning.mask import Pattern
 from .current import current_batch
 from .models import ASK_FOR_THE_NAME, NAME
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..intervals import Interval
-from ..plan import FULL, Band, Segments
+from ..planning.intervals import Interval
+from ..planning.tiles import FULL, Band, Segments
 
 
 class Scores(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..plan import Segments
+from ..planning.tiles import Segments
 from .base import Block, Kernel, Scores, blocks
 
 MOST_SCORES = 2**22

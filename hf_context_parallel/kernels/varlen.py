@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..intervals import Interval
-from ..plan import CAUSAL, FULL, Segments, take
+from ..planning.intervals import Interval
+from ..planning.tiles import CAUSAL, FULL, Segments, take
 from .base import Kernel, Scores
 
 

@@ -132,3 +132,10 @@ def from_attention_mask(attention_mask: torch.Tensor) -> tuple[tuple[Document, .
 def shortened(values: list[int]) -> str:
     """A list as an error message shows it."""
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"
+
+
+def layer_type(pattern: Pattern) -> str:
+    """What Transformers calls layers with a mask of this pattern."""
+    if pattern.sliding_window is not None:
+        return "sliding_attention"
+    return "full_attention" if pattern.chunk_size is None else "chunked_attention"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,8 @@ BACKWARD = 2.5
 def attention_flops(pairs: int, heads: int, query_dim: int, value_dim: int) -> float:
     """Floating-point operations of a forward pass over query-key pairs: two products, a multiply and an add each."""
     return 2.0 * pairs * heads * (query_dim + value_dim)
+
+
+def machine_of(device: torch.device, node: int, cores: int | None = None) -> Machine:
+    """The rates that choices for a device are made with, for so many ranks of the group and cores a node."""
+    return replace(H100_NODE, node=node) if device.type == "cuda" else replace(CPU, node=node, cores=cores)

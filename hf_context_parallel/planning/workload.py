@@ -14,7 +14,8 @@ from operator import or_
 from .intervals import total, union
 from .layout import Layout
 from .mask import Mask
-from .plan import Band, Piece, pairs_in_band, pieces_of_documents
+from .pieces import Piece, pieces_of_documents
+from .tiles import Band, pairs_in_band
 
 
 @dataclass(frozen=True)
