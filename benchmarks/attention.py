@@ -40,13 +40,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from hf_context_parallel.attention import attention
-from hf_context_parallel.attention.exchange import GroupExchange
+from hf_context_parallel.attention.auto_strategy import choose
+from hf_context_parallel.attention.executor import attention
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import Shape, build_strategy
-from hf_context_parallel.choice import choose
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.kernels.base import Scores
+from hf_context_parallel.distributed.messages import GroupExchange
 from hf_context_parallel.memory import PeakMemory
 from hf_context_parallel.planning.balanced import balanced
 from hf_context_parallel.planning.layout import Layout, zigzag

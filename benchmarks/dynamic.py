@@ -37,12 +37,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_context_parallel as hcp
+from hf_context_parallel.distributed.worker_pool import WorkerPool
 from hf_context_parallel.dynamic import Scheduler, model_shape
 from hf_context_parallel.greedy import greedy_stages
 from hf_context_parallel.planning.balanced import padded_layout
 from hf_context_parallel.planning.machine import CPU, H100_NODE
 from hf_context_parallel.schedule import LLAMA_8B, Costs, Schedule, capacity, counts, in_order, make_schedule
-from hf_context_parallel.workers import WorkerPool
 
 from . import report
 

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from hf_context_parallel.attention.exchange import Exchange, GroupExchange
-from hf_context_parallel.attention.p2p import planned_attention
-from hf_context_parallel.kernels import KERNELS
-from hf_context_parallel.kernels.base import Kernel, Scores
+from hf_context_parallel.attention.kernels.base import Kernel
+from hf_context_parallel.attention.kernels.registry import KERNELS
+from hf_context_parallel.attention.ring import planned_attention
+from hf_context_parallel.attention.scores import Scores
+from hf_context_parallel.distributed.messages import Exchange, GroupExchange
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, whole_rows
 from hf_context_parallel.planning.plan import Plan, build_plan

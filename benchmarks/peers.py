@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from hf_context_parallel.kernels.base import Kernel, Scores
+from hf_context_parallel.attention.kernels.base import Kernel
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask
 from hf_context_parallel.planning.plan import build_own_plan

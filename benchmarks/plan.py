@@ -33,8 +33,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from tqdm import tqdm
 
+from hf_context_parallel.attention.auto_strategy import (
+    Share,
+    Traffic,
+    candidates,
+    exchange_of_heads,
+    ring_of_keys,
+    shares,
+)
 from hf_context_parallel.attention.strategy import Shape
-from hf_context_parallel.choice import Share, Traffic, candidates, exchange_of_heads, ring_of_keys, shares
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.planning.balanced import make_layout
 from hf_context_parallel.planning.layout import Layout, contiguous, zigzag

@@ -29,12 +29,12 @@ from matplotlib.patches import Patch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from hf_context_parallel.attention import attention
-from hf_context_parallel.attention.exchange import Exchange, GroupExchange
-from hf_context_parallel.attention.spans import span
+from hf_context_parallel.attention.executor import attention
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.attention.profiling import span
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import Strategy, build_strategy
-from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.kernels.base import Scores
+from hf_context_parallel.distributed.messages import Exchange, GroupExchange
 from hf_context_parallel.planning.intervals import total, union
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, whole_rows

@@ -6,8 +6,8 @@ Importing this package registers `attn_implementation="context_parallel"`.
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import ContextParallelDataCollator
+from .distributed.mesh import mesh_of
 from .integration import attention, masks
-from .mesh import mesh_of
 from .trainer import ContextParallelMixin, ContextParallelTrainer
 from .verification import verify
 

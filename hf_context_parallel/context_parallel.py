@@ -11,19 +11,21 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
-from .attention import attend, one_dtype
-from .attention.exchange import Exchange, GroupExchange
+from .attention.auto_strategy import Choice, choose
+from .attention.executor import attend, one_dtype
+from .attention.kernels.base import Kernel
+from .attention.kernels.registry import check_kernel, choose_kernel, named_kernel
+from .attention.scores import make_scores
 from .attention.strategy import Shape, build_strategy
-from .choice import Choice, choose
 from .config import ContextParallelConfig, check_comm_type
-from .consensus import agree, fingerprint, odd_rank
-from .gather import gather_sequence
+from .distributed.agreement import agree, fingerprint, odd_rank
+from .distributed.gather import gather_sequence
+from .distributed.mesh import world
+from .distributed.messages import Exchange, GroupExchange
+from .distributed.process_groups import Groups, build_groups
 from .integration.context import ShardedBatch
 from .integration.current import current_batch
-from .kernels import check_kernel, choose_kernel, named_kernel
-from .kernels.base import Kernel, make_scores
 from .loader import prepare_data_loader
-from .mesh import Groups, build_groups, world
 from .planning import mask as masks
 from .planning.balanced import make_layout
 from .planning.layout import Layout

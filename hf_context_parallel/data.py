@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from .attention.strategy import Strategy, build_strategy
 from .config import ContextParallelConfig
-from .consensus import fingerprint
+from .distributed.agreement import fingerprint
 from .planning import mask as masks
 from .planning.balanced import padded_layout
 from .planning.layout import Layout

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .consensus import agree, fingerprint
 from .data import CONSUMED, IGNORED, read_batch
+from .distributed.agreement import agree, fingerprint
+from .distributed.mesh import world
+from .distributed.process_groups import build_columns
 from .integration.models import UNSHIFTED, makes_positions, mixers, transformers_model
 from .integration.rope import follows_length
-from .mesh import build_columns, world
 from .planning.layout import FIXED_LAYOUTS
 from .planning.machine import machine_of
 from .schedule import Costs, Group, ModelShape, Schedule, make_schedule, sizes

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .attention.a2a import TokenExchange, grouped_heads, reads_of
-from .attention.exchange import Exchange
-from .attention.rows import Rows
 from .data import Shard
+from .distributed.messages import Exchange
+from .distributed.rows import Rows
+from .distributed.token_exchange import TokenExchange, grouped_heads, reads_of
 from .reshard import held, linear, sequences
 
 

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .check import Errors, errors, tolerance
+from .distributed.worker_pool import WorkerPool
 from .integration.models import REFUSED
 from .tiny import shrink, tiny_config
-from .workers import WorkerPool
 
 TIMEOUT = 120
 """Seconds that one model may take on one group."""

@@ -29,6 +29,7 @@ from .composition import (
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data import IGNORED, ContextParallelDataCollator
+from .distributed.mesh import mesh_of
 from .dynamic import Round, Scheduler
 from .integration.current import current_batch
 from .integration.models import check_model
@@ -36,7 +37,6 @@ from .integration.randomness import share_streams
 from .integration.tensor import check_parallelism
 from .loader import prepare_data_loader
 from .memory import PeakMemory
-from .mesh import mesh_of
 from .verification import verify
 
 

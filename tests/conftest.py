@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(scope="session")
 def on_ranks():
     """`on_ranks(n, function, *args)`: what the function returns on each of n ranks of a real process group."""
-    from hf_context_parallel.workers import WorkerPool
+    from hf_context_parallel.distributed.worker_pool import WorkerPool
 
     workers = WorkerPool(WORKERS, TIMEOUT)
     yield workers

@@ -17,8 +17,8 @@ from simulated import in_band
 from test_kernels import CALLS, SCALE, SHAPES, SOFTCAP, TOKENS, by_kernel, check, limits, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_context_parallel.kernels import FlashAttnKernel, ReferenceKernel, TorchKernel
-from hf_context_parallel.kernels.base import Scores
+from hf_context_parallel.attention.kernels.registry import FlashAttnKernel, ReferenceKernel, TorchKernel
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.tiles import Band, Segments
 
 told = []

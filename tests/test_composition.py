@@ -22,8 +22,8 @@ from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
 from hf_context_parallel.composition import refuse_ignored_size
+from hf_context_parallel.distributed.worker_pool import WorkerPool
 from hf_context_parallel.launch import DEFAULTS
-from hf_context_parallel.workers import WorkerPool
 
 WINDOWS = {"model_type": "gemma3_text", "collator": "packed", "gradient_accumulation_steps": 2}
 """A model whose windows accelerate's own context parallelism refuses."""

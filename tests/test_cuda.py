@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_ring import dense, on_rank, tensors
 
-from hf_context_parallel.attention import exchange as exchanges
-from hf_context_parallel.kernels import choose_kernel
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.distributed import messages as exchanges
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, whole_rows
 

@@ -12,18 +12,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from simulated import LargestTensor, dense_attention, in_band
 
-from hf_context_parallel.attention.merge import merge_
-from hf_context_parallel.kernels import (
+from hf_context_parallel.attention.kernels import cpu, reference
+from hf_context_parallel.attention.kernels.base import blocks
+from hf_context_parallel.attention.kernels.registry import (
     KERNELS,
     CpuKernel,
     ReferenceKernel,
     TorchKernel,
     check_kernel,
     choose_kernel,
-    cpu,
-    reference,
 )
-from hf_context_parallel.kernels.base import Scores, blocks
+from hf_context_parallel.attention.merge import merge_
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 
 SCALE = 0.3

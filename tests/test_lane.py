@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_context_parallel.attention import exchange as exchanges
-from hf_context_parallel.attention import p2p
-from hf_context_parallel.kernels import choose_kernel
+from hf_context_parallel.attention import ring
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.distributed import side_stream
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, whole_rows
 from hf_context_parallel.planning.plan import build_plan
@@ -189,8 +189,8 @@ class on_stream:
 @pytest.fixture
 def streams(monkeypatch):
     """Ranks have the streams of a CUDA device."""
-    monkeypatch.setattr(p2p, "Lane", lambda device: exchanges.Lane(torch.device("cuda", 0)))
-    monkeypatch.setattr(exchanges, "_beside", lambda device: Device.here.device.streams[LANE])
+    monkeypatch.setattr(ring, "Lane", lambda device: side_stream.Lane(torch.device("cuda", 0)))
+    monkeypatch.setattr(side_stream, "_beside", lambda device: Device.here.device.streams[LANE])
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Device.here.device.current)
 
@@ -223,7 +223,7 @@ def test_kernels_wait_for_their_keys_alone(size, beside, streams, monkeypatch):
     """Not for what was posted after them: neither keys nor sums of gradients hold up kernels that do not need them. On
     one stream the sums would, where there is a step for them to hold up."""
     if not beside:
-        monkeypatch.setattr(p2p, "Lane", exchanges.Lane)
+        monkeypatch.setattr(ring, "Lane", side_stream.Lane)
     mask, held_up = Mask(16 * size, whole_rows(1, 16 * size)), False
     for rank, exchange, kernel in followed(mask, size):
         plan = build_plan(zigzag(mask.length, size), mask, rank)
@@ -246,13 +246,13 @@ def test_kernels_wait_for_their_keys_alone(size, beside, streams, monkeypatch):
 )
 def test_it_would_be_noticed(method, message, streams, monkeypatch):
     """A lane that does not wait, does not keep what it uses, or is not waited for."""
-    monkeypatch.setattr(exchanges.Lane, method, lambda *args: None)
+    monkeypatch.setattr(side_stream.Lane, method, lambda *args: None)
     with pytest.raises(AssertionError, match=message):
         followed(MASKS["one document"], 3)
 
 
 def test_elsewhere_a_lane_does_nothing():
-    lane = exchanges.Lane(torch.device("cpu"))
+    lane = side_stream.Lane(torch.device("cpu"))
     with lane:
         lane.follow()
         lane.keep(torch.zeros(1))

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_context_parallel.mesh import build_groups
+from hf_context_parallel.distributed.process_groups import build_groups
 
 
 def place(

@@ -14,10 +14,10 @@ from models import context, document_positions, needs_transformers, some_labels,
 from simulated import Network, SimulatedExchange
 
 from hf_context_parallel import halo, heads
-from hf_context_parallel.attention.a2a import deal_heads
 from hf_context_parallel.check import Errors, batches, errors
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.data import SHARD, Shard, shard_batch
+from hf_context_parallel.distributed.token_exchange import deal_heads
 from hf_context_parallel.integration.models import NAME, trying
 from hf_context_parallel.integration.native import NativeMixers
 from hf_context_parallel.integration.whole import WholeSequences

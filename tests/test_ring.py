@@ -16,10 +16,12 @@ from simulated import (
     run,
 )
 
-from hf_context_parallel.attention import attention, p2p
+from hf_context_parallel.attention import ring as planned_ring
+from hf_context_parallel.attention.executor import attention
+from hf_context_parallel.attention.kernels import cpu, reference
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
-from hf_context_parallel.kernels import choose_kernel, cpu, reference
-from hf_context_parallel.kernels.base import Scores
 from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 
@@ -443,11 +445,11 @@ def errors(size, mask, whole, kernel):
 def sum_in(dtype, monkeypatch):
     """Make the ring keep its sums in `dtype`: round them whenever something was added, and when they travel."""
 
-    def merge(output, *args, merge_=p2p.merge_):
+    def merge(output, *args, merge_=planned_ring.merge_):
         merge_(output, *args)
         output.copy_(output.to(dtype))
 
-    def add(rows, *args, add=p2p._Sum.add):
+    def add(rows, *args, add=planned_ring._Sum.add):
         add(rows, *args)
         rows.total().copy_(rows.total().to(dtype))
 
@@ -456,8 +458,8 @@ def sum_in(dtype, monkeypatch):
             tensor.copy_(tensor.to(dtype))
         return post(exchange, sends, receives)
 
-    monkeypatch.setattr(p2p, "merge_", merge)
-    monkeypatch.setattr(p2p._Sum, "add", add)
+    monkeypatch.setattr(planned_ring, "merge_", merge)
+    monkeypatch.setattr(planned_ring._Sum, "add", add)
     monkeypatch.setattr(SimulatedExchange, "post", post)
 
 

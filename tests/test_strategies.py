@@ -11,11 +11,11 @@ from simulated import Log, cases, run
 from test_ring import HOW, MASKS, SHAPES, check, on_rank, some_sinks, tensors
 
 from hf_context_parallel import ContextParallel
-from hf_context_parallel.attention.a2a import deal_heads, reads_of
+from hf_context_parallel.attention.auto_strategy import choose, inner_size, shares
+from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.attention.strategy import Shape, build_strategy
-from hf_context_parallel.choice import choose, inner_size, shares
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.kernels import choose_kernel
+from hf_context_parallel.distributed.token_exchange import deal_heads, reads_of
 from hf_context_parallel.planning.balanced import balanced
 from hf_context_parallel.planning.intervals import total, union
 from hf_context_parallel.planning.layout import contiguous, zigzag

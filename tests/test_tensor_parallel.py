@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
-from hf_context_parallel.workers import WorkerPool
+from hf_context_parallel.distributed.worker_pool import WorkerPool
 
 pytestmark = needs_sharding_while_loading
 

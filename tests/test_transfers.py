@@ -8,8 +8,8 @@ import torch
 from simulated import Event, LiveBuffers, Log, run
 from test_ring import MASKS, SIZES, on_rank, tensors
 
-from hf_context_parallel.attention import exchange as exchanges
-from hf_context_parallel.kernels import choose_kernel
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.distributed import messages as exchanges
 from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 from hf_context_parallel.planning.plan import build_plan

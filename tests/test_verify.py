@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 import hf_context_parallel as hcp
 from hf_context_parallel import data, tiny, trainer, verification
+from hf_context_parallel.attention.kernels.reference import ReferenceKernel
 from hf_context_parallel.integration import attention, models
-from hf_context_parallel.kernels.reference import ReferenceKernel
 from hf_context_parallel.planning import mask
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16

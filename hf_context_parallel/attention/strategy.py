@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..distributed.messages import Exchange, Subset, accumulation_dtype
+from ..distributed.rows import Rows
+from ..distributed.token_exchange import TokenExchange
 from ..planning.layout import Layout
 from ..planning.mask import Document, Mask
 from ..planning.plan import Plan, build_gathering_plan, build_own_plan, build_plan
-from .a2a import SharedHeads, TokenExchange
-from .exchange import Exchange, Subset
-from .p2p import accumulation_dtype
-from .rows import Rows
+from .ulysses import SharedHeads
 
 
 class Shape(NamedTuple):

@@ -15,10 +15,10 @@ from transformers.models.falcon import modeling_falcon as falcon
 from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
 from transformers.models.gptj import modeling_gptj as gptj
 
-from ..attention import attend, one_dtype
+from ..attention.executor import attend, one_dtype
+from ..attention.kernels.registry import check_kernel
+from ..attention.scores import make_scores, seed_of
 from ..attention.strategy import Shape
-from ..kernels import check_kernel
-from ..kernels.base import make_scores, seed_of
 from ..planning.mask import Pattern
 from .context import ShardedBatch
 from .current import current_batch

@@ -13,10 +13,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from ..attention.auto_strategy import Choice
 from ..attention.strategy import Shape, Strategy
-from ..choice import Choice
-from ..consensus import LastWords, agree, fingerprint
 from ..data import IGNORED, SHARD, Shard, positions_in_documents, shard_batch
+from ..distributed.agreement import agree, fingerprint
+from ..distributed.failures import LastWords
 from ..planning.mask import Pattern, layer_type
 from .current import current_batch, enter, leave
 from .loss import BalancingLoss, corrected_loss

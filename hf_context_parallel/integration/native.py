@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention.a2a import deal_heads
 from ..data import take_columns
+from ..distributed.token_exchange import deal_heads
 from ..halo import Halo
 from ..heads import Heads
 from .current import current_batch

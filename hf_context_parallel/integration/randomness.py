@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..kernels.base import seed_of
-from ..mesh import Ranks
+from ..attention.scores import seed_of
+from ..distributed.mesh import Ranks
 
 if TYPE_CHECKING:
     from ..context_parallel import ContextParallel

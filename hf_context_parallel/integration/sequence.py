@@ -19,7 +19,7 @@ from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..mesh import Ranks
+from ..distributed.mesh import Ranks
 from .models import styles_of
 from .replacement import Replacement
 from .replicated import SUMMED, SumGradients, summed_gradients

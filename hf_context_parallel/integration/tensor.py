@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ..mesh import mesh_of
+from ..distributed.mesh import mesh_of
 from .models import check_tensor_parallel_type, styles_of, transformers_model
 from .sequence import parts
 

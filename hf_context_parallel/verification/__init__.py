@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from ..consensus import agree, fingerprint
 from ..context_parallel import ContextParallel
+from ..distributed.agreement import agree, fingerprint
+from ..distributed.mesh import world
 from ..integration.models import check_model, styles_of, transformers_model
 from ..integration.replicated import ReplicatedParameters
 from ..integration.rope import follows_length
 from ..integration.tensor import check_parallelism
-from ..mesh import world
 from .batches import make_batches
 from .runs import Difference, Sharded, Whole
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..planning.intervals import Interval
-from ..planning.tiles import CAUSAL, FULL, Segments, take
-from .base import Kernel, Scores
+from ...planning.intervals import Interval
+from ...planning.tiles import CAUSAL, FULL, Segments, take
+from ..scores import Scores
+from .base import Kernel
 
 
 class Lengths(NamedTuple):

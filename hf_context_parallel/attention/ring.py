@@ -12,14 +12,16 @@ from itertools import chain
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..kernels.base import Kernel, Scores
+from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype
+from ..distributed.side_stream import Lane
 from ..planning.intervals import Interval
 from ..planning.plan import Plan, Step, Transfer
-from .a2a import SharedHeads
-from .exchange import Exchange, Lane, Message, Pending
+from .kernels.base import Kernel
 from .merge import begin, merge_
+from .profiling import span
+from .scores import Scores
 from .sinks import sinks_gradient, with_sinks
-from .spans import span
+from .ulysses import SharedHeads
 
 
 def planned_attention(
@@ -51,11 +53,6 @@ def planned_attention(
     key_value = torch.cat([key, value], dim=-1)  # one message a transfer instead of two
     arguments = key.shape[-1], plan, exchange, kernel, scores, guard, shared
     return _Attention.apply(query.contiguous(), key_value, sinks, *arguments)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over ranks are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Attention(torch.autograd.Function):

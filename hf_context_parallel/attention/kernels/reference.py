@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..planning.tiles import Segments
-from .base import Block, Kernel, Scores, blocks
+from ...planning.tiles import Segments
+from ..scores import Scores
+from .base import Block, Kernel, blocks
 
 MOST_SCORES = 2**22
 """Scores that are kept at a time, all heads counted (but one query's are, whatever their number)."""

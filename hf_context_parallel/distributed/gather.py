@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .attention.p2p import accumulation_dtype
-from .planning.layout import Layout
+from ..planning.layout import Layout
+from .messages import accumulation_dtype
 
 
 def gather_sequence(x: torch.Tensor, layout: Layout, length: int, group: dist.ProcessGroup | None) -> torch.Tensor:

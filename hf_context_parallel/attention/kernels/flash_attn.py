@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from .base import Scores
+from ..scores import Scores
 from .varlen import VarlenKernel, Window
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .base import Scores
+from ..scores import Scores
 from .varlen import VarlenKernel, Window
 
 

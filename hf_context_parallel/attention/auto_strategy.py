@@ -9,14 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from .attention.a2a import SharedHeads, TokenExchange
-from .attention.p2p import accumulation_dtype
-from .attention.strategy import Shape, bytes_of_heads, bytes_of_keys
-from .config import ContextParallelConfig
-from .planning.layout import Layout
-from .planning.machine import BACKWARD, Machine, attention_flops
-from .planning.mask import Mask
-from .planning.workload import Demand, demand
+from ..config import ContextParallelConfig
+from ..distributed.messages import accumulation_dtype
+from ..distributed.token_exchange import TokenExchange
+from ..planning.layout import Layout
+from ..planning.machine import BACKWARD, Machine, attention_flops
+from ..planning.mask import Mask
+from ..planning.workload import Demand, demand
+from .strategy import Shape, bytes_of_heads, bytes_of_keys
+from .ulysses import SharedHeads
 
 
 class Choice(NamedTuple):

@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from .base import Kernel, Scores
+from ..scores import Scores
+from .base import Kernel
 from .cpu import CpuKernel
 from .flash_attn import FlashAttnKernel
 from .reference import ReferenceKernel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..planning.tiles import Segments
+from ...planning.tiles import Segments
 from .base import Block, Kernel, blocks, is_plain
 from .reference import ReferenceKernel
 
