@@ -5,11 +5,11 @@ Importing this package registers `attn_implementation="context_parallel"`.
 
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
-from .data import ContextParallelDataCollator
+from .data.collator import ContextParallelDataCollator
 from .distributed.mesh import mesh_of
 from .integration import attention, masks
-from .trainer import ContextParallelMixin, ContextParallelTrainer
-from .verification import verify
+from .trainer.mixin import ContextParallelMixin, ContextParallelTrainer
+from .verification.verify import verify
 
 attention.register()
 masks.register()

@@ -18,6 +18,7 @@ from .attention.kernels.registry import check_kernel, choose_kernel, named_kerne
 from .attention.scores import make_scores
 from .attention.strategy import Shape, build_strategy
 from .config import ContextParallelConfig, check_comm_type
+from .data.loader import prepare_data_loader
 from .distributed.agreement import agree, fingerprint, odd_rank
 from .distributed.gather import gather_sequence
 from .distributed.mesh import world
@@ -25,7 +26,6 @@ from .distributed.messages import Exchange, GroupExchange
 from .distributed.process_groups import Groups, build_groups
 from .integration.context import ShardedBatch
 from .integration.current import current_batch
-from .loader import prepare_data_loader
 from .planning import mask as masks
 from .planning.balanced import make_layout
 from .planning.layout import Layout

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from .data import Shard
+from .data.shard import Shard
 from .reshard import Piece, all_to_all, linear, pieces, ranges, scattered, sequences
 
 

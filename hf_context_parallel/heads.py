@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .data import Shard
+from .data.shard import Shard
 from .distributed.messages import Exchange
 from .distributed.rows import Rows
 from .distributed.token_exchange import TokenExchange, grouped_heads, reads_of

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .data import Shard
+from .data.shard import Shard
 from .planning.layout import Layout
 
 

@@ -11,8 +11,8 @@ from transformers import masking_utils
 from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
-from hf_context_parallel import tiny
-from hf_context_parallel.tiny import VOCABULARY
+from hf_context_parallel.verification.types import tiny
+from hf_context_parallel.verification.types.tiny import VOCABULARY
 
 needs_sharding_while_loading = pytest.mark.skipif(
     not hasattr(DistributedConfig, "dp_replicate_size"),

@@ -10,11 +10,11 @@ from models import needs_chunks_of_documents, needs_transformers
 from transformers import AutoModelForCausalLM
 
 import hf_context_parallel as hcp
-from hf_context_parallel import check, survey
-from hf_context_parallel.check_command import PAGE, run_check
 from hf_context_parallel.integration import models
 from hf_context_parallel.integration.models import KNOWN, NAME, known_states
-from hf_context_parallel.tiny import VOCABULARY, tiny_config, tiny_model
+from hf_context_parallel.verification.types import check, survey
+from hf_context_parallel.verification.types.command import PAGE, run_check
+from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
 
 SAMPLE = {
     "llama4_text": (2, 3),  # chunks, and a temperature that follows positions

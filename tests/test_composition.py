@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
-from hf_context_parallel.composition import refuse_ignored_size
 from hf_context_parallel.distributed.worker_pool import WorkerPool
-from hf_context_parallel.launch import DEFAULTS
+from hf_context_parallel.recipe.launch import DEFAULTS
+from hf_context_parallel.trainer.accelerate import refuse_ignored_size
 
 WINDOWS = {"model_type": "gemma3_text", "collator": "packed", "gradient_accumulation_steps": 2}
 """A model whose windows accelerate's own context parallelism refuses."""

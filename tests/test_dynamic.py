@@ -12,7 +12,7 @@ from models import context, needs_sharding_while_loading, some_labels, tiny_mode
 from test_trainer import STOCK, make_trainer, random_crops, samples_of
 
 import hf_context_parallel as hcp
-from hf_context_parallel.dynamic import Scheduler
+from hf_context_parallel.dynamic.scheduler import Scheduler
 
 LENGTH = 45
 

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 import hf_context_parallel as hcp
-from hf_context_parallel.loader import _Dealer
+from hf_context_parallel.data.loader import _Dealer
 
 SAMPLERS = {
     "weighted": lambda data: {"sampler": WeightedRandomSampler([1.0] * len(data), len(data), replacement=False)},

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from models import context, document_positions, some_labels, tiny_model, tokens
 
-from hf_context_parallel import check as checks
-from hf_context_parallel import data
+from hf_context_parallel.data import shard
 from hf_context_parallel.integration.current import current_batch
 from hf_context_parallel.planning import balanced
 from hf_context_parallel.planning.balanced import padded_layout
-from hf_context_parallel.tiny import tiny_config
+from hf_context_parallel.verification.types import check as checks
+from hf_context_parallel.verification.types.tiny import tiny_config
 
 EXACT = ("gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
 
@@ -135,7 +135,7 @@ def errors_of_a_balanced_model(model_type: str) -> tuple[dict, bool]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(balanced, "FINEST", 1)
         patch.setattr(balanced, "LEAST", 1)
-        patch.setattr(data, "padded_layout", noting)
+        patch.setattr(shard, "padded_layout", noting)
         found, _ = checks.errors(tiny_config(model_type), {"layout": "balanced"})
     return found, any(len(layout.chunk_owners) > 2 * layout.size for layout in dealt)
 

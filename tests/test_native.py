@@ -14,15 +14,16 @@ from models import context, document_positions, needs_transformers, some_labels,
 from simulated import Network, SimulatedExchange
 
 from hf_context_parallel import halo, heads
-from hf_context_parallel.check import Errors, batches, errors
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.data import SHARD, Shard, shard_batch
+from hf_context_parallel.data.batch import SHARD
+from hf_context_parallel.data.shard import Shard, shard_batch
 from hf_context_parallel.distributed.token_exchange import deal_heads
 from hf_context_parallel.integration.models import NAME, trying
 from hf_context_parallel.integration.native import NativeMixers
 from hf_context_parallel.integration.whole import WholeSequences
 from hf_context_parallel.reshard import sequences
-from hf_context_parallel.tiny import tiny_config, tiny_model
+from hf_context_parallel.verification.types.check import Errors, batches, errors
+from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
 
 FAMILIES = {
     "delta rule": "qwen3_next",

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from models import needs_sharding_while_loading, needs_transformers
 from transformers import ByT5Tokenizer, Qwen3Config
 
-from hf_context_parallel.build import add_lora, load_config, load_model, load_tokenizer
-from hf_context_parallel.compare import compare_with_one_process, difference
-from hf_context_parallel.corpus import load_documents, make_collator, pack, to_rows
-from hf_context_parallel.dry_run import MAX_LENGTH, made_up_documents, shrink
 from hf_context_parallel.integration.models import known_states
-from hf_context_parallel.recipe import DataSection, ModelSection, RecipeError, load_recipe
-from hf_context_parallel.report import write_report
+from hf_context_parallel.recipe.compare import compare_with_one_process, difference
+from hf_context_parallel.recipe.documents import load_documents, make_collator, pack, to_rows
+from hf_context_parallel.recipe.dry_run import MAX_LENGTH, made_up_documents, shrink
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.model import add_lora, load_config, load_model, load_tokenizer
+from hf_context_parallel.recipe.reading import load_recipe
+from hf_context_parallel.recipe.report import write_report
+from hf_context_parallel.recipe.schema import DataSection, ModelSection
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MEGATRON = ("megatron_quick_start_cpu", "megatron_quick_start")

@@ -11,8 +11,8 @@ from models import context, document_positions, needs_chunks_of_documents, tiny_
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_context_parallel import tiny
 from hf_context_parallel.integration.models import TEXT_ALONE
+from hf_context_parallel.verification.types import tiny
 
 
 def labelled(rows: int = 2, length: int = 19) -> dict[str, torch.Tensor]:

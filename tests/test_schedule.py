@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_context_parallel.dynamic.costs import LLAMA_8B, Costs, counts
+from hf_context_parallel.dynamic.groups import capacity, sizes
+from hf_context_parallel.dynamic.schedule import in_order, make_schedule
 from hf_context_parallel.planning.layout import FIXED_LAYOUTS, zigzag
 from hf_context_parallel.planning.machine import CPU, H100_NODE
 from hf_context_parallel.planning.mask import Mask
 from hf_context_parallel.planning.workload import demand
-from hf_context_parallel.schedule import LLAMA_8B, Costs, capacity, counts, in_order, make_schedule, sizes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.dynamic import stages_of_greedy_rule

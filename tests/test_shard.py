@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel
 
 import hf_context_parallel as hcp
-from hf_context_parallel import tiny
-from hf_context_parallel.data import SHARD
-from hf_context_parallel.tiny import tiny_config
+from hf_context_parallel.data.batch import SHARD
+from hf_context_parallel.verification.types import tiny
+from hf_context_parallel.verification.types.tiny import tiny_config
 
 
 def labelled(rows: int = 2, length: int = 19, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -16,10 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 import hf_context_parallel as hcp
-from hf_context_parallel import data, tiny, trainer, verification
 from hf_context_parallel.attention.kernels.reference import ReferenceKernel
+from hf_context_parallel.data import batch
 from hf_context_parallel.integration import attention, models
 from hf_context_parallel.planning import mask
+from hf_context_parallel.trainer import mixin
+from hf_context_parallel.verification import verify
+from hf_context_parallel.verification.types import tiny
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 # Attention by the interface; experts; sinks; softcap and windows; a short convolution; linear attention; a state space
@@ -162,7 +165,7 @@ def made_wrong(how: str):
         else:
             model = tiny_model("llama", "context_parallel", FLOAT32)
         if how == "documents":
-            patch.setattr(data, "_documents", lambda batch, rows, length: mask.whole_rows(rows, length))
+            patch.setattr(batch, "_documents", lambda batch, rows, length: mask.whole_rows(rows, length))
         elif how in ("scale", "gradient"):
             patch.setattr(hcp.ContextParallel, "kernel", lambda self, device: Wrong(**{how: 1.001}))
         elif how == "RoPE":
@@ -292,11 +295,11 @@ def steps_of_a_trainer(folder, verified: bool, how: str | None, evaluate: bool =
     """Comparisons, steps, and the error of a run, right or wrong."""
     steps, compared, message = Steps(), [], ""
 
-    def counted(*args, original=trainer.verify):
+    def counted(*args, original=mixin.verify):
         compared.append(original(*args))
 
     with made_wrong(how or "nothing") as model, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "verify", counted)
+        patch.setattr(mixin, "verify", counted)
         settings = {"verify": verified}
         run = make_trainer(2, folder, model=model, settings=settings, max_steps=2)
         run.add_callback(steps)
@@ -321,6 +324,6 @@ def test_a_trainer_stops_before_its_first_step(on_ranks, tmp_path):
 
 def test_what_is_no_number_is_not_explained_by_rounding():
     nan = float("nan")
-    found = verification._of_all_ranks([verification.Difference("layer", "output", "packed", nan, nan)], context())
+    found = verify._of_all_ranks([verify.Difference("layer", "output", "packed", nan, nan)], context())
     with pytest.raises(ValueError, match=r"its output differs from that on whole sequences by inf"):
-        raise verification._first_error(found)
+        raise verify._first_error(found)

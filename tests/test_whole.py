@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from models import context, document_positions, needs_chunks_of_documents, some_labels, tokens
 from peft import LoraConfig, get_peft_model
 
-from hf_context_parallel.check import finite_masks
 from hf_context_parallel.reshard import deal
-from hf_context_parallel.tiny import tiny_config, tiny_model
+from hf_context_parallel.verification.types.check import finite_masks
+from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
 
 HYBRIDS = ("jamba", "bloom")
 

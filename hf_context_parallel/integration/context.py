@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ..attention.auto_strategy import Choice
 from ..attention.strategy import Shape, Strategy
-from ..data import IGNORED, SHARD, Shard, positions_in_documents, shard_batch
+from ..data.batch import IGNORED, SHARD, positions_in_documents
+from ..data.shard import Shard, shard_batch
 from ..distributed.agreement import agree, fingerprint
 from ..distributed.failures import LastWords
 from ..planning.mask import Pattern, layer_type

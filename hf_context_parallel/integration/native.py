@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data import take_columns
+from ..data.batch import take_columns
 from ..distributed.token_exchange import deal_heads
 from ..halo import Halo
 from ..heads import Heads

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from .replacement import Replacement
 
 if TYPE_CHECKING:
-    from ..data import Shard
+    from ..data.shard import Shard
     from .context import ShardedBatch
 
 

@@ -29,8 +29,6 @@ class Band(NamedTuple):
 
 
 FULL = Band(None, None)
-
-
 CAUSAL = Band(None, 0)
 
 

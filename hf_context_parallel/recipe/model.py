@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from hf_context_parallel.recipe import ModelSection, RecipeError
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.schema import ModelSection
 
 BYTES = "bytes"
 

@@ -8,11 +8,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ..context_parallel import ContextParallel
-from ..integration.models import transformers_model
-from ..integration.sequence import Shares
-from ..planning import mask as masks
-from ..planning.balanced import padded_layout
+from ...context_parallel import ContextParallel
+from ...integration.models import transformers_model
+from ...integration.sequence import Shares
+from ...planning import mask as masks
+from ...planning.balanced import padded_layout
 
 TOKENS_A_RANK = 16
 """Of a row, at least."""

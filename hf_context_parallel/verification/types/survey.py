@@ -16,9 +16,9 @@ from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ...distributed.worker_pool import WorkerPool
+from ...integration.models import REFUSED
 from .check import Errors, errors, tolerance
-from .distributed.worker_pool import WorkerPool
-from .integration.models import REFUSED
 from .tiny import shrink, tiny_config
 
 TIMEOUT = 120

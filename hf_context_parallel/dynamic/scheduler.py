@@ -11,18 +11,20 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .data import CONSUMED, IGNORED, read_batch
-from .distributed.agreement import agree, fingerprint
-from .distributed.mesh import world
-from .distributed.process_groups import build_columns
-from .integration.models import UNSHIFTED, makes_positions, mixers, transformers_model
-from .integration.rope import follows_length
-from .planning.layout import FIXED_LAYOUTS
-from .planning.machine import machine_of
-from .schedule import Costs, Group, ModelShape, Schedule, make_schedule, sizes
+from ..data.batch import CONSUMED, IGNORED, read_batch
+from ..distributed.agreement import agree, fingerprint
+from ..distributed.mesh import world
+from ..distributed.process_groups import build_columns
+from ..integration.models import UNSHIFTED, makes_positions, mixers, transformers_model
+from ..integration.rope import follows_length
+from ..planning.layout import FIXED_LAYOUTS
+from ..planning.machine import machine_of
+from .costs import Costs, ModelShape
+from .groups import Group, Schedule, sizes
+from .schedule import make_schedule
 
 if TYPE_CHECKING:
-    from .context_parallel import ContextParallel
+    from ..context_parallel import ContextParallel
 
 CARRIED = ("input_ids", "shift_labels", "position_ids")
 """What travels of a sample."""

@@ -11,9 +11,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from hf_context_parallel.launch import launch
-from hf_context_parallel.recipe import RecipeError, load_recipe
-from hf_context_parallel.report import training_steps
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.launch import launch
+from hf_context_parallel.recipe.reading import load_recipe
+from hf_context_parallel.recipe.report import training_steps
 
 TOLERANCE = 1e-4  # of the loss, relative
 MEASURES = {"peak_memory_gib": "peak GiB a rank", "tokens_per_second": "tokens/s"}

@@ -13,10 +13,10 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..context_parallel import ContextParallel
-from ..integration.attention import computed_otherwise, heard_by
-from ..integration.context import accepted
-from ..integration.models import mixers, transformers_model
+from ...context_parallel import ContextParallel
+from ...integration.attention import computed_otherwise, heard_by
+from ...integration.context import accepted
+from ...integration.models import mixers, transformers_model
 from .batches import Batch
 from .modules import INPUT, OUTPUT, hidden_output, hidden_states, replaced, run_alone, stock_forwards, take
 

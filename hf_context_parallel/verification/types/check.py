@@ -16,11 +16,11 @@ from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedMod
 from transformers.distributed import DistributedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .config import ContextParallelConfig
-from .context_parallel import ContextParallel
-from .data import IGNORED
-from .distributed.mesh import mesh_of
-from .integration.models import NAME, UNSHIFTED, trying
+from ...config import ContextParallelConfig
+from ...context_parallel import ContextParallel
+from ...data.batch import IGNORED
+from ...distributed.mesh import mesh_of
+from ...integration.models import NAME, UNSHIFTED, trying
 from .tiny import VOCABULARY, tiny_model
 
 DOCUMENTS = (11, 1, 2, 20, 7)

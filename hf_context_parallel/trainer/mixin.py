@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, ParallelismConfig
+from accelerate import ParallelismConfig
 from accelerate.utils import recursively_apply
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from .composition import (
+from ..config import ContextParallelConfig
+from ..context_parallel import ContextParallel
+from ..data.batch import IGNORED
+from ..data.collator import ContextParallelDataCollator
+from ..distributed.mesh import mesh_of
+from ..dynamic.scheduler import Round, Scheduler
+from ..integration.current import current_batch
+from ..integration.models import check_model
+from ..integration.randomness import share_streams
+from ..integration.tensor import check_parallelism
+from ..verification.verify import verify
+from .accelerate import (
     ENABLED,
     AnyDeviceParallelism,
+    CpAccelerator,
     launcher_command,
     refuse_ignored_size,
     refuse_unknown,
     start_fsdp2,
     with_launched_size,
 )
-from .config import ContextParallelConfig
-from .context_parallel import ContextParallel
-from .data import IGNORED, ContextParallelDataCollator
-from .distributed.mesh import mesh_of
-from .dynamic import Round, Scheduler
-from .integration.current import current_batch
-from .integration.models import check_model
-from .integration.randomness import share_streams
-from .integration.tensor import check_parallelism
-from .loader import prepare_data_loader
-from .memory import PeakMemory
-from .verification import verify
+from .metrics import StepWatch
 
 
 class ContextParallelMixin:
@@ -79,7 +77,7 @@ class ContextParallelMixin:
         self._refuse()
         if self._config.verify and self.cp.size > 1:
             self.add_callback(_Verification(self))
-        self._watch = _StepWatch(self.args.device)
+        self._watch = StepWatch(self.args.device)
         self.add_callback(self._watch)
         self._scheduler: Scheduler | None = None
         if self._config.dynamic:
@@ -156,7 +154,7 @@ class ContextParallelMixin:
         mesh = mesh_of(self.model) if self.model is not None else None
         self.cp = ContextParallel(self._config, self.accelerator.torch_device_mesh if mesh is None else mesh)
         # The Trainer makes its Accelerator itself, so it becomes ours afterwards.
-        self.accelerator.__class__ = _CpAccelerator
+        self.accelerator.__class__ = CpAccelerator
         self.accelerator.cp = self.cp
         self.gather_function = self.accelerator.gather_for_metrics
 
@@ -389,62 +387,6 @@ class ContextParallelTrainer(ContextParallelMixin, Trainer):
     """`transformers.Trainer` with `context_parallel=ContextParallelConfig(...)`. See `ContextParallelMixin`."""
 
 
-class _CpAccelerator(Accelerator):
-    """An Accelerator that knows that the ranks of a CP group have the same samples."""
-
-    cp: ContextParallel
-    _for_metrics = False
-
-    def prepare_data_loader(self, data_loader, device_placement=None, slice_fn_for_dispatch=None):
-        if getattr(data_loader, "_is_accelerate_prepared", False):
-            return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
-        seed = data_loader.worker_init_fn
-        if isinstance(seed, functools.partial) and "rank" in seed.keywords:  # Trainer's: workers alike in a CP group
-            rank = 0 if isinstance(data_loader.dataset, IterableDataset) else self.cp.groups.data_rank  # all read all
-            data_loader.worker_init_fn = functools.partial(seed.func, *seed.args, **{**seed.keywords, "rank": rank})
-        loader = prepare_data_loader(
-            data_loader,
-            self.cp.groups,
-            device=self.device,
-            split_batches=self.split_batches,
-            put_on_device=self.device_placement if device_placement is None else device_placement,
-            rng_types=self.rng_types.copy(),
-            even_batches=self.even_batches,
-            use_seedable_sampler=self.use_seedable_sampler,
-            data_seed=self.dataloader_config.data_seed,
-            non_blocking=self.non_blocking,
-            use_stateful_dataloader=self.use_stateful_dataloader,
-        )
-        self._dataloaders.append(loader)
-        return loader
-
-    def _prepare_cp(self, *args):
-        """Accelerate would shard buffers for its own ring, which knows causal SDPA alone; cp.shard does it here."""
-        return args
-
-    def gather_for_metrics(self, input_data, use_gather_object=False):
-        """Each sample once: of the ranks of a CP group, which have the same ones, the first's."""
-        self._for_metrics = True
-        try:
-            return super().gather_for_metrics(input_data, use_gather_object)
-        finally:
-            self._for_metrics = False
-
-    def gather(self, tensor):
-        gathered = super().gather(tensor)
-        return recursively_apply(self._first_of_each_group, gathered) if self._for_metrics else gathered
-
-    def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
-        loader = self.gradient_state.active_dataloader
-        # A loader that outlives a change of the groups goes on dealing to those it was prepared for.
-        groups = getattr(loader, "groups", self.cp.groups)
-        ranks = gathered.unflatten(0, (self.num_processes, -1))[groups.first_ranks]
-        counts = getattr(loader, "counts", None)
-        if counts is None:
-            return ranks.flatten(0, 1)
-        return torch.cat([samples[:count] for samples, count in zip(ranks, counts)])
-
-
 class _Verification(TrainerCallback):
     """Verifies the model as it is wrapped for training, with the weights that a checkpoint brought."""
 
@@ -453,29 +395,3 @@ class _Verification(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         verify(self._trainer.model_wrapped, self._trainer.cp)
-
-
-class _StepWatch(TrainerCallback):
-    """The time since it was last read, and the most memory that a step needed above its start in that time."""
-
-    def __init__(self, device: torch.device):
-        self._memory = PeakMemory(device)
-        self._highest: float | None = None
-        self._since = time.perf_counter()
-
-    def read(self) -> tuple[float, float | None]:
-        """Seconds, and GiB or None where memory cannot be measured."""
-        seconds, highest = time.perf_counter() - self._since, self._highest
-        self._since, self._highest = time.perf_counter(), None
-        return seconds, highest
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.read()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._memory.start()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        peak = self._memory.peak()
-        if peak is not None:
-            self._highest = max(peak, self._highest or 0.0)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..integration.masks import stock_attention, told_otherwise
-from ..integration.replacement import Replacement
+from ...integration.masks import stock_attention, told_otherwise
+from ...integration.replacement import Replacement
 
 INPUT, OUTPUT, GRADIENT = "input", "output", "input gradient"
 

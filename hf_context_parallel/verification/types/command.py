@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from hf_context_parallel.config import COMM_TYPES
 from hf_context_parallel.integration.models import KNOWN, KNOWN_TENSOR_PARALLEL
-from hf_context_parallel.survey import (
+from hf_context_parallel.verification.types.survey import (
     GOOD,
     Finding,
     default_jobs,

@@ -14,7 +14,7 @@ from accelerate.state import GradientState
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset
 
-from .distributed.process_groups import Groups
+from ..distributed.process_groups import Groups
 
 
 def prepare_data_loader(loader: DataLoader, groups: Groups, **options) -> DataLoader:

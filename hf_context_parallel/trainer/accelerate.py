@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import psutil
+import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, recursively_apply
+from torch.utils.data import IterableDataset
 
-from .config import ContextParallelConfig
+from ..config import ContextParallelConfig
+from ..context_parallel import ContextParallel
+from ..data.loader import prepare_data_loader
 
 CP_SIZE = "parallelism_config_cp_size"
 """What `accelerate launch` calls it; in capitals, the environment variable that it makes of it."""
@@ -134,3 +139,59 @@ class AnyDeviceParallelism(ParallelismConfig):
             values = {name: getattr(accelerator, name) for name in names}
             accelerator = SimpleNamespace(**values, multi_device=True)
         super()._validate_accelerator(accelerator)
+
+
+class CpAccelerator(Accelerator):
+    """An Accelerator that knows that the ranks of a CP group have the same samples."""
+
+    cp: ContextParallel
+    _for_metrics = False
+
+    def prepare_data_loader(self, data_loader, device_placement=None, slice_fn_for_dispatch=None):
+        if getattr(data_loader, "_is_accelerate_prepared", False):
+            return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        seed = data_loader.worker_init_fn
+        if isinstance(seed, functools.partial) and "rank" in seed.keywords:  # Trainer's: workers alike in a CP group
+            rank = 0 if isinstance(data_loader.dataset, IterableDataset) else self.cp.groups.data_rank  # all read all
+            data_loader.worker_init_fn = functools.partial(seed.func, *seed.args, **{**seed.keywords, "rank": rank})
+        loader = prepare_data_loader(
+            data_loader,
+            self.cp.groups,
+            device=self.device,
+            split_batches=self.split_batches,
+            put_on_device=self.device_placement if device_placement is None else device_placement,
+            rng_types=self.rng_types.copy(),
+            even_batches=self.even_batches,
+            use_seedable_sampler=self.use_seedable_sampler,
+            data_seed=self.dataloader_config.data_seed,
+            non_blocking=self.non_blocking,
+            use_stateful_dataloader=self.use_stateful_dataloader,
+        )
+        self._dataloaders.append(loader)
+        return loader
+
+    def _prepare_cp(self, *args):
+        """Accelerate would shard buffers for its own ring, which knows causal SDPA alone; cp.shard does it here."""
+        return args
+
+    def gather_for_metrics(self, input_data, use_gather_object=False):
+        """Each sample once: of the ranks of a CP group, which have the same ones, the first's."""
+        self._for_metrics = True
+        try:
+            return super().gather_for_metrics(input_data, use_gather_object)
+        finally:
+            self._for_metrics = False
+
+    def gather(self, tensor):
+        gathered = super().gather(tensor)
+        return recursively_apply(self._first_of_each_group, gathered) if self._for_metrics else gathered
+
+    def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
+        loader = self.gradient_state.active_dataloader
+        # A loader that outlives a change of the groups goes on dealing to those it was prepared for.
+        groups = getattr(loader, "groups", self.cp.groups)
+        ranks = gathered.unflatten(0, (self.num_processes, -1))[groups.first_ranks]
+        counts = getattr(loader, "counts", None)
+        if counts is None:
+            return ranks.flatten(0, 1)
+        return torch.cat([samples[:count] for samples, count in zip(ranks, counts)])

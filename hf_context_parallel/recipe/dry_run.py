@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_context_parallel.build import BYTES, load_config, load_tokenizer
-from hf_context_parallel.corpus import COLUMNS
-from hf_context_parallel.recipe import DataSection, ModelSection, Recipe, RecipeError
-from hf_context_parallel.tiny import UNSTATED, with_small_sizes
+from hf_context_parallel.recipe.documents import COLUMNS
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.model import BYTES, load_config, load_tokenizer
+from hf_context_parallel.recipe.schema import DataSection, ModelSection, Recipe
+from hf_context_parallel.verification.types.tiny import UNSTATED, with_small_sizes
 
 MAX_LENGTH = 128
 """Tokens of a row: fewer than a tiny model has positions, some of which RoBERTa and its like leave out."""

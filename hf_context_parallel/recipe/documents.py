@@ -8,7 +8,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from hf_context_parallel.recipe import DataSection, RecipeError
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.schema import DataSection
 
 COLUMNS = {"text": "text", "chat": "messages", "tokens": "input_ids"}
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from hf_context_parallel.recipe import PARALLEL_SIZES, Recipe, RecipeError
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.schema import PARALLEL_SIZES, Recipe
 
 RUNNER = "hf_context_parallel.train"
 # What accelerate would otherwise remark on, or take from a configuration file of the user. Port 0: any that is free.

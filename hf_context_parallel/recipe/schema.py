@@ -8,24 +8,20 @@ ill-typed key is refused and named, with its section and the nearest valid key.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import sysconfig
-from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, PositiveInt, create_model
 from pydantic.dataclasses import dataclass
 from transformers import CONFIG_MAPPING, TrainingArguments
 from transformers.distributed import DistributedConfig
-from yaml import YAMLError
 
 from hf_context_parallel.config import ContextParallelConfig
+
+from .errors import RecipeError, did_you_mean
 
 PARALLEL_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
 """The sizes of `distributed`, whose product is the number of processes."""
@@ -34,10 +30,6 @@ STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, p
 
 # Names a folder of the running Python, such as ${python_path:stdlib}.
 OmegaConf.register_resolver("python_path", sysconfig.get_path, replace=True)
-
-
-class RecipeError(ValueError):
-    """A recipe, an override or a launch that cannot be run. The message names the value, the rule and the remedy."""
 
 
 def keywords_of(cls: type, **corrections: Any) -> type[BaseModel]:
@@ -236,74 +228,3 @@ class Recipe:
             return LoraConfig(**{"task_type": "CAUSAL_LM", **self.lora.model_dump(exclude_unset=True)})
         except ValueError as error:
             raise RecipeError(f"lora: {error}") from error
-
-
-VALID_KEYS = {
-    "model": {field.name for field in dataclasses.fields(ModelSection)},
-    "data": {field.name for field in dataclasses.fields(DataSection)},
-    "training": set(TrainingKeywords.model_fields),
-    "context_parallel": {field.name for field in dataclasses.fields(ContextParallelConfig)},
-    "distributed": set(DistributedKeywords.model_fields),
-    "lora": set(LoraKeywords.model_fields),
-}
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads the recipe at `path`, with `overrides` such as `training.max_steps=3` in place of what it says.
-
-    Raises:
-        RecipeError: if the file cannot be read, or a key is unknown, missing or ill-typed. All are listed.
-    """
-    for override in overrides:
-        if "=" not in override:
-            raise RecipeError(f"{override!r} is no override: write section.key=value, such as training.max_steps=3.")
-    try:
-        settings = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(settings, resolve=True)
-    except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise RecipeError(f"{path} cannot be read as a recipe: {error}") from error
-    try:
-        # Read as JSON, pydantic's strict mode takes a mapping for a dataclass and a string for an enumeration.
-        return TypeAdapter(Recipe).validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise RecipeError("\n".join([f"{path} is no valid recipe:", *explain(error)])) from error
-
-
-def explain(error: ValidationError) -> list[str]:
-    """One line for each key that `error` is about."""
-    complaints: dict[str, list[str]] = {}
-    for details in error.errors():
-        # The location of a union's error goes on with the name of the alternative that did not fit.
-        location = tuple(map(str, details["loc"][:2]))
-        complaints.setdefault(".".join(location), []).append(complaint(location, details))
-    return [
-        f"  {key}: {' / '.join(dict.fromkeys(texts))}" if key else f"  {texts[0]}" for key, texts in complaints.items()
-    ]
-
-
-def complaint(location: tuple[str, ...], details: dict[str, Any]) -> str:
-    """What is wrong at `location`, which is empty, a section, or a section and a key."""
-    kind, value = details["type"], details["input"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        if len(location) == 1:
-            return f"no section has this name.{did_you_mean(location[0], VALID_KEYS, homes_of(location[0]))}"
-        section, key = location
-        return f"unknown key in the section '{section}'.{did_you_mean(key, VALID_KEYS[section], homes_of(key))}"
-    if kind in ("missing", "missing_argument"):
-        return "this is required."
-    if kind == "value_error":
-        return str(details["ctx"]["error"])
-    return f"{details['msg']}, and this is {value!r}."
-
-
-def homes_of(key: str) -> list[str]:
-    """Where a key of just this name belongs."""
-    return [f"{section}.{key}" for section, keys in VALID_KEYS.items() if key in keys]
-
-
-def did_you_mean(word: str, allowed: Sequence[str], exact: Sequence[str] = ()) -> str:
-    """` Did you mean ...?` with what is `exact`, or else nearest to `word`; all that is allowed if nothing is near."""
-    nearest = exact or difflib.get_close_matches(word, list(allowed), n=1)
-    if nearest:
-        return f" Did you mean {' or '.join(map(repr, nearest))}?"
-    return f" Valid are {', '.join(sorted(allowed))}." if len(allowed) <= 20 else ""
