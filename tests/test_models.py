@@ -8,7 +8,7 @@ import torch.distributed as dist
 from models import context, document_positions, some_labels, tiny_model, tokens
 
 from hf_context_parallel.data import shard
-from hf_context_parallel.integration.current import current_batch
+from hf_context_parallel.integration.active_batch import active_batch
 from hf_context_parallel.planning import balanced
 from hf_context_parallel.planning.balanced import padded_layout
 from hf_context_parallel.verification.types import check as checks
@@ -171,7 +171,7 @@ def strategies_of_layers(comm_type) -> list[str]:
     cp = context(comm_type=comm_type)
     with cp.shard(BATCHES["dense"], model) as local:
         model(**local)
-        return [strategy.comm_type for strategy in current_batch().shard._strategies.values()]
+        return [strategy.comm_type for strategy in active_batch().strategies.values()]
 
 
 def test_every_layer_communicates_as_it_is_told(on_ranks):

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 import hf_context_parallel as hcp
 from hf_context_parallel.attention.kernels.reference import ReferenceKernel
+from hf_context_parallel.cp_group import CPGroup
 from hf_context_parallel.data import batch
 from hf_context_parallel.integration import attention, models
 from hf_context_parallel.planning import mask
@@ -167,7 +168,7 @@ def made_wrong(how: str):
         if how == "documents":
             patch.setattr(batch, "_documents", lambda batch, rows, length: mask.whole_rows(rows, length))
         elif how in ("scale", "gradient"):
-            patch.setattr(hcp.ContextParallel, "kernel", lambda self, device: Wrong(**{how: 1.001}))
+            patch.setattr(CPGroup, "kernel", lambda self, device: Wrong(**{how: 1.001}))
         elif how == "RoPE":
             rotary = model.model.rotary_emb
             rotary.forward = own_positions(rotary, rotary.forward)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ..attention.strategy import Strategy, build_strategy
 from ..config import ContextParallelConfig
 from ..distributed.agreement import fingerprint
 from ..planning import mask as masks
@@ -60,7 +59,6 @@ class Shard:
     begins: int
     unshifted: torch.Tensor | None = field(default=None, compare=False)
     unshifted_count: torch.Tensor | None = field(default=None, compare=False)
-    _strategies: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def local_shape(self) -> tuple[int, int]:
@@ -82,17 +80,6 @@ class Shard:
     def mask(self, pattern: masks.Pattern) -> masks.Mask:
         """What is seen in layers of this pattern."""
         return masks.Mask(self.layout.length, self.rows, pattern)
-
-    def strategy(self, pattern: masks.Pattern, comm_type: str, inner: int) -> Strategy:
-        """What this rank computes and moves in layers of this pattern; made for the first of them.
-
-        Args:
-            comm_type, inner: how keys travel, and the ranks of a subgroup that exchange heads.
-        """
-        key = pattern, comm_type, inner
-        if key not in self._strategies:
-            self._strategies[key] = build_strategy(comm_type, inner, self.layout, self.mask(pattern), self.rank)
-        return self._strategies[key]
 
 
 def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: int) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..context_parallel import ContextParallel
 from ..data.batch import CONSUMED, IGNORED, read_batch
 from ..distributed.agreement import agree, fingerprint
 from ..distributed.mesh import world
@@ -22,9 +23,6 @@ from ..planning.machine import machine_of
 from .costs import Costs, ModelShape
 from .groups import Group, Schedule, sizes
 from .schedule import make_schedule
-
-if TYPE_CHECKING:
-    from ..context_parallel import ContextParallel
 
 CARRIED = ("input_ids", "shift_labels", "position_ids")
 """What travels of a sample."""

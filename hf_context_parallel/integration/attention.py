@@ -15,13 +15,8 @@ from transformers.models.falcon import modeling_falcon as falcon
 from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
 from transformers.models.gptj import modeling_gptj as gptj
 
-from ..attention.executor import attend, one_dtype
-from ..attention.kernels.registry import check_kernel
-from ..attention.scores import make_scores, seed_of
-from ..attention.strategy import Shape
 from ..planning.mask import Pattern
-from .context import ShardedBatch
-from .current import current_batch
+from .active_batch import ActiveBatch, active_batch
 from .masks import PlannedMask, unsharded_implementation
 from .models import NAME, TEXT_ALONE
 from .positions import corrected_query
@@ -81,7 +76,7 @@ def context_parallel_attention(
     Raises:
         ValueError: for anything that would not be exact.
     """
-    batch = current_batch()
+    batch = active_batch()
     if batch is None:
         asked = {"softcap": softcap, "s_aux": s_aux}
         kwargs |= {name: value for name, value in asked.items() if value is not None}
@@ -91,24 +86,12 @@ def context_parallel_attention(
     _sharded.add(module)
     batch.note(module, "ring")
     query = corrected_query(module, query, batch)
-    query, key, value = one_dtype(query, key, value)
-    kernel = batch.cp.kernel(query.device)
-    scores = make_scores(query, scaling, softcap, dropout, torch.are_deterministic_algorithms_enabled())
-    check_kernel(kernel, query, value, scores)
-    # Ranks of a tensor-parallel group may draw alike, and their heads are not the same ones.
-    scores = scores._replace(seed=seed_of(scores.seed, batch.cp.groups.tensor.rank))
-    output = attend(
-        query,
-        key,
-        value,
-        strategy=batch.strategy(module, pattern, Shape.of(query, key, value), query.device),
-        exchange=batch.cp.exchange,
-        kernel=kernel,
-        scores=scores,
-        sinks=s_aux,
-        guard=batch.check_backward,
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call = batch.group.prepare(
+        query, key, value, scale=scaling, softcap=softcap, dropout_p=dropout, deterministic=deterministic
     )
-    return output, None
+    strategy = batch.strategy(module, pattern, call.shape, query.device)
+    return batch.group.attend(call, strategy, s_aux, batch.check_backward), None
 
 
 def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:
@@ -150,7 +133,7 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
     return Pattern(causal=getattr(module, "is_causal", True) if causal is None else causal)
 
 
-def _check_lengths(batch: ShardedBatch, query: torch.Tensor, key: torch.Tensor) -> None:
+def _check_lengths(batch: ActiveBatch, query: torch.Tensor, key: torch.Tensor) -> None:
     expected = batch.shard.local_shape
     for name, tensor in (("queries", query), ("keys", key)):
         found = (tensor.shape[0], tensor.shape[2])

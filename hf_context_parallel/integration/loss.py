@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..data.shard import Shard
+from .active_batch import ActiveBatch
 from .models import UNSHIFTED
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from .context import ShardedBatch
 
 BALANCING = "load_balancing_loss_func"
 """The function that Transformers' mixtures of experts compute their auxiliary loss with."""
@@ -27,7 +25,7 @@ class BalancingLoss:
     and counts 1/N of it. Models call a function of their module by name, so there it is replaced.
     """
 
-    def __init__(self, batch: ShardedBatch, model: PreTrainedModel):
+    def __init__(self, batch: ActiveBatch, model: PreTrainedModel):
         self._batch = batch
         self._names = inspect.unwrap(type(model).forward).__globals__
         self._original: Callable | None = None
@@ -47,21 +45,21 @@ class BalancingLoss:
         gathered = tuple(self._gathered(logits) for logits in gate_logits)
         padding = self._batch.shard.padding
         padding = None if padding is None else padding.to(gathered[0].device)
-        return self._original(gathered, num_experts, top_k, padding) / self._batch.cp.size
+        return self._original(gathered, num_experts, top_k, padding) / self._batch.group.size
 
     def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
         shard = self._batch.shard
         by_row = logits.reshape(shard.batch_size, -1, logits.shape[-1])
-        return self._batch.cp.gather(by_row).flatten(0, 1)
+        return self._batch.gather(by_row).flatten(0, 1)
 
 
-def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any], batch: ShardedBatch) -> Any:
+def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any], shard: Shard) -> Any:
     """The output with the loss that adds up to one process's, or None if it has that.
 
     Args:
         given: what the model's forward was given, by name.
     """
-    config, shard = model.config, batch.shard
+    config = model.config
     if given.get("labels") is None:
         return None
     if not isinstance(output, Mapping):

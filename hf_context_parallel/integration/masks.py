@@ -18,7 +18,7 @@ from transformers import MODEL_MAPPING, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..planning.mask import Pattern
-from .current import current_batch
+from .active_batch import active_batch
 from .models import ASK_FOR_THE_NAME, NAME
 
 GIVEN_A_MASK = (
@@ -86,7 +86,7 @@ def context_parallel_mask(**kwargs) -> Any:
         ValueError: if the model's type or its mask is not known to be exact on a shard.
     """
     config = kwargs["config"]
-    batch = current_batch()
+    batch = active_batch()
     if batch is None:
         if config.model_type in ASK_FOR_THE_NAME and not _told_otherwise:
             raise ValueError(

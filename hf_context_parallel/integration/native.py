@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,13 +19,10 @@ from ..data.batch import take_columns
 from ..distributed.token_exchange import deal_heads
 from ..halo import Halo
 from ..heads import Heads
-from .current import current_batch
+from .active_batch import ActiveBatch, active_batch
 from .replacement import Replacement, by_name
 from .seams import CONVOLUTION, CONVOLUTION_ARGUMENTS, FUSED, SCANS, seams
 from .whole import PADDING_MASKS, WholeSequences
-
-if TYPE_CHECKING:
-    from .context import ShardedBatch
 
 NOT_OF_MIXERS = frozenset(
     {
@@ -47,7 +44,7 @@ class NativeMixers(Replacement):
         whole: computes the calls of which it is not known how to share them.
     """
 
-    def __init__(self, batch: ShardedBatch, whole: WholeSequences):
+    def __init__(self, batch: ActiveBatch, whole: WholeSequences):
         super().__init__()
         self._batch, self._whole = batch, whole
         self._heads: Heads | None = None
@@ -61,7 +58,7 @@ class NativeMixers(Replacement):
         Raises:
             RuntimeError: if it does not call the functions that it was to call.
         """
-        if current_batch() is not self._batch:
+        if active_batch() is not self._batch:
             return forward(*args, **kwargs)
         arguments, parameters = by_name(forward, args, kwargs), inspect.signature(forward).parameters.keys()
         unused = NOT_OF_MIXERS - parameters
@@ -143,10 +140,10 @@ class NativeMixers(Replacement):
         _refuse_unknown(name, given, (*tensors, *scan.options))
         by_token = {key: given[key] for key in (*scan.by_head, *scan.by_group)}
         count = by_token[scan.by_head[0]].shape[2]
-        shares = deal_heads(count, self._batch.cp.size, turn)
-        self._heads = geometry = self._heads or Heads(self._batch.shard, self._batch.cp.exchange)
+        shares = deal_heads(count, self._batch.group.size, turn)
+        self._heads = geometry = self._heads or Heads(self._batch.shard, self._batch.group.exchange)
         whole = dict(zip(by_token, geometry.whole(list(by_token.values()), shares)))
-        mine = shares[self._batch.cp.rank]
+        mine = shares[self._batch.group.rank]
         per_head = {key: given[key] for key in scan.per_head if given.get(key) is not None}
 
         def computed(tensors: Mapping[str, torch.Tensor], heads: range) -> Any:
@@ -172,7 +169,7 @@ class NativeMixers(Replacement):
 
     def _halo(self, width: int, device: torch.device) -> Halo:
         if (width, device) not in self._halos:
-            self._halos[width, device] = Halo(self._batch.shard, width, self._batch.cp.groups.group, device)
+            self._halos[width, device] = Halo(self._batch.shard, width, self._batch.group.groups.group, device)
         return self._halos[width, device]
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from .context import ShardedBatch
+from .active_batch import ActiveBatch
 
 
-def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ShardedBatch) -> torch.Tensor:
+def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ActiveBatch) -> torch.Tensor:
     """The query with a factor for each token's index in its row, where the layer has put one for that on this rank.
 
     Llama 4 raises the temperature of layers without RoPE with the index, whatever `position_ids` say.

@@ -11,31 +11,28 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from ..attention.scores import seed_of
+from ..cp_group import CPGroup
 from ..distributed.mesh import Ranks
-
-if TYPE_CHECKING:
-    from ..context_parallel import ContextParallel
 
 
 @contextmanager
-def own_stream(cp: ContextParallel) -> Iterator[None]:
+def own_stream(group: CPGroup) -> Iterator[None]:
     """Draw from a stream of this rank's, on the CPU and on the current GPU. It needs none where it always has all
     tokens; where it has them for now, the ranks that it shares a stream with later may draw more or less meanwhile."""
-    tensor_rank = cp.groups.tensor.rank if cp.config.sequence_parallel else 0
-    if cp.size == cp.made_with.size == 1 and not cp.config.sequence_parallel:
+    tensor_rank = group.groups.tensor.rank if group.config.sequence_parallel else 0
+    if group.size == group.first_size == 1 and not group.config.sequence_parallel:
         yield
         return
     shared = int(torch.empty((), dtype=torch.int64).random_())
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed_of(shared, cp.rank, tensor_rank))
+        torch.manual_seed(seed_of(shared, group.rank, tensor_rank))
         yield
 
 

@@ -7,16 +7,14 @@ more: the largest of the batch, or of the document where rows are packed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from ..data.shard import Shard
+from .active_batch import ActiveBatch
 from .replacement import Replacement
-
-if TYPE_CHECKING:
-    from ..data.shard import Shard
-    from .context import ShardedBatch
 
 
 def follows_length(module: torch.nn.Module) -> bool:
@@ -29,7 +27,7 @@ def follows_length(module: torch.nn.Module) -> bool:
 class RopeByLength(Replacement):
     """Gives such modules the lengths of what this rank's tokens are part of, while a batch is open."""
 
-    def __init__(self, batch: ShardedBatch):
+    def __init__(self, batch: ActiveBatch):
         super().__init__()
         self._batch = batch
 

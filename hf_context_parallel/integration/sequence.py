@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..distributed.mesh import Ranks
+from .active_batch import ActiveBatch
 from .models import styles_of
 from .replacement import Replacement
 from .replicated import SUMMED, SumGradients, summed_gradients
-
-if TYPE_CHECKING:
-    from .context import ShardedBatch
 
 FIRST, LAST, REGION, COLUMN, ROW, NORM = "first layer", "last norm", "region", "column-wise", "row-wise", "norm"
 INSIDE = {"colwise", "rowwise", SUMMED}
@@ -92,7 +90,7 @@ class _Move(torch.autograd.Function):
 class SequenceParallel(Replacement):
     """Runs a model's layers on shares of the tokens while a batch is open."""
 
-    def __init__(self, batch: ShardedBatch):
+    def __init__(self, batch: ActiveBatch):
         super().__init__()
         self._batch = batch
         self._runs: dict[torch.nn.Module, Callable] = {}
@@ -103,7 +101,7 @@ class SequenceParallel(Replacement):
         Raises:
             ValueError: if the model is not of the form that is known to be exact.
         """
-        self._ranks = self._batch.cp.groups.tensor
+        self._ranks = self._batch.group.groups.tensor
         shard = self._batch.shard
         self._shares = Shares(self._ranks, shard.layout.local_length(shard.rank))
         runs = {

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from ..cp_group import CPGroup
 from ..distributed.mesh import mesh_of
 from .models import check_tensor_parallel_type, styles_of, transformers_model
 from .sequence import parts
-
-if TYPE_CHECKING:
-    from ..context_parallel import ContextParallel
 
 KEYS = ("k_proj", "qkv_proj", "query_key_value")
 """The layers that make keys, by their names: what they make is cut up by heads."""
 
 
-def check_parallelism(model: torch.nn.Module, cp: ContextParallel) -> None:
-    """Refuse a model that Transformers has sharded otherwise than `cp` takes it to be, or in a way that is not exact.
+def check_parallelism(model: torch.nn.Module, group: CPGroup) -> None:
+    """Refuse a model that Transformers has sharded in a way that is not exact, or not as the group's mesh says.
 
     Raises:
         ValueError: naming the setting, and what to do.
@@ -28,13 +24,13 @@ def check_parallelism(model: torch.nn.Module, cp: ContextParallel) -> None:
     inner = transformers_model(model)
     asked = getattr(inner.config, "distributed_config", None)
     tp_size = getattr(inner, "_tp_size", None) or 1
-    if cp.config.sequence_parallel and tp_size == 1:
+    if group.config.sequence_parallel and tp_size == 1:
         raise ValueError(
             "sequence_parallel=True shards activations over the ranks of tensor parallelism, and "
             f"{type(inner).__name__} was loaded without it. Load it with "
             "distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), or leave sequence_parallel off."
         )
-    if asked is not None and getattr(asked, "enable_sequence_parallel", False) and not cp.config.sequence_parallel:
+    if asked is not None and getattr(asked, "enable_sequence_parallel", False) and not group.config.sequence_parallel:
         raise ValueError(
             "DistributedConfig(enable_sequence_parallel=True) does nothing in Transformers. Set "
             "ContextParallelConfig(sequence_parallel=True), which does it, or leave both off."
@@ -46,21 +42,21 @@ def check_parallelism(model: torch.nn.Module, cp: ContextParallel) -> None:
         )
     if tp_size == 1:
         return
-    _check_mesh(inner, tp_size, cp)
+    _check_mesh(inner, tp_size, group)
     _check_heads(inner, tp_size)
     if getattr(asked, "tp_plan", None) not in (None, "auto"):
         raise ValueError(
             f"tp_plan={asked.tp_plan}: what has been compared with one process is the plan that Transformers has for "
             f"{inner.config.model_type!r}. Leave tp_plan out."
         )
-    if cp.config.sequence_parallel:
+    if group.config.sequence_parallel:
         parts(inner)
-    check_tensor_parallel_type(inner.config.model_type, cp.config.sequence_parallel)
+    check_tensor_parallel_type(inner.config.model_type, group.config.sequence_parallel)
 
 
-def _check_mesh(model: PreTrainedModel, tp_size: int, cp: ContextParallel) -> None:
+def _check_mesh(model: PreTrainedModel, tp_size: int, group: CPGroup) -> None:
     mesh = mesh_of(model)
-    tensor = cp.groups.tensor
+    tensor = group.groups.tensor
     theirs = dist.get_process_group_ranks(mesh.get_group("tp"))
     if tensor.size == 1 or dist.get_process_group_ranks(tensor.group) != theirs:
         raise ValueError(

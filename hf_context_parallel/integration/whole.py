@@ -10,22 +10,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils import ModelOutput
 
 from ..reshard import Resharding, Sequence
-from .current import no_batch
+from .active_batch import ActiveBatch, no_batch
 from .masks import PlannedMask, stock_attention, whole_mask
 from .models import makes_positions
 from .positions import MADE_BY_MODEL
 from .replacement import Replacement, by_name
-
-if TYPE_CHECKING:
-    from .context import ShardedBatch
-
 
 PADDING_MASKS = {"attention_mask", "conv_mask", "conv"}
 """The arguments by which modules are told of padding; none of it reaches them on a shard."""
@@ -49,7 +45,7 @@ class _Call(NamedTuple):
 class WholeSequences(Replacement):
     """Runs modules on whole sequences while a batch is open."""
 
-    def __init__(self, batch: ShardedBatch):
+    def __init__(self, batch: ActiveBatch):
         super().__init__()
         self._batch = batch
         self._reshardings: dict[tuple[int, torch.device], Resharding] = {}
@@ -57,7 +53,7 @@ class WholeSequences(Replacement):
     @torch.compiler.disable
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
         """What `forward` returns of whole sequences, as shards."""
-        turn %= self._batch.cp.size
+        turn %= self._batch.group.size
         self._batch.note(module, "whole sequences")
         parameters = inspect.signature(forward).parameters
         leaves, form = tree_flatten(by_name(forward, args, kwargs))
@@ -133,8 +129,8 @@ class WholeSequences(Replacement):
 
     def _resharding(self, turn: int, device: torch.device) -> Resharding:
         if (turn, device) not in self._reshardings:
-            cp = self._batch.cp
-            self._reshardings[turn, device] = Resharding(self._batch.shard, turn, cp.groups.group, device)
+            group = self._batch.group.groups.group
+            self._reshardings[turn, device] = Resharding(self._batch.shard, turn, group, device)
         return self._reshardings[turn, device]
 
     def _padding(self, call: _Call) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
 from ..distributed.mesh import mesh_of
 from ..dynamic.scheduler import Round, Scheduler
-from ..integration.current import current_batch
+from ..integration.active_batch import active_batch
 from ..integration.models import check_model
 from ..integration.randomness import share_streams
 from ..integration.tensor import check_parallelism
@@ -89,7 +89,7 @@ class ContextParallelMixin:
     def _refuse(self) -> None:
         """Refuse what is known to be wrong on shards before anything is trained."""
         check_model(self.model)
-        check_parallelism(self.model, self.cp)
+        check_parallelism(self.model, self.cp.group)
         for wrong, remedy in (
             (
                 self.label_smoother is not None,
@@ -267,7 +267,7 @@ class ContextParallelMixin:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             return result  # which Trainer has scaled
-        if current_batch() is None:
+        if active_batch() is None:
             return result  # of whole sequences, in a call of one's own
         # The model divided its sum by the whole batch's count, and DDP will take the mean of the group's sums.
         if return_outputs:
@@ -315,7 +315,7 @@ class ContextParallelMixin:
         return loss, outputs, labels if outputs is not None else None
 
     def _gather_output(self, output: torch.Tensor) -> torch.Tensor:
-        shard = current_batch().shard
+        shard = active_batch().shard
         if tuple(output.shape[:2]) != shard.local_shape:
             raise ValueError(
                 f"the model returned an output of shape {tuple(output.shape)}, which does not begin with the shard's "

@@ -50,7 +50,7 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
     differences, error = [], None
     try:
         check_model(model)
-        check_parallelism(model, cp)
+        check_parallelism(model, cp.group)
         with _untouched(model), _summed(model, cp):
             differences = _compare_batches(model, cp)
     except Exception as caught:  # whatever it is, the other ranks must hear of it

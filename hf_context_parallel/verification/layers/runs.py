@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...context_parallel import ContextParallel
 from ...integration.attention import computed_otherwise, heard_by
-from ...integration.context import accepted
+from ...integration.checks.inputs import accepted
 from ...integration.models import mixers, transformers_model
 from .batches import Batch
 from .modules import INPUT, OUTPUT, hidden_output, hidden_states, replaced, run_alone, stock_forwards, take
