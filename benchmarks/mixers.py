@@ -32,8 +32,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_context_parallel as hcp
 from hf_context_parallel.distributed.worker_pool import WorkerPool
-from hf_context_parallel.integration.native import NativeMixers
-from hf_context_parallel.integration.whole import WholeSequences
+from hf_context_parallel.integration.mixers.native import NativeMixers
+from hf_context_parallel.integration.mixers.whole_sequences import WholeSequences
 
 from . import report
 

@@ -10,8 +10,9 @@ from models import needs_chunks_of_documents, needs_transformers
 from transformers import AutoModelForCausalLM
 
 import hf_context_parallel as hcp
-from hf_context_parallel.integration import models
-from hf_context_parallel.integration.models import KNOWN, NAME, known_states
+from hf_context_parallel.integration.checks.model import check_model
+from hf_context_parallel.integration.mixers import recognise
+from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states
 from hf_context_parallel.verification.types import check, survey
 from hf_context_parallel.verification.types.command import PAGE, run_check
 from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
@@ -71,7 +72,7 @@ def test_what_is_known_as_exact_is_not_refused():
     with torch.device("meta"):
         for name in exact:
             config = survey.configuration(name)
-            models.check_model(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
+            check_model(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
 
 
 @pytest.mark.exhaustive
@@ -140,11 +141,11 @@ def test_a_penalty_on_logits_is_a_mean_over_the_batch(on_ranks):
 
 
 def error_without_resharding() -> float:
-    models.SEES_WHOLE, kept = re.compile("nothing"), models.SEES_WHOLE
+    recognise.SEES_WHOLE, kept = re.compile("nothing"), recognise.SEES_WHOLE
     try:
         return largest_error("lfm2", {})
     finally:
-        models.SEES_WHOLE = kept
+        recognise.SEES_WHOLE = kept
 
 
 def test_a_mixer_that_nobody_handles_shows(on_ranks):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.gemma3.modeling_gemma3 import _bidirectional_window_overlay
 
-from hf_context_parallel.integration.masks import read_pattern
+from hf_context_parallel.integration.interfaces.mask_patterns import read_pattern
 from hf_context_parallel.planning.mask import Mask, Pattern, from_attention_mask, from_position_ids
 
 LENGTH = 24

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from models import context, document_positions, needs_transformers, some_labels, tokens
 from simulated import Network, SimulatedExchange
 
-from hf_context_parallel import halo, heads
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.data.batch import SHARD
 from hf_context_parallel.data.shard import Shard, shard_batch
 from hf_context_parallel.distributed.token_exchange import deal_heads
-from hf_context_parallel.integration.models import NAME, trying
-from hf_context_parallel.integration.native import NativeMixers
-from hf_context_parallel.integration.whole import WholeSequences
-from hf_context_parallel.reshard import sequences
+from hf_context_parallel.integration.mixers import halo, scan_heads
+from hf_context_parallel.integration.mixers.native import NativeMixers
+from hf_context_parallel.integration.mixers.resharding import sequences
+from hf_context_parallel.integration.mixers.whole_sequences import WholeSequences
+from hf_context_parallel.integration.model_registry import NAME
+from hf_context_parallel.integration.switches import allow_unchecked_models
 from hf_context_parallel.verification.types.check import Errors, batches, errors
 from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
 
@@ -184,7 +185,7 @@ def test_scan_by_heads_is_that_of_whole_sequences(every, groups, ratio, turn):
     def compute(rank, local, parameters):
         shares = deal_heads(count, len(every), turn)
         mine = shares[rank]
-        geometry = heads.Heads(every[rank], SimulatedExchange(network, rank))
+        geometry = scan_heads.Heads(every[rank], SimulatedExchange(network, rank))
         whole = geometry.whole(local, shares)
         own = parameters[0][mine.start : mine.stop]
         parts = zip(*(x.split([sequence.length for sequence in geometry.sequences]) for x in whole))
@@ -225,7 +226,7 @@ def dense(length: int) -> dict[str, torch.Tensor]:
 
 def gradients_of(model, cp, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     model.zero_grad(set_to_none=True)
-    with trying(), cp.shard(batch, model) as local:
+    with allow_unchecked_models(), cp.shard(batch, model) as local:
         model(**local).loss.backward()
     return [parameter.grad for parameter in model.parameters()]
 
@@ -256,7 +257,12 @@ def shapes_given(model_type: str, function: str, batch: dict[str, torch.Tensor])
         seen.append(tuple(first.shape))
         return original(first, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), trying(), cp.shard(batch, model) as local:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.no_grad(),
+        allow_unchecked_models(),
+        cp.shard(batch, model) as local,
+    ):
         patch.setattr(modeling, function, recorded)
         model(**local)
         assert getattr(modeling, function) is recorded  # what was replaced meanwhile has been put back
@@ -290,7 +296,7 @@ def gradients_around_another_batch(model_type: str) -> float:
     one, other = (batches(model.config)[kind] for kind in ("dense", "packed"))
     expected = gradients_of(model, cp, one)
     model.zero_grad(set_to_none=True)
-    with trying(), cp.shard(one, model) as local:
+    with allow_unchecked_models(), cp.shard(one, model) as local:
         model(**local)  # replaced once, however often it is called
         loss = model(**local).loss
         with torch.no_grad(), cp.shard(other, model) as inner:
@@ -309,7 +315,7 @@ def test_unknown_arguments_of_a_mixer_fall_back_to_whole_sequences():
     model = tiny_model(tiny_config("qwen3_next"), NAME)
     mixer = next(module for module in model.modules() if type(module).__name__ == "Qwen3NextGatedDeltaNet")
     sharding = context().shard(dense(16), model)
-    with trying(), torch.no_grad(), sharding as local:
+    with allow_unchecked_models(), torch.no_grad(), sharding as local:
         model(**local)
         hidden = torch.randn(1, 16, model.config.hidden_size, dtype=torch.float64)
         expected = mixer(hidden_states=hidden)
@@ -323,7 +329,11 @@ def test_a_replaced_forward_is_refused():
     model = tiny_model(tiny_config("qwen3_next"), NAME)
     mixer = next(module for module in model.modules() if type(module).__name__ == "Qwen3NextGatedDeltaNet")
     mixer.forward = lambda hidden_states, attention_mask=None, **_: hidden_states  # as a kernel for all of it would
-    with trying(), context().shard(dense(16), model) as local, pytest.raises(RuntimeError, match="did not"):
+    with (
+        allow_unchecked_models(),
+        context().shard(dense(16), model) as local,
+        pytest.raises(RuntimeError, match="did not"),
+    ):
         model(**local)
 
 
@@ -337,7 +347,7 @@ def test_an_error_leaves_nothing_replaced(function, monkeypatch):
 
     before = dict(vars(modeling))
     monkeypatch.setattr(modeling, function, broken)
-    with pytest.raises(ArithmeticError), trying(), context().shard(dense(16), model) as local:
+    with pytest.raises(ArithmeticError), allow_unchecked_models(), context().shard(dense(16), model) as local:
         model(**local)
     assert {**vars(modeling), function: before[function]} == before
     assert not any("forward" in vars(module) for module in model.modules())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import needs_sharding_while_loading, needs_transformers
 from transformers import ByT5Tokenizer, Qwen3Config
 
-from hf_context_parallel.integration.models import known_states
+from hf_context_parallel.integration.model_registry import known_states
 from hf_context_parallel.recipe.compare import compare_with_one_process, difference
 from hf_context_parallel.recipe.documents import load_documents, make_collator, pack, to_rows
 from hf_context_parallel.recipe.dry_run import MAX_LENGTH, made_up_documents, shrink

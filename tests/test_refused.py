@@ -11,7 +11,7 @@ from models import context, document_positions, needs_chunks_of_documents, tiny_
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_context_parallel.integration.models import TEXT_ALONE
+from hf_context_parallel.integration.model_registry import TEXT_ALONE
 from hf_context_parallel.verification.types import tiny
 
 

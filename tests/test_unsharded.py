@@ -7,8 +7,8 @@ import torch
 from models import document_positions, some_labels, tiny_model, tokens
 
 import hf_context_parallel as hcp  # noqa: F401 (registers the attention)
-from hf_context_parallel.integration.attention import unsharded_implementation
-from hf_context_parallel.integration.models import TEXT_ALONE
+from hf_context_parallel.integration.interfaces.stock_attention import unsharded_implementation
+from hf_context_parallel.integration.model_registry import TEXT_ALONE
 
 TYPES = {
     "llama": {},

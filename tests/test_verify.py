@@ -19,7 +19,9 @@ import hf_context_parallel as hcp
 from hf_context_parallel.attention.kernels.reference import ReferenceKernel
 from hf_context_parallel.cp_group import CPGroup
 from hf_context_parallel.data import batch
-from hf_context_parallel.integration import attention, models
+from hf_context_parallel.integration.interfaces import attention
+from hf_context_parallel.integration.mixers import recognise
+from hf_context_parallel.integration.model_registry import NAME
 from hf_context_parallel.planning import mask
 from hf_context_parallel.trainer import mixin
 from hf_context_parallel.verification import verify
@@ -47,7 +49,7 @@ TYPES = (
 
 
 def tiny_of(model_type: str, dtype: torch.dtype = FLOAT32) -> torch.nn.Module:
-    return tiny.tiny_model(tiny.tiny_config(model_type), models.NAME, dtype)
+    return tiny.tiny_model(tiny.tiny_config(model_type), NAME, dtype)
 
 
 def differences_of_a_type(model_type: str, dtype: torch.dtype) -> list:
@@ -159,10 +161,10 @@ def made_wrong(how: str):
             patch.setattr(attention, "_pattern", one_token_short)
         elif how in ("convolution", "state space", "positions"):
             model = tiny_of({"convolution": "lfm2", "state space": "bamba", "positions": "opt"}[how])
-            patch.setattr(models, "MAKES_POSITIONS" if how == "positions" else "SEES_WHOLE", re.compile("none"))
+            patch.setattr(recognise, "MAKES_POSITIONS" if how == "positions" else "SEES_WHOLE", re.compile("none"))
         elif how == "expert":
             model = tiny_of("qwen3_next")
-            patch.setattr(models, "SEES_WHOLE", re.compile("none"))
+            patch.setattr(recognise, "SEES_WHOLE", re.compile("none"))
         else:
             model = tiny_model("llama", "context_parallel", FLOAT32)
         if how == "documents":

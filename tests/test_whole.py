@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import context, document_positions, needs_chunks_of_documents, some_labels, tokens
 from peft import LoraConfig, get_peft_model
 
-from hf_context_parallel.reshard import deal
+from hf_context_parallel.integration.mixers.resharding import deal
 from hf_context_parallel.verification.types.check import finite_masks
 from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
 

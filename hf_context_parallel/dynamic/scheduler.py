@@ -16,8 +16,9 @@ from ..data.batch import CONSUMED, IGNORED, read_batch
 from ..distributed.agreement import agree, fingerprint
 from ..distributed.mesh import world
 from ..distributed.process_groups import build_columns
-from ..integration.models import UNSHIFTED, makes_positions, mixers, transformers_model
-from ..integration.rope import follows_length
+from ..integration.mixers.recognise import makes_positions, mixers
+from ..integration.model_registry import UNSHIFTED, transformers_model
+from ..integration.patches.rope import follows_length
 from ..planning.layout import FIXED_LAYOUTS
 from ..planning.machine import machine_of
 from .costs import Costs, ModelShape

@@ -18,17 +18,20 @@ from ..distributed.failures import LastWords
 from .active_batch import ActiveBatch, active_batch, enter, leave
 from .checks.agreement import check_agreement, sampled, signature
 from .checks.inputs import accepted, check_inputs, check_range, refuse_part
-from .loss import BalancingLoss, corrected_loss
-from .masks import GIVEN_A_MASK
-from .models import NAME, check_model, is_native, mixers, styles_of, transformers_model
-from .native import NativeMixers
-from .randomness import own_stream
-from .replacement import by_name
-from .replicated import ReplicatedParameters
-from .rope import RopeByLength, follows_length
-from .sequence import SequenceParallel
-from .tensor import check_parallelism
-from .whole import WholeSequences
+from .checks.model import check_model
+from .interfaces.masks import GIVEN_A_MASK
+from .mixers.native import NativeMixers
+from .mixers.recognise import is_native, mixers
+from .mixers.whole_sequences import WholeSequences
+from .model_registry import NAME, transformers_model
+from .patches.loss import BalancingLoss, corrected_loss
+from .patches.module_patch import by_name
+from .patches.randomness import own_stream
+from .patches.rope import RopeByLength, follows_length
+from .tensor_parallel.checks import check_parallelism
+from .tensor_parallel.plan_styles import styles_of
+from .tensor_parallel.replicated import ReplicatedParameters
+from .tensor_parallel.sequence_parallel import SequenceParallel
 
 
 class ShardedBatch(AbstractContextManager):

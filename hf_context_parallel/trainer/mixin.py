@@ -21,9 +21,9 @@ from ..data.collator import ContextParallelDataCollator
 from ..distributed.mesh import mesh_of
 from ..dynamic.scheduler import Round, Scheduler
 from ..integration.active_batch import active_batch
-from ..integration.models import check_model
-from ..integration.randomness import share_streams
-from ..integration.tensor import check_parallelism
+from ..integration.checks.model import check_model
+from ..integration.patches.randomness import share_streams
+from ..integration.tensor_parallel.checks import check_parallelism
 from ..verification.verify import verify
 from .accelerate import (
     ENABLED,

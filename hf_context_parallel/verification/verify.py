@@ -21,10 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from ..context_parallel import ContextParallel
 from ..distributed.agreement import agree, fingerprint
 from ..distributed.mesh import world
-from ..integration.models import check_model, styles_of, transformers_model
-from ..integration.replicated import ReplicatedParameters
-from ..integration.rope import follows_length
-from ..integration.tensor import check_parallelism
+from ..integration.checks.model import check_model
+from ..integration.model_registry import transformers_model
+from ..integration.patches.rope import follows_length
+from ..integration.tensor_parallel.checks import check_parallelism
+from ..integration.tensor_parallel.plan_styles import styles_of
+from ..integration.tensor_parallel.replicated import ReplicatedParameters
 from .layers.batches import make_batches
 from .layers.runs import Difference, Sharded, Whole
 

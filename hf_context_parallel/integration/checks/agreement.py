@@ -9,7 +9,7 @@ import torch
 from ...cp_group import CPGroup
 from ...distributed.agreement import agree, fingerprint
 from ...distributed.process_groups import Groups
-from ..weights import sampled_parameters, weights_differ
+from .weights import sampled_parameters, weights_differ
 
 
 def check_agreement(

@@ -14,7 +14,7 @@ from ...data.batch import IGNORED
 from ...data.shard import Shard
 from ...distributed.agreement import agree
 from ...distributed.mesh import Ranks
-from ..models import UNSHIFTED, learned_positions
+from ..model_registry import UNSHIFTED, learned_positions
 
 ENCODED = ("encoder_hidden_states", "encoder_outputs", "cross_attention_states")
 """What models take of an encoder, by its names in their forwards."""

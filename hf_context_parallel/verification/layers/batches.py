@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ...context_parallel import ContextParallel
-from ...integration.models import transformers_model
-from ...integration.sequence import Shares
+from ...integration.model_registry import transformers_model
+from ...integration.tensor_parallel.sequence_parallel import Shares
 from ...planning import mask as masks
 from ...planning.balanced import padded_layout
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ...integration.masks import stock_attention, told_otherwise
-from ...integration.replacement import Replacement
+from ...integration.interfaces.stock_attention import stock_attention
+from ...integration.patches.module_patch import Replacement
+from ...integration.switches import report_stock_attn_name
 
 INPUT, OUTPUT, GRADIENT = "input", "output", "input gradient"
 
@@ -25,7 +26,7 @@ def stock_forwards(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     try:
         for module in modules:
             replacement.replace(module)
-        with told_otherwise():
+        with report_stock_attn_name():
             yield
     finally:
         replacement.restore()

@@ -14,9 +14,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...context_parallel import ContextParallel
-from ...integration.attention import computed_otherwise, heard_by
 from ...integration.checks.inputs import accepted
-from ...integration.models import mixers, transformers_model
+from ...integration.mixers.recognise import mixers
+from ...integration.model_registry import transformers_model
+from ...integration.switches import computed_otherwise, heard_by
 from .batches import Batch
 from .modules import INPUT, OUTPUT, hidden_output, hidden_states, replaced, run_alone, stock_forwards, take
 

@@ -9,7 +9,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from hf_context_parallel.config import COMM_TYPES
-from hf_context_parallel.integration.models import KNOWN, KNOWN_TENSOR_PARALLEL
+from hf_context_parallel.integration.model_registry import KNOWN, KNOWN_TENSOR_PARALLEL
 from hf_context_parallel.verification.types.survey import (
     GOOD,
     Finding,

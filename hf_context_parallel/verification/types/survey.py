@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...distributed.worker_pool import WorkerPool
-from ...integration.models import REFUSED
+from ...integration.model_registry import REFUSED
 from .check import Errors, errors, tolerance
 from .tiny import shrink, tiny_config
 

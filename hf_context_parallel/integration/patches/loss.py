@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..data.shard import Shard
-from .active_batch import ActiveBatch
-from .models import UNSHIFTED
+from ...data.shard import Shard
+from ..active_batch import ActiveBatch
+from ..model_registry import UNSHIFTED
 
 BALANCING = "load_balancing_loss_func"
 """The function that Transformers' mixtures of experts compute their auxiliary loss with."""

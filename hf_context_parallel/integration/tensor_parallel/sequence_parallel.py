@@ -19,10 +19,10 @@ from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..distributed.mesh import Ranks
-from .active_batch import ActiveBatch
-from .models import styles_of
-from .replacement import Replacement
+from ...distributed.mesh import Ranks
+from ..active_batch import ActiveBatch
+from ..patches.module_patch import Replacement
+from .plan_styles import styles_of
 from .replicated import SUMMED, SumGradients, summed_gradients
 
 FIRST, LAST, REGION, COLUMN, ROW, NORM = "first layer", "last norm", "region", "column-wise", "row-wise", "norm"

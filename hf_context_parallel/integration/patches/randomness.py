@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..attention.scores import seed_of
-from ..cp_group import CPGroup
-from ..distributed.mesh import Ranks
+from ...attention.scores import seed_of
+from ...cp_group import CPGroup
+from ...distributed.mesh import Ranks
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .active_batch import ActiveBatch
+from ..active_batch import ActiveBatch
 
 
 def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ActiveBatch) -> torch.Tensor:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from .data.shard import Shard
-from .reshard import Piece, all_to_all, linear, pieces, ranges, scattered, sequences
+from ...data.shard import Shard
+from .resharding import Piece, all_to_all, linear, pieces, ranges, scattered, sequences
 
 
 class Halo:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from ..data.shard import Shard
-from .active_batch import ActiveBatch
-from .replacement import Replacement
+from ...data.shard import Shard
+from ..active_batch import ActiveBatch
+from .module_patch import Replacement
 
 
 def follows_length(module: torch.nn.Module) -> bool:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
-from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.falcon import modeling_falcon as falcon
 from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
 from transformers.models.gptj import modeling_gptj as gptj
 
-from ..planning.mask import Pattern
-from .active_batch import ActiveBatch, active_batch
-from .masks import PlannedMask, unsharded_implementation
-from .models import NAME, TEXT_ALONE
-from .positions import corrected_query
+from ...planning.mask import Pattern
+from ..active_batch import ActiveBatch, active_batch
+from ..model_registry import NAME, TEXT_ALONE
+from ..patches.positions import corrected_query
+from .planned_mask import PlannedMask
+from .stock_attention import ran_sharded, unsharded_attention
 
 HARMLESS = {
     "cache_position",
@@ -36,11 +30,6 @@ HARMLESS = {
     "use_cache",
 }
 """Keywords that attention functions are passed and that do not change what they compute, given the mask."""
-
-_sharded = weakref.WeakSet()
-"""The modules whose last forward pass was of a shard: their recomputation must be too."""
-_listeners: list[Callable[[torch.nn.Module], None]] = []
-_otherwise = False
 
 
 def register() -> None:
@@ -80,10 +69,10 @@ def context_parallel_attention(
     if batch is None:
         asked = {"softcap": softcap, "s_aux": s_aux}
         kwargs |= {name: value for name, value in asked.items() if value is not None}
-        return _unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+        return unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     pattern = _pattern(module, attention_mask, kwargs)
     _check_lengths(batch, query, key)
-    _sharded.add(module)
+    ran_sharded.add(module)
     batch.note(module, "ring")
     query = corrected_query(module, query, batch)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -144,84 +133,3 @@ def _check_lengths(batch: ActiveBatch, query: torch.Tensor, key: torch.Tensor) -
                 "are not supported in cp.shard. A vision tower, or another part that does not see the text, needs its "
                 f"own attention: attn_implementation={TEXT_ALONE}."
             )
-
-
-@contextmanager
-def heard_by(listener: Callable[[torch.nn.Module], None]) -> Iterator[None]:
-    """Call `listener(module)` for each layer whose attention is computed outside of a batch meanwhile."""
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
-
-
-@contextmanager
-def computed_otherwise() -> Iterator[None]:
-    """Outside of a batch, attention is meanwhile computed in the other way that Transformers has: where that would be
-    SDPA, the class's eager function; where that is all there is, the same in a wider dtype."""
-    global _otherwise
-    before, _otherwise = _otherwise, True
-    try:
-        yield
-    finally:
-        _otherwise = before
-
-
-def _unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs):
-    """What the implementation that Transformers would choose for this class computes."""
-    if torch._C._current_graph_task_id() != -1:  # inside a backward pass, so a recomputation
-        if module in _sharded:
-            raise RuntimeError(
-                "gradient checkpointing recomputes a layer of a sharded batch after leaving it: call backward() "
-                "inside `with cp.shard(...)`."
-            )
-    else:
-        _sharded.discard(module)
-    for listener in _listeners:
-        listener(module)
-    eager = _eager(module)
-    stock = unsharded_implementation(type(module.config))
-    function = ALL_ATTENTION_FUNCTIONS["sdpa"] if stock == "sdpa" else eager
-    if _otherwise and eager is not None:
-        if stock == "sdpa":
-            function, attention_mask = eager, _additive(module, query, key, attention_mask, kwargs)
-        else:
-            function = _widened(eager)
-    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-
-
-def _eager(module: torch.nn.Module) -> Callable | None:
-    """The eager attention function beside a module's class, or beside one that it is derived from, as FSDP2's are."""
-    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
-    return next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
-
-
-def _additive(module, query, key, attention_mask, kwargs) -> torch.Tensor:
-    """What eager attention adds to the scores, where SDPA gets this mask, or none and is causal by itself."""
-    if attention_mask is None:
-        attention_mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if causal and query.shape[2] > 1:
-            attention_mask = attention_mask.tril()
-    if attention_mask.dtype != torch.bool:
-        return attention_mask
-    least = torch.finfo(query.dtype).min
-    return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, least)
-
-
-def _widened(function: Callable) -> Callable:
-    """An attention function that computes in float32, or float64 where it is given that or float32."""
-
-    def wide(module, query, *args, **kwargs):
-        dtype = torch.float64 if query.dtype in (torch.float32, torch.float64) else torch.float32
-
-        def widen(x):
-            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-        with torch.autocast(query.device.type, enabled=False):
-            output, weights = function(module, widen(query), *tree_map(widen, args), **tree_map(widen, kwargs))
-        return output.to(query.dtype), weights
-
-    return wide

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..distributed.mesh import Ranks
+from ...distributed.mesh import Ranks
 
 PARAMETERS = 16
 ELEMENTS = 16

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .data.shard import Shard
-from .planning.layout import Layout
+from ...data.shard import Shard
+from ...planning.layout import Layout
 
 
 class Sequence(NamedTuple):

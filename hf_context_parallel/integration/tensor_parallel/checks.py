@@ -6,10 +6,12 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ..cp_group import CPGroup
-from ..distributed.mesh import mesh_of
-from .models import check_tensor_parallel_type, styles_of, transformers_model
-from .sequence import parts
+from ...cp_group import CPGroup
+from ...distributed.mesh import mesh_of
+from ..model_registry import CHECKED_AS, known_tensor_parallel, transformers_model
+from ..switches import switches
+from .plan_styles import styles_of
+from .sequence_parallel import parts
 
 KEYS = ("k_proj", "qkv_proj", "query_key_value")
 """The layers that make keys, by their names: what they make is cut up by heads."""
@@ -80,3 +82,22 @@ def _check_heads(model: PreTrainedModel, tp_size: int) -> None:
                 f"tp_size={tp_size} does not divide {field}={heads} of {type(config).__name__}, and a rank of tensor "
                 f"parallelism holds whole heads. Take a tp_size that divides {heads}."
             )
+
+
+def check_tensor_parallel_type(name: str, sequence_parallel: bool) -> None:
+    """Refuse a model type that has not been found exact with tensor parallelism.
+
+    Raises:
+        ValueError: with what was found of it.
+    """
+    name = CHECKED_AS.get(name, name)
+    found = known_tensor_parallel().get(name, {})
+    if switches.unchecked_models or found.get("sequence_parallel" if sequence_parallel else "state") == "exact":
+        return
+    what = "sequence_parallel=True" if found.get("state") == "exact" else "tensor parallelism (tp_size > 1)"
+    reason = found.get("reason") or "it has not been found to be that of one process"
+    raise ValueError(
+        f"model type {name!r} is refused with {what}: {reason}. "
+        f"`hf-context-parallel check {name} --tp 2` compares it. "
+        f"{'Leave sequence_parallel off' if found.get('state') == 'exact' else 'Load it with tp_size=1'}."
+    )

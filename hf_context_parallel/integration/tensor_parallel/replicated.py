@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .replacement import Replacement
+from ..patches.module_patch import Replacement
 
 SUMMED = "replicated_with_grad_allreduce"
 """The style of these modules in Transformers' plans, such as norms of heads."""

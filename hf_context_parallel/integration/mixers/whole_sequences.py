@@ -16,12 +16,13 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils import ModelOutput
 
-from ..reshard import Resharding, Sequence
-from .active_batch import ActiveBatch, no_batch
-from .masks import PlannedMask, stock_attention, whole_mask
-from .models import makes_positions
-from .positions import MADE_BY_MODEL
-from .replacement import Replacement, by_name
+from ..active_batch import ActiveBatch, no_batch
+from ..interfaces.planned_mask import PlannedMask
+from ..interfaces.stock_attention import stock_attention, whole_mask
+from ..patches.module_patch import Replacement, by_name
+from ..patches.positions import MADE_BY_MODEL
+from .recognise import makes_positions
+from .resharding import Resharding, Sequence
 
 PADDING_MASKS = {"attention_mask", "conv_mask", "conv"}
 """The arguments by which modules are told of padding; none of it reaches them on a shard."""

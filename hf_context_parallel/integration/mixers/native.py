@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from ..data.batch import take_columns
-from ..distributed.token_exchange import deal_heads
-from ..halo import Halo
-from ..heads import Heads
-from .active_batch import ActiveBatch, active_batch
-from .replacement import Replacement, by_name
-from .seams import CONVOLUTION, CONVOLUTION_ARGUMENTS, FUSED, SCANS, seams
-from .whole import PADDING_MASKS, WholeSequences
+from ...data.batch import take_columns
+from ...distributed.token_exchange import deal_heads
+from ..active_batch import ActiveBatch, active_batch
+from ..patches.module_patch import Replacement, by_name
+from .halo import Halo
+from .scan_heads import Heads
+from .token_functions import CONVOLUTION, CONVOLUTION_ARGUMENTS, FUSED, SCANS, seams
+from .whole_sequences import PADDING_MASKS, WholeSequences
 
 NOT_OF_MIXERS = frozenset(
     {

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .data.shard import Shard
-from .distributed.messages import Exchange
-from .distributed.rows import Rows
-from .distributed.token_exchange import TokenExchange, grouped_heads, reads_of
-from .reshard import held, linear, sequences
+from ...data.shard import Shard
+from ...distributed.messages import Exchange
+from ...distributed.rows import Rows
+from ...distributed.token_exchange import TokenExchange, grouped_heads, reads_of
+from .resharding import held, linear, sequences
 
 
 class Heads:
