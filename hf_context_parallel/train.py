@@ -17,7 +17,6 @@ import datasets
 import typer
 from transformers import set_seed
 
-from hf_context_parallel import ContextParallelTrainer
 from hf_context_parallel.recipe.documents import load_documents, make_collator, to_rows
 from hf_context_parallel.recipe.dry_run import made_up_documents, shrink
 from hf_context_parallel.recipe.errors import RecipeError
@@ -26,6 +25,7 @@ from hf_context_parallel.recipe.model import add_lora, load_model, load_tokenize
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.report import write_report
 from hf_context_parallel.recipe.schema import Recipe
+from hf_context_parallel.trainer.mixin import ContextParallelTrainer
 
 
 def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False) -> ContextParallelTrainer:
