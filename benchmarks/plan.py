@@ -47,7 +47,7 @@ from hf_context_parallel.planning.balanced import make_layout
 from hf_context_parallel.planning.layout import Layout, contiguous, zigzag
 from hf_context_parallel.planning.machine import BACKWARD, H100_NODE, attention_flops
 from hf_context_parallel.planning.mask import Mask, Pattern
-from hf_context_parallel.planning.workload import demand
+from hf_context_parallel.planning.workload import workload
 
 from . import report
 from .traffic import long_tailed_documents
@@ -110,7 +110,7 @@ class Result(NamedTuple):
 def ours(batch: Batch, layout: Layout) -> dict[str, list[Share]]:
     """Each rank's share by each strategy."""
     mask = batch.mask()
-    here = demand(layout, mask)
+    here = workload(layout, mask)
     found = {}
     for comm_type, inner in candidates(ContextParallelConfig(size=layout.size), SHAPE):
         name = f"a2a+p2p of {inner}" if comm_type == "a2a+p2p" else comm_type
@@ -139,7 +139,7 @@ def llama3(batch: Batch, size: int) -> list[Share]:
     far = sent / MACHINE.node if size > MACHINE.node else 0.0
     traffic = Traffic(sent - far, far, 3 * (size - 1))
     # Its own keys are read and written to the others, in both passes, as in our all_gather.
-    pairs = demand(contiguous(mask.length, size), mask).pairs
+    pairs = workload(contiguous(mask.length, size), mask).pairs
     return [Share(computed * SHAPE.heads, 1, 4 * own, traffic) for computed in pairs]
 
 
@@ -148,7 +148,7 @@ def ulysses(batch: Batch, size: int) -> list[Share] | None:
     if SHAPE.heads % size:
         return None
     mask = batch.mask()
-    work = sum(demand(contiguous(mask.length, 1), mask).pairs) * SHAPE.heads // size
+    work = sum(workload(contiguous(mask.length, 1), mask).pairs) * SHAPE.heads // size
     counts = [mask.length // size] * size
     found = []
     for rank in range(size):
@@ -169,7 +169,7 @@ def judged(found: list[Share], pairs: int, how: str = "") -> Result:
 def count(batch: Batch, size: int) -> dict[str, Result | None]:
     """For each way, what it comes to; None where it does not take the batch or the ranks."""
     mask = batch.mask()
-    pairs = sum(demand(contiguous(mask.length, 1), mask).pairs)
+    pairs = sum(workload(contiguous(mask.length, 1), mask).pairs)
     by_zigzag = {name: judged(found, pairs, name) for name, found in ours(batch, zigzag(mask.length, size)).items()}
     hierarchical = [result for name, result in by_zigzag.items() if name.startswith("a2a+p2p")]
     results = {name: by_zigzag.get(name) for name in ("p2p", "all_gather", "a2a")}

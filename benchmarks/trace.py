@@ -102,8 +102,8 @@ def posted(plan: Plan) -> set[tuple[str, int]]:
     posts = set()
     for number, (before, step) in enumerate(zip((None, *plan.steps), (*plan.steps, None))):
         after = plan.steps[number + 1] if number + 1 < len(plan.steps) else None
-        keys = (*after.receives, *after.relays, *after.serves) if after else ()
-        sums = (*before.hands_on, *before.homecomings, *(step.joins if step else ())) if before else ()
+        keys = (*after.receives, *after.forwards, *after.direct_sends) if after else ()
+        sums = (*before.grad_sends, *before.grad_returns, *(step.grad_receives if step else ())) if before else ()
         for what, transfers in (("send", keys), ("send sums", sums)):
             if any(transfer.peer != plan.rank for transfer in transfers):
                 posts.add((what, number))

@@ -123,7 +123,7 @@ def planned(layout: Layout, documents: list[int]) -> Traffic:
     counts = np.zeros((2, 2), dtype=int)
     for rank in range(layout.size):
         for step in build_plan(layout, Mask(layout.length, (row,)), rank).steps:
-            for kind, transfers in enumerate(((*step.relays, *step.serves), step.hands_on)):
+            for kind, transfers in enumerate(((*step.forwards, *step.direct_sends), step.grad_sends)):
                 for peer, start, stop in transfers:
                     counts[:, kind] += (stop - start) * np.array([1, peer // NODE != rank // NODE])
     return Traffic(*counts.flatten().tolist())

@@ -15,7 +15,7 @@ from ..distributed.token_exchange import TokenExchange
 from ..planning.layout import Layout
 from ..planning.machine import BACKWARD, Machine, attention_flops
 from ..planning.mask import Mask
-from ..planning.workload import Demand, demand
+from ..planning.workload import Workload, workload
 from .strategy import Shape, bytes_of_heads, bytes_of_keys
 from .ulysses import SharedHeads
 
@@ -61,7 +61,7 @@ def choose(
         return Choice(comm_type, inner_size(config, comm_type, shape))
     if layout.size == 1:
         return Choice("p2p", 1, "one rank")
-    here = demand(layout, mask)
+    here = workload(layout, mask)
     times = {
         candidate: estimate(shares(*candidate, layout, mask, shape, machine, here), shape, machine).total
         for candidate in candidates(config, shape)
@@ -153,14 +153,14 @@ def shares(
     mask: Mask,
     shape: Shape,
     machine: Machine,
-    here: Demand | None = None,
+    here: Workload | None = None,
 ) -> list[Share]:
     """What each rank does. As many tokens are taken to leave it as it reads: over all ranks they are the same.
 
     Args:
-        here: the layout's demand, where the caller has it.
+        here: the layout's workload, where the caller has it.
     """
-    here = here or demand(layout, mask)
+    here = here or workload(layout, mask)
     if inner > 1:
         return _shares_of_heads(inner, layout, mask, shape, machine, here)
     crosses = layout.size > machine.node
@@ -181,12 +181,12 @@ def shares(
 
 def _shares_of_heads(inner, layout, mask, shape, machine, here) -> list[Share]:
     """What each rank does where subgroups exchange heads."""
-    outer = demand(layout.merged(inner), mask)
+    outer = workload(layout.merged(inner), mask)
     found = []
     for rank in range(layout.size):
         group = rank // inner
         first, last = group * inner, (group + 1) * inner
-        shared, copied, exchanged = exchange_of_heads(rank, here.travelling[first:last], shape, machine)
+        shared, copied, exchanged = exchange_of_heads(rank, here.exchanged[first:last], shape, machine)
         heads, own = len(shared.mine), here.own_pairs[rank]
         work = (outer.pairs[group] - sum(here.own_pairs[first:last])) * heads + own * shape.heads
         read, calls = outer.read[group], 1 + outer.owners[group] + (own > 0)

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype
-from ..distributed.side_stream import Lane
+from ..distributed.side_stream import GradientStream
 from ..planning.intervals import Interval
 from ..planning.plan import Plan, Step, Transfer
 from .kernels.base import Kernel
@@ -102,7 +102,7 @@ def _forward(query, key_value, key_dim, plan, exchange, kernel, scores):
     """The output `[T, H, D_v]` and its LSE `[T, H]`, in the dtype that sums are kept in."""
     dtype, tokens = accumulation_dtype(query.dtype), len(query)
     output = lse = None
-    for number, step, keys in _travelling("forward", plan, exchange, key_value):
+    for number, step, keys in _exchanged("forward", plan, exchange, key_value):
         for index, call in enumerate(step.calls):
             with span(f"forward/step{number}/compute"):
                 part = kernel.forward(query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index))
@@ -122,11 +122,11 @@ def _forward(query, key_value, key_dim, plan, exchange, kernel, scores):
 def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchange, kernel, scores):
     """The gradients of the query `[T, H, D]`, in its dtype, and of this rank's keys and values `[T, H_kv, D + D_v]`,
     in the dtype that sums are kept in."""
-    dtype, lane = accumulation_dtype(query.dtype), Lane(query.device)
+    dtype, stream = accumulation_dtype(query.dtype), GradientStream(query.device)
     grad_query, grad_own, leaving, previous = _Sum(query, dtype), None, None, None
-    travelling = _travelling("backward", plan, exchange, key_value)
-    for number, step, keys in chain(travelling, [(len(plan.steps), None, None)]):
-        with lane, span(f"backward/step{number}/send sums"):
+    exchanged = _exchanged("backward", plan, exchange, key_value)
+    for number, step, keys in chain(exchanged, [(len(plan.steps), None, None)]):
+        with stream, span(f"backward/step{number}/send sums"):
             joining, homecoming, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
         sent = leaving
         if step is not None:
@@ -142,8 +142,8 @@ def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchang
                 del arguments, key, value, dq, dk, dv
             leaving = grad_keys.total()
         del keys
-        lane.follow()
-        with lane:
+        stream.follow()
+        with stream:
             with span(f"backward/step{number}/wait sums"):
                 pending.wait()
             with span(f"backward/step{number}/add sums"):
@@ -151,15 +151,15 @@ def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchang
                     leaving[transfer.start : transfer.stop] += part
                 for transfer, part in homecoming:
                     grad_own[transfer.start : transfer.stop] += part
-        lane.keep(sent)
+        stream.keep(sent)
         grad_own = leaving if grad_own is None else grad_own
         previous = step
         joining = homecoming = part = sent = None  # or they would be alive while the next ones are allocated
-    lane.join()
+    stream.join()
     return grad_query.total().to(query.dtype), grad_own
 
 
-def _travelling(
+def _exchanged(
     direction: str, plan: Plan, exchange: Exchange, own: torch.Tensor
 ) -> Iterator[tuple[int, Step, torch.Tensor]]:
     """Each step by its number, with its keys. The next step's are on their way while the caller computes with these.
@@ -174,7 +174,7 @@ def _travelling(
             return
         with span(f"{direction}/step{number}/send"):
             arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
-            sends = _messages(upcoming.relays, held) + _messages(upcoming.serves, own)
+            sends = _messages(upcoming.forwards, held) + _messages(upcoming.direct_sends, own)
             pending = _post(exchange, plan.rank, sends, _messages(upcoming.receives, arriving))
             del sends  # or they would keep the keys of this step while the step after next's are allocated
         yield number, step, held
@@ -195,9 +195,9 @@ def _post_gradients(
             (transfer, leaving.new_empty(transfer.stop - transfer.start, *leaving.shape[1:])) for transfer in transfers
         ]
 
-    joining, homecoming = expect(step.joins if step else ()), expect(previous.homecomings)
+    joining, homecoming = expect(step.grad_receives if step else ()), expect(previous.grad_returns)
     receives = [(transfer.peer, part) for transfer, part in joining + homecoming]
-    pending = _post(exchange, rank, _messages(previous.hands_on, leaving), receives)
+    pending = _post(exchange, rank, _messages(previous.grad_sends, leaving), receives)
     return joining, homecoming, pending
 
 

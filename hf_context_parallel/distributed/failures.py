@@ -8,11 +8,11 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 
-class LastWords:
-    """What the ranks that wait for one that raised are told of it, once their wait has failed.
+class FailureReport:
+    """Error message that a failing rank publishes so that its peers can raise it.
 
-    All ranks open the same blocks, so a block's number says which message is of it. Why a rank raised is left in the
-    store through which the processes met, which outlives their connections.
+    All ranks open the same blocks, so a block's number says which message is of it. A message is left in the store
+    through which the processes met, which outlives their connections.
     """
 
     _opened: ClassVar[WeakKeyDictionary[object, int]] = WeakKeyDictionary()
@@ -22,7 +22,7 @@ class LastWords:
         world = dist.group.WORLD if dist.is_initialized() else type(self)
         self.block = self._opened[world] = self._opened.get(world, 0) + 1
 
-    def leave(self, error: BaseException) -> None:
+    def publish(self, error: BaseException) -> None:
         """Tell the other ranks why this one raised in this block; or raise what another told, if that is why.
 
         Raises:

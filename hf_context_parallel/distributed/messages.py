@@ -18,7 +18,7 @@ class Pending:
 
     On CUDA they travel on a stream of the group's communicator, which waits for what the current stream had queued
     when they were posted. The stream that is current when they are waited for comes after them, so buffers that it
-    allocated may be freed then, and used again at once. A `Lane` keeps those of another stream.
+    allocated may be freed then, and used again at once. A `GradientStream` keeps those of another stream.
     """
 
     def __init__(self, works: Sequence[dist.Work] = (), buffers: Sequence[torch.Tensor] = ()):

@@ -22,8 +22,8 @@ class Groups(Ranks):
         data_rank, data_size: which share of the samples it gets, of how many.
         first_ranks: for each share of the samples, the first rank of the world that gets it.
         tensor: the ranks of its tensor-parallel group, which hold other heads of the same tokens.
-        alike: all ranks that see the same samples: those of its CP group, and of the CP groups beside it that hold
-            other heads or layers.
+        same_batch: all ranks that see the same samples: those of its CP group, and of the CP groups beside it that
+            hold other heads or layers.
         node: the most ranks of a CP group that share a machine, of the group where that is fewest.
         cores: of the machine that has fewest.
     """
@@ -32,7 +32,7 @@ class Groups(Ranks):
     data_size: int
     first_ranks: list[int]
     tensor: Ranks
-    alike: Ranks
+    same_batch: Ranks
     node: int = 1
     cores: int = 1
 
@@ -58,7 +58,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
                 "or torch.distributed.init_process_group() come first."
             )
         alone = world()
-        return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, alike=alone)
+        return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, same_batch=alone)
     blocks = cp_blocks(size, mesh, divided)
     timeout = _timeout()
     options = _transfers_first(timeout)
@@ -74,21 +74,21 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]
     mine = Ranks(group, ranks.index(me), size, device)
-    tensor, alike = Ranks(None, 0, 1, device), mine
+    tensor, same_batch = Ranks(None, 0, 1, device), mine
     if mesh is not None and TENSOR_DIMENSION in mesh.mesh_dim_names and mesh[TENSOR_DIMENSION].size() > 1:
         tensor = ranks_of(mesh.get_group(TENSOR_DIMENSION))
     if len(blocks) > len(first_ranks):
         by_share = [
             [rank for block, share in blocks if share == number for rank in block] for number in sorted(firsts)
         ]
-        alike = ranks_of(dist.new_subgroups_by_enumeration(by_share, timeout)[0])
+        same_batch = ranks_of(dist.new_subgroups_by_enumeration(by_share, timeout)[0])
     return Groups(
         **vars(mine),
         data_rank=data_rank,
         data_size=len(first_ranks),
         first_ranks=first_ranks,
         tensor=tensor,
-        alike=alike,
+        same_batch=same_batch,
         node=node,
         cores=cores,
     )

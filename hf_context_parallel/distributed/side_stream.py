@@ -7,16 +7,16 @@ from functools import cache
 import torch
 
 
-class Lane:
-    """Where sums travel and are added to, beside the kernels that make the next ones.
+class GradientStream:
+    """A stream on which sums of gradients travel and are added to, beside the kernels that make the next ones.
 
-    On CUDA that is a stream of its own. What is posted, waited for or computed inside of `with lane` is queued there,
-    and what is allocated there is the lane's. Elsewhere all is done when its call returns, and a lane does nothing.
+    On CUDA it is a stream of its own. What is posted, waited for or computed inside of `with stream` is queued on it,
+    and what is allocated there belongs to it. Elsewhere all is done when its call returns, and this does nothing.
 
-    What the kernels' stream made and the lane uses must not be freed before the lane is done with it, or the kernels'
-    stream would overwrite it. So the lane keeps it, and the kernels' stream waits before it is let go: for what the
-    lane did a step ago, so that it stalls nobody. `Tensor.record_stream` would keep it until the host sees that the
-    lane is done, and a host runs many steps ahead of its device.
+    What the kernels' stream made and this one uses must not be freed before this one is done with it, or the kernels'
+    stream would overwrite it. So it is kept here, and the kernels' stream waits before it is let go: for what was
+    queued here a step ago, so that it stalls nobody. `Tensor.record_stream` would keep it until the host sees that
+    this stream is done, and a host runs many steps ahead of its device.
     """
 
     def __init__(self, device: torch.device):
@@ -33,12 +33,12 @@ class Lane:
             self._context.__exit__(*raised)
 
     def follow(self) -> None:
-        """What is queued on the lane from now on comes after what the current stream has queued till now."""
+        """Queue what follows on this stream after what the current stream has queued till now."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def keep(self, tensor: torch.Tensor | None) -> None:
-        """Keep `tensor`, which the current stream made, until the lane has done what is queued there now. What was
+        """Keep `tensor`, which the current stream made, until this stream has done what is queued on it now. What was
         kept before is let go."""
         if self._stream is not None:
             done = self._stream.record_event()
@@ -46,7 +46,7 @@ class Lane:
             self._kept = tensor, done
 
     def join(self) -> None:
-        """What the current stream queues from now on comes after all that is queued on the lane."""
+        """Let the current stream wait for all that is queued on this one."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
             self._let_go()
@@ -59,6 +59,6 @@ class Lane:
 
 @cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all lanes of a device: memory that is freed on a stream is for that stream alone. Its priority is
-    high since what it computes is small and others wait for it."""
+    """The one CUDA stream of a device for this: memory that is freed on a stream is for that stream alone. Its
+    priority is high since what it computes is small and others wait for it."""
     return torch.cuda.Stream(device, priority=-1)

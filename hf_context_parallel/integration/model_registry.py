@@ -81,7 +81,7 @@ WHOLE_MODELS = {
 }
 """The types whose whole model sees whole sequences: it mixes tokens or makes positions between its modules."""
 
-ASK_FOR_THE_NAME = {
+DEPENDS_ON_ATTN_NAME = {
     "axk2",
     "deepseek_v32",
     "dots3_note",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..cp_group import CPGroup
 from ..data.batch import SHARD
 from ..data.shard import Shard, shard_batch
-from ..distributed.failures import LastWords
+from ..distributed.failures import FailureReport
 from .active_batch import ActiveBatch, active_batch, enter, leave
 from .checks.agreement import check_agreement, sampled, signature
 from .checks.inputs import accepted, check_inputs, check_range, refuse_part
@@ -64,7 +64,7 @@ class ShardedBatch(AbstractContextManager):
         if self._entered:
             raise RuntimeError("this sharded batch was entered before: call cp.shard(batch) again for another pass.")
         self._entered = True
-        self._last_words = LastWords()
+        self._failure_report = FailureReport()
         local, error, mark, compared = {}, None, (), []
         try:
             if self._model is not None:
@@ -80,10 +80,10 @@ class ShardedBatch(AbstractContextManager):
         try:
             check_agreement(self._group.groups, error, about, compared)
         except RuntimeError as failure:
-            self._last_words.explain(failure, self._last_words.block - 1)
+            self._failure_report.explain(failure, self._failure_report.block - 1)
             raise
         except ValueError as refusal:
-            self._last_words.leave(refusal)  # to other groups, which go on and will wait for this one
+            self._failure_report.publish(refusal)  # to other groups, which go on and will wait for this one
             raise
         self._active, self._positions = ActiveBatch(local.pop(SHARD), self._group), local["position_ids"]
         self._whole = WholeSequences(self._active)
@@ -114,7 +114,7 @@ class ShardedBatch(AbstractContextManager):
         self._passed = None
         leave(self._active)
         if error is not None:
-            self._last_words.leave(error)
+            self._failure_report.publish(error)
 
     def _check(self, model: torch.nn.Module) -> None:
         """Refuse a model that would not be exact, or that the configuration does not fit."""

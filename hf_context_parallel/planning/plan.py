@@ -43,21 +43,22 @@ class Step:
             is this rank's own keys, all of them.
         calls: the tiles to compute, as kernel calls.
         receives: where the keys come from.
-        relays: keys to send on to rank r - 1, as ranges of the buffer of the step before.
-        serves: keys to send to readers that have no neighbour to get them from, as ranges of this rank's own keys.
-        joins: partial gradients to add to this rank's.
-        hands_on: to whom the sum goes.
-        homecomings: finished partial gradients from the rank that serves ended at, as ranges of this rank's own keys.
+        forwards: keys to send on to rank r - 1, as ranges of the buffer of the step before.
+        direct_sends: keys to send to readers that have no neighbour to get them from, as ranges of this rank's own
+            keys.
+        grad_receives: partial gradients to add to this rank's.
+        grad_sends: to whom the sum goes.
+        grad_returns: finished partial gradients from the last reader, as ranges of this rank's own keys.
     """
 
     tokens: int
     calls: tuple[Segments, ...]
     receives: tuple[Transfer, ...] = ()
-    relays: tuple[Transfer, ...] = ()
-    serves: tuple[Transfer, ...] = ()
-    joins: tuple[Transfer, ...] = ()
-    hands_on: tuple[Transfer, ...] = ()
-    homecomings: tuple[Transfer, ...] = ()
+    forwards: tuple[Transfer, ...] = ()
+    direct_sends: tuple[Transfer, ...] = ()
+    grad_receives: tuple[Transfer, ...] = ()
+    grad_sends: tuple[Transfer, ...] = ()
+    grad_returns: tuple[Transfer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class Plan:
     @property
     def sent_keys(self) -> int:
         """Tokens whose keys and values this rank sends in a forward pass."""
-        return self._others((*step.relays, *step.serves) for step in self.steps)
+        return self._others((*step.forwards, *step.direct_sends) for step in self.steps)
 
     @property
     def sent_gradients(self) -> int:
         """Tokens whose partial gradients this rank sends in a backward pass."""
-        return self._others(step.hands_on for step in self.steps)
+        return self._others(step.grad_sends for step in self.steps)
 
     def _others(self, of_steps: Iterable[tuple[Transfer, ...]]) -> int:
         """The tokens of transfers to other ranks."""
@@ -131,9 +132,9 @@ def build_gathering_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
         tokens=arrivals[-1].stop if arrivals else 0,
         calls=reads.gathered_calls(rank, gathered),
         receives=arrivals,
-        serves=departures,
-        hands_on=arrivals,
-        homecomings=departures,
+        direct_sends=departures,
+        grad_sends=arrivals,
+        grad_returns=departures,
     )
     return Plan(rank, layout.size, tokens, (Step(tokens, ()), computing))
 
@@ -159,11 +160,11 @@ def _step(reads: ReadSets, rank: int, distance: int) -> Step:
         tokens=total(held),
         calls=reads.calls(rank, owner, held),
         receives=_transfers(after, relayed, held) + _transfers(owner, direct, held),
-        relays=_transfers(before, sent_on, reads.needed(rank, previous_owner)),
-        serves=tuple(Transfer(reader, *interval) for interval in reads.direct(reader, rank)),
-        joins=_transfers(after, relayed, held),
-        hands_on=_transfers(before, passed, held) + _transfers(owner, home, held),
-        homecomings=tuple(Transfer(reader, *interval) for interval in reads.last(reader, rank)),
+        forwards=_transfers(before, sent_on, reads.needed(rank, previous_owner)),
+        direct_sends=tuple(Transfer(reader, *interval) for interval in reads.direct(reader, rank)),
+        grad_receives=_transfers(after, relayed, held),
+        grad_sends=_transfers(before, passed, held) + _transfers(owner, home, held),
+        grad_returns=tuple(Transfer(reader, *interval) for interval in reads.last(reader, rank)),
     )
 
 

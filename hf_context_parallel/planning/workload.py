@@ -19,7 +19,7 @@ from .tiles import Band, pairs_in_band
 
 
 @dataclass(frozen=True)
-class Demand:
+class Workload:
     """Counts, one a rank.
 
     Args:
@@ -28,7 +28,7 @@ class Demand:
         read: tokens of other ranks that it reads.
         owners: other ranks that it reads from.
         merged: rows of its queries that are merged if each owner's keys are a part of their own.
-        travelling: tokens of documents that other ranks hold a part of.
+        exchanged: tokens of documents that other ranks hold a part of.
         own_pairs: pairs of documents that lie on this rank alone.
     """
 
@@ -37,14 +37,14 @@ class Demand:
     read: tuple[int, ...]
     owners: tuple[int, ...]
     merged: tuple[int, ...]
-    travelling: tuple[int, ...]
+    exchanged: tuple[int, ...]
     own_pairs: tuple[int, ...]
 
 
-def demand(layout: Layout, mask: Mask) -> Demand:
+def workload(layout: Layout, mask: Mask) -> Workload:
     """What the ranks of a layout compute and read."""
     size = layout.size
-    tokens, pairs, read, merged, travelling, own_pairs = ([0] * size for _ in range(6))
+    tokens, pairs, read, merged, exchanged, own_pairs = ([0] * size for _ in range(6))
     masks = [0] * size  # of the owners that a rank reads from, as bits
     for pieces in pieces_of_documents(layout, mask):
         document = _Document(pieces, mask.pattern.causal, mask.pattern.sliding_window)
@@ -56,13 +56,13 @@ def demand(layout: Layout, mask: Mask) -> Demand:
             if len(pieces) == 1:
                 own_pairs[rank] += computed
                 continue
-            travelling[rank] += count
+            exchanged[rank] += count
             others, owners, rows = document.read(rank)
             read[rank] += others
             masks[rank] |= owners
             merged[rank] += rows
     owners = [mask.bit_count() for mask in masks]
-    return Demand(*map(tuple, (tokens, pairs, read, owners, merged, travelling, own_pairs)))
+    return Workload(*map(tuple, (tokens, pairs, read, owners, merged, exchanged, own_pairs)))
 
 
 class _Document:

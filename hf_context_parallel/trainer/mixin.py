@@ -199,7 +199,7 @@ class ContextParallelMixin:
 
     def _count(self, tokens: int, longest: int) -> None:
         """Note what this rank's group computes, for the logs."""
-        self._tokens += tokens / self.cp.groups.alike.size
+        self._tokens += tokens / self.cp.groups.same_batch.size
         self._longest = max(self._longest, longest)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -326,20 +326,20 @@ class ContextParallelMixin:
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
         """This rank's share: the ranks' are added up, and each is shown the whole batch."""
-        return super().floating_point_ops(inputs) / self.cp.groups.alike.size
+        return super().floating_point_ops(inputs) / self.cp.groups.same_batch.size
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)  # which adds up the ranks', each of which has the whole batch
         self.state.num_input_tokens_seen = (
-            before + (self.state.num_input_tokens_seen - before) // self.cp.groups.alike.size
+            before + (self.state.num_input_tokens_seen - before) // self.cp.groups.same_batch.size
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's, after which the ranks of a group draw alike: a checkpoint of fewer ranks has states of some."""
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self.cp.groups.alike.size > 1:
-            share_streams(self.cp.groups.alike)
+        if checkpoint is not None and self.cp.groups.same_batch.size > 1:
+            share_streams(self.cp.groups.same_batch)
 
     def _finalize_training(self, *args, **kwargs):
         """Trainer's, which adds what is left of this rank's losses since the last log to the mean of all ranks'."""

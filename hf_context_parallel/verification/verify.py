@@ -70,8 +70,8 @@ def _of_all_ranks(differences: list[Difference], cp: ContextParallel) -> list[Di
     # What is no number differs, and explains no difference.
     figures = torch.stack([found.nan_to_num(nan=float("inf")), bound.nan_to_num(nan=0.0)], dim=1)
     figures = figures.to(cp.groups.device)
-    if cp.groups.alike.size > 1:
-        dist.all_reduce(figures, dist.ReduceOp.MAX, group=cp.groups.alike.group)
+    if cp.groups.same_batch.size > 1:
+        dist.all_reduce(figures, dist.ReduceOp.MAX, group=cp.groups.same_batch.group)
     return [
         difference._replace(found=found, bound=bound)
         for difference, (found, bound) in zip(differences, figures.tolist())

@@ -20,7 +20,7 @@ from hf_context_parallel.planning.plan import build_plan
 from tests.helpers.ring import MASKS, on_rank, tensors
 from tests.helpers.simulated import SimulatedExchange, run
 
-KERNELS, LANE, NETWORK = "kernels", "lane", "network"
+KERNELS, SUMS, NETWORK = "kernels", "sums", "network"
 
 
 class Stream:
@@ -61,7 +61,7 @@ class Device(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.streams = {name: Stream(name) for name in (KERNELS, LANE, NETWORK)}
+        self.streams = {name: Stream(name) for name in (KERNELS, SUMS, NETWORK)}
         self.current = self.streams[KERNELS]
         self.quiet = False
         self._uses: dict[int, Uses] = {}
@@ -189,8 +189,8 @@ class on_stream:
 @pytest.fixture
 def streams(monkeypatch):
     """Ranks have the streams of a CUDA device."""
-    monkeypatch.setattr(ring, "Lane", lambda device: side_stream.Lane(torch.device("cuda", 0)))
-    monkeypatch.setattr(side_stream, "_beside", lambda device: Device.here.device.streams[LANE])
+    monkeypatch.setattr(ring, "GradientStream", lambda device: side_stream.GradientStream(torch.device("cuda", 0)))
+    monkeypatch.setattr(side_stream, "_beside", lambda device: Device.here.device.streams[SUMS])
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Device.here.device.current)
 
@@ -223,7 +223,7 @@ def test_kernels_wait_for_their_keys_alone(size, beside, streams, monkeypatch):
     """Not for what was posted after them: neither keys nor sums of gradients hold up kernels that do not need them. On
     one stream the sums would, where there is a step for them to hold up."""
     if not beside:
-        monkeypatch.setattr(ring, "Lane", side_stream.Lane)
+        monkeypatch.setattr(ring, "GradientStream", side_stream.GradientStream)
     mask, held_up = Mask(16 * size, whole_rows(1, 16 * size)), False
     for rank, exchange, kernel in followed(mask, size):
         plan = build_plan(zigzag(mask.length, size), mask, rank)
@@ -245,16 +245,16 @@ def test_kernels_wait_for_their_keys_alone(size, beside, streams, monkeypatch):
     [("follow", "may still be using"), ("keep", "freed for kernels"), ("join", "may still be using")],
 )
 def test_it_would_be_noticed(method, message, streams, monkeypatch):
-    """A lane that does not wait, does not keep what it uses, or is not waited for."""
-    monkeypatch.setattr(side_stream.Lane, method, lambda *args: None)
+    """A stream that does not wait, does not keep what it uses, or is not waited for."""
+    monkeypatch.setattr(side_stream.GradientStream, method, lambda *args: None)
     with pytest.raises(AssertionError, match=message):
         followed(MASKS["one document"], 3)
 
 
 def test_elsewhere_a_lane_does_nothing():
-    lane = side_stream.Lane(torch.device("cpu"))
-    with lane:
-        lane.follow()
-        lane.keep(torch.zeros(1))
-    lane.join()
-    assert not any(isinstance(value, torch.Tensor) for value in vars(lane).values())
+    stream = side_stream.GradientStream(torch.device("cpu"))
+    with stream:
+        stream.follow()
+        stream.keep(torch.zeros(1))
+    stream.join()
+    assert not any(isinstance(value, torch.Tensor) for value in vars(stream).values())

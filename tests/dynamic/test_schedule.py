@@ -16,7 +16,7 @@ from hf_context_parallel.dynamic.schedule import in_order, make_schedule
 from hf_context_parallel.planning.layout import FIXED_LAYOUTS, zigzag
 from hf_context_parallel.planning.machine import CPU, H100_NODE
 from hf_context_parallel.planning.mask import Mask
-from hf_context_parallel.planning.workload import demand
+from hf_context_parallel.planning.workload import workload
 
 COSTS = {
     "GPUs": Costs.of(LLAMA_8B, H100_NODE),
@@ -94,7 +94,7 @@ def test_counts_are_those_of_the_mask(rows, size):
         layout = zigzag(-(-sum(lengths) // (2 * size)) * 2 * size, size)
         edges = np.cumsum([0, *lengths]).tolist()
         row = tuple(((start, stop),) for start, stop in zip(edges, edges[1:]))
-        expected = demand(layout, Mask(layout.length, (row,)))
+        expected = workload(layout, Mask(layout.length, (row,)))
         assert tuple(map(tuple, found)) == (expected.pairs, expected.read)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hf_context_parallel.planning.balanced import balanced, make_layout, work_of_chunks
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask
-from hf_context_parallel.planning.workload import demand
+from hf_context_parallel.planning.workload import workload
 from tests.helpers.simulated import allowed, rows
 
 
@@ -43,7 +43,7 @@ def test_balanced_shares_the_work_of_packed_documents(size):
     documents = [((start, stop),) for start, stop in zip(edges, edges[1:])]
     pairs = sum((stop - start) * (stop - start + 1) // 2 for ((start, stop),) in documents)
     layout = balanced(length, size, documents)
-    uneven, even = (max(demand(a, Mask(length, (tuple(documents),))).pairs) for a in (zigzag(length, size), layout))
+    uneven, even = (max(workload(a, Mask(length, (tuple(documents),))).pairs) for a in (zigzag(length, size), layout))
     assert uneven > 1.2 * pairs / size and even < 1.04 * pairs / size
 
 
@@ -64,5 +64,5 @@ def test_balanced_shares_the_work_of_all_rows():
     """Long documents at the beginning of one row and at the end of another: together they are even."""
     rows = [[((0, 512),), ((512, 576),)], [((0, 64),), ((64, 576),)]]
     layout = balanced(576, 4, [document for row in rows for document in row], finest=4)
-    work = demand(layout, Mask(576, tuple(map(tuple, rows)))).pairs
+    work = workload(layout, Mask(576, tuple(map(tuple, rows)))).pairs
     assert max(work) < 1.05 * sum(work) / 4

@@ -70,7 +70,7 @@ def check_buffers(plan):
     for step in plan.steps[1:]:
         everything = [(0, step.tokens)] if step.tokens else []
         assert union(keys for _, keys, _ in tiles(step)) == everything
-        for transfers in (step.receives, step.hands_on):
+        for transfers in (step.receives, step.grad_sends):
             ranges = [(transfer.start, transfer.stop) for transfer in transfers]
             assert union(ranges) == everything and total(ranges) == step.tokens
 
@@ -110,7 +110,7 @@ def travel(plans, owned):
         steps = [plan.steps[number] for plan in plans]
         arrived = deliver(
             [
-                outgoing(step.relays, held[-1]) + outgoing(step.serves, own)
+                outgoing(step.forwards, held[-1]) + outgoing(step.direct_sends, own)
                 for step, held, own in zip(steps, buffers, owned)
             ],
             [incoming(*step.receives) for step in steps],
@@ -130,15 +130,15 @@ def come_home(plans, partial):
     size = len(plans)
     for number in range(1, size + 1):
         before = [plan.steps[number - 1] for plan in plans]
-        joins = [plan.steps[number].joins if number < size else () for plan in plans]
+        joins = [plan.steps[number].grad_receives if number < size else () for plan in plans]
         arrived = deliver(
-            [outgoing(step.hands_on, sums[number - 1]) for step, sums in zip(before, partial)],
-            [incoming(*joining, *step.homecomings) for joining, step in zip(joins, before)],
+            [outgoing(step.grad_sends, sums[number - 1]) for step, sums in zip(before, partial)],
+            [incoming(*joining, *step.grad_returns) for joining, step in zip(joins, before)],
         )
         for sums, joining, step, messages in zip(partial, joins, before, arrived):
             for transfer, part in zip(joining, messages):
                 sums[number][transfer.start : transfer.stop] += part
-            for transfer, part in zip(step.homecomings, messages[len(joining) :]):
+            for transfer, part in zip(step.grad_returns, messages[len(joining) :]):
                 sums[0][transfer.start : transfer.stop] += part
     return [sums[0] for sums in partial]
 
@@ -214,11 +214,11 @@ def check_messages(sender, receiver):
         return [count for rank, count in incoming(*transfers) if rank == peer.rank]
 
     for number, (sent, received) in enumerate(zip(sender.steps, receiver.steps)):
-        keys = between((*sent.relays, *sent.serves), sender, receiver)
+        keys = between((*sent.forwards, *sent.direct_sends), sender, receiver)
         assert keys == between(received.receives, receiver, sender)
-        joins = receiver.steps[number + 1].joins if number + 1 < receiver.size else ()
-        gradients = between(sent.hands_on, sender, receiver)
-        assert gradients == between((*joins, *received.homecomings), receiver, sender)
+        joins = receiver.steps[number + 1].grad_receives if number + 1 < receiver.size else ()
+        gradients = between(sent.grad_sends, sender, receiver)
+        assert gradients == between((*joins, *received.grad_returns), receiver, sender)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 16, 64])
@@ -232,8 +232,10 @@ def test_one_causal_document_in_zigzag(size):
     assert 4 * sum(plan.sent_gradients for plan in plans) == 3 * untrimmed
     assert all(len(tiles(step)) == 1 for plan in plans for step in plan.steps)
     # It travels as a ring: to the rank before only, but for gradients that go home.
-    assert all(transfer.peer == (plan.rank - 1) % size for plan in plans for s in plan.steps for transfer in s.relays)
-    assert all(len(step.serves) == (number == 1) for plan in plans for number, step in enumerate(plan.steps))
+    assert all(
+        transfer.peer == (plan.rank - 1) % size for plan in plans for s in plan.steps for transfer in s.forwards
+    )
+    assert all(len(step.direct_sends) == (number == 1) for plan in plans for number, step in enumerate(plan.steps))
 
 
 @pytest.mark.parametrize("rank", [0, 400, 1023])

@@ -4,14 +4,14 @@ from hypothesis import given
 
 from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.planning.intervals import total, union
-from hf_context_parallel.planning.workload import demand
+from hf_context_parallel.planning.workload import workload
 from tests.helpers.simulated import cases
 
 
 @given(cases())
 def test_demand_is_what_plans_have(case):
     layout, mask = case
-    counted = demand(layout, mask)
+    counted = workload(layout, mask)
     plans = [build_strategy("p2p", 1, layout, mask, rank).plan for rank in range(layout.size)]
     if all(len(document) == 1 for row in mask.rows for document in row):  # without padding inside of documents
         assert list(counted.pairs) == [plan.pairs for plan in plans]

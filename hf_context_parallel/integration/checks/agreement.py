@@ -26,7 +26,7 @@ def check_agreement(
         ValueError: if a rank had an error, or batches, models or weights differ.
     """
     agree(
-        groups.alike,
+        groups.same_batch,
         error,
         fingerprint(about),
         "batches or models",
@@ -46,7 +46,7 @@ def sampled(model: torch.nn.Module, group: CPGroup) -> list[torch.nn.Parameter]:
     """The parameters that the ranks compare."""
     groups = group.groups
     # Beside tensor parallelism, ranks have weights of their own.
-    if not group.config.check_batch or groups.size == 1 or groups.alike.size > groups.size:
+    if not group.config.check_batch or groups.size == 1 or groups.same_batch.size > groups.size:
         return []
     return sampled_parameters(model)
 

@@ -94,7 +94,7 @@ def check_inputs(
         required |= {"shift_labels", "num_items_in_batch"}
     complete = all(given.get(name) is not None for name in required & set(accepted(module, required)))
     labels, targets, positions = (given.get(name) for name in ("labels", "shift_labels", "position_ids"))
-    ranks = group.groups.alike
+    ranks = group.groups.same_batch
     # The same tensors in nearly every call; a copy, perhaps on another device, is compared by its values. That
     # comes last, for it waits for the other ranks.
     if not complete or given.get("use_cache") or not _same(positions, our_positions, ranks):

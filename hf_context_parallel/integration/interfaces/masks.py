@@ -12,7 +12,7 @@ from transformers import AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..active_batch import active_batch
-from ..model_registry import ASK_FOR_THE_NAME, NAME
+from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
 from ..switches import switches
 from .mask_patterns import read_pattern
 from .planned_mask import PlannedMask
@@ -38,7 +38,7 @@ def context_parallel_mask(**kwargs) -> Any:
     config = kwargs["config"]
     batch = active_batch()
     if batch is None:
-        if config.model_type in ASK_FOR_THE_NAME and not switches.stock_attn_name:
+        if config.model_type in DEPENDS_ON_ATTN_NAME and not switches.stock_attn_name:
             raise ValueError(
                 f"{config.model_type!r} asks what its attention is called, and by our name computes something else "
                 "outside of cp.shard than by Transformers' own. To generate or evaluate without cp.shard call "

@@ -1,8 +1,8 @@
 """Mixers of which each rank computes its share: their forward runs on the shard as it is.
 
-What mixes tokens in there are functions that it finds by name (see `seams`), and these are replaced while it runs: a
-convolution reads the tokens before the shard's from their owners (see `halo`), and a scan runs along whole sequences,
-each rank with some of the heads (see `heads`).
+What mixes tokens in there are functions that it finds by name (see `token_functions`), and these are replaced while it
+runs: a convolution reads the tokens before the shard's from their owners (see `halo`), and a scan runs along whole
+sequences, each rank with some of the heads (see `scan_heads`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from ...data.batch import take_columns
 from ...distributed.token_exchange import deal_heads
 from ..active_batch import ActiveBatch, active_batch
-from ..patches.module_patch import Replacement, by_name
+from ..patches.module_patch import ModulePatch, by_name
 from .halo import Halo
 from .scan_heads import Heads
-from .token_functions import CONVOLUTION, CONVOLUTION_ARGUMENTS, FUSED, SCANS, seams
+from .token_functions import CONVOLUTION, CONVOLUTION_ARGUMENTS, FUSED, SCANS, token_functions
 from .whole_sequences import PADDING_MASKS, WholeSequences
 
 NOT_OF_MIXERS = frozenset(
@@ -37,7 +37,7 @@ NOT_OF_MIXERS = frozenset(
 """What models hand to all of their layers, and mixers have no use for."""
 
 
-class NativeMixers(Replacement):
+class NativeMixers(ModulePatch):
     """Runs mixers on shards while a batch is open.
 
     Args:
@@ -64,7 +64,7 @@ class NativeMixers(Replacement):
         unused = NOT_OF_MIXERS - parameters
         if not all(_is_nothing(value) for name, value in arguments.items() if name not in {"hidden_states"} | unused):
             return self._whole.run(module, forward, turn, *args, **kwargs)
-        called = seams(module)
+        called = token_functions(module)
         self._batch.note(module, "halo" if called <= {CONVOLUTION} else "heads")
         arguments = {name: value for name, value in arguments.items() if name not in unused}
         arguments |= dict.fromkeys(parameters & set(PADDING_MASKS), self._padding(arguments["hidden_states"].device))

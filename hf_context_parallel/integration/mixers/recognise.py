@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..model_registry import MAKES_POSITIONS, SEES_WHOLE, SHORT_CONVOLUTIONS, WHOLE_MODELS
-from .token_functions import CONVOLUTION, SCANS, seams
+from .token_functions import CONVOLUTION, SCANS, token_functions
 
 
 @cache
@@ -23,7 +23,7 @@ def is_native(module: torch.nn.Module) -> bool:
 
     Of such a one each rank computes its share; the others have to see whole sequences.
     """
-    called = seams(module)
+    called = token_functions(module)
     # Where a state is carried along, the function that does it must be one of them, too.
     return CONVOLUTION in called and (bool(called & SCANS.keys()) or _is_called(type(module), SHORT_CONVOLUTIONS))
 

@@ -82,7 +82,7 @@ def _globals_of(code: CodeType) -> frozenset[str]:
     return frozenset(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
 
 
-def seams(module: torch.nn.Module) -> set[str]:
+def token_functions(module: torch.nn.Module) -> set[str]:
     """Which of these functions a module's forward calls by name; none if it calls others, which might mix tokens."""
     forward = inspect.unwrap(type(module).forward)
     if not inspect.isfunction(forward):  # compiled, say

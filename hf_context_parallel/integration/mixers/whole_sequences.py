@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from ..active_batch import ActiveBatch, no_batch
 from ..interfaces.planned_mask import PlannedMask
 from ..interfaces.stock_attention import stock_attention, whole_mask
-from ..patches.module_patch import Replacement, by_name
+from ..patches.module_patch import ModulePatch, by_name
 from ..patches.positions import MADE_BY_MODEL
 from .recognise import makes_positions
 from .resharding import Resharding, Sequence
@@ -43,7 +43,7 @@ class _Call(NamedTuple):
     shape: tuple[int, int]
 
 
-class WholeSequences(Replacement):
+class WholeSequences(ModulePatch):
     """Runs modules on whole sequences while a batch is open."""
 
     def __init__(self, batch: ActiveBatch):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-class Replacement(ABC):
+class ModulePatch(ABC):
     """Runs modules in its own way until it is told to restore them."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Replacement(ABC):
 def own_forward(module: torch.nn.Module) -> Callable:
     """What a module computes where no batch is open: its forward, behind what replaces it."""
     forward = module.forward
-    while isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), Replacement):
+    while isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), ModulePatch):
         forward = forward.args[1]
     return forward
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ...data.shard import Shard
 from ..active_batch import ActiveBatch
-from .module_patch import Replacement
+from .module_patch import ModulePatch
 
 
 def follows_length(module: torch.nn.Module) -> bool:
@@ -24,7 +24,7 @@ def follows_length(module: torch.nn.Module) -> bool:
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
 
 
-class RopeByLength(Replacement):
+class RopeByLength(ModulePatch):
     """Gives such modules the lengths of what this rank's tokens are part of, while a batch is open."""
 
     def __init__(self, batch: ActiveBatch):

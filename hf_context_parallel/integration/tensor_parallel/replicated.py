@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from ..patches.module_patch import Replacement
+from ..patches.module_patch import ModulePatch
 
 SUMMED = "replicated_with_grad_allreduce"
 """The style of these modules in Transformers' plans, such as norms of heads."""
@@ -48,7 +48,7 @@ def summed_gradients(module: torch.nn.Module, group: dist.ProcessGroup) -> Itera
         module._parameters.update(parameters)
 
 
-class ReplicatedParameters(Replacement):
+class ReplicatedParameters(ModulePatch):
     """Sums the gradients of a model's replicated parameters in the place of Transformers, until it is told to stop.
 
     Args:

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...distributed.mesh import Ranks
 from ..active_batch import ActiveBatch
-from ..patches.module_patch import Replacement
+from ..patches.module_patch import ModulePatch
 from .plan_styles import styles_of
 from .replicated import SUMMED, SumGradients, summed_gradients
 
@@ -87,7 +87,7 @@ class _Move(torch.autograd.Function):
         return ctx.back(grad), None, None
 
 
-class SequenceParallel(Replacement):
+class SequenceParallel(ModulePatch):
     """Runs a model's layers on shares of the tokens while a batch is open."""
 
     def __init__(self, batch: ActiveBatch):

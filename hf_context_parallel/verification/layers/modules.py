@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...integration.interfaces.stock_attention import stock_attention
-from ...integration.patches.module_patch import Replacement
+from ...integration.patches.module_patch import ModulePatch
 from ...integration.switches import report_stock_attn_name
 
 INPUT, OUTPUT, GRADIENT = "input", "output", "input gradient"
@@ -32,7 +32,7 @@ def stock_forwards(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
         replacement.restore()
 
 
-class _StockForwards(Replacement):
+class _StockForwards(ModulePatch):
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
         with stock_attention(module):
             return forward(*args, **kwargs)
