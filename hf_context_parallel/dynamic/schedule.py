@@ -27,7 +27,7 @@ def make_schedule(
 
     A sample gets the smallest group that holds it and in which it does not take too long. How long is too long, and in
     how many rounds all are dealt, is tried. Groups with several samples run them as documents of one row. By the
-    estimate it is never slower than static CP or the greedy rule of `greedy.py`.
+    estimate it is never slower than static CP or the greedy rule of `megatron_rule.py`.
 
     Args:
         lengths: tokens of each sample.
