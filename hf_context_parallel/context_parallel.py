@@ -15,7 +15,7 @@ from .attention.kernels.registry import named_kernel
 from .config import ContextParallelConfig
 from .cp_group import CPGroup
 from .data.loader import prepare_data_loader
-from .distributed.agreement import agree, fingerprint, odd_rank
+from .distributed.agreement import collective, fingerprint, odd_rank
 from .distributed.mesh import world
 from .distributed.messages import Exchange, GroupExchange
 from .distributed.process_groups import Groups, build_groups
@@ -48,16 +48,14 @@ class ContextParallel:
     """
 
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
-        error = None
-        try:
+        # Making groups is collective, so ranks that want different ones must learn of it before.
+        with collective(world(), "settings or meshes", "Give every process the same ones.") as notes:
             if config.kernel != "auto":  # which is chosen by where the tensors are
                 named_kernel(config.kernel)
-        except ValueError as caught:
-            error = caught
-        # Making groups is collective, so ranks that want different ones must learn of it before.
-        names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
-        asked = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
-        sizes = agree(world(), error, asked, "settings or meshes", "Give every process the same ones.", config.size)
+            names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
+            notes.fingerprint = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
+            notes.number = config.size
+        sizes = notes.numbers
         if (odd := odd_rank(sizes)) is not None:
             raise ValueError(
                 f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
@@ -115,17 +113,14 @@ class ContextParallel:
         Raises:
             ValueError: on every rank alike, if sizes differ or do not divide, or a batch is open on any rank.
         """
-        asked, error = 0, None
-        try:
+        with collective(world()) as notes:
             if active_batch() is not None:
                 raise ValueError(
                     f"the CP size cannot change from {self.size} to {size} while a batch is open: leave "
                     "`with cp.shard(...)` first."
                 )
-            config, asked = self.made_with.of_size(size), size
-        except Exception as caught:  # whatever it is, the other ranks must hear of it
-            error = caught
-        sizes = agree(world(), error, 0, "sizes", "", shared=asked)
+            config, notes.number = self.made_with.of_size(size), size
+        sizes = notes.numbers
         if (odd := odd_rank(sizes)) is not None:
             raise ValueError(
                 f"the ranks ask for different CP sizes: rank 0 for size={sizes[0]} and rank {odd} for "

@@ -7,7 +7,7 @@ import torch
 from .attention.strategy import build_strategy
 from .config import check_comm_type
 from .cp_group import CPGroup
-from .distributed.agreement import agree, fingerprint
+from .distributed.agreement import collective, fingerprint
 from .integration.active_batch import active_batch
 from .planning import mask as masks
 from .planning.balanced import make_layout
@@ -43,25 +43,21 @@ def attention(
         ValueError: on every rank alike, if lengths, heads, dtypes or options do not fit, before any key moves.
     """
     settings = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-    local_length, mark, error, call = 0, 0, None, None
-    try:
+    with collective(group.groups, "arguments", "cp.attention needs the same on all.") as notes:
         if cu_seqlens is None and attention_mask is None:
             _refuse_documents_unsaid(group)
         _check_heads(q, k, v, sinks)
         call = group.prepare(q, k, v, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic)
-        local_length = q.shape[2]
+        notes.number = q.shape[2]
         shapes = [(*x.shape[:2], x.shape[3], x.dtype) for x in call[:3]]
         if comm_type is None:
             comm_type = group.config.comm_type_of(layer_type(pattern), None)
         else:
             check_comm_type(comm_type)
         options = shapes, pattern, call.scores._replace(seed=0), sinks is None, comm_type
-        mark = fingerprint({"options": options, **settings})
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
-        error = caught
-    lengths = agree(group.groups, error, mark, "arguments", "cp.attention needs the same on all.", local_length)
+        notes.fingerprint = fingerprint({"options": options, **settings})
     # From here on all ranks know the same, so what one of them refuses all of them refuse.
-    layout, mask = _whole(group, q.shape[0], lengths, pattern, cu_seqlens, attention_mask)
+    layout, mask = _whole(group, q.shape[0], notes.numbers, pattern, cu_seqlens, attention_mask)
     choice = group.choice(comm_type, layout, mask, call.shape, q.device)
     strategy = build_strategy(*choice[:2], layout, mask, group.rank)
     return group.attend(call, strategy, sinks).transpose(1, 2)

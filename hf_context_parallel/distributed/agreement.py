@@ -11,40 +11,82 @@ import torch.distributed as dist
 from .mesh import Ranks
 
 
-def agree(
-    ranks: Ranks, error: Exception | None, fingerprint: int, what: str, remedy: str, shared: int = 0
-) -> list[int]:
-    """Compare notes with the group: one all-reduce of three integers a rank, which every rank enters.
+class collective:
+    """`with` block that every rank of a group leaves alike: they all go on, or all raise the same error.
+
+    It takes one all-reduce of three integers a rank, which every rank enters, whatever it raises in the block.
 
     Args:
-        error: what went wrong on this rank, if anything.
-        fingerprint: a number that must be the same on all ranks.
-        what, remedy: what the fingerprint is of, and what to do where it differs, for the message.
-        shared: a number of this rank's, for all to see.
+        ranks: the group.
+        what, remedy: what `fingerprint` is of, and what to do where it differs, for the message.
 
-    Returns:
-        The ranks' `shared` numbers.
+    Set in the block, where it has something to say:
+        fingerprint: a number that must be the same on all ranks.
+        number: a number of this rank's, for all to see.
+
+    After the block `numbers` has each rank's `number`.
 
     Raises:
-        ValueError: on every rank with the same message, if a rank had an error or the fingerprints differ.
+        ValueError: on every rank with the same message, if a rank raised in the block or the fingerprints differ.
     """
+
+    def __init__(self, ranks: Ranks, what: str = "", remedy: str = ""):
+        self._ranks, self._what, self._remedy = ranks, what, remedy
+        self.fingerprint = self.number = 0
+        self.numbers: list[int] = []
+
+    def __enter__(self) -> collective:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return  # an interrupt is not for the others
+        if self._ranks.size == 1:
+            self.numbers = [self.number]
+            return
+        notes = gather_numbers(self._ranks, error is not None, self.fingerprint, self.number)
+        failed, fingerprints, self.numbers = notes
+        raise_together(self._ranks, failed, error)
+        check_consensus(fingerprints, self._what, self._remedy)
+
+
+def gather_numbers(ranks: Ranks, *mine: int) -> list[list[int]]:
+    """For each number of this rank, those of all ranks. Every rank must call this, with as many."""
     if ranks.size == 1:
-        if error is not None:
-            raise error
-        return [shared]
-    notes = torch.zeros(ranks.size, 3, dtype=torch.int64)
-    notes[ranks.rank] = torch.tensor([error is not None, fingerprint, shared])
+        return [[int(number)] for number in mine]
+    notes = torch.zeros(ranks.size, len(mine), dtype=torch.int64)
+    notes[ranks.rank] = torch.tensor(mine)
     notes = notes.to(ranks.device)
     dist.all_reduce(notes, group=ranks.group)
-    failed, fingerprints, numbers = notes.T.tolist()
-    if any(failed):
-        first = failed.index(1)
-        message = [str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"]
-        dist.broadcast_object_list(message, group=ranks.group, group_src=first, device=ranks.device)
-        raise ValueError(f"rank {first} of the group: {message[0]}") from error
+    return notes.T.tolist()
+
+
+def raise_together(ranks: Ranks, failed: Sequence[int], error: Exception | None) -> None:
+    """Raise the error of the first rank that failed, on every rank. Every rank must call this.
+
+    Args:
+        failed: for each rank, whether it did: the same on all.
+        error: that of this rank, if any.
+
+    Raises:
+        ValueError: with its message.
+    """
+    if not any(failed):
+        return
+    first = next(rank for rank, flag in enumerate(failed) if flag)
+    message = [str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(message, group=ranks.group, group_src=first, device=ranks.device)
+    raise ValueError(f"rank {first} of the group: {message[0]}") from error
+
+
+def check_consensus(fingerprints: Sequence[int], what: str, remedy: str) -> None:
+    """Raise unless all ranks have the same fingerprint.
+
+    Raises:
+        ValueError: naming a rank that differs.
+    """
     if (odd := odd_rank(fingerprints)) is not None:
         raise ValueError(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
-    return numbers
 
 
 def odd_rank(values: Sequence[int]) -> int | None:

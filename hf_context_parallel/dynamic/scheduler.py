@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..config import refuse
 from ..context_parallel import ContextParallel
 from ..data.batch import CONSUMED, IGNORED, read_batch
-from ..distributed.agreement import agree, fingerprint
+from ..distributed.agreement import collective, fingerprint
 from ..distributed.mesh import world
 from ..distributed.process_groups import build_columns
 from ..integration.mixers.recognise import makes_positions, mixers
@@ -87,14 +88,13 @@ class Scheduler:
             ValueError: on every rank alike, if a rank's batches cannot be cut into samples or differ from those of its
                 group, or a sample fits nowhere.
         """
-        samples, mark, error = [], 0, None
-        try:
+        mark = 0
+        with collective(world(), "models or settings", "Give every process the same.") as notes:
             samples = [sample for batch in batches for sample in cut(batch)]
             if self._cp.config.check_batch:
                 mark = fingerprint({f"{number}": sample for number, sample in enumerate(samples)})
-        except Exception as caught:  # whatever it is, the other ranks must hear of it
-            error = caught
-        lengths = self._gathered_lengths(samples, mark, error)
+            notes.fingerprint, notes.number = self._settings, len(samples)
+        lengths = self._gathered_lengths(samples, mark, notes.numbers)
         schedule = make_schedule(
             [length for share in lengths for length in share],
             self._extent.size * len(lengths),
@@ -118,12 +118,14 @@ class Scheduler:
         self._busy = self._passed = 0.0
         return share
 
-    def _gathered_lengths(self, samples: list[torch.Tensor], mark: int, error: Exception | None) -> list[list[int]]:
-        """For each share of the samples, their lengths."""
+    def _gathered_lengths(self, samples: list[torch.Tensor], mark: int, counts: list[int]) -> list[list[int]]:
+        """For each share of the samples, their lengths.
+
+        Args:
+            mark: of this rank's samples.
+            counts: how many samples each rank has.
+        """
         everyone = world()
-        counts = agree(
-            everyone, error, self._settings, "models or settings", "Give every process the same.", len(samples)
-        )
         own = torch.zeros(max(counts) + 2, dtype=torch.int64)
         own[0], own[1] = self._extent.data_rank, mark
         own[2 : 2 + len(samples)] = torch.tensor([sample.shape[1] for sample in samples], dtype=torch.int64)
@@ -257,15 +259,14 @@ def _refuse(model: torch.nn.Module) -> None:
     """Refuse models whose loss would not be the sum of the rounds'."""
     module = transformers_model(model)
     config = module.config.get_text_config()
-    for wrong, what in (
+    cases = (
         (getattr(config, "output_router_logits", False), "output_router_logits=True adds a mean over the batch"),
         (getattr(config, "z_loss_coefficient", 0), "z_loss_coefficient adds a mean over the batch"),
         (module.config.model_type in UNSHIFTED, f"a {module.config.model_type}'s loss is a mean over its row"),
         (any(map(makes_positions, mixers(module))), f"a {module.config.model_type} counts positions by the row"),
         (any(map(follows_length, module.modules())), "RoPE of this type depends on the length of the row"),
-    ):
-        if wrong:
-            raise ValueError(
-                f"dynamic=True deals samples to other rows than they came in, and {what}. Switch that off, or set "
-                "dynamic=False."
-            )
+    )
+    refuse(
+        cases,
+        "dynamic=True deals samples to other rows than they came in, and {}. Switch that off, or set dynamic=False.",
+    )

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from ..cp_group import CPGroup
 from ..data.batch import SHARD
 from ..data.shard import Shard, shard_batch
+from ..distributed.agreement import collective, fingerprint
 from ..distributed.failures import FailureReport
 from .active_batch import ActiveBatch, active_batch, enter, leave
-from .checks.agreement import check_agreement, sampled, signature
+from .checks.agreement import SAME_BATCHES, check_weights, sampled, signature
 from .checks.inputs import accepted, check_inputs, check_range, refuse_part
 from .checks.model import check_model
 from .interfaces.masks import GIVEN_A_MASK
@@ -65,20 +66,19 @@ class ShardedBatch(AbstractContextManager):
             raise RuntimeError("this sharded batch was entered before: call cp.shard(batch) again for another pass.")
         self._entered = True
         self._failure_report = FailureReport()
-        local, error, mark, compared = {}, None, (), []
+        compared = []
         try:
-            if self._model is not None:
-                self._check(self._model)
-                compared = sampled(self._model, self._group)
-                self._passed, mark = transformers_model(self._model), (*signature(self._model), len(compared))
-            local = self._local()
-            if self._passed is not None:
-                check_range(self._passed, self._batch, local[SHARD], values=self._group.config.check_batch)
-        except Exception as caught:  # whatever it is, the other ranks must hear of it
-            error = caught
-        about = {"batch": local[SHARD].fingerprint if local else 0, "model": mark}
-        try:
-            check_agreement(self._group.groups, error, about, compared)
+            with collective(self._group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
+                mark = ()
+                if self._model is not None:
+                    self._check(self._model)
+                    compared = sampled(self._model, self._group)
+                    self._passed, mark = transformers_model(self._model), (*signature(self._model), len(compared))
+                local = self._local()
+                if self._passed is not None:
+                    check_range(self._passed, self._batch, local[SHARD], values=self._group.config.check_batch)
+                notes.fingerprint = fingerprint({"batch": local[SHARD].fingerprint, "model": mark})
+            check_weights(compared, self._group.groups)
         except RuntimeError as failure:
             self._failure_report.explain(failure, self._failure_report.block - 1)
             raise

@@ -15,7 +15,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, recursively_apply
 from torch.utils.data import IterableDataset
 
-from ..config import ContextParallelConfig
+from ..config import ContextParallelConfig, refuse
 from ..context_parallel import ContextParallel
 from ..data.loader import prepare_data_loader
 
@@ -83,23 +83,28 @@ def refuse_unknown(accelerator: Accelerator) -> None:
         ValueError: naming it, and what to take instead.
     """
     settings, kind = accelerator.parallelism_config, accelerator.distributed_type
-    for wrong, what, remedy in (
+    cases = (
         (
             settings is not None and settings.sp_enabled,
-            f"accelerate's sequence parallelism (sp_size={settings and settings.sp_size})",
-            "set sp_size=1; CP does what it does",
+            f"accelerate's sequence parallelism (sp_size={settings and settings.sp_size}) is not known to be exact on "
+            "shards; set sp_size=1; CP does what it does",
         ),
-        (kind == DistributedType.FSDP and not accelerator.is_fsdp2, "FSDP1 (fsdp_version=1)", "take fsdp_version=2"),
+        (
+            kind == DistributedType.FSDP and not accelerator.is_fsdp2,
+            "FSDP1 (fsdp_version=1) is not known to be exact on shards; take fsdp_version=2",
+        ),
         (
             kind == DistributedType.DEEPSPEED,
-            "DeepSpeed (which accelerate does not run on CPUs, where it would be compared)",
-            "take FSDP2, which shards the same as ZeRO-3",
+            "DeepSpeed (which accelerate does not run on CPUs, where it would be compared) is not known to be exact "
+            "on shards; take FSDP2, which shards the same as ZeRO-3",
         ),
-        (kind not in EXACT, str(kind), "take DDP or FSDP2"),
-        (accelerator.mixed_precision == "fp8", "mixed_precision='fp8', whose scales are a shard's", "take bf16"),
-    ):
-        if wrong:
-            raise ValueError(f"context parallelism: {what} is not known to be exact on shards; {remedy}.")
+        (kind not in EXACT, f"{kind} is not known to be exact on shards; take DDP or FSDP2"),
+        (
+            accelerator.mixed_precision == "fp8",
+            "mixed_precision='fp8', whose scales are a shard's is not known to be exact on shards; take bf16",
+        ),
+    )
+    refuse(cases, "context parallelism: {}.")
 
 
 def start_fsdp2(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:

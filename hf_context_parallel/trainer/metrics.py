@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 
 import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from .memory import PeakMemory
+from .step_state import StepState
 
 
 class StepWatch(TrainerCallback):
@@ -34,3 +36,19 @@ class StepWatch(TrainerCallback):
         peak = self._memory.peak()
         if peak is not None:
             self._highest = max(peak, self._highest or 0.0)
+
+
+def throughput(step: StepState, watch: StepWatch, accelerator: Accelerator) -> dict[str, float]:
+    """Throughput, sequence length and peak memory of all ranks since this was last called, which all ranks do."""
+    seconds, peak = watch.read()
+    mine = [*step.read_counts(), -1.0 if peak is None else peak]
+    gathered = accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=accelerator.device))
+    tokens, longest, peaks = gathered.T
+    figures = {
+        "tokens_per_second": tokens.sum().item() / seconds,
+        "tokens_per_second_per_rank": tokens.mean().item() / seconds,
+        "sequence_length": int(longest.max()),
+    }
+    if peaks.max() >= 0:
+        figures["peak_memory_gib"] = peaks.max().item()
+    return figures

@@ -19,7 +19,7 @@ from ..context_parallel import ContextParallel
 from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
 from ..distributed.mesh import mesh_of
-from ..dynamic.scheduler import Round, Scheduler
+from ..dynamic.scheduler import Scheduler
 from ..integration.active_batch import active_batch
 from ..integration.checks.model import check_model
 from ..integration.patches.randomness import share_streams
@@ -35,7 +35,9 @@ from .accelerate import (
     start_fsdp2,
     with_launched_size,
 )
-from .metrics import StepWatch
+from .metrics import StepWatch, throughput
+from .refusals import check_trainer
+from .step_state import StepState
 
 
 class ContextParallelMixin:
@@ -68,13 +70,13 @@ class ContextParallelMixin:
 
     def __init__(self, *args, context_parallel: ContextParallelConfig | None = None, **kwargs):
         self._config = context_parallel or ContextParallelConfig()
-        self._whole_num_items: torch.Tensor | int | None = None
-        self._predicting = self._loss_is_ours = self._all_log = False
-        self._tokens, self._longest = 0.0, 0
+        self._step_state = StepState()
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # predictions need the whole batch, so shard it here
-        self._refuse()
+        check_model(self.model)
+        check_parallelism(self.model, self.cp.group)
+        check_trainer(self, self._config)
         if self._config.verify and self.cp.size > 1:
             self.add_callback(_Verification(self))
         self._watch = StepWatch(self.args.device)
@@ -83,56 +85,6 @@ class ContextParallelMixin:
         if self._config.dynamic:
             sharded = self.is_fsdp_enabled or isinstance(self.model, FSDPModule)
             self._scheduler = Scheduler(self.cp, self.model, sharded)
-        self._rounds: list[list[Round]] = []
-        """Those of each training step until the next optimizer step."""
-
-    def _refuse(self) -> None:
-        """Refuse what is known to be wrong on shards before anything is trained."""
-        check_model(self.model)
-        check_parallelism(self.model, self.cp.group)
-        for wrong, remedy in (
-            (
-                self.label_smoother is not None,
-                f"label_smoothing_factor={self.args.label_smoothing_factor} shifts labels itself; set it to 0",
-            ),
-            (
-                self.compute_loss_func is not None,
-                "compute_loss_func gets a shard's outputs and labels that are shifted already; override compute_loss "
-                "instead, and begin with super().compute_loss",
-            ),
-            (
-                getattr(self.args, "train_sampling_strategy", None) == "batch_rebalance",
-                "train_sampling_strategy='batch_rebalance' deals samples to ranks and not to CP groups; use another",
-            ),
-            (
-                self.args.neftune_noise_alpha is not None,
-                f"neftune_noise_alpha={self.args.neftune_noise_alpha} scales noise by the length it sees, which is a "
-                "shard's; set it to None",
-            ),
-            (
-                self.label_names != ["labels"],
-                f"label_names={self.label_names} are not known to be sharded; only ['labels'] is",
-            ),
-            (self.args.n_gpu > 1, "one process sees several GPUs; start one process a GPU with `accelerate launch`"),
-            (
-                self.model_init is not None and mesh_of(self.model) is not None,
-                "model_init makes a model that Transformers shards, and its mesh is needed before; pass a model",
-            ),
-            (
-                mesh_of(self.model) is not None and not hasattr(self, "is_distributed_loading_by_transformers"),
-                "the Trainer of this version of Transformers wraps a model that was sharded as it was loaded once "
-                "more; upgrade Transformers, or load the model whole and shard it by training.fsdp",
-            ),
-            (self.args.eval_use_gather_object, "eval_use_gather_object gathers from every rank; set it to False"),
-        ):
-            if wrong:
-                raise ValueError(f"context parallelism: {remedy}.")
-        for wrong, remedy in (
-            (not self.args.average_tokens_across_devices, "needs average_tokens_across_devices=True"),
-            (not self.model_accepts_loss_kwargs, "needs a model whose loss is divided by num_items_in_batch"),
-        ):
-            if wrong and self._config.dynamic:
-                raise ValueError(f"context parallelism: dynamic=True {remedy}, or set dynamic=False.")
 
     def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
@@ -164,7 +116,7 @@ class ContextParallelMixin:
 
     def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: Mapping[str, Any]):
         """Trainer's hook: the context of a step, and its inputs."""
-        if self._predicting:  # prediction_step has sharded them
+        if self._step_state.predicting:  # prediction_step has sharded them
             return nullcontext, inputs
         sharded = self.cp.shard(self._prepare_inputs(inputs), model)
         step = ExitStack()
@@ -199,8 +151,7 @@ class ContextParallelMixin:
 
     def _count(self, tokens: int, longest: int) -> None:
         """Note what this rank's group computes, for the logs."""
-        self._tokens += tokens / self.cp.groups.same_batch.size
-        self._longest = max(self._longest, longest)
+        self._step_state.count(tokens / self.cp.groups.same_batch.size, longest)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Trainer's. What they hold is scheduled now, since more samples are dealt out more evenly."""
@@ -208,19 +159,19 @@ class ContextParallelMixin:
         if self._scheduler is not None and batches:
             rounds, steps = self._scheduler.rounds(batches), len(batches)
             edges = [len(rounds) * step // steps for step in range(steps + 1)]
-            self._rounds = [rounds[start:stop] for start, stop in zip(edges, edges[1:])]
+            self._step_state.rounds = [rounds[start:stop] for start, stop in zip(edges, edges[1:])]
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's, which must have computed its loss here; with `dynamic`, for each round of this step."""
         if self._scheduler is None:
             return self._finite_together(self._checked_step(model, inputs, num_items_in_batch))
-        rounds = self._rounds.pop(0) if self._rounds else self._scheduler.rounds([inputs])
+        rounds = self._step_state.rounds.pop(0) if self._step_state.rounds else self._scheduler.rounds([inputs])
         loss = torch.zeros((), device=self.args.device)
         sync = self.accelerator.gradient_state.sync_gradients
         try:
             for number, round in enumerate(rounds, start=1):
-                last = not self._rounds and number == len(rounds)
+                last = not self._step_state.rounds and number == len(rounds)
                 self.cp.switch(round.size)
                 self._count(round.tokens, round.longest)
                 self.accelerator.gradient_state._set_sync_gradients(sync and last)
@@ -248,13 +199,13 @@ class ContextParallelMixin:
         return self.accelerator.no_sync(model)
 
     def _checked_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
-        self._loss_is_ours = False
+        self._step_state.loss_is_ours = False
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_other_losses()
         return loss
 
     def _refuse_other_losses(self) -> None:
-        if not self._loss_is_ours:
+        if not self._step_state.loss_is_ours:
             raise ValueError(
                 f"{type(self).__name__}.compute_loss does not call super().compute_loss, and a mean over a shard "
                 "is not the mean over the batch. Begin with super().compute_loss(..., return_outputs=True), and "
@@ -263,7 +214,7 @@ class ContextParallelMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's loss, so that its mean over all ranks is the loss of one process."""
-        self._loss_is_ours = True
+        self._step_state.loss_is_ours = True
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             return result  # which Trainer has scaled
@@ -280,8 +231,8 @@ class ContextParallelMixin:
         Without `average_tokens_across_devices`, those of this rank's samples by the group's size, over whose ranks DDP
         will take the mean.
         """
-        if self._predicting:
-            return self._whole_num_items
+        if self._step_state.predicting:
+            return self._step_state.whole_num_items
         labelled = batch_samples and not {"labels", "shift_labels"}.isdisjoint(batch_samples[0])
         if not (self.model_accepts_loss_kwargs and labelled):
             return None
@@ -299,14 +250,14 @@ class ContextParallelMixin:
         """Trainer's, with whole outputs in the order of the batch on every rank."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
-        self._whole_num_items = self._get_num_items_in_batch([inputs], self.args.device)
+        self._step_state.whole_num_items = self._get_num_items_in_batch([inputs], self.args.device)
         with self.cp.shard(inputs, model) as local, self._prepared(local):
-            self._predicting, self._loss_is_ours = True, False
+            self._step_state.predicting, self._step_state.loss_is_ours = True, False
             try:
                 loss, outputs, _ = super().prediction_step(model, local, prediction_loss_only, ignore_keys)
                 outputs = recursively_apply(self._gather_output, outputs) if outputs is not None else None
             finally:
-                self._predicting = False
+                self._step_state.predicting = False
         if loss is not None:
             self._refuse_other_losses()
         if loss is not None and self.cp.size > 1:
@@ -347,40 +298,22 @@ class ContextParallelMixin:
         return super()._finalize_training(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        self._all_log = True
+        self._step_state.all_log = True
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
-            self._all_log = False
+            self._step_state.all_log = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with throughput, sequence length and memory beside the training loss that all ranks log.
 
         A call of one's own may be on some ranks alone.
         """
-        if self._all_log and "loss" in logs:
-            logs |= self._throughput()
+        if self._step_state.all_log and "loss" in logs:
+            logs |= throughput(self._step_state, self._watch, self.accelerator)
+            if self._scheduler is not None:
+                logs["idle_share"] = round(self._scheduler.idle_share(), 6)
         super().log(logs, start_time)
-
-    def _throughput(self) -> dict[str, float]:
-        seconds, peak = self._watch.read()
-        mine = torch.tensor(
-            [self._tokens, self._longest, -1.0 if peak is None else peak],
-            dtype=torch.float64,
-            device=self.args.device,
-        )
-        self._tokens, self._longest = 0.0, 0
-        tokens, longest, peaks = self.accelerator.gather(mine[None]).T
-        figures = {
-            "tokens_per_second": tokens.sum().item() / seconds,
-            "tokens_per_second_per_rank": tokens.mean().item() / seconds,
-            "sequence_length": int(longest.max()),
-        }
-        if self._scheduler is not None:
-            figures["idle_share"] = round(self._scheduler.idle_share(), 6)
-        if peaks.max() >= 0:
-            figures["peak_memory_gib"] = peaks.max().item()
-        return figures
 
 
 class ContextParallelTrainer(ContextParallelMixin, Trainer):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from ..context_parallel import ContextParallel
-from ..distributed.agreement import agree, fingerprint
+from ..distributed.agreement import collective, fingerprint
 from ..distributed.mesh import world
 from ..integration.checks.model import check_model
 from ..integration.model_registry import transformers_model
@@ -49,18 +49,16 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
         ValueError: on every rank alike, if a layer differs by more than rounding does, naming the first that does; or
             if the model is refused, as by `cp.shard`.
     """
-    differences, error = [], None
-    try:
+    with collective(world(), "models", "All ranks must be given the same.") as notes:
         check_model(model)
         check_parallelism(model, cp.group)
         with _untouched(model), _summed(model, cp):
             differences = _compare_batches(model, cp)
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
-        error = caught
-    compared = [difference[:3] for difference in differences]
-    agree(world(), error, fingerprint({"compared": compared}), "models", "All ranks must be given the same.")
+        notes.fingerprint = fingerprint({"compared": [difference[:3] for difference in differences]})
     differences = _of_all_ranks(differences, cp)
-    agree(world(), _first_error(differences), 0, "models", "")
+    with collective(world()):
+        if (error := _first_error(differences)) is not None:
+            raise error
     return differences
 
 

@@ -1,38 +1,27 @@
-"""Agreement of a group's ranks before they compute a batch: on the batch, the model, and a sample of its weights."""
+"""Agreement of a group's ranks before they compute a batch: on the model, and on a sample of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ...cp_group import CPGroup
-from ...distributed.agreement import agree, fingerprint
 from ...distributed.process_groups import Groups
 from .weights import sampled_parameters, weights_differ
 
+SAME_BATCHES = (
+    "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or ContextParallelTrainer, which "
+    "deal samples to CP groups rather than ranks."
+)
 
-def check_agreement(
-    groups: Groups, error: Exception | None, about: Mapping[str, object], compared: Sequence[torch.nn.Parameter]
-) -> None:
-    """Raise on every rank alike unless all go on with the same batch and model. Every rank must call this.
 
-    Args:
-        error: what went wrong on this rank, if anything.
-        about: what the ranks must have in common, with how many parameters are compared.
-        compared: parameters that must have the same values.
+def check_weights(compared: Sequence[torch.nn.Parameter], groups: Groups) -> None:
+    """Refuse parameters that are not the same on all ranks of the group. Every rank must call this, with as many.
 
     Raises:
-        ValueError: if a rank had an error, or batches, models or weights differ.
+        ValueError: on every rank alike.
     """
-    agree(
-        groups.same_batch,
-        error,
-        fingerprint(about),
-        "batches or models",
-        "All ranks of a CP group must be given the same: use cp.prepare_data_loader() or "
-        "ContextParallelTrainer, which deal samples to CP groups rather than ranks.",
-    )
     if weights_differ(compared, groups):
         raise ValueError(
             "the ranks of the group have different weights, and what they compute together would be of no "

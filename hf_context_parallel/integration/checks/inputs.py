@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...cp_group import CPGroup
 from ...data.batch import IGNORED
 from ...data.shard import Shard
-from ...distributed.agreement import agree
+from ...distributed.agreement import gather_numbers
 from ...distributed.mesh import Ranks
 from ..model_registry import UNSHIFTED, learned_positions
 
@@ -135,7 +135,8 @@ def _same(given: torch.Tensor | None, ours: torch.Tensor | None, ranks: Ranks) -
     """
     if given is None or ours is None or given is ours:
         return True
-    return not any(agree(ranks, None, 0, "", "", not torch.equal(given.cpu(), ours.cpu())))
+    [differs] = gather_numbers(ranks, not torch.equal(given.cpu(), ours.cpu()))
+    return not any(differs)
 
 
 def accepted(module: torch.nn.Module, names: Iterable[str]) -> list[str]:
