@@ -15,6 +15,7 @@ from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.data.batch import SHARD
 from hf_context_parallel.data.shard import Shard, shard_batch
 from hf_context_parallel.distributed.token_exchange import deal_heads
+from hf_context_parallel.integration.active_batch import active_batch
 from hf_context_parallel.integration.mixers import halo, scan_heads
 from hf_context_parallel.integration.mixers.native import NativeMixers
 from hf_context_parallel.integration.mixers.resharding import sequences
@@ -376,7 +377,8 @@ def test_unknown_arguments_of_a_scan_are_refused(options):
     original, hidden = torch_chunk_gated_delta_rule, torch.randn(1, 16, 8)
     sharding, mixer, known = context().shard(dense(16)), OwnMixer(**options), OwnMixer(chunk_size=4, seq_idx=None)
     with sharding:
-        native = NativeMixers(sharding, WholeSequences(sharding))
+        batch = active_batch()
+        native = NativeMixers(batch, WholeSequences(batch))
         native.replace(mixer)
         native.replace(known)
         assert torch.equal(known(hidden), hidden)
