@@ -8,7 +8,7 @@ TORCH_INDEX_URL ?=
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: test test-all lint demo .venv
+.PHONY: test test-all test-unit lint demo .venv
 
 test: lint
 	$(BIN)/pytest tests -m "not exhaustive"
@@ -16,6 +16,10 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,deepspeed]'
 	$(BIN)/pytest tests
+
+# What needs no processes: within a minute.
+test-unit: .venv
+	$(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive"
 
 lint: .venv
 	$(BIN)/ruff check .

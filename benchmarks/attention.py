@@ -40,18 +40,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from hf_context_parallel.attention import attention
-from hf_context_parallel.attention.exchange import GroupExchange
+from hf_context_parallel.attention.auto_strategy import choose
+from hf_context_parallel.attention.executor import attention
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import Shape, build_strategy
-from hf_context_parallel.balance import balanced
-from hf_context_parallel.choice import choose, machine_of
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.layout import Layout, zigzag
-from hf_context_parallel.mask import Mask, Pattern, from_cu_seqlens
-from hf_context_parallel.memory import PeakMemory
-from hf_context_parallel.plan import build_own_plan, build_plan
+from hf_context_parallel.distributed.messages import GroupExchange
+from hf_context_parallel.planning.balanced import balanced
+from hf_context_parallel.planning.layout import Layout, zigzag
+from hf_context_parallel.planning.machine import machine_of
+from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens
+from hf_context_parallel.planning.plan import build_own_plan, build_plan
+from hf_context_parallel.trainer.memory import PeakMemory
 
 from . import peers, report
 from .peers import Layer, MissingPeer, Run, UnsuitablePeer

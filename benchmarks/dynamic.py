@@ -4,13 +4,13 @@
 
 **Measured**, on two CPU processes over gloo: a small Qwen3 under DDP, forward and backward of the same global batches,
 static CP (one sample a run, split over both ranks) and dynamic in turns. **Counted**, at four ranks: pairs and tokens
-that each rank computes, and what it waits. **Simulated**, on nodes of 8 H100s with `hf_context_parallel.cost`: an 8B
-Llama at 8, 64 and 1,024 ranks, for
+that each rank computes, and what it waits. **Simulated**, on nodes of 8 H100s with
+`hf_context_parallel.planning.machine`: an 8B Llama at 8, 64 and 1,024 ranks, for
 
     one by one    static CP of 8 ranks, one sample a run
     packed        static CP of 8 ranks, each group's samples packed in the order in which they came
-    greedy        Megatron-LM's rule (`hf_context_parallel/greedy.py`), in groups of up to all ranks
-    ours          `hf_context_parallel.schedule`
+    greedy        Megatron-LM's rule (`hf_context_parallel/dynamic/megatron_rule.py`), in groups of up to all ranks
+    ours          `hf_context_parallel.dynamic.schedule`
     most          if every rank computed its share of pairs and tokens and nothing else, without a wait: a bound
 
 Where ranks keep whole weights they wait only for the ranks of their group; where FSDP2 shards weights over a node,
@@ -37,20 +37,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_context_parallel as hcp
-from hf_context_parallel.balance import padded_layout
-from hf_context_parallel.cost import CPU, H100_NODE
-from hf_context_parallel.dynamic import Scheduler, model_shape
-from hf_context_parallel.greedy import greedy_stages
-from hf_context_parallel.schedule import (
-    LLAMA_8B,
-    Costs,
-    Schedule,
-    capacity,
-    counts,
-    in_order,
-    make_schedule,
-)
-from hf_context_parallel.workers import WorkerPool
+from hf_context_parallel.distributed.worker_pool import WorkerPool
+from hf_context_parallel.dynamic.costs import LLAMA_8B, Costs, counts
+from hf_context_parallel.dynamic.groups import Schedule, capacity
+from hf_context_parallel.dynamic.megatron_rule import greedy_stages
+from hf_context_parallel.dynamic.schedule import in_order, make_schedule
+from hf_context_parallel.dynamic.scheduler import Scheduler, model_shape
+from hf_context_parallel.planning.balanced import padded_layout
+from hf_context_parallel.planning.machine import CPU, H100_NODE
 
 from . import report
 

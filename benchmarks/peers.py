@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from hf_context_parallel.kernels.base import Kernel, Scores
-from hf_context_parallel.layout import contiguous, zigzag
-from hf_context_parallel.mask import Mask
-from hf_context_parallel.plan import CAUSAL, FULL, Band, Segments, build_own_plan
+from hf_context_parallel.attention.kernels.base import Kernel
+from hf_context_parallel.attention.scores import Scores
+from hf_context_parallel.planning.layout import contiguous, zigzag
+from hf_context_parallel.planning.mask import Mask
+from hf_context_parallel.planning.plan import build_own_plan
+from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -3,11 +3,11 @@
     python -m benchmarks.plan --ranks 2,8,32,128,1024 --tokens 8K,128K,1M,8M
 
 A layer of Llama-3-8B's attention (32 heads, 8 key heads of 128, bfloat16), causal, forward and backward, on the nodes
-that `hf_context_parallel.cost.H100_NODE` describes. Efficiency is the time of the arithmetic alone, shared perfectly,
-over the time of the slowest rank.
+that `hf_context_parallel.planning.machine.H100_NODE` describes. Efficiency is the time of the arithmetic alone, shared
+perfectly, over the time of the slowest rank.
 
     p2p, all_gather, a2a, a2a+p2p, auto     ours, zigzag over the whole row; a2a+p2p in the best subgroups
-    balanced, auto          ours, tokens dealt by `hf_context_parallel.balance`
+    balanced, auto          ours, tokens dealt by `hf_context_parallel.planning.balanced`
     zigzag by document      each document cut into 2 chunks a rank, padded to a multiple of that; an untrimmed ring,
                             gradients once round (ring-flash-attn's zigzag varlen, Transformer Engine's p2p)
     llama3                  a rank's tokens are neighbours; all keys are gathered, their gradients reduced
@@ -33,14 +33,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from tqdm import tqdm
 
+from hf_context_parallel.attention.auto_strategy import (
+    Share,
+    Traffic,
+    candidates,
+    exchange_of_heads,
+    ring_of_keys,
+    shares,
+)
 from hf_context_parallel.attention.strategy import Shape
-from hf_context_parallel.balance import make_layout
-from hf_context_parallel.choice import Share, Traffic, candidates, exchange_of_heads, ring_of_keys, shares
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.cost import BACKWARD, H100_NODE, attention_flops
-from hf_context_parallel.demand import demand
-from hf_context_parallel.layout import Layout, contiguous, zigzag
-from hf_context_parallel.mask import Mask, Pattern
+from hf_context_parallel.planning.balanced import make_layout
+from hf_context_parallel.planning.layout import Layout, contiguous, zigzag
+from hf_context_parallel.planning.machine import BACKWARD, H100_NODE, attention_flops
+from hf_context_parallel.planning.mask import Mask, Pattern
+from hf_context_parallel.planning.workload import workload
 
 from . import report
 from .traffic import long_tailed_documents
@@ -103,7 +110,7 @@ class Result(NamedTuple):
 def ours(batch: Batch, layout: Layout) -> dict[str, list[Share]]:
     """Each rank's share by each strategy."""
     mask = batch.mask()
-    here = demand(layout, mask)
+    here = workload(layout, mask)
     found = {}
     for comm_type, inner in candidates(ContextParallelConfig(size=layout.size), SHAPE):
         name = f"a2a+p2p of {inner}" if comm_type == "a2a+p2p" else comm_type
@@ -132,7 +139,7 @@ def llama3(batch: Batch, size: int) -> list[Share]:
     far = sent / MACHINE.node if size > MACHINE.node else 0.0
     traffic = Traffic(sent - far, far, 3 * (size - 1))
     # Its own keys are read and written to the others, in both passes, as in our all_gather.
-    pairs = demand(contiguous(mask.length, size), mask).pairs
+    pairs = workload(contiguous(mask.length, size), mask).pairs
     return [Share(computed * SHAPE.heads, 1, 4 * own, traffic) for computed in pairs]
 
 
@@ -141,7 +148,7 @@ def ulysses(batch: Batch, size: int) -> list[Share] | None:
     if SHAPE.heads % size:
         return None
     mask = batch.mask()
-    work = sum(demand(contiguous(mask.length, 1), mask).pairs) * SHAPE.heads // size
+    work = sum(workload(contiguous(mask.length, 1), mask).pairs) * SHAPE.heads // size
     counts = [mask.length // size] * size
     found = []
     for rank in range(size):
@@ -162,7 +169,7 @@ def judged(found: list[Share], pairs: int, how: str = "") -> Result:
 def count(batch: Batch, size: int) -> dict[str, Result | None]:
     """For each way, what it comes to; None where it does not take the batch or the ranks."""
     mask = batch.mask()
-    pairs = sum(demand(contiguous(mask.length, 1), mask).pairs)
+    pairs = sum(workload(contiguous(mask.length, 1), mask).pairs)
     by_zigzag = {name: judged(found, pairs, name) for name, found in ours(batch, zigzag(mask.length, size)).items()}
     hierarchical = [result for name, result in by_zigzag.items() if name.startswith("a2a+p2p")]
     results = {name: by_zigzag.get(name) for name in ("p2p", "all_gather", "a2a")}

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from hf_context_parallel.attention.exchange import Message, Pending
+from hf_context_parallel.distributed.messages import Message, Pending
 
 Result = TypeVar("Result")
 PATIENCE = 120  # seconds until a message that nobody sent is an error

@@ -29,16 +29,16 @@ from matplotlib.patches import Patch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from hf_context_parallel.attention import attention
-from hf_context_parallel.attention.exchange import Exchange, GroupExchange
-from hf_context_parallel.attention.spans import span
+from hf_context_parallel.attention.executor import attention
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.attention.profiling import span
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import Strategy, build_strategy
-from hf_context_parallel.intervals import total, union
-from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, whole_rows
-from hf_context_parallel.plan import Plan
+from hf_context_parallel.distributed.messages import Exchange, GroupExchange
+from hf_context_parallel.planning.intervals import total, union
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, whole_rows
+from hf_context_parallel.planning.plan import Plan
 
 from . import report
 from .simulation import PreparedExchange
@@ -102,8 +102,8 @@ def posted(plan: Plan) -> set[tuple[str, int]]:
     posts = set()
     for number, (before, step) in enumerate(zip((None, *plan.steps), (*plan.steps, None))):
         after = plan.steps[number + 1] if number + 1 < len(plan.steps) else None
-        keys = (*after.receives, *after.relays, *after.serves) if after else ()
-        sums = (*before.hands_on, *before.homecomings, *(step.joins if step else ())) if before else ()
+        keys = (*after.receives, *after.forwards, *after.direct_sends) if after else ()
+        sums = (*before.grad_sends, *before.grad_returns, *(step.grad_receives if step else ())) if before else ()
         for what, transfers in (("send", keys), ("send sums", sums)):
             if any(transfer.peer != plan.rank for transfer in transfers):
                 posts.add((what, number))

@@ -10,7 +10,7 @@ for each rank that reads a token and does not hold it. Inter-node traffic is wha
     trimmed ring        from rank r to r - 1, a token dropped once nobody further on reads it; gradients one step
                         behind, and home from the last reader
     owner to readers    straight to each reader, and each reader's gradients straight back
-    ours                what `hf_context_parallel.plan` plans
+    ours                what `hf_context_parallel.planning.plan` plans
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from tqdm import tqdm
 
-from hf_context_parallel.layout import Layout, zigzag
-from hf_context_parallel.mask import Mask
-from hf_context_parallel.plan import build_plan
+from hf_context_parallel.planning.layout import Layout, zigzag
+from hf_context_parallel.planning.mask import Mask
+from hf_context_parallel.planning.plan import build_plan
 
 from . import report
 
@@ -123,7 +123,7 @@ def planned(layout: Layout, documents: list[int]) -> Traffic:
     counts = np.zeros((2, 2), dtype=int)
     for rank in range(layout.size):
         for step in build_plan(layout, Mask(layout.length, (row,)), rank).steps:
-            for kind, transfers in enumerate(((*step.relays, *step.serves), step.hands_on)):
+            for kind, transfers in enumerate(((*step.forwards, *step.direct_sends), step.grad_sends)):
                 for peer, start, stop in transfers:
                     counts[:, kind] += (stop - start) * np.array([1, peer // NODE != rank // NODE])
     return Traffic(*counts.flatten().tolist())

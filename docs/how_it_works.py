@@ -7,9 +7,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, whole_rows
-from hf_context_parallel.plan import build_plan
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, whole_rows
+from hf_context_parallel.planning.plan import build_plan
 
 RANKS = 4
 CHUNKS = 2 * RANKS

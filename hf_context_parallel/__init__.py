@@ -5,14 +5,15 @@ Importing this package registers `attn_implementation="context_parallel"`.
 
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
-from .data import ContextParallelDataCollator
-from .integration import attention, masks
-from .mesh import mesh_of
-from .trainer import ContextParallelMixin, ContextParallelTrainer
-from .verification import verify
+from .data.collator import ContextParallelDataCollator
+from .distributed.mesh import mesh_of
+from .integration.interfaces import attention as attention_interface
+from .integration.interfaces import masks as mask_interface
+from .trainer.mixin import ContextParallelMixin, ContextParallelTrainer
+from .verification.verify import verify
 
-attention.register()
-masks.register()
+attention_interface.register()
+mask_interface.register()
 
 __all__ = [
     "ContextParallel",

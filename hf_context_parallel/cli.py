@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from hf_context_parallel.compare import compare_with_one_process
-from hf_context_parallel.launch import launch
-from hf_context_parallel.recipe import RecipeError, load_recipe
+from hf_context_parallel.recipe.compare import compare_with_one_process
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.launch import launch
+from hf_context_parallel.recipe.reading import load_recipe
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -68,7 +69,7 @@ def check(
 
     The weights are random, so of a model of the hub only its configuration is read.
     """
-    from hf_context_parallel.check_command import run_check
+    from hf_context_parallel.verification.types.command import run_check
 
     sys.exit(run_check(model, every, ranks, comm, jobs, write, tp))
 

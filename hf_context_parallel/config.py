@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
@@ -151,6 +151,21 @@ class ContextParallelConfig:
             raise ValueError(
                 f"comm_type lists {len(self.comm_type)} entries and the model has {layers} layers: give one for each."
             )
+
+
+def refuse(cases: Iterable[tuple[object, str]], message: str) -> None:
+    """Refuse the first of the cases that is so.
+
+    Args:
+        cases: whether it is so, and what is said of it.
+        message: the error, with `{}` in the place of that.
+
+    Raises:
+        ValueError: if any is.
+    """
+    for wrong, what in cases:
+        if wrong:
+            raise ValueError(message.format(what))
 
 
 def check_comm_type(value: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,24 +10,19 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
-from . import mask as masks
-from .attention import attend, one_dtype
-from .attention.exchange import Exchange, GroupExchange
-from .attention.strategy import Shape, build_strategy
-from .balance import make_layout
-from .choice import Choice, choose, layer_type, machine_of
-from .config import ContextParallelConfig, check_comm_type
-from .consensus import agree, fingerprint, odd_rank
-from .gather import gather_sequence
-from .integration.context import ShardedBatch
-from .integration.current import current_batch
-from .kernels import check_kernel, choose_kernel, named_kernel
-from .kernels.base import Kernel, make_scores
-from .layout import Layout
-from .loader import prepare_data_loader
-from .mesh import Groups, build_groups, world
-
-logger = logging.getLogger(__name__)
+from . import functional
+from .attention.kernels.registry import named_kernel
+from .config import ContextParallelConfig
+from .cp_group import CPGroup
+from .data.loader import prepare_data_loader
+from .distributed.agreement import collective, fingerprint, odd_rank
+from .distributed.mesh import world
+from .distributed.messages import Exchange, GroupExchange
+from .distributed.process_groups import Groups, build_groups
+from .integration.active_batch import active_batch
+from .integration.sharded_batch import ShardedBatch
+from .planning import mask as masks
+from .planning.balanced import make_layout
 
 
 class ContextParallel:
@@ -54,26 +48,23 @@ class ContextParallel:
     """
 
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
-        self.config = config
-        error = None
-        try:
+        # Making groups is collective, so ranks that want different ones must learn of it before.
+        with collective(world(), "settings or meshes", "Give every process the same ones.") as notes:
             if config.kernel != "auto":  # which is chosen by where the tensors are
                 named_kernel(config.kernel)
-        except ValueError as caught:
-            error = caught
-        # Making groups is collective, so ranks that want different ones must learn of it before.
-        names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
-        asked = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
-        sizes = agree(world(), error, asked, "settings or meshes", "Give every process the same ones.", config.size)
+            names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
+            notes.fingerprint = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
+            notes.number = config.size
+        sizes = notes.numbers
         if (odd := odd_rank(sizes)) is not None:
             raise ValueError(
                 f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
                 "ask for the same. Give every process the same settings."
             )
         self.made_with, self.mesh = config, mesh
-        self._made: dict[int, tuple[ContextParallelConfig, Groups, Exchange]] = {}
-        self.groups: Groups
-        self.exchange: Exchange
+        self._logged: set[tuple[str, str, int]] = set()
+        self._made: dict[int, CPGroup] = {}
+        self.group: CPGroup
         self._make(config, build_groups(config.size, mesh))
         self.switch(config.size)
         if config.sequence_parallel and self.groups.tensor.size == 1:
@@ -83,7 +74,21 @@ class ContextParallel:
                 "the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...) and give "
                 "mesh=hf_context_parallel.mesh_of(model), or leave sequence_parallel off."
             )
-        self._chosen: set[tuple[str, str, int]] = set()
+
+    @property
+    def config(self) -> ContextParallelConfig:
+        """The settings, with the size that is in use."""
+        return self.group.config
+
+    @property
+    def groups(self) -> Groups:
+        """The process groups around this rank."""
+        return self.group.groups
+
+    @property
+    def exchange(self) -> Exchange:
+        """The messages of the CP group."""
+        return self.group.exchange
 
     @property
     def rank(self) -> int:
@@ -108,17 +113,14 @@ class ContextParallel:
         Raises:
             ValueError: on every rank alike, if sizes differ or do not divide, or a batch is open on any rank.
         """
-        asked, error = 0, None
-        try:
-            if current_batch() is not None:
+        with collective(world()) as notes:
+            if active_batch() is not None:
                 raise ValueError(
                     f"the CP size cannot change from {self.size} to {size} while a batch is open: leave "
                     "`with cp.shard(...)` first."
                 )
-            config, asked = self.made_with.of_size(size), size
-        except Exception as caught:  # whatever it is, the other ranks must hear of it
-            error = caught
-        sizes = agree(world(), error, 0, "sizes", "", shared=asked)
+            config, notes.number = self.made_with.of_size(size), size
+        sizes = notes.numbers
         if (odd := odd_rank(sizes)) is not None:
             raise ValueError(
                 f"the ranks ask for different CP sizes: rank 0 for size={sizes[0]} and rank {odd} for "
@@ -141,8 +143,8 @@ class ContextParallel:
         try:
             yield self
         finally:
-            batch = current_batch()
-            if batch is not None and batch.cp is self:
+            batch = active_batch()
+            if batch is not None and batch.group is self.group:
                 raise RuntimeError(
                     f"leaving `with cp.using({size})` while a batch is open that was sharded in it: leave "
                     "`with cp.shard(...)` first."
@@ -151,36 +153,11 @@ class ContextParallel:
 
     def switch(self, size: int) -> None:
         """Go on with groups that `resize` has made before, without asking the other ranks, which may be on others."""
-        self.config, self.groups, self.exchange = self._made[size]
+        self.group = self._made[size]
 
     def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
-        self._made[config.size] = config, groups, GroupExchange(groups.group)
-
-    def kernel(self, device: torch.device) -> Kernel:
-        """What computes attention on a device.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        return choose_kernel(self.config.kernel, device.type)
-
-    def choice(self, comm_type: str, layout: Layout, mask: masks.Mask, shape: Shape, device: torch.device) -> Choice:
-        """How a layer's keys travel, where `comm_type` may be `"auto"`. Each new choice is logged with its reason.
-
-        Args:
-            comm_type: one of `COMM_TYPES`.
-            layout, mask, shape: of the whole sequence, and of the heads of the layer.
-            device: whose rates estimates are made with.
-        """
-        choice = choose(
-            self.config, comm_type, layout, mask, shape, machine_of(device, self.groups.node, self.groups.cores)
-        )
-        kind = layer_type(mask.pattern)
-        if choice.reason and (kind, *choice[:2]) not in self._chosen and self.rank == 0:
-            self._chosen.add((kind, *choice[:2]))
-            subgroups = f" in subgroups of {choice.inner}" if choice.inner > 1 else ""
-            logger.info("comm_type='auto' of %s is %r%s: %s", kind, choice.comm_type, subgroups, choice.reason)
-        return choice
+        exchange = GroupExchange(groups.group)
+        self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._logged)
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:
         """This rank's share of a batch, for a `with` block that covers the model's forward and backward.
@@ -205,7 +182,7 @@ class ContextParallel:
             RuntimeError: on entering twice; on running backward, or gradient checkpointing's recomputation, after
                 leaving; on leaving after a model ran without its attention being sharded.
         """
-        return ShardedBatch(self, batch, model)
+        return ShardedBatch(self.group, batch, model)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, S_local, ...]` of the current batch as `[B, S, ...]` in the original order, on every rank.
@@ -218,17 +195,12 @@ class ContextParallel:
             ValueError: if the tensor's first two dimensions are not the shard's; on this rank alone, so that the
                 others wait for it.
         """
-        batch = current_batch()
-        if batch is None or batch.cp is not self:
+        batch = active_batch()
+        if batch is None or batch.group is not self.group:
             raise RuntimeError(
                 "cp.gather() restores the order of the current batch: call it inside `with cp.shard(...)`."
             )
-        shard, expected = batch.shard, batch.shard.local_shape
-        if tuple(x.shape[:2]) != expected:
-            raise ValueError(
-                f"cp.gather() takes a tensor that begins with {expected}, this shard's; got {tuple(x.shape)}."
-            )
-        return gather_sequence(x, shard.layout, shard.length, self.groups.group)
+        return batch.gather(x)
 
     def positions(self, seq_len: int, cu_seqlens: torch.Tensor | None = None) -> torch.LongTensor:
         """The positions of a sequence of `seq_len` tokens that this rank holds, in local order.
@@ -295,100 +267,22 @@ class ContextParallel:
         Raises:
             ValueError: on every rank alike, if lengths, heads, dtypes or options do not fit, before any key moves.
         """
-        pattern = masks.Pattern(causal, sliding_window, chunk_size)
-        settings = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-        local_length, mark, error, scores = 0, 0, None, None
-        try:
-            if cu_seqlens is None and attention_mask is None:
-                _refuse_documents_unsaid(self)
-            _check_heads(q, k, v, sinks)
-            q, k, v = one_dtype(q, k, v)
-            scores = make_scores(q, scale, softcap, dropout_p, deterministic)
-            check_kernel(self.kernel(q.device), q, v, scores)
-            local_length = q.shape[2]
-            shapes = [(*x.shape[:2], x.shape[3], x.dtype) for x in (q, k, v)]
-            if comm_type is None:
-                comm_type = self.config.comm_type_of(layer_type(pattern), None)
-            else:
-                check_comm_type(comm_type)
-            options = shapes, pattern, scores._replace(seed=0), sinks is None, comm_type
-            mark = fingerprint({"options": options, **settings})
-        except Exception as caught:  # whatever it is, the other ranks must hear of it
-            error = caught
-        lengths = agree(self.groups, error, mark, "arguments", "cp.attention needs the same on all.", local_length)
-        # From here on all ranks know the same, so what one of them refuses all of them refuse.
-        layout, mask = self._whole(q.shape[0], lengths, pattern, cu_seqlens, attention_mask)
-        choice = self.choice(comm_type, layout, mask, Shape.of(q, k, v), q.device)
-        output = attend(
+        return functional.attention(
+            self.group,
             q,
             k,
             v,
-            strategy=build_strategy(*choice[:2], layout, mask, self.rank),
-            exchange=self.exchange,
-            kernel=self.kernel(q.device),
-            scores=scores,
+            pattern=masks.Pattern(causal, sliding_window, chunk_size),
+            softcap=softcap,
             sinks=sinks,
+            scale=scale,
+            cu_seqlens=cu_seqlens,
+            attention_mask=attention_mask,
+            dropout_p=dropout_p,
+            deterministic=deterministic,
+            comm_type=comm_type,
         )
-        return output.transpose(1, 2)
 
     def prepare_data_loader(self, loader: DataLoader) -> DataLoader:
         """The loader, dealing every CP group its own samples, and all ranks of a group the same ones."""
         return prepare_data_loader(loader, self.groups)
-
-    def _whole(self, batch_size, lengths, pattern, cu_seqlens, attention_mask) -> tuple[Layout, masks.Mask]:
-        """The layout and the mask of one call of `attention`, for ranks that hold `lengths` tokens."""
-        documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, sum(lengths))
-        layout = make_layout(self.config.layout, sum(lengths), self.size, documents)
-        expected = [layout.local_length(rank) for rank in range(self.size)]
-        if lengths != expected:
-            raise ValueError(
-                f"the ranks' queries have {lengths} tokens, {layout.length} in all; of a sequence that long the "
-                f"{self.config.layout} layout deals them {expected}. Give each rank the tokens that "
-                f"cp.positions({layout.length}, cu_seqlens) lists."
-            )
-        if cu_seqlens is not None and attention_mask is not None:
-            raise ValueError("cu_seqlens and attention_mask exclude each other: give padding a document of its own.")
-        if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, layout.length):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be of the whole sequence, "
-                f"{(batch_size, layout.length)}."
-            )
-        if attention_mask is not None:
-            rows = masks.from_attention_mask(attention_mask)
-        elif cu_seqlens is not None:
-            rows = (documents,) * batch_size
-        else:
-            rows = masks.whole_rows(batch_size, layout.length)
-        return layout, masks.Mask(layout.length, rows, pattern)
-
-
-def _refuse_documents_unsaid(cp: ContextParallel) -> None:
-    """Refuse attention over what looks like one document while a batch with others, or with padding, is open."""
-    batch = current_batch()
-    if batch is None or batch.cp is not cp:
-        return
-    shard = batch.shard
-    if shard.packed or shard.padding is not None or shard.layout.length != shard.length:
-        raise ValueError(
-            "cp.attention() does not go by the batch that is open, which has several documents or padding (its rows "
-            f"of {shard.length} tokens are filled up to {shard.layout.length}): say them by cu_seqlens or "
-            "attention_mask, of the whole row, or call it outside of cp.shard."
-        )
-
-
-def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:
-    """Refuse shapes that do not make attention."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}.")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"q, k and v must be [B, H, S_local, D]; got {shapes}.")
-    if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
-        raise ValueError(f"q, k and v must have the same rows and tokens; got {shapes}.")
-    if not k.shape[1] == v.shape[1] > 0 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"k and v must have as many heads, a number that divides q's, and q and k the same head dim; got {shapes}."
-        )
-    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        raise ValueError(f"sinks must be one score for each of q's {q.shape[1]} heads; got {tuple(sinks.shape)}.")

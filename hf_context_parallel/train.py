@@ -17,13 +17,15 @@ import datasets
 import typer
 from transformers import set_seed
 
-from hf_context_parallel import ContextParallelTrainer
-from hf_context_parallel.build import add_lora, load_model, load_tokenizer
-from hf_context_parallel.corpus import load_documents, make_collator, to_rows
-from hf_context_parallel.dry_run import made_up_documents, shrink
-from hf_context_parallel.launch import check_world
-from hf_context_parallel.recipe import Recipe, RecipeError, load_recipe
-from hf_context_parallel.report import write_report
+from hf_context_parallel.recipe.documents import load_documents, make_collator, to_rows
+from hf_context_parallel.recipe.dry_run import made_up_documents, shrink
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.launch import check_world
+from hf_context_parallel.recipe.model import add_lora, load_model, load_tokenizer
+from hf_context_parallel.recipe.reading import load_recipe
+from hf_context_parallel.recipe.report import write_report
+from hf_context_parallel.recipe.schema import Recipe
+from hf_context_parallel.trainer.mixin import ContextParallelTrainer
 
 
 def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False) -> ContextParallelTrainer:

@@ -3,16 +3,16 @@
 import gzip
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, capsys):
     """Runs a benchmark and returns the numbers that it writes into `tmp_path`."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
 
     def run(name: str, *arguments: str) -> dict:
         status = importlib.import_module(f"benchmarks.{name}").main(["--output", str(tmp_path), *arguments])

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parent.parent
 DEMO = "recipes/demo_cpu.yaml"
 COMMAND = [str(Path(sys.executable).parent / "hf-context-parallel")]

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_context_parallel.attention.kernels.base import Kernel
+from hf_context_parallel.attention.kernels.registry import KERNELS
 from hf_context_parallel.attention.merge import begin, merge_
-from hf_context_parallel.kernels import KERNELS
-from hf_context_parallel.kernels.base import Kernel, Scores
-from hf_context_parallel.plan import CAUSAL, FULL, Band, Segments
+from hf_context_parallel.attention.scores import Scores
+from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 
 from .measure import DTYPES, errors
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from hf_context_parallel.attention.kernels.registry import KERNELS
 from hf_context_parallel.attention.merge import merge_
-from hf_context_parallel.kernels import KERNELS
-from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.plan import CAUSAL, FULL, Band, Segments
+from hf_context_parallel.attention.scores import Scores
+from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 
 from .measure import errors, measure
 from .speed import flops

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from hf_context_parallel.kernels import KERNELS
-from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.plan import Band, Segments
+from hf_context_parallel.attention.kernels.registry import KERNELS
+from hf_context_parallel.attention.scores import Scores
+from hf_context_parallel.planning.tiles import Band, Segments
 
 from .measure import errors
 

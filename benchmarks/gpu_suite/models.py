@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_context_parallel as hcp
-from hf_context_parallel.tiny import VOCABULARY, tiny_config, tiny_model
+from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
 
 from .measure import measure
 

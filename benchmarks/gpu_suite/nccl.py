@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_context_parallel.attention import attention
-from hf_context_parallel.attention.exchange import GroupExchange, Subset
+from hf_context_parallel.attention.executor import attention
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
-from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.layout import contiguous
-from hf_context_parallel.mask import Mask, Pattern, whole_rows
-from hf_context_parallel.mesh import build_groups
+from hf_context_parallel.distributed.messages import GroupExchange, Subset
+from hf_context_parallel.distributed.process_groups import build_groups
+from hf_context_parallel.planning.layout import contiguous
+from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 
 from .measure import errors
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_context_parallel as hcp
-from hf_context_parallel.tiny import VOCABULARY, tiny_config, tiny_model
+from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
 
 from .models import difference, whole_step
 

@@ -13,14 +13,14 @@ from unittest import mock
 
 import torch
 
-from hf_context_parallel.attention import attention
-from hf_context_parallel.attention import exchange as exchanges
-from hf_context_parallel.attention.exchange import GroupExchange
+from hf_context_parallel.attention.executor import attention
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
-from hf_context_parallel.kernels import choose_kernel
-from hf_context_parallel.kernels.base import Scores
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, Pattern, from_cu_seqlens, whole_rows
+from hf_context_parallel.distributed import side_stream
+from hf_context_parallel.distributed.messages import GroupExchange
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, whole_rows
 
 from ..simulation import PreparedExchange, ThreadGroup
 from .measure import DTYPES, errors
@@ -97,7 +97,7 @@ def on_ranks(comm_type: str, mask: Mask, whole: list[torch.Tensor], delay: int) 
         shard = [tensor[:, :, positions[rank]] for tensor in whole[:4]]
         return computed([*shard, whole[4]], strategy, exchange, kernel)
 
-    one_stream = mock.patch.object(exchanges, "_beside", torch.cuda.current_stream)
+    one_stream = mock.patch.object(side_stream, "_beside", torch.cuda.current_stream)
     with nullcontext() if delay else one_stream:
         results = zip(*ThreadGroup(RANKS, delay, apart=bool(delay)).run(work))
     *by_token, sinks = results

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_context_parallel.attention import attention
+from hf_context_parallel.attention.executor import attention
+from hf_context_parallel.attention.kernels.base import Kernel
+from hf_context_parallel.attention.kernels.registry import KERNELS
 from hf_context_parallel.attention.merge import merge_
+from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
-from hf_context_parallel.kernels import KERNELS
-from hf_context_parallel.kernels.base import Kernel, Scores
-from hf_context_parallel.layout import zigzag
-from hf_context_parallel.mask import Mask, Pattern, from_cu_seqlens, whole_rows
-from hf_context_parallel.plan import CAUSAL, FULL, Segments
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, whole_rows
+from hf_context_parallel.planning.tiles import CAUSAL, FULL, Segments
 
 from ..simulation import PreparedExchange
 from .measure import DTYPES, kernel_ms, measure, median_ms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..intervals import Interval
+from ..planning.intervals import Interval
 
 
 def begin(

@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..layout import Layout
-from ..mask import Document, Mask
-from ..plan import Plan, build_gathering_plan, build_own_plan, build_plan
-from .a2a import SharedHeads, TokenExchange
-from .exchange import Exchange, Subset
-from .p2p import accumulation_dtype
-from .rows import Rows
+from ..distributed.messages import Exchange, Subset, accumulation_dtype
+from ..distributed.rows import Rows
+from ..distributed.token_exchange import TokenExchange
+from ..planning.layout import Layout
+from ..planning.mask import Document, Mask
+from ..planning.plan import Plan, build_gathering_plan, build_own_plan, build_plan
+from .ulysses import SharedHeads
 
 
 class Shape(NamedTuple):
@@ -59,7 +59,7 @@ class Strategy:
         tokens: how many tokens this rank holds, all rows counted.
         plan: of the subgroup's tokens, with the other subgroups; None if no document travels.
         own: of the documents that lie on this rank alone, where heads are exchanged and there are any.
-        travelling: for each rank of the subgroup, which of its tokens travel, and
+        exchanged: for each rank of the subgroup, which of its tokens travel, and
         places: which rows of the plan's they are.
     """
 
@@ -69,7 +69,7 @@ class Strategy:
     tokens: int
     plan: Plan | None
     own: Plan | None = None
-    travelling: tuple[Rows, ...] = ()
+    exchanged: tuple[Rows, ...] = ()
     places: tuple[Rows, ...] = ()
 
     def outer(self, exchange: Exchange) -> Exchange:
@@ -90,8 +90,8 @@ class Strategy:
                 exchange=None if exchange is None else Subset(exchange, range(first, first + self.inner)),
                 rank=mine,
                 rows=self.tokens,
-                tokens=None if len(self.travelling[mine]) == self.tokens else self.travelling[mine],
-                counts=[len(rows) for rows in self.travelling],
+                tokens=None if len(self.exchanged[mine]) == self.tokens else self.exchanged[mine],
+                counts=[len(rows) for rows in self.exchanged],
                 places=self.places,
                 whole=self.plan.tokens,
             ),
@@ -154,9 +154,9 @@ def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank:
         return Strategy(comm_type, rank, 1, tokens, build_gathering_plan(layout, mask, rank))
     if inner == 1:
         return Strategy(comm_type, rank, 1, tokens, build_plan(layout, mask, rank))
-    apart, travelling = _split(layout, mask)
+    apart, exchanged = _split(layout, mask)
     own = build_own_plan(layout, apart, rank)
-    if not any(travelling.rows):
+    if not any(exchanged.rows):
         return Strategy(comm_type, rank, inner, tokens, None, own)
     own = own if own.pairs else None
     merged, first = layout.merged(inner), rank - rank % inner
@@ -164,11 +164,11 @@ def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank:
     moving, places = [], []
     for other in range(first, first + inner):
         positions = layout.positions(other)
-        travels = torch.stack([_within(row, layout.length)[positions] for row in travelling.rows])
+        travels = torch.stack([_within(row, layout.length)[positions] for row in exchanged.rows])
         rows = torch.arange(len(mask.rows))[:, None] * len(whole)
         moving.append(Rows(travels.flatten().nonzero().flatten()))
         places.append(Rows((rows + torch.searchsorted(whole, positions))[travels]))
-    plan = build_plan(merged, travelling, rank // inner)
+    plan = build_plan(merged, exchanged, rank // inner)
     return Strategy(comm_type, rank, inner, tokens, plan, own, tuple(moving), tuple(places))
 
 

@@ -1,0 +1,248 @@
+"""Which strategy is fastest for a mask: estimated from counts, so that all ranks choose alike without a message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..config import ContextParallelConfig
+from ..distributed.messages import accumulation_dtype
+from ..distributed.token_exchange import TokenExchange
+from ..planning.layout import Layout
+from ..planning.machine import BACKWARD, Machine, attention_flops
+from ..planning.mask import Mask
+from ..planning.workload import Workload, workload
+from .strategy import Shape, bytes_of_heads, bytes_of_keys
+from .ulysses import SharedHeads
+
+
+class Choice(NamedTuple):
+    """A strategy by name, the ranks of its subgroups, and why."""
+
+    comm_type: str
+    inner: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of the slowest rank for a layer, forward and backward: computing, and what messages add."""
+
+    computing: float
+    messages: float
+
+    @property
+    def total(self) -> float:
+        return self.computing + self.messages
+
+
+def inner_size(config: ContextParallelConfig, comm_type: str, shape: Shape) -> int:
+    """Ranks of a subgroup that exchange heads.
+
+    Unless it is set, as many as divide both the key heads and the group, so that no key goes to two of them
+    (USP's rule).
+    """
+    if comm_type == "a2a":
+        return config.size
+    if comm_type == "a2a+p2p":
+        return config.a2a_size or math.gcd(shape.key_heads, config.size)
+    return 1
+
+
+def choose(
+    config: ContextParallelConfig, comm_type: str, layout: Layout, mask: Mask, shape: Shape, machine: Machine
+) -> Choice:
+    """What `comm_type` is for a layer: the fastest of all by estimate, if it is `"auto"`."""
+    if comm_type != "auto":
+        return Choice(comm_type, inner_size(config, comm_type, shape))
+    if layout.size == 1:
+        return Choice("p2p", 1, "one rank")
+    here = workload(layout, mask)
+    times = {
+        candidate: estimate(shares(*candidate, layout, mask, shape, machine, here), shape, machine).total
+        for candidate in candidates(config, shape)
+    }
+    best, *others = sorted(times, key=times.__getitem__)
+    mean = sum(here.pairs) / layout.size
+    balance = f"where queries stay, the slowest rank has {max(here.pairs) / mean:.2f} of the mean work" if mean else ""
+    listed = ", ".join(f"{_named(other)} {times[other] * 1e3:.3g}" for other in others)
+    reason = f"an estimated {times[best] * 1e3:.3g} ms a layer, {listed}; {balance}"
+    return Choice(*best, reason)
+
+
+def candidates(config: ContextParallelConfig, shape: Shape) -> list[tuple[str, int]]:
+    """The strategies that a layer could be computed by, with the ranks of their subgroups."""
+    size = config.size
+    found = [("p2p", 1), ("all_gather", 1)]
+    if shape.heads >= size:
+        found.append(("a2a", size))
+    inner = [config.a2a_size] if config.a2a_size else [n for n in range(2, size) if size % n == 0]
+    return found + [("a2a+p2p", n) for n in inner if 1 < n < size and n <= shape.heads]
+
+
+def _named(candidate: tuple[str, int]) -> str:
+    return f"{candidate[0]} of {candidate[1]}" if candidate[0] == "a2a+p2p" else candidate[0]
+
+
+class Traffic(NamedTuple):
+    """Bytes that a rank sends within its node and to other nodes, and in how many messages."""
+
+    near: float
+    far: float
+    messages: int
+
+    @property
+    def bytes(self) -> float:
+        return self.near + self.far
+
+
+NOTHING = Traffic(0, 0, 0)
+
+
+class Share(NamedTuple):
+    """What one rank does for a layer, forward and backward.
+
+    Args:
+        work: query-key pairs, counted for each head.
+        calls: kernel calls of one pass.
+        copied: bytes that it reads and writes to merge parts and to put messages together.
+        hidden: what it sends while it computes.
+        shown: what it sends before and after.
+    """
+
+    work: int
+    calls: int
+    copied: float
+    hidden: Traffic = NOTHING
+    shown: Traffic = NOTHING
+
+    @property
+    def bytes(self) -> float:
+        """What it sends in all."""
+        return self.hidden.bytes + self.shown.bytes
+
+    def seconds(self, shape: Shape, machine: Machine) -> Estimate:
+        """What it takes."""
+        flops = (1 + BACKWARD) * attention_flops(self.work, 1, shape.query_dim, shape.value_dim)
+        computing = flops / machine.attention + 2 * self.calls * machine.launch
+        beside = machine.transfer(*self.hidden)
+        beside -= machine.overlap * min(computing, beside)
+        return Estimate(computing, beside + machine.transfer(*self.shown) + self.copied / machine.memory)
+
+
+def estimate(found: Sequence[Share], shape: Shape, machine: Machine) -> Estimate:
+    """What a layer takes on the slowest rank, where each does its share."""
+    times = [share.seconds(shape, machine) for share in found]
+    slowest = max(times, key=lambda time: time.total)
+    if machine.cores is None:
+        return slowest
+    # Ranks that share cores are done when all that they do is done, whoever does it.
+    shared = min(machine.node, len(times)) / machine.cores / len(times)
+    together = Estimate(sum(t.computing for t in times) * shared, sum(t.messages for t in times) * shared)
+    return max(slowest, together, key=lambda time: time.total)
+
+
+def shares(
+    comm_type: str,
+    inner: int,
+    layout: Layout,
+    mask: Mask,
+    shape: Shape,
+    machine: Machine,
+    here: Workload | None = None,
+) -> list[Share]:
+    """What each rank does. As many tokens are taken to leave it as it reads: over all ranks they are the same.
+
+    Args:
+        here: the layout's workload, where the caller has it.
+    """
+    here = here or workload(layout, mask)
+    if inner > 1:
+        return _shares_of_heads(inner, layout, mask, shape, machine, here)
+    crosses = layout.size > machine.node
+    outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # of a rank's group, the share elsewhere
+    found = []
+    for rank in range(layout.size):
+        read, owners = here.read[rank], here.owners[rank]
+        work = here.pairs[rank] * shape.heads
+        if comm_type == "all_gather":
+            traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), outside, 3 * owners)
+            own = here.tokens[rank] * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
+            copied = 4 * own + _adding(shape, read, shape.key_heads)  # its own keys to the others, in both passes
+            found.append(Share(work, 2, copied, shown=traffic))
+        else:
+            found.append(ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses))
+    return found
+
+
+def _shares_of_heads(inner, layout, mask, shape, machine, here) -> list[Share]:
+    """What each rank does where subgroups exchange heads."""
+    outer = workload(layout.merged(inner), mask)
+    found = []
+    for rank in range(layout.size):
+        group = rank // inner
+        first, last = group * inner, (group + 1) * inner
+        shared, copied, exchanged = exchange_of_heads(rank, here.exchanged[first:last], shape, machine)
+        heads, own = len(shared.mine), here.own_pairs[rank]
+        work = (outer.pairs[group] - sum(here.own_pairs[first:last])) * heads + own * shape.heads
+        read, calls = outer.read[group], 1 + outer.owners[group] + (own > 0)
+        here_shape = shape._replace(heads=heads, key_heads=shared.key_heads)
+        ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, layout.size > machine.node)
+        found.append(ring._replace(copied=ring.copied + copied, shown=exchanged))
+    return found
+
+
+def ring_of_keys(work: int, calls: int, keys: int, gradients: int, merged: int, shape: Shape, crosses: bool) -> Share:
+    """The share of a rank that computes while keys go round.
+
+    Args:
+        keys, gradients: tokens whose keys and values it sends in each pass, and whose gradients it sends.
+        merged: rows of outputs that it merges.
+        crosses: whether the ring crosses nodes. Then ranks at a node's edge get all keys from outside, and the others
+            wait for them.
+    """
+    sent = sum(bytes_of_keys(shape, shape.key_heads, keys, gradients))
+    copied = _merging(shape, merged, shape.heads) + _adding(shape, keys, shape.key_heads)
+    return Share(work, calls, copied, _split(sent, float(crosses), 3 * (calls - 1)))
+
+
+def exchange_of_heads(
+    rank: int, counts: Sequence[int], shape: Shape, machine: Machine
+) -> tuple[SharedHeads, float, Traffic]:
+    """What a rank gets, copies and sends where a subgroup of neighbours exchanges heads.
+
+    Args:
+        counts: the tokens of each of them that travel.
+    """
+    inner, first = len(counts), rank - rank % len(counts)
+    tokens = TokenExchange(None, rank - first, counts[rank - first], None, counts, (), sum(counts))
+    shared = SharedHeads(tokens, shape.heads, shape.key_heads, torch.device("cpu"))
+    sent = sum(bytes_of_heads(shape, shared))
+    outside = sum(other // machine.node != rank // machine.node for other in range(first, first + inner))
+    # What is exchanged is put together and taken apart, this rank's part as well.
+    copied = 4 * sent * inner / (inner - 1)
+    return shared, copied, _split(sent, outside / (inner - 1), 4 * (inner - 1))
+
+
+def _split(sent: float, far: float, messages: int) -> Traffic:
+    """Bytes of which a share `far` goes to other nodes."""
+    return Traffic(sent * (1 - far), sent * far, messages if sent else 0)
+
+
+def _merging(shape: Shape, rows: int, heads: int) -> float:
+    """Bytes read and written to merge rows of outputs, and to add rows to the queries' gradients.
+
+    An output is brought to the dtype of sums first, in which it is read with the sum, which is written; a gradient is
+    read with the sum at once.
+    """
+    size, sums = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
+    return rows * heads * (shape.value_dim * (size + 4 * sums) + shape.query_dim * (size + 2 * sums))
+
+
+def _adding(shape: Shape, tokens: int, key_heads: int) -> float:
+    """Bytes read and written to add up the key and value gradients that arrive."""
+    return tokens * key_heads * (shape.query_dim + shape.value_dim) * 3 * accumulation_dtype(shape.dtype).itemsize

@@ -1,0 +1,1 @@
+"""The kernels, one file a backend, and the choice among them."""

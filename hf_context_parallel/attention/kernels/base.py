@@ -1,0 +1,112 @@
+"""What a strategy asks of a kernel: attention on tiles, with its log-sum-exp (LSE)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ...planning.intervals import Interval
+from ...planning.tiles import FULL, Band, Segments
+from ..scores import Scores
+
+
+class Kernel(ABC):
+    """Attention of query ranges to key ranges on one device.
+
+    Tensors have tokens first: query `[T, H, D]`, key `[K, H_kv, D]`, value `[K, H_kv, D_v]`, with H_kv dividing H and
+    the last dimension's stride 1. No range is empty.
+    """
+
+    name: str
+
+    @staticmethod
+    @abstractmethod
+    def missing() -> str | None:
+        """None if the kernel can be used here, or what is missing and how to get it."""
+
+    @abstractmethod
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
+    ) -> str | None:
+        """None if the kernel takes tensors like these and makes such scores, or why it does not and what to do."""
+
+    @abstractmethod
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output `[Q, H, D_v]` and natural-log LSE `[Q, H]`, where Q counts the query ranges' rows, in order.
+
+        They are in the inputs' dtype or a wider one, the LSE in float32 at least.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        segments: Segments,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tiles' share of the gradients, given the output and LSE over *all* keys that the queries read.
+
+        Args:
+            grad_output, output: `[T, H, D_v]`, of all tokens, as `query` is.
+            lse: `[T, H]`, of all tokens.
+
+        Returns:
+            The gradients of the query ranges `[Q, H, D]` and of the key ranges `[K, H_kv, D]` and `[K, H_kv, D_v]`,
+            ranges in order.
+        """
+
+
+class Block(NamedTuple):
+    """Some queries of a tile, and the keys that they read: query i reads key j if `i + low <= j <= i + high`.
+
+    Ranges are of the tile's own; None is no limit.
+    """
+
+    query: Interval
+    key: Interval
+    low: int | None
+    high: int | None
+
+    def hidden(self, device: torch.device) -> torch.Tensor | None:
+        """Which keys the queries do not read, `[Q, K]`, or None if they read all."""
+        if self.low is None and self.high is None:
+            return None
+        rows, columns = (stop - start for start, stop in (self.query, self.key))
+        distance = torch.arange(columns, device=device) - torch.arange(rows, device=device)[:, None]
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if self.low is not None:
+            hidden |= distance < self.low
+        if self.high is not None:
+            hidden |= distance > self.high
+        return hidden
+
+
+def blocks(queries: int, keys: int, band: Band, most: int) -> Iterator[Block]:
+    """A tile in blocks of `most` queries: for kernels that keep something for every pair, so that a window costs what
+    it holds and memory does not grow with the square of the tile."""
+    shift = keys - queries
+    for start in range(0, queries, most):
+        stop = min(start + most, queries)
+        first = 0 if band.left is None else max(0, start + shift - band.left)
+        last = keys if band.right is None else min(keys, stop + shift + band.right)
+        low = None if band.left is None else shift - band.left + start - first
+        high = None if band.right is None else shift + band.right + start - first
+        # What binds none of the block's queries is no limit.
+        low = None if low is None or low + (stop - start) - 1 <= 0 else low
+        high = None if high is None or high >= last - first - 1 else high
+        yield Block((start, stop), (first, last), low, high)
+
+
+def is_plain(queries: int, keys: int, band: Band) -> bool:
+    """Whether a tile is read entirely, or by a causal mask on a square."""
+    return band == FULL or (band.left is None and band.right == 0 and queries == keys)

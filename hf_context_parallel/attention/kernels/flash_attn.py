@@ -1,0 +1,87 @@
+"""The flash-attn package's varlen kernels, 2.6 to 2.8. What differs between its versions is handled here.
+
+2.6 returns eight values from the forward, the output first and the LSE sixth, and takes `window_size`; since 2.7 there
+are four, the LSE second, and `window_size_left` and `window_size_right`. Since 2.6 the LSE is `[H, Q]`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from functools import cache
+
+import torch
+
+from ..scores import Scores
+from .varlen import VarlenKernel, Window
+
+
+class FlashAttnKernel(VarlenKernel):
+    name = "flash_attn"
+
+    @staticmethod
+    def missing() -> str | None:
+        if importlib.util.find_spec("flash_attn") is None:
+            return "the flash-attn package is not installed; pip install 'flash-attn>=2.6,<2.9'"
+        if not torch.cuda.is_available():
+            return "PyTorch sees no CUDA device; on the CPU use kernel='cpu'"
+        try:
+            importlib.import_module("flash_attn.flash_attn_interface")
+        except ImportError as error:  # built for another torch, or flash-attn-4, which has its own modules there
+            return f"flash-attn cannot be imported ({error}); pip install 'flash-attn>=2.6,<2.9'"
+        return None
+
+    def varlen_forward(self, query, key, value, lengths, window, scores):
+        from flash_attn import flash_attn_interface
+
+        function = flash_attn_interface._flash_attn_varlen_forward
+        results = function(
+            query,
+            key,
+            value,
+            *lengths,
+            0.0,
+            scores.scale,
+            causal=window.causal,
+            return_softmax=False,
+            block_table=None,
+            **_options(function, window, scores),
+        )
+        return results[0], results[1] if len(results) == 4 else results[5]
+
+    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths, window, scores):
+        from flash_attn import flash_attn_interface
+
+        function = flash_attn_interface._flash_attn_varlen_backward
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        function(
+            grad_output,
+            query,
+            key,
+            value,
+            output,
+            lse,
+            *grads,
+            *lengths,
+            0.0,
+            scores.scale,
+            window.causal,
+            deterministic=scores.deterministic,
+            **_options(function, window, scores),
+        )
+        return tuple(grads)
+
+
+def _options(function, window: Window, scores: Scores) -> dict:
+    """Window, softcap and ALiBi, by the names that this version has for them. All are given: 2.6 has no defaults."""
+    if "window_size" in _parameters(function):
+        sizes = {"window_size": (window.left, window.right)}
+    else:
+        sizes = {"window_size_left": window.left, "window_size_right": window.right}
+    return {**sizes, "softcap": scores.softcap or 0.0, "alibi_slopes": None}
+
+
+@cache
+def _parameters(function) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -1,0 +1,109 @@
+"""Attention in plain PyTorch, for any dtype and device. It keeps scores for a block of queries at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from ...planning.tiles import Segments
+from ..scores import Scores
+from .base import Block, Kernel, blocks
+
+MOST_SCORES = 2**22
+"""Scores that are kept at a time, all heads counted (but one query's are, whatever their number)."""
+
+
+class ReferenceKernel(Kernel):
+    name = "reference"
+
+    @staticmethod
+    def missing() -> str | None:
+        return None
+
+    def refusal(self, device, dtype, query_dim, value_dim, scores) -> str | None:
+        return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point dtype"
+
+    def forward(self, query, key, value, segments, scores):
+        outputs, lses = [], []
+        for number, rows, keys, values in _tiles(segments, query, key, value):
+            for block in _blocks(rows, keys, segments):
+                part = _Block(block, rows, keys, scores, (number, block.query))
+                lse = part.scores.logsumexp(-1, keepdim=True)
+                weights = part.dropped((part.scores - lse).exp())
+                output = torch.einsum("ghqk,khd->qhgd", weights, _exact(values[slice(*block.key)]))
+                outputs.append(output.flatten(1, 2).to(query.dtype))
+                lses.append(lse.permute(2, 1, 0, 3).flatten(1))
+        return torch.cat(outputs), torch.cat(lses)
+
+    def backward(self, grad_output, query, key, value, output, lse, segments, scores):
+        grads = [], [], []
+        for number, rows, keys, values, grad_rows, outputs, lses in _tiles(
+            segments, query, key, value, grad_output, output, lse
+        ):
+            heads = keys.shape[1]
+            grad_key, grad_value = (torch.zeros_like(_exact(x)) for x in (keys, values))
+            for block in _blocks(rows, keys, segments):
+                part = _Block(block, rows, keys, scores, (number, block.query))
+                seen, chosen = slice(*block.key), slice(*block.query)
+                grad = _grouped(grad_rows[chosen], heads)
+                weights = (part.scores - _grouped(lses[chosen, :, None], heads)).exp()
+                delta = (grad * _grouped(outputs[chosen], heads)).sum(-1, keepdim=True)
+                grad_weights = part.dropped(torch.einsum("ghqd,khd->ghqk", grad, _exact(values[seen])))
+                grad_scores = weights * (grad_weights - delta) * part.slope * scores.scale
+                grads[0].append(torch.einsum("ghqk,khd->qhgd", grad_scores, part.keys).flatten(1, 2))
+                grad_key[seen] += torch.einsum("ghqk,ghqd->khd", grad_scores, part.queries)
+                grad_value[seen] += torch.einsum("ghqk,ghqd->khd", part.dropped(weights), grad)
+            grads[1].append(grad_key)
+            grads[2].append(grad_value)
+        return tuple(torch.cat(parts) for parts in grads)
+
+
+class _Block:
+    """The scores of one block `[H / H_kv, H_kv, Q, K]`, -inf where hidden.
+
+    `slope` is their derivative by what the softcap was applied to.
+    """
+
+    def __init__(self, block: Block, rows: torch.Tensor, keys: torch.Tensor, scores: Scores, name: tuple):
+        self.keys = _exact(keys[slice(*block.key)])
+        self.queries = _grouped(rows[slice(*block.query)], keys.shape[1])
+        self.scores = torch.einsum("ghqd,khd->ghqk", self.queries, self.keys) * scores.scale
+        self.slope = 1.0
+        if scores.softcap is not None:
+            capped = (self.scores / scores.softcap).tanh()
+            self.scores, self.slope = capped * scores.softcap, 1 - capped**2
+        hidden = block.hidden(rows.device)
+        if hidden is not None:
+            self.scores = self.scores.masked_fill(hidden, float("-inf"))
+        self._kept = _kept(self.scores, scores, name) if scores.dropout_p else None
+
+    def dropped(self, weights: torch.Tensor) -> torch.Tensor:
+        """`weights` with those left out that dropout leaves out."""
+        return weights if self._kept is None else weights * self._kept
+
+
+def _kept(like: torch.Tensor, scores: Scores, name: tuple) -> torch.Tensor:
+    """For each weight 0 or 1 / (1 - p), the same for the same seed and block."""
+    random = torch.Generator(like.device).manual_seed(scores.of(*name).seed)
+    keeps = torch.rand(like.shape, generator=random, device=like.device) >= scores.dropout_p
+    return keeps.to(like.dtype) / (1 - scores.dropout_p)
+
+
+def _tiles(segments: Segments, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rows: torch.Tensor):
+    """For each tile its number and its ranges of the tensors; those of `rows` are the query's."""
+    for number, ((q0, q1), (k0, k1)) in enumerate(zip(segments.queries, segments.keys)):
+        yield number, query[q0:q1], key[k0:k1], value[k0:k1], *(x[q0:q1] for x in rows)
+
+
+def _blocks(rows: torch.Tensor, keys: torch.Tensor, segments: Segments):
+    most = max(1, MOST_SCORES // (rows.shape[1] * len(keys)))
+    return blocks(len(rows), len(keys), segments.band, most)
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the precision that sums are kept in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _grouped(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """`[Q, H, D]` as `[H / H_kv, H_kv, Q, D]`: query head h reads key head h // (H / H_kv)."""
+    return _exact(tensor).unflatten(1, (key_heads, -1)).permute(2, 1, 0, 3)

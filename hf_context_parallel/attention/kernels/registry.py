@@ -1,0 +1,69 @@
+"""The kernels, one file a backend, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from ..scores import Scores
+from .base import Kernel
+from .cpu import CpuKernel
+from .cudnn import CudnnKernel
+from .flash_attn import FlashAttnKernel
+from .reference import ReferenceKernel
+from .torch_cuda import TorchKernel
+
+logger = logging.getLogger(__name__)
+
+KERNELS: dict[str, type[Kernel]] = {
+    kernel.name: kernel for kernel in (FlashAttnKernel, TorchKernel, CudnnKernel, CpuKernel, ReferenceKernel)
+}
+AUTOMATIC = {"cuda": ("flash_attn", "torch"), "cpu": ("cpu",)}
+"""For each device type, the kernels that `auto` tries, best first."""
+
+
+def named_kernel(name: str) -> Kernel:
+    """The kernel called `name`.
+
+    Raises:
+        ValueError: if it cannot be used here; it says how to get it.
+    """
+    missing = KERNELS[name].missing()
+    if missing:
+        raise ValueError(f"kernel={name!r} cannot be used: {missing}.")
+    return KERNELS[name]()
+
+
+@cache
+def choose_kernel(name: str, device_type: str) -> Kernel:
+    """The kernel called `name`, or with `"auto"` the best one present for a device type (its choice is logged once).
+
+    Raises:
+        ValueError: if there is no such kernel here; it says how to get it.
+    """
+    if name != "auto":
+        return named_kernel(name)
+    reasons = []
+    for candidate in AUTOMATIC.get(device_type, ()):
+        missing = KERNELS[candidate].missing()
+        if missing is None:
+            logger.info("context parallelism computes attention with kernel=%r on %s", candidate, device_type)
+            return KERNELS[candidate]()
+        reasons.append(f"{candidate!r}: {missing}")
+    raise ValueError(
+        f"kernel='auto' finds none for device type {device_type!r} ({'; '.join(reasons) or 'none is known for it'}). "
+        "kernel='reference' runs everywhere, but slowly."
+    )
+
+
+def check_kernel(kernel: Kernel, query: torch.Tensor, value: torch.Tensor, scores: Scores) -> None:
+    """Refuse tensors that the kernel does not take, and scores that it does not make.
+
+    Raises:
+        ValueError: naming the property that does not fit and what to do.
+    """
+    refusal = kernel.refusal(query.device, query.dtype, query.shape[-1], value.shape[-1], scores)
+    if refusal:
+        raise ValueError(f"kernel={kernel.name!r} cannot take these tensors: {refusal}.")

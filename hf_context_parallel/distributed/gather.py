@@ -1,0 +1,46 @@
+"""A shard's outputs back in the order of the sequence, on every rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from ..planning.layout import Layout
+from .messages import accumulation_dtype
+
+
+def gather_sequence(x: torch.Tensor, layout: Layout, length: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """`[B, S_local, ...]` of each rank as `[B, length, ...]`, without the layout's padding.
+
+    Args:
+        layout: one that deals all ranks equally many tokens.
+        length: how many of its positions are wanted, from the first.
+    """
+    return _Gather.apply(x, layout, length, group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layout, length, group):
+        ctx.layout, ctx.group = layout, group
+        parts = [x.contiguous()]
+        if layout.size > 1:
+            parts = [torch.empty_like(parts[0]) for _ in range(layout.size)]
+            dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=1).index_select(1, layout.restore()[:length].to(x.device))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        layout = ctx.layout
+        whole = pad(grad, (0, 0) * (grad.dim() - 2) + (0, layout.length - grad.shape[1]))
+        # A sum over ranks, so in the dtype that such sums are kept in.
+        whole = whole.to(accumulation_dtype(grad.dtype))
+        parts = [whole.index_select(1, layout.positions(rank).to(grad.device)) for rank in range(layout.size)]
+        local = parts[0]
+        if layout.size > 1:
+            local = torch.empty_like(local)
+            dist.reduce_scatter(local, parts, group=ctx.group)
+        return local.to(grad.dtype), None, None, None

@@ -1,0 +1,129 @@
+"""Process groups: of context parallelism, of the ranks that see the same samples, of those with the same place."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .mesh import TENSOR_DIMENSION, Ranks, cp_blocks, device_of, has_nccl, ranks_of, world
+
+
+@dataclass(frozen=True)
+class Groups(Ranks):
+    """This rank's place: the ranks of its CP group, and those around it.
+
+    Args:
+        data_rank, data_size: which share of the samples it gets, of how many.
+        first_ranks: for each share of the samples, the first rank of the world that gets it.
+        tensor: the ranks of its tensor-parallel group, which hold other heads of the same tokens.
+        same_batch: all ranks that see the same samples: those of its CP group, and of the CP groups beside it that
+            hold other heads or layers.
+        node: the most ranks of a CP group that share a machine, of the group where that is fewest.
+        cores: of the machine that has fewest.
+    """
+
+    data_rank: int
+    data_size: int
+    first_ranks: list[int]
+    tensor: Ranks
+    same_batch: Ranks
+    node: int = 1
+    cores: int = 1
+
+
+def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = False) -> Groups:
+    """Make the CP groups. Every process of the world must call this with the same arguments.
+
+    Without a mesh, CP groups are `size` consecutive ranks of the world. With one, they are its `cp` dimension, or
+    `size` consecutive ranks along its data dimension (`fsdp`, `dp_shard` or `dp`; beyond it, along the replicas).
+
+    Args:
+        divided: make them of `size` consecutive ranks of the `cp` dimension too.
+
+    Raises:
+        ValueError: if there is no process group, the sizes do not divide, or the mesh is of some of the world's ranks.
+    """
+    if not dist.is_initialized():
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1 or launched > 1:
+            raise ValueError(
+                f"size={size} with WORLD_SIZE={launched} needs torch.distributed, which is not initialised. Start the "
+                "script with `accelerate launch` or `torchrun`, and make TrainingArguments, accelerate.PartialState() "
+                "or torch.distributed.init_process_group() come first."
+            )
+        alone = world()
+        return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, same_batch=alone)
+    blocks = cp_blocks(size, mesh, divided)
+    timeout = _timeout()
+    options = _transfers_first(timeout)
+    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks], timeout, pg_options=options)
+    me = dist.get_rank()
+    ranks, data_rank = next(block for block in blocks if me in block[0])
+    device = device_of(group)
+    # All ranks choose by the same numbers: of the world, since schedules are the world's.
+    least = torch.tensor([_on_a_node(ranks), os.cpu_count() or 1], device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)  # with NCCL p2p must not be a group's first use
+    node, cores = least.tolist()
+    firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
+    first_ranks = [firsts[number] for number in sorted(firsts)]
+    mine = Ranks(group, ranks.index(me), size, device)
+    tensor, same_batch = Ranks(None, 0, 1, device), mine
+    if mesh is not None and TENSOR_DIMENSION in mesh.mesh_dim_names and mesh[TENSOR_DIMENSION].size() > 1:
+        tensor = ranks_of(mesh.get_group(TENSOR_DIMENSION))
+    if len(blocks) > len(first_ranks):
+        by_share = [
+            [rank for block, share in blocks if share == number for rank in block] for number in sorted(firsts)
+        ]
+        same_batch = ranks_of(dist.new_subgroups_by_enumeration(by_share, timeout)[0])
+    return Groups(
+        **vars(mine),
+        data_rank=data_rank,
+        data_size=len(first_ranks),
+        first_ranks=first_ranks,
+        tensor=tensor,
+        same_batch=same_batch,
+        node=node,
+        cores=cores,
+    )
+
+
+def _transfers_first(timeout: timedelta):
+    """Options of a group whose messages get a device's free multiprocessors before kernels do. Without them a message
+    that is posted while a kernel fills the device may wait for the kernel that it should travel beside."""
+    if not has_nccl():
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # or else torch warns that it differs
+    return options
+
+
+def _on_a_node(ranks: list[int]) -> int:
+    """The most of these ranks that share a machine, as launchers number them."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return max(Counter(rank // local for rank in ranks).values())
+
+
+def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGroup:
+    """The ranks with this one's place in CP groups of `size`, one of each share of the samples, in their order.
+
+    Every process of the world must call this with the same arguments.
+    """
+    blocks = cp_blocks(size, mesh)
+    shares = max(number for _, number in blocks) + 1
+    columns = []
+    for first in range(0, len(blocks), shares):  # each copy of the samples
+        columns += zip(*(ranks for ranks, _ in blocks[first : first + shares]))
+    group, _ = dist.new_subgroups_by_enumeration([list(column) for column in columns], _timeout())
+    return group
+
+
+def _timeout() -> timedelta:
+    """The world's: a new group would have the default one."""
+    return dist.group.WORLD._get_backend(device_of(dist.group.WORLD)).options._timeout

@@ -1,0 +1,272 @@
+"""The samples of a global batch as rounds: cut from the batches that were loaded, scheduled, and sent to who computes
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..config import refuse
+from ..context_parallel import ContextParallel
+from ..data.batch import CONSUMED, IGNORED, read_batch
+from ..distributed.agreement import collective, fingerprint
+from ..distributed.mesh import world
+from ..distributed.process_groups import build_columns
+from ..integration.mixers.recognise import makes_positions, mixers
+from ..integration.model_registry import UNSHIFTED, transformers_model
+from ..integration.patches.rope import follows_length
+from ..planning.layout import FIXED_LAYOUTS
+from ..planning.machine import machine_of
+from .costs import Costs, ModelShape
+from .groups import Group, Schedule, sizes
+from .schedule import make_schedule
+
+CARRIED = ("input_ids", "shift_labels", "position_ids")
+"""What travels of a sample."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of the model on this rank.
+
+    Args:
+        size: of the group that it is a member of.
+        batch: what the group computes, whole: samples as documents of one row.
+        tokens: of the samples; 0 where the run is for other ranks' sake, on a row without targets.
+        longest: tokens of the longest sample.
+    """
+
+    size: int
+    batch: dict[str, torch.Tensor]
+    tokens: int
+    longest: int
+
+
+class Scheduler:
+    """Deals global batches to groups within the CP group that `cp` has now; see `schedule.py`.
+
+    Every process of the world makes one. Groups of all sizes are made here.
+
+    Args:
+        cp: whose config says `max_tokens_per_rank`.
+        model: its shape and the device say what samples cost.
+        sharded: whether its weights are gathered for each run.
+
+    Raises:
+        ValueError: if the model's loss is not a sum over tokens, or depends on the rows that they came in.
+    """
+
+    def __init__(self, cp: ContextParallel, model: torch.nn.Module, sharded: bool = False):
+        _refuse(model)
+        if cp.groups.tensor.size > 1:
+            raise ValueError(
+                f"dynamic=True has not been compared with one process under tensor parallelism, and tp_size is "
+                f"{cp.groups.tensor.size}. Set dynamic=False, or load the model without tp_size."
+            )
+        self._cp, self._extent = cp, cp.groups
+        for size in sizes(cp.size):
+            with cp.using(size):
+                pass
+        self._column = build_columns(cp.size, cp.mesh) if cp.groups.data_size > 1 else None
+        machine = machine_of(next(model.parameters()).device, cp.groups.node)
+        self._costs = Costs.of(model_shape(model), machine, sharded)
+        self._settings = fingerprint({"costs": self._costs, "config": cp.config})
+        self._busy = self._passed = 0.0
+
+    def rounds(self, batches: Sequence[Mapping[str, Any]]) -> list[Round]:
+        """The rounds of the samples that all ranks' batches hold, as this rank runs them.
+
+        Args:
+            batches: whole batches, the same on all ranks of a CP group, as one process would give them to the model.
+
+        Raises:
+            ValueError: on every rank alike, if a rank's batches cannot be cut into samples or differ from those of its
+                group, or a sample fits nowhere.
+        """
+        mark = 0
+        with collective(world(), "models or settings", "Give every process the same.") as notes:
+            samples = [sample for batch in batches for sample in cut(batch)]
+            if self._cp.config.check_batch:
+                mark = fingerprint({f"{number}": sample for number, sample in enumerate(samples)})
+            notes.fingerprint, notes.number = self._settings, len(samples)
+        lengths = self._gathered_lengths(samples, mark, notes.numbers)
+        schedule = make_schedule(
+            [length for share in lengths for length in share],
+            self._extent.size * len(lengths),
+            self._extent.size,
+            self._cp.config.max_tokens_per_rank,
+            self._costs,
+            self._cp.config.layout,
+            [
+                f"sample {number} of data rank {rank}"
+                for rank, share in enumerate(lengths)
+                for number in range(len(share))
+            ],
+        )
+        self._busy += schedule.work.mean(axis=1).sum()
+        self._passed += schedule.total
+        return self._routed(schedule, samples, [len(share) for share in lengths])
+
+    def idle_share(self) -> float:
+        """By the schedules' estimates, the share of the time since this was last asked in which ranks waited."""
+        share = 1 - self._busy / self._passed if self._passed else 0.0
+        self._busy = self._passed = 0.0
+        return share
+
+    def _gathered_lengths(self, samples: list[torch.Tensor], mark: int, counts: list[int]) -> list[list[int]]:
+        """For each share of the samples, their lengths.
+
+        Args:
+            mark: of this rank's samples.
+            counts: how many samples each rank has.
+        """
+        everyone = world()
+        own = torch.zeros(max(counts) + 2, dtype=torch.int64)
+        own[0], own[1] = self._extent.data_rank, mark
+        own[2 : 2 + len(samples)] = torch.tensor([sample.shape[1] for sample in samples], dtype=torch.int64)
+        notes = [own]
+        if everyone.size > 1:
+            own = own.to(everyone.device)
+            notes = [torch.empty_like(own) for _ in counts]
+            dist.all_gather(notes, own)
+        lengths: dict[int, tuple[int, int, list[int]]] = {}
+        for rank, (count, note) in enumerate(zip(counts, notes)):
+            share, mark, *rest = note.tolist()
+            first, *known = lengths.setdefault(share, (rank, mark, rest[:count]))
+            if known != [mark, rest[:count]]:
+                raise ValueError(
+                    f"ranks {first} and {rank} share their samples and have loaded different ones. Use "
+                    "ContextParallelTrainer or cp.prepare_data_loader(), which deal samples to CP groups."
+                )
+        return [lengths[share][2] for share in sorted(lengths)]
+
+    def _routed(self, schedule: Schedule, samples: list[torch.Tensor], counts: list[int]) -> list[Round]:
+        """This rank's rounds, with the samples of other shares brought here."""
+        share, size = self._extent.data_rank, self._extent.size
+        begins = [sum(counts[:rank]) for rank in range(len(counts) + 1)]
+        mine = _wanted(schedule, share * size + self._extent.rank)
+        here = {begins[share] + number: sample for number, sample in enumerate(samples)}
+        if self._column is not None:
+            sent = []
+            for other in range(len(counts)):
+                wanted = _wanted(schedule, other * size + self._extent.rank)
+                sent.append([sample for sample in wanted if sample in here])
+            received = [sample for begin, end in zip(begins, begins[1:]) for sample in mine if begin <= sample < end]
+            here = self._exchanged(sent, received, here, schedule.lengths, begins)
+        rank = share * size + self._extent.rank
+        return [self._round(_group_of(groups, rank), here) for groups in schedule.rounds]
+
+    def _exchanged(self, sent, received, here, lengths, begins) -> dict[int, torch.Tensor]:
+        """Samples from the ranks that loaded them."""
+        device = self._extent.device
+        out = torch.cat([here[sample] for to in sent for sample in to] or [torch.empty(len(CARRIED), 0)], dim=1)
+        out = out.T.contiguous().to(device, torch.int64)
+        into = torch.empty(sum(lengths[sample] for sample in received), len(CARRIED), dtype=torch.int64, device=device)
+        gets = [
+            sum(lengths[sample] for sample in received if begin <= sample < end)
+            for begin, end in zip(begins, begins[1:])
+        ]
+        gives = [sum(lengths[sample] for sample in to) for to in sent]
+        dist.all_to_all_single(into, out, gets, gives, group=self._column)
+        parts = into.cpu().split([lengths[sample] for sample in received])
+        return {sample: part.T for sample, part in zip(received, parts)}
+
+    def _round(self, group: Group, here: dict[int, torch.Tensor]) -> Round:
+        if not group.samples:
+            length = len(FIXED_LAYOUTS[self._cp.config.layout](0, group.size).chunk_owners)
+            row, lengths = torch.zeros(len(CARRIED), length, dtype=torch.int64), []
+            row[CARRIED.index("shift_labels")] = IGNORED
+            row[CARRIED.index("position_ids")] = torch.arange(length)
+            edges = [0, length]
+        else:
+            row = torch.cat([here[sample] for sample in group.samples], dim=1)
+            lengths = [here[sample].shape[1] for sample in group.samples]
+            edges = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
+        batch = {name: values[None].contiguous() for name, values in zip(CARRIED, row)}
+        batch["cu_seq_lens_q"] = torch.tensor(edges, dtype=torch.int32)
+        return Round(group.size, batch, sum(lengths), max(lengths, default=0))
+
+
+def cut(batch: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The samples of a batch: its documents, each `[3, length]`, in the order of `CARRIED`.
+
+    Raises:
+        ValueError: if the batch cannot be cut into samples without a change to its loss.
+    """
+    batch, rows, whole = read_batch(batch)
+    for name in batch:
+        if name not in (*CARRIED, "labels", *CONSUMED):
+            raise ValueError(
+                f"the batch has {name!r}, and samples that are dealt to groups of different sizes take only "
+                f"{', '.join(CARRIED)} along. Leave it out, or set dynamic=False."
+            )
+    if "shift_labels" not in whole:
+        raise ValueError("the batch has no labels, and dynamic=True divides losses by their count. Give it labels.")
+    table = torch.stack([whole[name].cpu().long() for name in CARRIED])
+    samples = []
+    for number, documents in enumerate(rows):
+        for document in documents:
+            (start, stop), *others = document
+            if others or ("attention_mask" in batch and start):
+                raise ValueError(
+                    f"row {number} has padding before or between its tokens. With dynamic=True, rows must be packed "
+                    "or padded on the right (padding_side='right'); or set dynamic=False."
+                )
+            samples.append(table[:, number, start:stop])
+    return samples
+
+
+def model_shape(model: torch.nn.Module) -> ModelShape:
+    """What of a model decides what a token costs, as far as its configuration says it."""
+    module = transformers_model(model)
+    config = module.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    hidden = getattr(config, "hidden_size", None) or 1
+    return ModelShape(
+        layers=getattr(config, "num_hidden_layers", None) or 1,
+        heads=heads,
+        key_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        parameters=_met_by_a_token(module, config),
+        itemsize=next(module.parameters()).itemsize,
+    )
+
+
+def _met_by_a_token(module: PreTrainedModel, config: PreTrainedConfig) -> int:
+    """Parameters without embeddings; of experts, which are stacked in tensors of three dimensions, those of a few."""
+    fields = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((getattr(config, field) for field in fields if getattr(config, field, None)), 0)
+    others = experts - (getattr(config, "num_experts_per_tok", None) or experts)
+    stacked = sum(p.numel() for p in module.parameters() if p.dim() == 3 and p.shape[0] == experts)
+    return module.num_parameters(exclude_embeddings=True) - stacked * others // max(experts, 1)
+
+
+def _wanted(schedule: Schedule, rank: int) -> list[int]:
+    """The samples that a rank computes, in order."""
+    return [sample for groups in schedule.rounds for sample in _group_of(groups, rank).samples]
+
+
+def _group_of(groups: tuple[Group, ...], rank: int) -> Group:
+    return next(group for group in groups if group.first <= rank < group.first + group.size)
+
+
+def _refuse(model: torch.nn.Module) -> None:
+    """Refuse models whose loss would not be the sum of the rounds'."""
+    module = transformers_model(model)
+    config = module.config.get_text_config()
+    cases = (
+        (getattr(config, "output_router_logits", False), "output_router_logits=True adds a mean over the batch"),
+        (getattr(config, "z_loss_coefficient", 0), "z_loss_coefficient adds a mean over the batch"),
+        (module.config.model_type in UNSHIFTED, f"a {module.config.model_type}'s loss is a mean over its row"),
+        (any(map(makes_positions, mixers(module))), f"a {module.config.model_type} counts positions by the row"),
+        (any(map(follows_length, module.modules())), "RoPE of this type depends on the length of the row"),
+    )
+    refuse(
+        cases,
+        "dynamic=True deals samples to other rows than they came in, and {}. Switch that off, or set dynamic=False.",
+    )

@@ -1,0 +1,129 @@
+"""Attention over sequences that a group holds together, for models of one's own: see `ContextParallel.attention`."""
+
+from __future__ import annotations
+
+import torch
+
+from .attention.strategy import build_strategy
+from .config import check_comm_type
+from .cp_group import CPGroup
+from .distributed.agreement import collective, fingerprint
+from .integration.active_batch import active_batch
+from .planning import mask as masks
+from .planning.balanced import make_layout
+from .planning.layout import Layout
+from .planning.mask import layer_type
+
+
+def attention(
+    group: CPGroup,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    pattern: masks.Pattern,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float | None,
+    cu_seqlens: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    dropout_p: float,
+    deterministic: bool,
+    comm_type: str | None,
+) -> torch.Tensor:
+    """Attention of this rank's queries to the keys of the group. Arguments are those of `ContextParallel.attention`.
+
+    Args:
+        pattern: causal or not, window and chunk.
+
+    Returns:
+        `[B, H, S_local, D_v]`; 0 for tokens that read nothing.
+
+    Raises:
+        ValueError: on every rank alike, if lengths, heads, dtypes or options do not fit, before any key moves.
+    """
+    settings = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+    with collective(group.groups, "arguments", "cp.attention needs the same on all.") as notes:
+        if cu_seqlens is None and attention_mask is None:
+            _refuse_documents_unsaid(group)
+        _check_heads(q, k, v, sinks)
+        call = group.prepare(q, k, v, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic)
+        notes.number = q.shape[2]
+        shapes = [(*x.shape[:2], x.shape[3], x.dtype) for x in call[:3]]
+        if comm_type is None:
+            comm_type = group.config.comm_type_of(layer_type(pattern), None)
+        else:
+            check_comm_type(comm_type)
+        options = shapes, pattern, call.scores._replace(seed=0), sinks is None, comm_type
+        notes.fingerprint = fingerprint({"options": options, **settings})
+    # From here on all ranks know the same, so what one of them refuses all of them refuse.
+    layout, mask = _whole(group, q.shape[0], notes.numbers, pattern, cu_seqlens, attention_mask)
+    choice = group.choice(comm_type, layout, mask, call.shape, q.device)
+    strategy = build_strategy(*choice[:2], layout, mask, group.rank)
+    return group.attend(call, strategy, sinks).transpose(1, 2)
+
+
+def _whole(
+    group: CPGroup,
+    batch_size: int,
+    lengths: list[int],
+    pattern: masks.Pattern,
+    cu_seqlens: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> tuple[Layout, masks.Mask]:
+    """The layout and the mask of one call of `attention`, for ranks that hold `lengths` tokens."""
+    documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, sum(lengths))
+    layout = make_layout(group.config.layout, sum(lengths), group.size, documents)
+    expected = [layout.local_length(rank) for rank in range(group.size)]
+    if lengths != expected:
+        raise ValueError(
+            f"the ranks' queries have {lengths} tokens, {layout.length} in all; of a sequence that long the "
+            f"{group.config.layout} layout deals them {expected}. Give each rank the tokens that "
+            f"cp.positions({layout.length}, cu_seqlens) lists."
+        )
+    if cu_seqlens is not None and attention_mask is not None:
+        raise ValueError("cu_seqlens and attention_mask exclude each other: give padding a document of its own.")
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, layout.length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be of the whole sequence, "
+            f"{(batch_size, layout.length)}."
+        )
+    if attention_mask is not None:
+        rows = masks.from_attention_mask(attention_mask)
+    elif cu_seqlens is not None:
+        rows = (documents,) * batch_size
+    else:
+        rows = masks.whole_rows(batch_size, layout.length)
+    return layout, masks.Mask(layout.length, rows, pattern)
+
+
+def _refuse_documents_unsaid(group: CPGroup) -> None:
+    """Refuse attention over what looks like one document while a batch with others, or with padding, is open."""
+    batch = active_batch()
+    if batch is None or batch.group is not group:
+        return
+    shard = batch.shard
+    if shard.packed or shard.padding is not None or shard.layout.length != shard.length:
+        raise ValueError(
+            "cp.attention() does not go by the batch that is open, which has several documents or padding (its rows "
+            f"of {shard.length} tokens are filled up to {shard.layout.length}): say them by cu_seqlens or "
+            "attention_mask, of the whole row, or call it outside of cp.shard."
+        )
+
+
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    """Refuse shapes that do not make attention."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}.")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"q, k and v must be [B, H, S_local, D]; got {shapes}.")
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
+        raise ValueError(f"q, k and v must have the same rows and tokens; got {shapes}.")
+    if not k.shape[1] == v.shape[1] > 0 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"k and v must have as many heads, a number that divides q's, and q and k the same head dim; got {shapes}."
+        )
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must be one score for each of q's {q.shape[1]} heads; got {tuple(sinks.shape)}.")

@@ -1,0 +1,135 @@
+"""The attention function that Transformers calls for `attn_implementation="context_parallel"`."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AttentionInterface
+from transformers.models.falcon import modeling_falcon as falcon
+from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
+from transformers.models.gptj import modeling_gptj as gptj
+
+from ...planning.mask import Pattern
+from ..active_batch import ActiveBatch, active_batch
+from ..model_registry import NAME, TEXT_ALONE
+from ..patches.positions import corrected_query
+from .planned_mask import PlannedMask
+from .stock_attention import ran_sharded, unsharded_attention
+
+HARMLESS = {
+    "cache_position",
+    "is_causal",
+    "labels",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "shift_labels",
+    "sliding_window",
+    "use_cache",
+}
+"""Keywords that attention functions are passed and that do not change what they compute, given the mask."""
+
+
+def register() -> None:
+    """Tell Transformers of the attention function."""
+    AttentionInterface.register(NAME, context_parallel_attention)
+    # These look their attention class up in a table of their own, and ask no interface: they see whole sequences.
+    for table in (falcon.FALCON_ATTENTION_CLASSES, gptj.GPTJ_ATTENTION_CLASSES, gpt_neo.GPT_NEO_ATTENTION_CLASSES):
+        table[NAME] = table["eager"]
+
+
+def context_parallel_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: PlannedMask | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one layer: of the current batch's shard, or outside of one as Transformers would compute it.
+
+    Args:
+        query: `[B, H, S, D]`.
+        key, value: `[B, H_kv, S, D]` and `[B, H_kv, S, D_v]`.
+        s_aux: sinks, `[H]`.
+
+    Returns:
+        `[B, S, H, D_v]`, and None for the weights.
+
+    Raises:
+        ValueError: for anything that would not be exact.
+    """
+    batch = active_batch()
+    if batch is None:
+        asked = {"softcap": softcap, "s_aux": s_aux}
+        kwargs |= {name: value for name, value in asked.items() if value is not None}
+        return unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    pattern = _pattern(module, attention_mask, kwargs)
+    _check_lengths(batch, query, key)
+    ran_sharded.add(module)
+    batch.note(module, "ring")
+    query = corrected_query(module, query, batch)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call = batch.group.prepare(
+        query, key, value, scale=scaling, softcap=softcap, dropout_p=dropout, deterministic=deterministic
+    )
+    strategy = batch.strategy(module, pattern, call.shape, query.device)
+    return batch.group.attend(call, strategy, s_aux, batch.check_backward), None
+
+
+def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:
+    """Which keys a layer reads. The mask says it, as with SDPA, which goes by no other keyword.
+
+    Raises:
+        ValueError: if a layer asks for something that a shard cannot give exactly.
+    """
+    layer = type(module).__name__
+    for name, value in kwargs.items():
+        off = value is None or (isinstance(value, (bool, int)) and not value)
+        if name not in HARMLESS and not off:
+            raise ValueError(
+                f"{layer} asks for {name}={value if isinstance(value, (int, float, str)) else type(value).__name__}, "
+                "which context-parallel attention does not know and will not ignore. Call the model outside cp.shard."
+            )
+    if isinstance(attention_mask, PlannedMask):
+        pattern = attention_mask.pattern
+        window = kwargs.get("sliding_window")
+        if window is not None and pattern.sliding_window not in (window, window + 1):  # some count the token itself
+            raise ValueError(
+                f"{layer} asks for sliding_window={window} and its mask has {pattern.sliding_window}: SDPA goes by "
+                "the mask and flash attention by the keyword. Call the model outside cp.shard."
+            )
+        if kwargs.get("is_causal") is False and pattern.causal:
+            raise ValueError(f"{layer} is not causal and its mask is. Call the model outside cp.shard.")
+        return pattern
+    if attention_mask is not None:
+        raise ValueError(
+            f"{layer} was given an attention mask of shape {tuple(attention_mask.shape)}: masks made by the caller "
+            "cannot be sharded. Give the batch to cp.shard with a 2-D attention_mask or with packed position_ids."
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError(
+            f"{layer} asks for sliding_window={kwargs['sliding_window']} without a mask that has it, so that SDPA "
+            "would ignore it and flash attention not. Call the model outside cp.shard."
+        )
+    causal = kwargs.get("is_causal")
+    return Pattern(causal=getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _check_lengths(batch: ActiveBatch, query: torch.Tensor, key: torch.Tensor) -> None:
+    expected = batch.shard.local_shape
+    for name, tensor in (("queries", query), ("keys", key)):
+        found = (tensor.shape[0], tensor.shape[2])
+        if found != expected:
+            raise ValueError(
+                f"a layer has {found[0]} rows of {found[1]} {name} where the shard has {expected[0]} of "
+                f"{expected[1]}. Prompt and prefix tuning, generate() and caches add tokens that no shard holds, and "
+                "are not supported in cp.shard. A vision tower, or another part that does not see the text, needs its "
+                f"own attention: attn_implementation={TEXT_ALONE}."
+            )

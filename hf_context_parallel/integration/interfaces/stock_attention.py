@@ -1,0 +1,178 @@
+"""What Transformers would compute: attention and masks outside of a shard."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch.utils._pytree import tree_map
+from transformers import (
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..model_registry import NAME
+from ..switches import switches
+from .planned_mask import PlannedMask
+
+ran_sharded = weakref.WeakSet()
+"""The modules whose last forward pass was of a shard: their recomputation must be too."""
+
+
+def unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs):
+    """What the implementation that Transformers would choose for this class computes."""
+    if torch._C._current_graph_task_id() != -1:  # inside a backward pass, so a recomputation
+        if module in ran_sharded:
+            raise RuntimeError(
+                "gradient checkpointing recomputes a layer of a sharded batch after leaving it: call backward() "
+                "inside `with cp.shard(...)`."
+            )
+    else:
+        ran_sharded.discard(module)
+    for listener in switches.listeners:
+        listener(module)
+    eager = _eager(module)
+    stock = unsharded_implementation(type(module.config))
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"] if stock == "sdpa" else eager
+    if switches.other_attention and eager is not None:
+        if stock == "sdpa":
+            function, attention_mask = eager, _additive(module, query, key, attention_mask, kwargs)
+        else:
+            function = _widened(eager)
+    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _eager(module: torch.nn.Module) -> Callable | None:
+    """The eager attention function beside a module's class, or beside one that it is derived from, as FSDP2's are."""
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    return next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
+
+
+def _additive(module, query, key, attention_mask, kwargs) -> torch.Tensor:
+    """What eager attention adds to the scores, where SDPA gets this mask, or none and is causal by itself."""
+    if attention_mask is None:
+        attention_mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if causal and query.shape[2] > 1:
+            attention_mask = attention_mask.tril()
+    if attention_mask.dtype != torch.bool:
+        return attention_mask
+    least = torch.finfo(query.dtype).min
+    return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, least)
+
+
+def _widened(function: Callable) -> Callable:
+    """An attention function that computes in float32, or float64 where it is given that or float32."""
+
+    def wide(module, query, *args, **kwargs):
+        dtype = torch.float64 if query.dtype in (torch.float32, torch.float64) else torch.float32
+
+        def widen(x):
+            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        with torch.autocast(query.device.type, enabled=False):
+            output, weights = function(module, widen(query), *tree_map(widen, args), **tree_map(widen, kwargs))
+        return output.to(query.dtype), weights
+
+    return wide
+
+
+def whole_mask(
+    mask: PlannedMask, rows: int, length: int, padding: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor | None:
+    """What the model's own attention would have been given for whole sequences in the place of a shard's mask.
+
+    Args:
+        padding: `[rows, length]`, 0 at padding, or None for none.
+        like: a tensor of the dtype and device that the model computes in.
+    """
+    padding = None if padding is None else padding.to(like.device).bool()
+    # A row without padding would have no mask, and some models' attention is another one then: not so in its batch.
+    options = mask.options if padding is None else dict.fromkeys(mask.options, False)
+    causal, window, chunk = mask.pattern
+    parts = [masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function]
+    if window is not None:
+        overlay = (
+            masking_utils.sliding_window_overlay if causal else masking_utils.sliding_window_bidirectional_overlay
+        )
+        parts.append(overlay(window if causal else window - 1))
+    if chunk is not None:
+        left = torch.zeros(rows, dtype=torch.long) if padding is None else (padding.cumsum(-1) == 0).sum(-1)
+        parts.append(masking_utils.chunked_overlay(chunk, left.to(like.device)))
+    local_size = [size for size in (window, chunk) if size is not None]
+    made = ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(mask.config))](
+        batch_size=rows,
+        q_length=length,
+        kv_length=length,
+        q_offset=0,
+        kv_offset=0,
+        mask_function=parts[0] if len(parts) == 1 else masking_utils.and_masks(*parts),
+        attention_mask=padding,
+        local_size=min(local_size) if local_size else None,
+        dtype=like.dtype,
+        config=mask.config,
+        use_vmap=False,
+        device=like.device,
+        **options,
+    )
+    if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+        # Softmax is computed in float32, where the least of float64 is -inf and a row of padding NaN.
+        made = made.clamp(min=torch.finfo(torch.float32).min)
+    return made if made is None or mask.dtype is None else made.to(mask.dtype)
+
+
+@contextmanager
+def stock_attention(module: torch.nn.Module) -> Iterator[None]:
+    """The configurations of a module's parts name the attention that they would have without us.
+
+    Some layers ask for the name: those that pick their keys put that into the mask for Transformers' own alone.
+    """
+    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    ours = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == NAME]
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    of_models = {id(model.config): "sdpa" if model._supports_sdpa else "eager" for model in models}
+    for config in ours:
+        name = of_models.get(id(config)) or unsharded_implementation(type(config))
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config in ours:
+            config._attn_implementation_internal = NAME
+
+
+def _model_of(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
+    """A model that is made of this configuration, which may be a part of a composite one that Transformers maps."""
+    kinds = list(PreTrainedModel.__subclasses__())
+    for kind in kinds:
+        if getattr(kind, "config_class", None) is config_class:
+            return kind
+        kinds += kind.__subclasses__()
+    return None
+
+
+@cache
+def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
+    """`"sdpa"` or `"eager"`: what Transformers chooses for a model of this configuration when nothing is asked for.
+
+    Raises:
+        ValueError: if Transformers knows no model of it.
+    """
+    model_class = MODEL_MAPPING.get(config_class, None) or _model_of(config_class)
+    if model_class is None:
+        raise ValueError(
+            f"which attention {config_class.__name__} has outside cp.shard is not known, since Transformers maps "
+            "no model to it. Load the model with attn_implementation='sdpa' or 'eager' where it is not sharded."
+        )
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    return "sdpa" if model_class._supports_sdpa else "eager"

@@ -1,0 +1,1 @@
+"""Modules that mix tokens otherwise than by attention."""

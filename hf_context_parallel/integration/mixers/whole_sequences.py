@@ -1,0 +1,208 @@
+"""Modules of a model that see whole sequences: their forward is replaced for as long as a sharded batch is open.
+
+A hook would not do, since a rank calls the module once for the sequences of each length. What a module is given by
+token is resharded (see `reshard`), and so is what it returns; its attention mask is the one that the sequences would
+have if they were alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.utils import ModelOutput
+
+from ..active_batch import ActiveBatch, no_batch
+from ..interfaces.planned_mask import PlannedMask
+from ..interfaces.stock_attention import stock_attention, whole_mask
+from ..patches.module_patch import ModulePatch, by_name
+from ..patches.positions import MADE_BY_MODEL
+from .recognise import makes_positions
+from .resharding import Resharding, Sequence
+
+PADDING_MASKS = {"attention_mask", "conv_mask", "conv"}
+"""The arguments by which modules are told of padding; none of it reaches them on a shard."""
+
+
+class _Call(NamedTuple):
+    """Sequences of one length that a module is called with at a time: `tokens` of what this rank has of all its own.
+
+    Without sequences it is a call of some tokens of this rank's, of which nothing is kept: so all parameters have
+    gradients on all ranks, and all ranks enter the same collectives.
+
+    Args:
+        shape: rows and their length.
+    """
+
+    sequences: list[Sequence]
+    tokens: slice
+    shape: tuple[int, int]
+
+
+class WholeSequences(ModulePatch):
+    """Runs modules on whole sequences while a batch is open."""
+
+    def __init__(self, batch: ActiveBatch):
+        super().__init__()
+        self._batch = batch
+        self._reshardings: dict[tuple[int, torch.device], Resharding] = {}
+
+    @torch.compiler.disable
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+        """What `forward` returns of whole sequences, as shards."""
+        turn %= self._batch.group.size
+        self._batch.note(module, "whole sequences")
+        parameters = inspect.signature(forward).parameters
+        leaves, form = tree_flatten(by_name(forward, args, kwargs))
+        local = [index for index, leaf in enumerate(leaves) if self._is_by_token(leaf)]
+        resharding = self._resharding(turn, leaves[local[0]].device)
+        by_token = (leaves[index] for index in local)
+        expanded = [leaf.expand(self._batch.shard.local_shape[0], *leaf.shape[1:]) for leaf in by_token]
+        whole = _together(resharding.whole, expanded, leading=2)
+
+        results, output_form = [], None
+        for call in _calls(resharding.mine, self._batch.shard.local_shape[1]):
+            if call.sequences:
+                given = [tensor[call.tokens].unflatten(0, call.shape) for tensor in whole]
+            else:
+                given = [leaves[index][:1, : call.shape[1]] for index in local]
+            arguments = self._arguments(module, parameters, leaves, dict(zip(local, given)), form, call)
+            with no_batch(), stock_attention(module):
+                output = forward(**arguments)
+            if isinstance(
+                output, ModelOutput
+            ):  # a whole model's, whose other tensors may look as if they were by token
+                output = type(output)(last_hidden_state=output.last_hidden_state)
+            outputs, output_form = tree_flatten(output)
+            outputs = [_rows(leaf, call) for leaf in outputs]
+            if not call.sequences:
+                outputs = [_tied(leaf, whole) for leaf in outputs]
+            results.append(outputs)
+        by_call = list(zip(*results))
+        computed = [index for index, parts in enumerate(by_call) if _is_computed(parts[0])]
+        output = [parts[0] for parts in by_call]
+        joined = [torch.cat(by_call[index]) for index in computed]
+        for index, tensor in zip(computed, _together(resharding.sharded, joined, leading=1)):
+            output[index] = tensor
+        return tree_unflatten(output, output_form)
+
+    def _arguments(self, module, parameters, leaves: list, given: dict[int, torch.Tensor], form, call: _Call) -> dict:
+        """What a module is called with for the sequences of `call`.
+
+        Args:
+            parameters: of its forward, by name.
+            leaves, form: the arguments that it was given on the shard.
+            given: what replaces those of them that are by token, by their index.
+        """
+        padding = self._padding(call)
+        like = next((tensor for tensor in given.values() if tensor.is_floating_point()), None)
+        here = [
+            given.get(index, whole_mask(leaf, *call.shape, padding, like) if isinstance(leaf, PlannedMask) else leaf)
+            for index, leaf in enumerate(leaves)
+        ]
+        arguments = tree_unflatten(here, form)
+        positions = arguments.get("position_ids")
+        if makes_positions(module) and not self._batch.shard.positioned:  # of what it sees, which is all now
+            arguments |= dict.fromkeys(arguments.keys() & {"position_ids"})
+        elif not call.sequences and positions is not None:  # some look at how far they go
+            arguments["position_ids"] = torch.arange(call.shape[1], device=positions.device)[None]
+        for name, value in arguments.items():
+            made = MADE_BY_MODEL.get((type(module).__name__, name))
+            if made is not None:
+                seen = torch.ones(call.shape, dtype=torch.long) if padding is None else padding
+                arguments[name] = made(module, value, seen)
+        for name in PADDING_MASKS & (parameters.keys() | arguments.keys()):
+            arguments[name] = _with_padding(arguments.get(name), padding)
+        return arguments
+
+    def _is_by_token(self, leaf: Any) -> bool:
+        rows, tokens = self._batch.shard.local_shape
+        return (
+            isinstance(leaf, torch.Tensor)
+            and leaf.dim() >= 2
+            and leaf.shape[0] in (1, rows)
+            and leaf.shape[1] == tokens
+        )
+
+    def _resharding(self, turn: int, device: torch.device) -> Resharding:
+        if (turn, device) not in self._reshardings:
+            group = self._batch.group.groups.group
+            self._reshardings[turn, device] = Resharding(self._batch.shard, turn, group, device)
+        return self._reshardings[turn, device]
+
+    def _padding(self, call: _Call) -> torch.Tensor | None:
+        """The 2-D padding mask of a call's rows; None where the batch has no padding."""
+        padding = self._batch.shard.padding
+        if padding is None:
+            return None
+        rows = [sequence.row for sequence in call.sequences]
+        return padding[rows] if rows else torch.ones(call.shape, dtype=torch.long)
+
+
+def _calls(mine: list[Sequence], local_length: int) -> Iterator[_Call]:
+    if not mine:
+        yield _Call([], slice(0), (1, min(3, local_length)))
+    begin = 0
+    for _, group in groupby(mine, key=lambda sequence: sequence.length):
+        alike = list(group)
+        end = begin + sum(sequence.length for sequence in alike)
+        yield _Call(alike, slice(begin, end), (len(alike), alike[0].length))
+        begin = end
+
+
+def _rows(leaf: Any, call: _Call) -> Any:
+    """What a module returned by token, as `[T, ...]`; None in the place of other tensors.
+
+    That is `[B, S, D]`. What has other dimensions, such as weights or a pooled row, may look like it by chance.
+    """
+    if not _is_computed(leaf):
+        return leaf
+    rows, length = call.shape
+    if leaf.dim() != 3 or leaf.shape[:2] not in ((rows, length), (1, length)):
+        return None  # what needs it will say so
+    by_token = leaf.expand(rows, -1, -1).flatten(0, 1)  # positions may be the same for every row
+    return by_token if call.sequences else by_token[:0]
+
+
+def _with_padding(mask: Any, padding: torch.Tensor | None) -> Any:
+    """What a module gets for a mask: the padding where it would get that or nothing, in a dictionary of masks too."""
+    if isinstance(mask, dict):
+        return {name: _with_padding(x, padding) if name in PADDING_MASKS else x for name, x in mask.items()}
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return torch.ones_like(mask) if padding is None else padding.to(mask)
+    return padding if mask is None else mask
+
+
+def _is_computed(leaf: Any) -> bool:
+    """Whether it is a tensor, and not a module's own parameter."""
+    return isinstance(leaf, torch.Tensor) and not isinstance(leaf, torch.nn.Parameter)
+
+
+def _tied(leaf: Any, whole: list[torch.Tensor]) -> Any:
+    """`leaf`, of no rows, as if it were made of `whole`, of no rows either: backward has to go there on every rank."""
+    if not _is_computed(leaf) or not leaf.requires_grad:
+        return leaf
+    return leaf + sum(tensor.sum() for tensor in whole if tensor.requires_grad)
+
+
+def _together(
+    move: Callable[[torch.Tensor], torch.Tensor], tensors: list[torch.Tensor], leading: int
+) -> list[torch.Tensor]:
+    """`move` of each tensor, whose first `leading` dimensions are the tokens', in one exchange for all of a kind.
+
+    The order of several exchanges in backward would not be certain.
+    """
+    moved: list[torch.Tensor] = [None] * len(tensors)
+    kinds: dict[tuple, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.requires_grad), []).append(index)
+    for indices in kinds.values():
+        flat = [tensors[index].unsqueeze(-1).flatten(leading) for index in indices]
+        parts = move(torch.cat(flat, dim=-1)).split([x.shape[-1] for x in flat], dim=-1)
+        for index, part in zip(indices, parts):
+            moved[index] = part.unflatten(-1, (*tensors[index].shape[leading:], 1)).squeeze(-1)
+    return moved

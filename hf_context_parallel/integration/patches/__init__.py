@@ -1,0 +1,1 @@
+"""What modules compute on a shard in the place of what they would."""

@@ -1,0 +1,92 @@
+"""What models add to, or do instead of, the sum over tokens that a shard's loss is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ...data.shard import Shard
+from ..active_batch import ActiveBatch
+from ..model_registry import UNSHIFTED
+
+BALANCING = "load_balancing_loss_func"
+"""The function that Transformers' mixtures of experts compute their auxiliary loss with."""
+
+
+class BalancingLoss:
+    """Gives a mixture of experts' auxiliary loss the router's logits of the whole batch, for as long as it runs.
+
+    The loss is a product of means over tokens, so the ranks' values do not add up to it. Each rank computes it whole
+    and counts 1/N of it. Models call a function of their module by name, so there it is replaced.
+    """
+
+    def __init__(self, batch: ActiveBatch, model: PreTrainedModel):
+        self._batch = batch
+        self._names = inspect.unwrap(type(model).forward).__globals__
+        self._original: Callable | None = None
+
+    def __enter__(self) -> None:
+        if BALANCING in self._names:
+            self._original = self._names[BALANCING]
+            self._names[BALANCING] = self._of_whole_batch
+
+    def __exit__(self, *_) -> None:
+        if self._original is not None:
+            self._names[BALANCING] = self._original
+
+    def _of_whole_batch(self, gate_logits, num_experts=None, top_k=2, attention_mask=None):
+        if not isinstance(gate_logits, (tuple, list)):
+            return self._original(gate_logits, num_experts, top_k, attention_mask)
+        gathered = tuple(self._gathered(logits) for logits in gate_logits)
+        padding = self._batch.shard.padding
+        padding = None if padding is None else padding.to(gathered[0].device)
+        return self._original(gathered, num_experts, top_k, padding) / self._batch.group.size
+
+    def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
+        shard = self._batch.shard
+        by_row = logits.reshape(shard.batch_size, -1, logits.shape[-1])
+        return self._batch.gather(by_row).flatten(0, 1)
+
+
+def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any], shard: Shard) -> Any:
+    """The output with the loss that adds up to one process's, or None if it has that.
+
+    Args:
+        given: what the model's forward was given, by name.
+    """
+    config = model.config
+    if given.get("labels") is None:
+        return None
+    if not isinstance(output, Mapping):
+        if config.model_type in UNSHIFTED or getattr(config, "z_loss_coefficient", 0):
+            raise ValueError(
+                f"return_dict=False: the loss of a {config.model_type} is a mean over its shard, and is put right in "
+                "the output's 'loss'. Leave return_dict out, or set it to True."
+            )
+        return None
+    logits = output["logits"]
+    if config.model_type in UNSHIFTED:
+        count = shard.unshifted_count
+        labels = shard.unshifted.to(logits.device)
+        loss = ForCausalLMLoss(
+            logits, None, logits.shape[-1], num_items_in_batch=count.to(logits.device), shift_labels=labels
+        )
+    elif getattr(config, "z_loss_coefficient", 0):
+        if shard.padding is not None:
+            raise ValueError(
+                f"z_loss_coefficient={config.z_loss_coefficient} is a mean over all logits, and those of padding are "
+                "not what they would be on one process. Set it to 0, or pack the batch instead of padding it."
+            )
+        # The model has added the mean over its shard of what is to be a mean over the batch.
+        squares = logits.logsumexp(dim=-1).to(output["loss"].dtype).pow(2)
+        real = shard.layout.positions(shard.rank).to(logits.device) < shard.length
+        mean = squares[:, real].sum() / (shard.batch_size * shard.length)
+        loss = output["loss"] + config.z_loss_coefficient * (mean - squares.mean())
+    else:
+        return None
+    return type(output)(**{**output, "loss": loss})

@@ -1,0 +1,82 @@
+"""RoPE whose frequencies depend on the longest position of a sequence, of which a shard may hold none.
+
+Dynamic NTK and LongRoPE choose their frequencies by the largest position that they are given. Here they are given one
+more: the largest of the batch, or of the document where rows are packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from ...data.shard import Shard
+from ..active_batch import ActiveBatch
+from .module_patch import ModulePatch
+
+
+def follows_length(module: torch.nn.Module) -> bool:
+    """Whether a module makes RoPE of frequencies that depend on the length."""
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
+
+
+class RopeByLength(ModulePatch):
+    """Gives such modules the lengths of what this rank's tokens are part of, while a batch is open."""
+
+    def __init__(self, batch: ActiveBatch):
+        super().__init__()
+        self._batch = batch
+
+    def run(
+        self,
+        module: torch.nn.Module,
+        forward: Callable,
+        turn: int,
+        x: torch.Tensor,
+        position_ids: torch.Tensor,
+        layer_type: str | None = None,
+    ) -> Any:
+        """The module's frequencies at `position_ids`, `[B, S_local]`, as one process would make them."""
+        options = {} if layer_type is None else {"layer_type": layer_type}
+        kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
+        lengths = _same_frequencies(module, kind, layer_type, self._batch.shard)
+        result = None
+        for length in lengths.unique().tolist():
+            last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
+            # Those of longer documents would be the largest; what is made of them here is not kept.
+            part = forward(x, torch.cat([position_ids.clamp(max=length - 1), last], dim=-1), **options)
+            part = tree_map(lambda tensor: tensor[..., :-1, :], part)
+            chosen = (lengths == length)[..., None].to(x.device)
+            result = part if result is None else _where(chosen, part, result)
+        return result
+
+
+def _where(chosen: torch.Tensor, new: Any, old: Any) -> Any:
+    if isinstance(new, torch.Tensor):
+        return torch.where(chosen, new, old)
+    return tuple(torch.where(chosen, a, b) for a, b in zip(new, old))
+
+
+def _same_frequencies(module, kind: str, layer_type: str | None, shard: Shard) -> torch.Tensor:
+    """The shard's `lengths`, with those made one that the module makes the same frequencies for.
+
+    Raises:
+        ValueError: on all ranks, if documents' frequencies would depend on which document was seen before.
+    """
+    lengths = shard.lengths
+    parameters = module.config.rope_parameters if layer_type is None else module.config.rope_parameters[layer_type]
+    original = parameters.get("original_max_position_embeddings") or module.original_max_seq_len
+    if kind == "longrope":  # which has two sets of them
+        long = lengths > original
+        return torch.where(long, lengths.max(), lengths.clamp(max=original))
+    if len(shard.all_lengths) > 1 and max(shard.all_lengths) > original:
+        raise ValueError(
+            f"rope_type={kind!r} remembers the longest sequence that it has seen, so that what it does to packed "
+            f"documents of more than {original} tokens depends on their order. Do not pack, or use another rope_type, "
+            "such as 'yarn' or 'longrope'."
+        )
+    return lengths

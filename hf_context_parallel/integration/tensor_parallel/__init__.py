@@ -1,0 +1,1 @@
+"""Tensor parallelism as Transformers applies it, beside context parallelism."""

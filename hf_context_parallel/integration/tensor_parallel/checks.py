@@ -1,0 +1,103 @@
+"""Tensor parallelism as Transformers applies it to a model: what of it is exact beside context parallelism."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ...cp_group import CPGroup
+from ...distributed.mesh import mesh_of
+from ..model_registry import CHECKED_AS, known_tensor_parallel, transformers_model
+from ..switches import switches
+from .plan_styles import styles_of
+from .sequence_parallel import parts
+
+KEYS = ("k_proj", "qkv_proj", "query_key_value")
+"""The layers that make keys, by their names: what they make is cut up by heads."""
+
+
+def check_parallelism(model: torch.nn.Module, group: CPGroup) -> None:
+    """Refuse a model that Transformers has sharded in a way that is not exact, or not as the group's mesh says.
+
+    Raises:
+        ValueError: naming the setting, and what to do.
+    """
+    inner = transformers_model(model)
+    asked = getattr(inner.config, "distributed_config", None)
+    tp_size = getattr(inner, "_tp_size", None) or 1
+    if group.config.sequence_parallel and tp_size == 1:
+        raise ValueError(
+            "sequence_parallel=True shards activations over the ranks of tensor parallelism, and "
+            f"{type(inner).__name__} was loaded without it. Load it with "
+            "distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), or leave sequence_parallel off."
+        )
+    if asked is not None and getattr(asked, "enable_sequence_parallel", False) and not group.config.sequence_parallel:
+        raise ValueError(
+            "DistributedConfig(enable_sequence_parallel=True) does nothing in Transformers. Set "
+            "ContextParallelConfig(sequence_parallel=True), which does it, or leave both off."
+        )
+    if getattr(asked, "pp_size", None) not in (None, 1):
+        raise ValueError(
+            f"pp_size={asked.pp_size}: with pipeline parallelism a rank runs some of the layers, and neither the loss "
+            "nor backward are known to be exact on shards. Take pp_size=1."
+        )
+    if tp_size == 1:
+        return
+    _check_mesh(inner, tp_size, group)
+    _check_heads(inner, tp_size)
+    if getattr(asked, "tp_plan", None) not in (None, "auto"):
+        raise ValueError(
+            f"tp_plan={asked.tp_plan}: what has been compared with one process is the plan that Transformers has for "
+            f"{inner.config.model_type!r}. Leave tp_plan out."
+        )
+    if group.config.sequence_parallel:
+        parts(inner)
+    check_tensor_parallel_type(inner.config.model_type, group.config.sequence_parallel)
+
+
+def _check_mesh(model: PreTrainedModel, tp_size: int, group: CPGroup) -> None:
+    mesh = mesh_of(model)
+    tensor = group.groups.tensor
+    theirs = dist.get_process_group_ranks(mesh.get_group("tp"))
+    if tensor.size == 1 or dist.get_process_group_ranks(tensor.group) != theirs:
+        raise ValueError(
+            f"the model is tensor-parallel (tp_size={tp_size}), and this ContextParallel was made without its mesh: "
+            "its groups cut across the model's. Make it with "
+            "ContextParallel(config, mesh=hf_context_parallel.mesh_of(model))."
+        )
+
+
+def _check_heads(model: PreTrainedModel, tp_size: int) -> None:
+    """Heads that the ranks do not divide would be cut in two."""
+    names = {module: name for name, module in model.named_modules()}
+    styles = styles_of(model)
+    if not any(style == "colwise" and names[module].endswith(KEYS) for module, style in styles.items()):
+        return
+    config = model.config.get_text_config()
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, field, None)
+        if isinstance(heads, int) and heads % tp_size:
+            raise ValueError(
+                f"tp_size={tp_size} does not divide {field}={heads} of {type(config).__name__}, and a rank of tensor "
+                f"parallelism holds whole heads. Take a tp_size that divides {heads}."
+            )
+
+
+def check_tensor_parallel_type(name: str, sequence_parallel: bool) -> None:
+    """Refuse a model type that has not been found exact with tensor parallelism.
+
+    Raises:
+        ValueError: with what was found of it.
+    """
+    name = CHECKED_AS.get(name, name)
+    found = known_tensor_parallel().get(name, {})
+    if switches.unchecked_models or found.get("sequence_parallel" if sequence_parallel else "state") == "exact":
+        return
+    what = "sequence_parallel=True" if found.get("state") == "exact" else "tensor parallelism (tp_size > 1)"
+    reason = found.get("reason") or "it has not been found to be that of one process"
+    raise ValueError(
+        f"model type {name!r} is refused with {what}: {reason}. "
+        f"`hf-context-parallel check {name} --tp 2` compares it. "
+        f"{'Leave sequence_parallel off' if found.get('state') == 'exact' else 'Load it with tp_size=1'}."
+    )

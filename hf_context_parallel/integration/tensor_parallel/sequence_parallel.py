@@ -1,0 +1,233 @@
+"""Sequence parallelism: between tensor-parallel regions, each rank of a TP group has its share of the shard's tokens.
+
+Regions are the modules of a decoder layer that hold column- and row-wise layers: attention and MLP. What a region is
+given is gathered, and what its row-wise layer returns is reduce-scattered; norms and residuals in between are computed
+of a share. All of it for as long as a batch is open: outside, the model runs as Transformers sharded it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear, pad
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ...distributed.mesh import Ranks
+from ..active_batch import ActiveBatch
+from ..patches.module_patch import ModulePatch
+from .plan_styles import styles_of
+from .replicated import SUMMED, SumGradients, summed_gradients
+
+FIRST, LAST, REGION, COLUMN, ROW, NORM = "first layer", "last norm", "region", "column-wise", "row-wise", "norm"
+INSIDE = {"colwise", "rowwise", SUMMED}
+"""The styles of a plan that a region may have; of the last, Transformers sums the parameters' gradients."""
+NAMED_NORM = re.compile(r"\w*(LayerNorm|RMSNorm)\w*")
+"""Modules that compute token by token with weights that all ranks hold, by their classes' names."""
+
+
+class Shares:
+    """How a shard's tokens are divided among the ranks of a TP group: into equal parts, the last ones padded.
+
+    Args:
+        ranks: the TP group.
+        length: the tokens of a row of the shard.
+    """
+
+    def __init__(self, ranks: Ranks, length: int):
+        self._ranks, self.length = ranks, length
+        self.part = -(-length // ranks.size)
+
+    @property
+    def mine(self) -> slice:
+        """The tokens of this rank's part; fewer than `part`, or none, where it ends with padding."""
+        begin = min(self._ranks.rank * self.part, self.length)
+        return slice(begin, min(begin + self.part, self.length))
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part `[B, part, D]` of `[B, length, D]`."""
+        return self._parts(x)[self._ranks.rank]
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """All ranks' parts as `[B, length, D]`."""
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self._ranks.size)]
+        dist.all_gather(parts, x, group=self._ranks.group)
+        return torch.cat(parts, dim=1)[:, : self.length]
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sum over the ranks of their `[B, length, D]`."""
+        parts = self._parts(x)
+        result = torch.empty_like(parts[0])
+        dist.reduce_scatter(result, parts, group=self._ranks.group)
+        return result
+
+    def _parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        padded = pad(x, (0, 0, 0, self.part * self._ranks.size - self.length))
+        return [part.contiguous() for part in padded.split(self.part, dim=1)]
+
+
+class _Move(torch.autograd.Function):
+    """One of the moves of `Shares`, and in backward the one that is its transpose where it is used."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, there: Callable, back: Callable) -> torch.Tensor:
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        return ctx.back(grad), None, None
+
+
+class SequenceParallel(ModulePatch):
+    """Runs a model's layers on shares of the tokens while a batch is open."""
+
+    def __init__(self, batch: ActiveBatch):
+        super().__init__()
+        self._batch = batch
+        self._runs: dict[torch.nn.Module, Callable] = {}
+
+    def replace_parts(self, model: PreTrainedModel) -> None:
+        """Replace every module of the model that has a part in it.
+
+        Raises:
+            ValueError: if the model is not of the form that is known to be exact.
+        """
+        self._ranks = self._batch.group.groups.tensor
+        shard = self._batch.shard
+        self._shares = Shares(self._ranks, shard.layout.local_length(shard.rank))
+        runs = {
+            FIRST: self._first,
+            REGION: self._region,
+            COLUMN: self._column,
+            ROW: self._row,
+            NORM: self._norm,
+            LAST: self._last,
+        }
+        for module, part in parts(model):
+            self._runs[module] = runs[part]
+            self.replace(module)
+
+    @torch.compiler.disable
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+        return self._runs[module](module, forward, args, kwargs)
+
+    def _first(self, module, forward, args, kwargs):
+        """The first layer, which is given all tokens."""
+        return _with_hidden(forward, args, kwargs, self._shares.cut, self._shares.join)
+
+    def _region(self, module, forward, args, kwargs):
+        """Its ranks' gradients are of their own heads and columns, so their sum is its input's."""
+        return _with_hidden(forward, args, kwargs, self._shares.join, self._shares.sum)
+
+    def _column(self, module, forward, args, kwargs):
+        return linear(args[0], _local(module.weight), _local(module.bias))
+
+    def _row(self, module, forward, args, kwargs):
+        summed = _Move.apply(linear(args[0], _local(module.weight)), self._shares.sum, self._shares.join)
+        if module.bias is None:
+            return summed
+        return summed + SumGradients.apply(_local(module.bias), self._ranks.group)
+
+    def _norm(self, module, forward, args, kwargs):
+        with summed_gradients(module, self._ranks.group):
+            return forward(*args, **kwargs)
+
+    def _last(self, module, forward, args, kwargs):
+        """The norm after the layers: what comes then is the same on all ranks, and so is its gradient."""
+        return _Move.apply(self._norm(module, forward, args, kwargs), self._shares.join, self._shares.cut)
+
+
+def _with_hidden(forward: Callable, args: tuple, kwargs: dict[str, Any], there: Callable, back: Callable) -> Any:
+    """`forward` with its hidden states, the first argument or the one called so, moved."""
+    if "hidden_states" in kwargs:
+        return forward(*args, **{**kwargs, "hidden_states": _Move.apply(kwargs["hidden_states"], there, back)})
+    return forward(_Move.apply(args[0], there, back), *args[1:], **kwargs)
+
+
+def _local(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def parts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str]]:
+    """The modules that have a part in sequence parallelism, each with which.
+
+    Raises:
+        ValueError: naming what in the model, or in its tensor-parallel plan, is not known to be exact.
+    """
+    styles = styles_of(model)
+    decoder = model.base_model if model.get_decoder() is model else model.get_decoder()
+    layers, norms = [], []
+    for name, child in decoder.named_children():
+        if isinstance(child, torch.nn.ModuleList) and all(isinstance(x, GradientCheckpointingLayer) for x in child):
+            layers += child
+        elif _is_norm(child):
+            norms.append(child)
+        elif _has_parameters(child) and not isinstance(child, torch.nn.Embedding):
+            raise _refusal(model, f"{name} ({_name(child)}) beside its layers")
+    if not layers or len(norms) != 1:
+        raise _refusal(model, f"{len(layers)} layers and {len(norms)} norms in {type(decoder).__name__}")
+    found = [(layers[0], FIRST), (norms[0], LAST)]
+    for layer in layers:
+        found += _parts_of_layer(model, layer, styles)
+    return found
+
+
+def _parts_of_layer(
+    model: PreTrainedModel, layer: torch.nn.Module, styles: Mapping[torch.nn.Module, str]
+) -> Iterator[tuple[torch.nn.Module, str]]:
+    kind = _name(layer)
+    if list(layer.parameters(recurse=False)):
+        raise _refusal(model, f"parameters of {kind} itself")
+    for name, child in layer.named_children():
+        if any(module in styles for module in child.modules()):
+            yield from _parts_of_region(model, f"{kind}.{name}", child, styles)
+        elif _is_norm(child):
+            yield child, NORM
+        elif _has_parameters(child):
+            raise _refusal(model, f"{kind}.{name} ({_name(child)}), which its plan does not shard")
+
+
+def _parts_of_region(
+    model: PreTrainedModel, name: str, region: torch.nn.Module, styles: Mapping[torch.nn.Module, str]
+) -> Iterator[tuple[torch.nn.Module, str]]:
+    yield region, REGION
+    for path, module in region.named_modules():
+        style = styles.get(module)
+        where = f"{name}.{path} ({_name(module)})"
+        if style is None and not list(module.parameters(recurse=False)):
+            continue
+        if style not in INSIDE:
+            raise _refusal(model, f"{where}, which its plan {f'has as {style!r}' if style else 'does not shard'}")
+        if style != SUMMED:
+            if type(module) is not torch.nn.Linear:
+                raise _refusal(model, f"{where}, which is no torch.nn.Linear")
+            yield module, COLUMN if style == "colwise" else ROW
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    return NAMED_NORM.fullmatch(type(module).__name__) is not None and not list(module.children())
+
+
+def _has_parameters(module: torch.nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _name(module: torch.nn.Module) -> str:
+    return type(module).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+
+
+def _refusal(model: PreTrainedModel, what: str) -> ValueError:
+    return ValueError(
+        f"sequence_parallel=True: {_name(model)} has {what}. Exact are decoders of an embedding, layers and a "
+        "norm, whose layers hold norms and regions of 'colwise' and 'rowwise' layers. Leave sequence_parallel off; "
+        "tensor parallelism alone needs none of this."
+    )

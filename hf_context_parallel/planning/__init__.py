@@ -1,0 +1,1 @@
+"""What is decided on the host: integers alone, no process group, no tensor on a device."""

@@ -1,0 +1,226 @@
+"""Which keys of its owner each rank reads, from whom it gets them, and in which tiles."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from .intervals import Interval, difference, intersection, union
+from .layout import Layout
+from .mask import Mask
+from .pieces import Piece, extend, pieces_of_documents, runs_of
+from .tiles import CAUSAL, FULL, Band, Segments
+
+
+class _Gathered(NamedTuple):
+    """Keys `[start, stop)` of `owner`, at positions from `position` on, where they begin in the buffer."""
+
+    owner: int
+    start: int
+    stop: int
+    position: int
+    document: int
+    at: int
+
+
+class ReadSets:
+    """Which of `owner`'s keys each `reader` reads, and from whom it gets them."""
+
+    def __init__(self, layout: Layout, mask: Mask):
+        self.layout = layout
+        self.mask = mask
+        documents = [document for row in mask.apart() for document in row]
+        self.spans = [document[-1][1] - document[0][0] for document in documents]
+        self.documents = pieces_of_documents(layout, mask)
+        self.of_rank: list[set[int]] = [set() for _ in range(layout.size)]
+        for number, pieces in enumerate(self.documents):
+            for rank in pieces:
+                self.of_rank[rank].add(number)
+        self.needed = lru_cache(maxsize=None)(self._needed)
+
+    def tokens(self, rank: int) -> int:
+        """How many tokens a rank holds, all rows counted."""
+        return len(self.mask.rows) * self.layout.local_length(rank)
+
+    def _shared(self, reader: int, owner: int):
+        """For each document that both hold: its number, the reader's pieces, and the owner's."""
+        for number in sorted(self.of_rank[reader] & self.of_rank[owner]):
+            yield number, self.documents[number][reader], self.documents[number][owner]
+
+    def _visible(self, number: int, query: Piece, keys: list[Piece]) -> list[Piece]:
+        """What `query` reads of the pieces of document `number` that another rank holds, as pieces.
+
+        Ranks hold different chunks, so without a window it is all of a piece or none.
+        """
+        nearest, furthest = self.distances(number)
+        if furthest is None:
+            return [key for key in keys if key.position < query.position] if nearest == 0 else keys
+        first, last = query.position - furthest, query.end - nearest
+        clipped = (key.clip(first, last) for key in keys)
+        return [key for key in clipped if key is not None]
+
+    def distances(self, number: int) -> tuple[int | None, int | None]:
+        """The least and the greatest distance from a query back to a key that it reads, in document `number`.
+
+        None is no limit: a window as long as the document is none.
+        """
+        window, causal = self.mask.pattern.sliding_window, self.mask.pattern.causal
+        if window is None or window >= self.spans[number]:
+            return (0 if causal else None), None
+        return (0 if causal else 1 - window), window - 1
+
+    def _needed(self, reader: int, owner: int) -> list[Interval]:
+        """The keys of `owner` that `reader` reads."""
+        reads = []
+        for number, queries, keys in self._shared(reader, owner):
+            if self.distances(number)[1] is None:
+                queries = queries[-1:]  # the last piece of a document reads what any earlier one reads
+            for query in queries:
+                reads += [(key.start, key.stop) for key in self._visible(number, query, keys)]
+        return union(reads)
+
+    def relayed(self, reader: int, owner: int) -> list[Interval]:
+        """Those that `reader` gets from the rank after it, which read them one step earlier."""
+        after = (reader + 1) % self.layout.size
+        return (
+            intersection(self.needed(reader, owner), self.needed(after, owner)) if owner not in (reader, after) else []
+        )
+
+    def direct(self, reader: int, owner: int) -> list[Interval]:
+        """Those that `reader` gets from their owner."""
+        return difference(self.needed(reader, owner), self.relayed(reader, owner))
+
+    def last(self, reader: int, owner: int) -> list[Interval]:
+        """Those that `reader` hands to nobody, so that their gradients go home from it."""
+        return difference(self.needed(reader, owner), self.relayed((reader - 1) % self.layout.size, owner))
+
+    def calls(self, reader: int, owner: int, buffer: list[Interval] | tuple[Interval, ...]) -> tuple[Segments, ...]:
+        """The tiles of `reader`'s queries and `owner`'s keys, keys as ranges of `buffer`, grouped into calls."""
+        tiles = [tile for shared in self._shared(reader, owner) for tile in self._tiles(*shared, reader == owner)]
+        return _calls([(query, within(key, buffer), band) for query, key, band in tiles])
+
+    def gathered(self, reader: int) -> list[_Gathered]:
+        """All keys that `reader` reads, its own included, document by document in the order of the sequence."""
+        gathered, at = [], 0
+        for number in sorted(self.of_rank[reader]):
+            owners = self.documents[number]
+            read = self._positions_read(number, owners[reader])
+            pieces = sorted((piece.position, owner, piece) for owner, pieces in owners.items() for piece in pieces)
+            for first, last in read:
+                for _, owner, whole in pieces:
+                    piece = whole.clip(first, last)
+                    if piece is not None:
+                        gathered.append(_Gathered(owner, *piece, number, at))
+                        at += piece.stop - piece.start
+        return gathered
+
+    def _positions_read(self, number: int, queries: list[Piece]) -> list[Interval]:
+        """The positions of document `number` that these queries read."""
+        nearest, furthest = self.distances(number)
+        pieces = [piece for pieces in self.documents[number].values() for piece in pieces]
+        begin, end = min(piece.position for piece in pieces), max(piece.end for piece in pieces)
+        return union(
+            (
+                begin if furthest is None else max(begin, query.position - furthest),
+                end if nearest is None else min(end, query.end - nearest),
+            )
+            for query in queries
+        )
+
+    def gathered_calls(self, reader: int, gathered: list[_Gathered]) -> tuple[Segments, ...]:
+        """The tiles of `reader`'s queries and all keys they read, grouped into calls."""
+        runs: dict[int, list[Piece]] = {}
+        for key in gathered:
+            run = Piece(key.at, key.at + key.stop - key.start, key.position)
+            extend(runs.setdefault(key.document, []), run)
+        first, later = [], []
+        for number, keys in runs.items():
+            nearest, furthest = self.distances(number)
+            for index, query in enumerate(self.documents[number][reader]):
+                tiles = later if index else first
+                if furthest is not None:
+                    tiles += _windowed_tiles([query], keys, nearest, furthest)
+                    continue
+                stop = max(key.stop for key in keys if nearest is None or key.position < query.end)
+                if nearest is not None:  # the last keys that it reads are its own
+                    stop = min(stop, next(k.start + query.end - k.position for k in keys if query.end <= k.end))
+                band = FULL if nearest is None else CAUSAL
+                tiles.append(((query.start, query.stop), (keys[0].start, stop), band))
+        return tuple(_loosened(call) for tiles in (first, later) for call in _calls(tiles))
+
+    def _tiles(self, number: int, queries: list[Piece], keys: list[Piece], own: bool):
+        """Tiles of document `number` as (query range, key range, band), as few and large as can be."""
+        nearest, furthest = self.distances(number)
+        if furthest is not None:
+            for query, key, band in _windowed_tiles(queries, keys, nearest, furthest):
+                yield query, key, band.within(query[1] - query[0], key[1] - key[0])
+        elif own and nearest == 0:
+            # A rank holds its tokens in order, so a run of them is causal among itself whatever is missing between.
+            runs = runs_of(queries)
+            for index, run in enumerate(runs):
+                yield run, run, CAUSAL
+                for earlier in runs[:index]:
+                    yield run, earlier, FULL
+        else:
+            groups: dict[int, list[Piece]] = {}
+            for query in queries:
+                groups.setdefault(len(self._visible(number, query, keys)), []).append(query)
+            for count, group in groups.items():
+                for query in runs_of(group):
+                    for key in runs_of(keys[:count]):
+                        yield query, key, FULL
+
+
+def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furthest: int):
+    """Tiles in which a query reads the keys `nearest` to `furthest` positions before it.
+
+    Both ranges are cut to what is read, so that every query reads a key and every key is read.
+    """
+    for whole_query in queries:
+        for whole_key in keys:
+            key = whole_key.clip(whole_query.position - furthest, whole_query.end - nearest)
+            if key is None:
+                continue
+            query = whole_query.clip(key.position + nearest, key.end + furthest)
+            beyond = query.end - key.end
+            yield (query.start, query.stop), (key.start, key.stop), Band(furthest - beyond, beyond - nearest)
+
+
+def _calls(tiles: list[tuple[Interval, Interval, Band]]) -> tuple[Segments, ...]:
+    """Tiles of query range, key range and band as kernel calls, as few as can be."""
+    calls: dict[Band, list[list[tuple[Interval, Interval]]]] = {}
+    for query, key, band in sorted(tiles, key=lambda tile: tile[:2]):
+        # The queries of a call must not overlap: a tile goes into the first call that ends before it begins.
+        alike = calls.setdefault(band, [])
+        call = next((call for call in alike if call[-1][0][1] <= query[0]), None)
+        if call is None:
+            alike.append(call := [])
+        call.append((query, key))
+    return tuple(
+        Segments(*(tuple(column) for column in zip(*pairs)), band)
+        for band, alike in sorted(calls.items(), key=lambda call: _order(call[0]))
+        for pairs in alike
+    )
+
+
+def _loosened(call: Segments) -> Segments:
+    """The call without the limits that bind none of its queries."""
+    bands = {call.band.within(query[1] - query[0], key[1] - key[0]) for query, key in zip(call.queries, call.keys)}
+    left = call.band.left if any(band.left is not None for band in bands) else None
+    right = call.band.right if any(band.right is not None for band in bands) else None
+    return Segments(call.queries, call.keys, Band(left, right))
+
+
+def _order(band: Band) -> tuple:
+    """Calls in a fixed order, those with the diagonal first."""
+    return band.right is None, band.right or 0, band.left is not None, band.left or 0
+
+
+def within(interval: Interval, buffer: list[Interval] | tuple[Interval, ...]) -> Interval:
+    """An interval of a rank's tokens as one of a buffer that holds the intervals `buffer` one after another."""
+    offset = 0
+    for start, stop in buffer:
+        if start <= interval[0] and interval[1] <= stop:
+            return offset + interval[0] - start, offset + interval[1] - start
+        offset += stop - start
+    raise AssertionError(f"{interval} is not in {buffer}")

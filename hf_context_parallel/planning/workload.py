@@ -1,0 +1,143 @@
+"""What each rank of a group computes and reads for a mask, counted without a plan.
+
+A plan lists tiles and messages of one rank; this counts tokens and pairs of all ranks, which choices and projections
+are made of. It looks at each document's pieces once, so that it is cheap for a thousand ranks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import or_
+
+from .intervals import total, union
+from .layout import Layout
+from .mask import Mask
+from .pieces import Piece, pieces_of_documents
+from .tiles import Band, pairs_in_band
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Counts, one a rank.
+
+    Args:
+        tokens: tokens that are in a document.
+        pairs: query-key pairs that the rank computes where queries stay. Padding inside a document counts as tokens.
+        read: tokens of other ranks that it reads.
+        owners: other ranks that it reads from.
+        merged: rows of its queries that are merged if each owner's keys are a part of their own.
+        exchanged: tokens of documents that other ranks hold a part of.
+        own_pairs: pairs of documents that lie on this rank alone.
+    """
+
+    tokens: tuple[int, ...]
+    pairs: tuple[int, ...]
+    read: tuple[int, ...]
+    owners: tuple[int, ...]
+    merged: tuple[int, ...]
+    exchanged: tuple[int, ...]
+    own_pairs: tuple[int, ...]
+
+
+def workload(layout: Layout, mask: Mask) -> Workload:
+    """What the ranks of a layout compute and read."""
+    size = layout.size
+    tokens, pairs, read, merged, exchanged, own_pairs = ([0] * size for _ in range(6))
+    masks = [0] * size  # of the owners that a rank reads from, as bits
+    for pieces in pieces_of_documents(layout, mask):
+        document = _Document(pieces, mask.pattern.causal, mask.pattern.sliding_window)
+        for rank, queries in pieces.items():
+            count = sum(query.stop - query.start for query in queries)
+            computed = sum(document.pairs(query) for query in queries)
+            tokens[rank] += count
+            pairs[rank] += computed
+            if len(pieces) == 1:
+                own_pairs[rank] += computed
+                continue
+            exchanged[rank] += count
+            others, owners, rows = document.read(rank)
+            read[rank] += others
+            masks[rank] |= owners
+            merged[rank] += rows
+    owners = [mask.bit_count() for mask in masks]
+    return Workload(*map(tuple, (tokens, pairs, read, owners, merged, exchanged, own_pairs)))
+
+
+class _Document:
+    """A document's pieces in the order of the sequence, with running sums."""
+
+    def __init__(self, pieces: dict[int, list[Piece]], causal: bool, window: int | None):
+        ordered = sorted((piece.position, piece.end, rank) for rank, of_rank in pieces.items() for piece in of_rank)
+        self._pieces = pieces
+        self._starts, self._ends, self._ranks = map(list, zip(*ordered))
+        self._sums = [0, *accumulate(end - start for start, end, _ in ordered)]
+        self._owners = [0, *accumulate((1 << rank for rank in self._ranks), or_)]
+        self._begin, self._end = self._starts[0], self._ends[-1]
+        limited = window is not None and window < self._end - self._begin
+        self._nearest = (1 - window if limited else None) if not causal else 0
+        self._furthest = window - 1 if limited else None
+
+    def pairs(self, query: Piece) -> int:
+        """The pairs that a piece computes, as if the document had no padding inside."""
+        keys, queries = self._end - self._begin, query.end - query.position
+        beyond = self._end - query.end
+        left = None if self._furthest is None else self._furthest + beyond
+        right = None if self._nearest is None else -self._nearest - beyond
+        return pairs_in_band(queries, keys, Band(left, right))
+
+    def _range(self, query: Piece) -> tuple[int, int]:
+        """The positions that a piece reads."""
+        first = self._begin if self._furthest is None else max(self._begin, query.position - self._furthest)
+        last = self._end if self._nearest is None else min(self._end, query.end - self._nearest)
+        return first, last
+
+    def read(self, rank: int) -> tuple[int, int, int]:
+        """What a rank reads of others: tokens, the owners as bits, and the rows that it merges."""
+        ranges: list[list[int]] = []
+        rows = owners = 0
+        for query in self._pieces[rank]:
+            first, last = self._range(query)
+            met = self._met(first, last) & ~(1 << rank)
+            owners |= met
+            if self._furthest is None:
+                rows += met.bit_count() * (query.end - query.position)
+            else:
+                rows += self._near(query, rank)
+            if ranges and first <= ranges[-1][1]:
+                ranges[-1][1] = max(last, ranges[-1][1])
+            else:
+                ranges.append([first, last])
+        held = sum(
+            max(0, min(piece.end, last) - max(piece.position, first))
+            for piece in self._pieces[rank]
+            for first, last in ranges
+        )
+        return sum(self._tokens(last) - self._tokens(first) for first, last in ranges) - held, owners, rows
+
+    def _near(self, query: Piece, rank: int) -> int:
+        """How many rows of a piece read each of the other ranks, in sum, under a window."""
+        nearest, rows = self._nearest, {}
+        begin = bisect_right(self._ends, query.position - self._furthest)
+        end = bisect_left(self._starts, query.end - nearest)
+        for start, stop, owner in zip(self._starts[begin:end], self._ends[begin:end], self._ranks[begin:end]):
+            if owner != rank:
+                reads = max(query.position, start + nearest), min(query.end, stop + self._furthest)
+                rows.setdefault(owner, []).append(reads)
+        return sum(total(union(reads)) for reads in rows.values())
+
+    def _tokens(self, position: int) -> int:
+        """The document's tokens before a position."""
+        index = bisect_left(self._starts, position)
+        return self._sums[index] - (max(0, self._ends[index - 1] - position) if index else 0)
+
+    def _met(self, first: int, last: int) -> int:
+        """The owners of positions `[first, last)`, as bits."""
+        begin, end = bisect_right(self._ends, first), bisect_left(self._starts, last)
+        if begin == 0:
+            return self._owners[end]
+        met = 0
+        for rank in self._ranks[begin:end]:
+            met |= 1 << rank
+        return met

@@ -1,0 +1,102 @@
+"""One recipe on several ranks and on one process: is it the same training, at what speed and memory?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tabulate import tabulate
+
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.launch import launch
+from hf_context_parallel.recipe.reading import load_recipe
+from hf_context_parallel.recipe.report import training_steps
+
+TOLERANCE = 1e-4  # of the loss, relative
+MEASURES = {"peak_memory_gib": "peak GiB a rank", "tokens_per_second": "tokens/s"}
+
+
+def compare_with_one_process(path: Path, overrides: Sequence[str], processes: int | None = None) -> int:
+    """Runs the recipe on several ranks and on one, prints a table, and returns an exit status.
+
+    The one process has as many CPU threads as all ranks together, and accumulates the gradients of what all CP groups
+    see at a time. The status is 0 if each step's loss is the same to a relative 1e-4.
+
+    Args:
+        path, overrides: the recipe.
+        processes: those to start; else as many as the recipe needs.
+
+    Raises:
+        RecipeError: if the recipe is invalid, or does not split the sequence.
+    """
+    recipe = load_recipe(path, overrides)
+    if recipe.context_parallel.size == 1:
+        raise RecipeError("context_parallel.size=1 leaves nothing to compare: take 2 or more.")
+    ranks = processes or recipe.processes
+    folder = Path(recipe.training.output_dir or "trainer_output")
+    threads = int(os.environ.get("OMP_NUM_THREADS", 1))
+    groups = ranks // (recipe.context_parallel.size * recipe.tensor_ranks)
+    alone = [
+        f"training.output_dir={folder / 'one_process'}",
+        f"training.gradient_accumulation_steps={groups * (recipe.training.gradient_accumulation_steps or 1)}",
+        "training.fsdp=null",
+        "training.fsdp_config=null",
+        "context_parallel.size=1",
+        "context_parallel.a2a_size=null",
+        "context_parallel.sequence_parallel=false",
+        "context_parallel.dynamic=false",
+        "context_parallel.max_tokens_per_rank=null",
+        "distributed=null",
+    ]
+    for count, changes in ((ranks, []), (1, alone)):
+        share = threads * ranks // count
+        print(f"\n{path} on {count} rank{'s' * (count > 1)} of {share} thread{'s' * (share > 1)}", flush=True)
+        status = launch(count, [str(path), *overrides, *changes], threads=share)
+        if status:
+            return status
+    split, whole = read_steps(folder), read_steps(folder / "one_process")
+    print("\n" + table(split, whole, ranks))
+    worst = max(difference(a["loss"], b["loss"]) for a, b in zip(split, whole, strict=True))
+    equal = worst <= TOLERANCE
+    print(f"\nThe losses are {'the same' if equal else 'NOT the same'}: largest relative difference {worst:.1e}.")
+    print(f"Report: {folder / 'report.md'}")
+    return 0 if equal else 1
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The log lines of the training steps of the run in `folder`.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    steps = training_steps(history)
+    if not steps:
+        raise RecipeError(f"the run in {folder} logged no step: lower training.logging_steps, such as to 1.")
+    return steps
+
+
+def difference(left: float, right: float) -> float:
+    """Relative to the right one; infinite if either is not a number."""
+    gap = abs(left - right)
+    return gap / abs(right) if gap == gap else float("inf")
+
+
+def table(split: Sequence[dict[str, Any]], whole: Sequence[dict[str, Any]], ranks: int) -> str:
+    """A line for each step of the two runs, and the medians of memory and speed."""
+    rows = [
+        [a["step"], a["loss"], b["loss"], f"{difference(a['loss'], b['loss']):.1e}"]
+        + [step[key] for key in MEASURES for step in (a, b)]
+        for a, b in zip(split, whole, strict=True)
+    ]
+    rows.append(
+        ["median", "", "", ""] + [median(step[key] for step in run) for key in MEASURES for run in (split, whole)]
+    )
+    both = (f"{ranks} ranks", "1 rank")
+    headers = ["step", *(f"loss\n{run}" for run in both), "relative\ndifference"]
+    headers += [f"{heading}\n{run}" for heading in MEASURES.values() for run in both]
+    return tabulate(rows, headers, tablefmt="simple", floatfmt=("", ".6f", ".6f", "", ".3f", ".3f", ",.0f", ",.0f"))

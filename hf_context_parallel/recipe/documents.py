@@ -1,0 +1,131 @@
+"""From a recipe's `data` section to the rows that a model trains on, and the collator that batches them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
+
+from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.schema import DataSection
+
+COLUMNS = {"text": "text", "chat": "messages", "tokens": "input_ids"}
+
+
+def load_documents(section: DataSection, split: str) -> Dataset | IterableDataset:
+    """The documents of a split, as `datasets.load_dataset` gives them.
+
+    Raises:
+        RecipeError: if `load_dataset` cannot find or read them.
+    """
+    try:
+        return load_dataset(
+            section.path,
+            section.name,
+            split=split,
+            data_files=section.data_files,
+            data_dir=section.data_dir,
+            **section.options,
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"data: {section.path!r} cannot be loaded ({type(error).__name__}): {error}") from error
+
+
+def to_rows(
+    documents: Dataset | IterableDataset, section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> Dataset | IterableDataset:
+    """Rows of `input_ids` and `labels`, of at most `max_length` tokens.
+
+    A packed row holds a list of documents in each column, an unpacked one a single document. Documents that leave
+    nothing to predict, of one token or none, are left out.
+
+    Raises:
+        RecipeError: if the documents have no such column, or none is left.
+    """
+    column = section.column or COLUMNS[section.format]
+    present = documents.column_names  # None for a stream whose columns show only once it is read
+    if present is not None and column not in present:
+        raise RecipeError(f"data.column: no column {column!r} in {section.path!r}, which has {', '.join(present)}.")
+    if section.format == "chat" and tokenizer.chat_template is None:
+        raise RecipeError("data.format: 'chat' needs a tokenizer with a chat template, and this one has none.")
+    encode = partial(encode_documents, column=column, form=section.format, tokenizer=tokenizer)
+    shorten = pack if section.packing else truncate
+    encoded = documents.map(encode, batched=True, remove_columns=present)
+    if isinstance(encoded, Dataset) and not len(encoded):
+        raise RecipeError(f"data: {section.path!r} has no document of two tokens or more.")
+    encoded = encoded.select_columns(["input_ids", "labels"])
+    return encoded.map(partial(shorten, max_length=section.max_length), batched=True)
+
+
+def encode_documents(
+    batch: dict[str, list], column: str, form: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[list[int]]]:
+    """The token ids of a batch of documents, and their labels."""
+    if form == "tokens":
+        documents = batch[column]
+    elif form == "chat":
+        documents = tokenizer.apply_chat_template(batch[column], return_dict=True)["input_ids"]
+    else:
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        documents = [ids if ids[-1:] == eos else ids + eos for ids in tokenizer(batch[column])["input_ids"]]
+    # Only token ids may come with labels of their own.
+    labels = batch.get("labels", documents) if form == "tokens" else documents
+    kept = [index for index, ids in enumerate(documents) if len(ids) > 1]
+    return {"input_ids": [documents[i] for i in kept], "labels": [labels[i] for i in kept]}
+
+
+def truncate(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
+    """Cuts each document at `max_length` tokens."""
+    return {column: [document[:max_length] for document in documents] for column, documents in batch.items()}
+
+
+def pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[list[int]]]]:
+    """Fills rows of `max_length` tokens with documents, one after the other; the last row of a batch may be shorter.
+
+    A document that does not fit goes on in the next row, where it is a document of its own.
+    """
+    rows: list[list[tuple[int, slice]]] = []
+    room = 0
+    for index, document in enumerate(batch["input_ids"]):
+        start = 0
+        while start < len(document):
+            if room == 0:
+                rows.append([])
+                room = max_length
+            stop = min(start + room, len(document))
+            rows[-1].append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+    return {
+        column: [[documents[index][piece] for index, piece in row] for row in rows]
+        for column, documents in batch.items()
+    }
+
+
+def make_collator(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The collator of full batches: `[1, tokens]` when packing, else `[rows, longest row]`.
+
+    Packed batches have `position_ids` that restart with each document and no `attention_mask`. The others have an
+    `attention_mask`, and labels of -100 where it is 0.
+    """
+    if section.packing:
+        return PackedCollator()
+    return DataCollatorForSeq2Seq(tokenizer)
+
+
+class PackedCollator:
+    """Lays the documents of packed rows end to end."""
+
+    def __init__(self) -> None:
+        self.flatten = DataCollatorWithFlattening()
+
+    def __call__(self, rows: list[dict[str, list[list[int]]]]) -> dict[str, Any]:
+        return self.flatten(
+            [
+                {"input_ids": ids, "labels": labels}
+                for row in rows
+                for ids, labels in zip(row["input_ids"], row["labels"], strict=True)
+            ]
+        )

@@ -1,0 +1,81 @@
+"""Reading a recipe: OmegaConf, then the dataclasses, with all mistakes named at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
+
+from hf_context_parallel.config import ContextParallelConfig
+
+from .errors import RecipeError, did_you_mean
+from .schema import DataSection, DistributedKeywords, LoraKeywords, ModelSection, Recipe, TrainingKeywords
+
+VALID_KEYS = {
+    "model": {field.name for field in dataclasses.fields(ModelSection)},
+    "data": {field.name for field in dataclasses.fields(DataSection)},
+    "training": set(TrainingKeywords.model_fields),
+    "context_parallel": {field.name for field in dataclasses.fields(ContextParallelConfig)},
+    "distributed": set(DistributedKeywords.model_fields),
+    "lora": set(LoraKeywords.model_fields),
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads the recipe at `path`, with `overrides` such as `training.max_steps=3` in place of what it says.
+
+    Raises:
+        RecipeError: if the file cannot be read, or a key is unknown, missing or ill-typed. All are listed.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise RecipeError(f"{override!r} is no override: write section.key=value, such as training.max_steps=3.")
+    try:
+        settings = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(settings, resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {error}") from error
+    try:
+        # Read as JSON, pydantic's strict mode takes a mapping for a dataclass and a string for an enumeration.
+        return TypeAdapter(Recipe).validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise RecipeError("\n".join([f"{path} is no valid recipe:", *explain(error)])) from error
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line for each key that `error` is about."""
+    complaints: dict[str, list[str]] = {}
+    for details in error.errors():
+        # The location of a union's error goes on with the name of the alternative that did not fit.
+        location = tuple(map(str, details["loc"][:2]))
+        complaints.setdefault(".".join(location), []).append(complaint(location, details))
+    return [
+        f"  {key}: {' / '.join(dict.fromkeys(texts))}" if key else f"  {texts[0]}" for key, texts in complaints.items()
+    ]
+
+
+def complaint(location: tuple[str, ...], details: dict[str, Any]) -> str:
+    """What is wrong at `location`, which is empty, a section, or a section and a key."""
+    kind, value = details["type"], details["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        if len(location) == 1:
+            return f"no section has this name.{did_you_mean(location[0], VALID_KEYS, homes_of(location[0]))}"
+        section, key = location
+        return f"unknown key in the section '{section}'.{did_you_mean(key, VALID_KEYS[section], homes_of(key))}"
+    if kind in ("missing", "missing_argument"):
+        return "this is required."
+    if kind == "value_error":
+        return str(details["ctx"]["error"])
+    return f"{details['msg']}, and this is {value!r}."
+
+
+def homes_of(key: str) -> list[str]:
+    """Where a key of just this name belongs."""
+    return [f"{section}.{key}" for section, keys in VALID_KEYS.items() if key in keys]

@@ -1,0 +1,54 @@
+"""The time and the memory that steps take, for the logs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+from .memory import PeakMemory
+from .step_state import StepState
+
+
+class StepWatch(TrainerCallback):
+    """The time since it was last read, and the most memory that a step needed above its start in that time."""
+
+    def __init__(self, device: torch.device):
+        self._memory = PeakMemory(device)
+        self._highest: float | None = None
+        self._since = time.perf_counter()
+
+    def read(self) -> tuple[float, float | None]:
+        """Seconds, and GiB or None where memory cannot be measured."""
+        seconds, highest = time.perf_counter() - self._since, self._highest
+        self._since, self._highest = time.perf_counter(), None
+        return seconds, highest
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.read()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._memory.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        peak = self._memory.peak()
+        if peak is not None:
+            self._highest = max(peak, self._highest or 0.0)
+
+
+def throughput(step: StepState, watch: StepWatch, accelerator: Accelerator) -> dict[str, float]:
+    """Throughput, sequence length and peak memory of all ranks since this was last called, which all ranks do."""
+    seconds, peak = watch.read()
+    mine = [*step.read_counts(), -1.0 if peak is None else peak]
+    gathered = accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=accelerator.device))
+    tokens, longest, peaks = gathered.T
+    figures = {
+        "tokens_per_second": tokens.sum().item() / seconds,
+        "tokens_per_second_per_rank": tokens.mean().item() / seconds,
+        "sequence_length": int(longest.max()),
+    }
+    if peaks.max() >= 0:
+        figures["peak_memory_gib"] = peaks.max().item()
+    return figures

@@ -1,0 +1,1 @@
+"""A model against itself, layer by layer."""

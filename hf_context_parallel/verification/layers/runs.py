@@ -1,0 +1,306 @@
+"""The runs that are compared: on whole sequences, and on shards with the same inputs for each module."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ...context_parallel import ContextParallel
+from ...integration.checks.inputs import accepted
+from ...integration.mixers.recognise import mixers
+from ...integration.model_registry import transformers_model
+from ...integration.switches import computed_otherwise, heard_by
+from .batches import Batch
+from .modules import INPUT, OUTPUT, hidden_output, hidden_states, replaced, run_alone, stock_forwards, take
+
+MARGIN = 8.0
+"""Times the difference of two stock implementations that a shard may differ by."""
+FLOOR = 8.0
+"""Times the dtype's epsilon, of the largest entry, that it always may."""
+MOST = 0.75
+"""Of the tokens of a mixture-of-experts layer: those that are compared. Others may take another route."""
+ROUTED = re.compile(r".*(Expert|MoE|MOE|Moe|Router).*")
+"""The modules of such layers, by their classes' names."""
+
+
+class Difference(NamedTuple):
+    """How far a layer on shards is from the layer on whole sequences, given the same inputs.
+
+    Args:
+        layer: the module's name within the Transformers model.
+        tensor: which of its tensors: its input, its output, or the gradient of its input for a random gradient.
+        batch: `"packed"` or `"padded"`.
+        found: the largest difference on any rank, by the tensor's largest entry.
+        bound: the most that it may be.
+    """
+
+    layer: str
+    tensor: str
+    batch: str
+    found: float
+    bound: float
+
+
+@dataclass
+class _Record:
+    """A call of a module on whole sequences: this rank's share of what went in and came out.
+
+    Args:
+        shares: by tensor, for each piece of the batch, `[B, S_piece_local, ...]`.
+        rounding: by tensor, for each piece, by how much each token's entries differ between two implementations.
+        largest: by tensor, its largest entry.
+        epsilon: of the dtype that it is computed in.
+    """
+
+    shares: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    rounding: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+    epsilon: float = 0.0
+
+    def share(self, name: str) -> torch.Tensor | None:
+        """`[B, S_local, ...]`, or None if there is no such tensor."""
+        return torch.cat(self.shares[name], dim=1) if name in self.shares else None
+
+
+class _Watch(ABC):
+    """A run of the model in which each mixer and each layer is looked at when it is done.
+
+    Args:
+        model: as the caller has it.
+        batch: what it is given.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch: Batch):
+        self.model, self.batch = model, batch
+        self.inner = transformers_model(model)
+        self.resharded = set(mixers(self.inner))
+        hidden = {part for module in self.resharded for part in module.modules()} - self.resharded
+        self.hidden = hidden
+        # What sees whole sequences is one thing, whatever is inside.
+        self.layers = [
+            module
+            for module in self.inner.modules()
+            if isinstance(module, GradientCheckpointingLayer) and module not in hidden | self.resharded
+        ]
+        self._busy = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks that are there for a run."""
+        with ExitStack() as stack:
+            hooks = [module.register_forward_pre_hook(self._begun, with_kwargs=True) for module in self.layers]
+            hooks.append(register_module_forward_hook(self._done, with_kwargs=True))
+            for hook in hooks:
+                stack.callback(hook.remove)
+            yield
+
+    def _begun(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        return None if self._busy else self.begun(module, args, kwargs)
+
+    def _done(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._busy or not self.is_watched(module):
+            return
+        self._busy = True  # what runs inside of what is run again
+        try:
+            self.done(module, args, kwargs, output)
+        finally:
+            self._busy = False
+
+    @abstractmethod
+    def is_watched(self, module: torch.nn.Module) -> bool:
+        """Whether `done` is to be called for a module."""
+
+    @abstractmethod
+    def begun(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Look at the arguments of a layer that begins; returns those that it gets instead, or None."""
+
+    @abstractmethod
+    def done(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Look at a mixer or a layer that is done."""
+
+
+class Whole(_Watch):
+    """The run on whole sequences, one document at a time, as one process would have it."""
+
+    def __init__(self, model: torch.nn.Module, batch: Batch):
+        super().__init__(model, batch)
+        self._mixers = set(self.resharded)
+        self._records: dict[torch.nn.Module, list[_Record]] = {}
+
+    def run(self) -> dict[torch.nn.Module, list[_Record]]:
+        """What each module did, call by call. Modules come in the order in which they were done."""
+        with self.watching(), heard_by(self._hear), stock_forwards(self.resharded):
+            for piece in self.batch.pieces:
+                self._piece, self._begun_calls, self._done_calls = piece, {}, {}
+                with torch.no_grad():
+                    self.model(**self._inputs())
+        return self._records
+
+    def _inputs(self) -> dict[str, Any]:
+        """What the model is given of a piece: of what it may not take, what it takes."""
+        inputs = {name: value[:, self._piece] for name, value in self.batch.inputs.items()} | {"use_cache": False}
+        refused = {"position_ids", "use_cache"} - set(accepted(self.inner, ("position_ids", "use_cache")))
+        return {name: value for name, value in inputs.items() if name not in refused}
+
+    def _hear(self, module: torch.nn.Module) -> None:
+        if module not in self.hidden:
+            self._mixers.add(module)
+
+    def is_watched(self, module):
+        return module in self._mixers or module in self.layers
+
+    def begun(self, module, args, kwargs):
+        hidden = hidden_states(args, kwargs, self._shape)
+        if hidden is not None:
+            self._keep(self._record(module, self._begun_calls), {INPUT: take(args, kwargs, hidden)})
+
+    def done(self, module, args, kwargs, output):
+        record = self._record(module, self._done_calls)
+        hidden = hidden_states(args, kwargs, self._shape)
+        is_layer = module in self.layers
+        if hidden is not None and not is_layer:
+            self._keep(record, {INPUT: take(args, kwargs, hidden)})
+        weigh = None if is_layer else self._weigh
+        if is_layer:
+            result = hidden_output(output, self._shape)
+            first = {} if result is None else {OUTPUT: result}
+        else:
+            first = run_alone(module, args, kwargs, hidden, self._shape, weigh)
+        x = None if hidden is None else take(args, kwargs, hidden)
+        tensors = [*first.values()] if x is None else [*first.values(), x]
+        record.epsilon = max([0.0, *(torch.finfo(tensor.dtype).eps for tensor in tensors)])
+        if x is not None and (is_layer or module in self.resharded):
+            # These are the same code on a shard; what is before them may differ in its last bit.
+            signs = self.batch.draw(x, self._piece).sign()
+            args, kwargs = replaced(args, kwargs, hidden, x + record.epsilon * signs * x)
+        with computed_otherwise():
+            second = run_alone(module, args, kwargs, hidden, self._shape, weigh)
+        self._keep(record, first)
+        real = self.batch.real[:, self._piece]
+        for name in first.keys() & second.keys():
+            record.rounding.setdefault(name, []).append(_by_token(first[name], second[name], real))
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return len(self.batch.real), self._piece.stop - self._piece.start
+
+    def _weigh(self, output: torch.Tensor) -> torch.Tensor:
+        return self.batch.draw(output, self._piece)
+
+    def _record(self, module: torch.nn.Module, calls: dict[torch.nn.Module, int]) -> _Record:
+        """That of the call which this is."""
+        number = calls[module] = calls.get(module, -1) + 1
+        records = self._records.setdefault(module, [])
+        if number == len(records):
+            records.append(_Record())
+        return records[number]
+
+    def _keep(self, record: _Record, tensors: dict[str, torch.Tensor]) -> None:
+        mine, real = self.batch.mine(self._piece), self.batch.real[:, self._piece]
+        for name, tensor in tensors.items():
+            record.shares.setdefault(name, []).append(tensor[:, mine.to(tensor.device)])
+            entries = tensor[real.to(tensor.device)]
+            record.largest[name] = max(record.largest.get(name, 0.0), float(entries.abs().max()))
+
+
+class Sharded(_Watch):
+    """The run on shards, in which each layer and each mixer gets what it got in the run on whole sequences."""
+
+    def __init__(self, model: torch.nn.Module, batch: Batch, records: dict[torch.nn.Module, list[_Record]]):
+        super().__init__(model, batch)
+        self._records = records
+        self._names = {module: name for name, module in self.inner.named_modules()}
+        self._begun_calls: dict[torch.nn.Module, int] = {}
+        self._done_calls: dict[torch.nn.Module, int] = {}
+        self._differences: list[Difference] = []
+        self._shape = len(batch.real), len(batch.columns)
+
+    def run(self, cp: ContextParallel) -> list[Difference]:
+        """What differs on this rank."""
+        with torch.no_grad(), cp.shard(self.batch.inputs, self.model) as local, self.watching():
+            self.model(**local)
+        for module, records in self._records.items():
+            if self._done_calls.get(module, -1) + 1 != len(records):
+                raise RuntimeError(
+                    f"{self._names[module]} runs {len(records)} times of whole sequences and "
+                    f"{self._done_calls.get(module, -1) + 1} times of shards, so it cannot be compared. "
+                    "ContextParallelConfig(verify=False) trains without this comparison."
+                )
+        return self._differences
+
+    def is_watched(self, module):
+        return module in self._records
+
+    def begun(self, module, args, kwargs):
+        is_first = not self._begun_calls
+        record = self._record(module, self._begun_calls)
+        hidden, expected = hidden_states(args, kwargs, self._shape), record.share(INPUT)
+        if hidden is None or expected is None:
+            return None
+        if is_first:
+            self._compare(module, record, {INPUT: take(args, kwargs, hidden)})
+        return replaced(args, kwargs, hidden, expected)
+
+    def done(self, module, args, kwargs, output):
+        record = self._record(module, self._done_calls)
+        if module in self.layers:
+            self._compare(module, record, {OUTPUT: hidden_output(output, self._shape)})
+            return
+        hidden, x = hidden_states(args, kwargs, self._shape), record.share(INPUT)
+        if x is not None:
+            args, kwargs = replaced(args, kwargs, hidden, x)
+        self._compare(module, record, run_alone(module, args, kwargs, hidden, self._shape, self._weigh))
+
+    def _weigh(self, output: torch.Tensor) -> torch.Tensor:
+        return self.batch.draw(output, slice(None), self.batch.columns)
+
+    def _record(self, module: torch.nn.Module, calls: dict[torch.nn.Module, int]) -> _Record:
+        number = calls[module] = calls.get(module, -1) + 1
+        records = self._records.get(module, [])
+        if number >= len(records):
+            raise RuntimeError(
+                f"{self._names[module]} runs more often of shards than of whole sequences, so it cannot be compared. "
+                "ContextParallelConfig(verify=False) trains without this comparison."
+            )
+        return records[number]
+
+    def _compare(self, module: torch.nn.Module, record: _Record, found: Mapping[str, torch.Tensor | None]) -> None:
+        """Note by how much tensors of this shard differ from the whole's."""
+        real = self.batch.real[:, self.batch.columns]
+        share = MOST if module in self.layers and _is_routed(module) else 1.0
+        for name, tensor in found.items():
+            expected = record.share(name)
+            if tensor is None or expected is None:
+                continue
+            rounding = _worst(torch.cat(record.rounding[name]), share) if name in record.rounding else 0.0
+            largest = max(record.largest[name], torch.finfo(torch.float32).tiny)
+            bound = max(MARGIN * rounding / largest, FLOOR * record.epsilon)
+            error = _worst(_by_token(tensor, expected, real), share) / largest
+            self._differences.append(
+                Difference(self._names[module], name, self.batch.kind, error, bound),
+            )
+
+
+def _is_routed(module: torch.nn.Module) -> bool:
+    return any(ROUTED.fullmatch(type(part).__name__) for part in module.modules())
+
+
+def _by_token(found: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The largest difference of each token that is not padding: `[tokens]`."""
+    real = real.to(found.device)
+    return (found[real].double() - expected[real].double()).flatten(1).abs().amax(1)
+
+
+def _worst(errors: torch.Tensor, share: float) -> float:
+    """The largest of a share of the errors, the smallest ones."""
+    if not len(errors):
+        return 0.0
+    return float(errors.max() if share == 1.0 else errors.nan_to_num(nan=float("inf")).quantile(share))

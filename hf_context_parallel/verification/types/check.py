@@ -1,0 +1,237 @@
+"""Whether a model is exact on shards: a tiny one of its type, sharded, against the same model on one process."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ...config import ContextParallelConfig
+from ...context_parallel import ContextParallel
+from ...data.batch import IGNORED
+from ...distributed.mesh import mesh_of
+from ...integration.model_registry import NAME, UNSHIFTED
+from ...integration.switches import allow_unchecked_models
+from .tiny import VOCABULARY, tiny_model
+
+DOCUMENTS = (11, 1, 2, 20, 7)
+"""Lengths of the documents of the packed batch."""
+AUXILIARY = "auxiliary loss"
+"""The kind of batch that is run with the router's loss, where a model has one."""
+ONLY_FLOAT32 = {"inkling2_text", "xglm"}
+"""The types that do not run in float64."""
+
+
+class Errors(NamedTuple):
+    """The largest difference from one process, by the largest entry of the tensor."""
+
+    loss: float
+    gradients: float
+    parameter: str
+    """The one whose gradient differs most."""
+
+
+class Unrounded(TorchFunctionMode):
+    """Models compute in float64 throughout: what they bring to float32, such as norms and softmax, stays as it is.
+
+    So what differs from one process is an error, and not the rounding of float32 that sums in another order make.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.float:
+            return args[0].double()
+        is_cast = function in (torch.Tensor.to, torch.Tensor.type)
+        if is_cast:  # of integers and of float32 too, which are multiplied with what stays as it is
+            args = args[:1] + tuple(torch.float64 if x is torch.float32 else x for x in args[1:])
+        if is_cast or (args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64):
+            kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
+        return function(*args, **kwargs)
+
+
+def unrounded(config: PreTrainedConfig) -> AbstractContextManager:
+    """`Unrounded`, for a model that runs in float64."""
+    return Unrounded() if _dtype(config) == torch.float64 else nullcontext()
+
+
+def tolerance(config: PreTrainedConfig) -> float:
+    """The largest error of a model that is exact."""
+    return 1e-3 if config.model_type in ONLY_FLOAT32 else 1e-8
+
+
+def batches(config: PreTrainedConfig) -> dict[str, dict[str, torch.Tensor]]:
+    """A batch of each kind that matters for a model, with labels of some tokens."""
+    random = torch.Generator().manual_seed(0)
+
+    def tokens(rows: int, length: int) -> dict[str, torch.Tensor]:
+        input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=random)
+        drawn = torch.rand(input_ids.shape, generator=random) > 0.4
+        return {"input_ids": input_ids, "labels": input_ids.masked_fill(drawn, IGNORED)}
+
+    dense, packed = tokens(2, 37), tokens(1, sum(DOCUMENTS))
+    packed["position_ids"] = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
+    packed["labels"] = packed["labels"].masked_fill(packed["position_ids"] == 0, IGNORED)
+    kinds = {"dense": dense, "packed": packed}
+    for side in ("left", "right"):
+        batch = tokens(3, 29)
+        mask = torch.ones_like(batch["input_ids"])
+        for row, padding in ((0, 9), (1, 20)):
+            mask[row, :padding] = 0
+        mask = mask if side == "left" else mask.flip(1)
+        first = mask.cumsum(1) == 1  # nothing is predicted from padding
+        batch |= {"attention_mask": mask, "labels": batch["labels"].masked_fill((mask == 0) | first, IGNORED)}
+        kinds[f"padded {side}"] = batch
+    if hasattr(config, "output_router_logits"):
+        kinds[AUXILIARY] = dense
+    return kinds
+
+
+def errors(
+    config: PreTrainedConfig, settings: dict[str, Any], tp_size: int = 1
+) -> tuple[dict[str, Errors], dict[str, list[str]]]:
+    """On each rank of a group: for each kind of batch the errors, and for each class of modules how it was computed.
+
+    Args:
+        config: of a tiny model.
+        settings: of `ContextParallelConfig`.
+        tp_size: the ranks that share each layer, by Transformers' tensor parallelism.
+
+    Raises:
+        Exception: whatever keeps the model from running, a refusal included.
+    """
+    size = dist.get_world_size() // tp_size if dist.is_initialized() else 1
+    sharded = tiny_model(config, NAME, _dtype(config)) if tp_size == 1 else _tensor_parallel(config, size, tp_size)
+    cp = ContextParallel(ContextParallelConfig(size=size, **settings), mesh_of(sharded))
+    found, handled = {}, {}
+    for number, (kind, batch) in enumerate(batches(config).items()):
+        sharded.zero_grad(set_to_none=True)
+        sharded.config.output_router_logits = kind == AUXILIARY
+        with allow_unchecked_models(), unrounded(config):
+            sharding = cp.shard(batch, sharded)
+            with sharding as local:
+                loss = sharded(**local).loss
+                (loss if tp_size == 1 else loss * size).backward()  # FSDP2 takes the mean over the CP group
+        for name, how in sharding.handled.items():
+            handled.setdefault(name, set()).update(how)
+        referee = number % min(size, 2)  # the same ranks for groups of all sizes, since they keep their references
+        is_referee = not dist.is_initialized() or dist.get_rank() == referee
+        truth = _reference(pickle.dumps(config), kind) if is_referee else None
+        found[kind] = _compare(cp, referee, truth, loss / tp_size, sharded)
+    return found, {name: sorted(how) for name, how in handled.items()}
+
+
+def _tensor_parallel(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> PreTrainedModel:
+    """The tiny model, sharded by Transformers, which shards what it loads."""
+    whole = tiny_model(config, NAME, _dtype(config))
+    model = type(whole).from_pretrained(
+        None,
+        config=whole.config,
+        state_dict=whole.state_dict(),
+        dtype=_dtype(config),
+        attn_implementation=NAME,
+        distributed_config=DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size),
+    )
+    if _dtype(config) == torch.float64:
+        model.set_experts_implementation("eager")
+    for name, module in whole.named_modules():  # loading makes some anew in float32, such as RoPE's frequencies
+        model.get_submodule(name)._buffers.update(module._buffers)
+    return model
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    return torch.float32 if config.model_type in ONLY_FLOAT32 else torch.float64
+
+
+@lru_cache(maxsize=8)
+def _reference(pickled_config: bytes, kind: str) -> tuple[torch.Tensor, list]:
+    """Loss and the parameters' gradients of one process, for a configuration (pickled, since it does not hash).
+
+    Documents are run alone: that is what packing means.
+    """
+    config = pickle.loads(pickled_config)
+    # SDPA left softcaps out in earlier versions of Transformers.
+    attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    model = tiny_model(config, attention, _dtype(config))
+    model.config.output_router_logits = kind == AUXILIARY
+    batch = batches(config)[kind]
+    parts = [batch]
+    if kind == "packed":
+        parts = [dict(zip(batch, values)) for values in zip(*(value.split(DOCUMENTS, 1) for value in batch.values()))]
+    with finite_masks(), unrounded(config):
+        loss = _sum_of_parts(model, parts)
+    return loss, [parameter.grad for parameter in model.parameters()]
+
+
+@contextmanager
+def finite_masks() -> Iterator[None]:
+    """Eager attention's masks have a finite stand-in for -inf in float64 too, as they have in other dtypes.
+
+    Its softmax is computed in float32, for which float64's is too large: a row of padding would become NaN.
+    """
+    original = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+    def finite(*args, **kwargs):
+        mask = original(*args, **kwargs)
+        return None if mask is None else mask.clamp(min=torch.finfo(torch.float32).min)
+
+    AttentionMaskInterface.register("eager", finite)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("eager", original)
+
+
+def _sum_of_parts(model: torch.nn.Module, parts: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The mean over all parts' targets, from the model's own means over each."""
+    shifted = model.config.model_type not in UNSHIFTED
+    counts = [(part["labels"][:, int(shifted) :] != IGNORED).sum() for part in parts]
+    total = torch.zeros((), dtype=torch.float64)
+    for part, count in zip(parts, counts):
+        if count:
+            loss = model(**part, use_cache=False).loss * count / sum(counts)
+            loss.backward()
+            total += loss.detach()
+    return total
+
+
+def _compare(
+    cp: ContextParallel, referee: int, truth: tuple | None, loss: torch.Tensor, model: torch.nn.Module
+) -> Errors:
+    """The errors of the ranks' sums, which the rank that has the truth finds and tells the others."""
+    total = _summed(cp, loss.double(), referee)
+    worst, name_of_worst = 0.0, ""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if cp.groups.tensor.size > 1:  # which FSDP2 has summed, so that every rank has all of it
+            grad = (grad.full_tensor() if isinstance(grad, DTensor) else grad) / dist.get_world_size()
+        grad = _summed(cp, grad, referee)
+        if truth is not None:
+            error = _error(grad, truth[1][number])
+            if not error <= worst:  # NaN as well
+                worst, name_of_worst = error, name
+    answer = [None if truth is None else Errors(_error(total, truth[0]), worst, name_of_worst)]
+    if cp.size > 1:
+        dist.broadcast_object_list(answer, src=referee)
+    return answer[0]
+
+
+def _summed(cp: ContextParallel, tensor: torch.Tensor, referee: int) -> torch.Tensor:
+    tensor = tensor.detach().clone()
+    if cp.size > 1:
+        dist.reduce(tensor, referee)
+    return tensor
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor | None) -> float:
+    expected = torch.zeros_like(found) if expected is None else expected
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()

@@ -1,0 +1,242 @@
+"""What is known of each model type: found by `check`, kept beside this file, shown in docs/models.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tabulate import tabulate
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ...distributed.worker_pool import WorkerPool
+from ...integration.model_registry import REFUSED
+from .check import Errors, errors, tolerance
+from .tiny import shrink, tiny_config
+
+TIMEOUT = 120
+"""Seconds that one model may take on one group."""
+WITH_SEQUENCE_PARALLEL = " (sequence parallel)"
+GOOD = ("exact", "exact by resharding", "refused")
+
+
+@dataclass
+class Finding:
+    """What the check of one model found.
+
+    Args:
+        name: the type, or what was asked for.
+        state: "exact"; "exact by resharding", where modules see whole sequences; "refused"; or "wrong".
+        errors: the largest of loss and gradients, for each kind of batch.
+        handled: for each class of modules that mix tokens, how they were computed.
+        reason: why it was refused, or what went wrong.
+    """
+
+    name: str
+    state: str
+    errors: dict[str, float] = field(default_factory=dict)
+    handled: dict[str, list[str]] = field(default_factory=dict)
+    reason: str = ""
+
+
+def model_types() -> list[str]:
+    """All causal language models of the installed Transformers."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def configuration(model: str) -> PreTrainedConfig:
+    """The tiny configuration of a type, of a folder's model or of one of the hub."""
+    if model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return tiny_config(model)
+    return shrink(AutoConfig.from_pretrained(model))
+
+
+def survey(
+    models: Sequence[str],
+    ranks: Sequence[int],
+    settings: dict[str, Any],
+    jobs: int,
+    report: Callable[[Finding], None],
+    tp_size: int = 1,
+) -> list[Finding]:
+    """The findings of several models, in their order; `report` hears of each as it comes.
+
+    Args:
+        ranks: the sizes of the CP groups.
+        settings: further ones of `ContextParallelConfig`.
+        tp_size: the ranks that share each layer.
+    """
+    pools = [WorkerPool(max(ranks) * tp_size, TIMEOUT) for _ in range(min(jobs, len(models)))]
+    free = list(pools)
+
+    def one(model: str) -> Finding:
+        pool = free.pop()
+        try:
+            return examine(pool, model, ranks, settings, tp_size)
+        finally:
+            free.append(pool)
+
+    try:
+        with ThreadPoolExecutor(len(pools)) as executor:
+            futures = {executor.submit(one, model): model for model in models}
+            findings = {}
+            for future in as_completed(futures):
+                findings[futures[future]] = future.result()
+                report(future.result())
+    finally:
+        for pool in pools:
+            pool.close()
+    return [findings[model] for model in models]
+
+
+def examine(pool: WorkerPool, model: str, ranks: Sequence[int], settings: dict[str, Any], tp_size: int = 1) -> Finding:
+    """The finding of one model, on groups of each of these sizes. See `survey`."""
+    if model in REFUSED:
+        return Finding(model, "refused", reason=REFUSED[model])
+    try:
+        config = configuration(model)
+    except Exception as error:  # whatever a configuration's own checks raise
+        return Finding(model, "wrong", reason=f"no tiny model of it can be made: {last_line(error)}")
+    if config.model_type in REFUSED:
+        return Finding(model, "refused", reason=REFUSED[config.model_type])
+    worst: dict[str, float] = {}
+    handled: dict[str, list[str]] = {}
+    for size in ranks:
+        try:
+            found, handled = pool(size * tp_size, errors, config, settings, tp_size)[0]
+        except AssertionError as error:
+            return Finding(model, "wrong", worst, handled, f"on {size} ranks: {last_line(error)}")
+        for kind, of_kind in found.items():
+            error = max(of_kind.loss, of_kind.gradients, key=_nan_first)
+            if not error <= tolerance(config):
+                return Finding(model, "wrong", worst | {kind: error}, handled, _wrong(size, kind, of_kind))
+            worst[kind] = max(worst.get(kind, 0.0), error)
+    whole = any("whole sequences" in how for how in handled.values())
+    return Finding(model, "exact by resharding" if whole else "exact", worst, handled)
+
+
+def survey_tensor_parallel(models: Sequence[str], tp_size: int, jobs: int, report: Callable) -> list[Finding]:
+    """The findings of the models that have a tensor-parallel plan, each without and with sequence parallelism."""
+    planned = [model for model in models if _has_plan(model)]
+    findings = []
+    for sequence_parallel in (False, True):
+        settings = {"sequence_parallel": sequence_parallel}
+        findings.append(survey(planned, [2], settings, jobs, report, tp_size))
+    for finding in findings[1]:
+        finding.name += WITH_SEQUENCE_PARALLEL
+        if "sequence_parallel=True: " in finding.reason:  # its form is not known, and so it says
+            finding.state = "refused"
+    return [finding for both in zip(*findings) for finding in both]
+
+
+def _has_plan(model: str) -> bool:
+    if model in REFUSED:
+        return False
+    with torch.device("meta"):
+        return bool(AutoModelForCausalLM.from_config(configuration(model)).tp_plan)
+
+
+def write_tensor_parallel(findings: Iterable[Finding], known: Path) -> None:
+    """Keep what was found of tensor parallelism as the package's knowledge."""
+    types: dict[str, dict[str, str]] = {}
+    for finding in findings:
+        name = finding.name.removesuffix(WITH_SEQUENCE_PARALLEL)
+        exact = finding.state in GOOD
+        if name == finding.name:
+            types[name] = {"state": "exact" if exact else "refused", "reason": finding.reason}
+        elif types[name]["state"] == "exact":
+            types[name]["sequence_parallel"] = "exact" if finding.state == "exact" else "refused"
+    known.write_text(json.dumps({"transformers": transformers.__version__, "types": types}, indent=1) + "\n")
+
+
+def _wrong(size: int, kind: str, found: Errors) -> str:
+    return (
+        f"on {size} ranks, {kind}: loss off by {found.loss:.0e}, gradients by {found.gradients:.0e} "
+        f"({found.parameter})"
+    )
+
+
+def _nan_first(value: float) -> tuple[bool, float]:
+    return value != value, value
+
+
+def last_line(error: BaseException) -> str:
+    """What an error, or a worker's traceback, says in its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def write(findings: Iterable[Finding], known: Path, page: Path) -> None:
+    """Keep the findings of all types: as the package's knowledge, and as a page of the documentation."""
+    kept = {finding.name: asdict(finding) for finding in findings}
+    for finding in kept.values():
+        del finding["name"]
+        finding["errors"] = {kind: bound(error) for kind, error in finding["errors"].items()}
+        if finding["state"] == "wrong":
+            finding |= {"state": "refused", "errors": {}, "handled": {}}
+    content = {"transformers": transformers.__version__, "types": kept}
+    known.write_text(json.dumps(content, indent=1) + "\n")
+    page.write_text(page_of(content))
+
+
+def bound(error: float) -> float:
+    """The power of ten that an error is below: rounding differs between machines."""
+    power = 1e-15
+    while power < error:
+        power = float(f"{power * 10:.0e}")
+    return power
+
+
+def page_of(content: dict) -> str:
+    """docs/models.md."""
+    types = content["types"]
+    counts = {state: sum(finding["state"] == state for finding in types.values()) for state in GOOD}
+    kinds = list(dict.fromkeys(kind for finding in types.values() for kind in finding["errors"]))
+    rows = [
+        [name, finding["state"], *(_shown(finding["errors"].get(kind)) for kind in kinds), how(finding)]
+        for name, finding in types.items()
+    ]
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            f"Every causal language model of Transformers {content['transformers']}: {len(types)} types, "
+            + ", ".join(f"{count} {state}" for state, count in counts.items())
+            + ".",
+            "",
+            "Made by `hf-context-parallel check --all --write`: a tiny model of each type with random weights, in",
+            "float64, on groups of 2, 3 and 4 processes against the same model with stock attention on one process,",
+            "each document of a packed batch alone. The numbers bound the largest difference of the loss and of every",
+            "parameter's gradient, by the largest entry of the tensor.",
+            "",
+            "- **exact**: attention is a ring; other mixers, if any, deal their heads or exchange halos.",
+            "- **exact by resharding**: the modules marked *whole sequences* see each sequence whole, on one rank.",
+            "- **refused**: running on a shard raises the reason.",
+            "",
+            tabulate(rows, ["type", "state", *kinds, "how"], tablefmt="github"),
+            "",
+        ]
+    )
+
+
+def _shown(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}"
+
+
+def how(finding: dict) -> str:
+    """How the modules of a type are computed, or why it is refused."""
+    if finding["reason"]:
+        return finding["reason"]
+    return "; ".join(f"{name}: {', '.join(ways)}" for name, ways in sorted(finding["handled"].items()))
+
+
+def default_jobs() -> int:
+    """How many models are checked at a time: ranks wait for each other, so more than there are cores for."""
+    return max(2, (os.cpu_count() or 2) // 2)

@@ -1,0 +1,68 @@
+"""The choice of `auto`, and the counts that it is made by."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_context_parallel.attention.auto_strategy import choose, inner_size, shares
+from hf_context_parallel.attention.strategy import Shape, build_strategy
+from hf_context_parallel.config import ContextParallelConfig
+from hf_context_parallel.distributed.token_exchange import deal_heads
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.machine import H100_NODE
+from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
+from tests.helpers.simulated import cases
+
+
+@settings(max_examples=60)
+@given(cases(), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.data())
+def test_shares_are_those_of_strategies(case, key_heads, group, bfloat16, data):
+    """What an estimate counts for a rank is the work of its plans, and for all ranks the bytes that they send."""
+    layout, mask = case
+    inner = data.draw(st.sampled_from([n for n in range(1, layout.size + 1) if layout.size % n == 0]))
+    comm_type = data.draw(st.sampled_from(["p2p", "all_gather"])) if inner == 1 else "a2a+p2p"
+    heads = key_heads * group * -(-inner // (key_heads * group))
+    shape = Shape(heads, key_heads, 8, 4, torch.bfloat16 if bfloat16 else torch.float64)
+    counted = shares(comm_type, inner, layout, mask, shape, MACHINE)
+    strategies = [build_strategy(comm_type, inner, layout, mask, rank) for rank in range(layout.size)]
+    assert sum(share.bytes for share in counted) == pytest.approx(sum(sum(s.sent(shape)) for s in strategies))
+    if all(len(document) == 1 for row in mask.rows for document in row):  # without padding inside of documents
+        dealt = deal_heads(heads, inner)
+        for rank, (share, strategy) in enumerate(zip(counted, strategies)):
+            shared = 0 if strategy.plan is None else strategy.plan.pairs * len(dealt[rank % inner])
+            assert share.work == shared + (strategy.own.pairs * heads if strategy.own else 0)
+
+
+MACHINE = replace(H100_NODE, node=4)
+
+
+def chosen(mask, shape, size=4, **settings):
+    config = ContextParallelConfig(size=size, comm_type="auto", **settings)
+    return choose(config, "auto", zigzag(mask.length, size), mask, shape, MACHINE)
+
+
+def test_auto_follows_the_mask_and_the_topology():
+    shape = Shape(32, 8, 128, 128, torch.bfloat16)
+    length = 1 << 15
+    one = Mask(length, whole_rows(1, length))
+    assert chosen(one, shape, size=8)[:2] == ("a2a+p2p", 4)  # heads within a node, keys between the two
+    few = Shape(6, 6, 128, 128, torch.bfloat16)  # too few heads for a2a
+    assert (
+        chosen(Mask(length * 8, whole_rows(1, length * 8)), few, size=8, a2a_size=1).comm_type == "p2p"
+    )  # hidden behind computing, unlike all_gather
+    half = Mask(length, ((((0, length // 2),), *(((s, s + 64),) for s in range(length // 2, length, 64))),))
+    choice = chosen(half, shape)
+    assert choice.comm_type == "a2a" and "mean work" in choice.reason and "p2p" in choice.reason
+    window = Mask(length, whole_rows(1, length), Pattern(sliding_window=1024))
+    assert chosen(window, shape).comm_type in ("p2p", "all_gather")
+    assert chosen(one, shape, size=1) == ("p2p", 1, "one rank")
+
+
+def test_keys_go_to_one_rank_each_unless_told():
+    config = ContextParallelConfig(size=8, comm_type="a2a+p2p")
+    assert inner_size(config, "a2a+p2p", Shape(32, 4, 8, 8, torch.float32)) == 4
+    assert inner_size(config, "a2a+p2p", Shape(32, 6, 8, 8, torch.float32)) == 2
+    assert inner_size(replace(config, a2a_size=8), "a2a+p2p", Shape(32, 4, 8, 8, torch.float32)) == 8

@@ -1,0 +1,58 @@
+"""What only a CUDA device can show: streams that are really apart, and its allocator. Nothing here runs without one;
+what the streams wait for is followed on the CPU in test_side_stream.py."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.simulation import ThreadGroup
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.distributed import messages as exchanges
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, whole_rows
+from tests.helpers.ring import dense, on_rank, tensors
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+WAYS = {"p2p": 1, "all_gather": 1, "a2a": 4, "a2a+p2p": 2}
+
+
+@pytest.mark.parametrize("comm_type", WAYS)
+def test_slow_messages_are_waited_for(comm_type):
+    """Messages take far longer than kernels, so what is used or freed too early has other numbers."""
+    mask = Mask(1024, whole_rows(1, 1024))
+    layout, whole = zigzag(mask.length, 4), tensors(mask, dtype=torch.float32)
+    on_device = [x.cuda() for x in whole]
+
+    def work(rank, exchange):
+        exchange.rank = rank
+        kernel = choose_kernel("reference", "cuda")
+        return on_rank(exchange, layout, mask, on_device, kernel, way=(comm_type, WAYS[comm_type]))
+
+    shards = ThreadGroup(4, delay=20_000_000).run(work)
+    for index, truth in enumerate(dense(mask, *whole)):
+        for rank, shard in enumerate(shards):
+            expected = truth[:, layout.positions(rank)].flatten(0, 1).float()
+            torch.testing.assert_close(shard[index].cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_of_messages_is_used_again_at_once():
+    other, messages = torch.cuda.Stream(), torch.empty(1 << 22, device="cuda")
+    address = messages.data_ptr()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(1_000_000_000)
+    exchanges._unrecorded(messages).record_stream(other)
+    del messages
+    assert torch.empty(1 << 22, device="cuda").data_ptr() == address
+
+
+def staged_sum() -> float:
+    """What a rank of a gloo group receives on its device, summed."""
+    group = exchanges.GroupExchange(dist.group.WORLD)
+    rank = dist.get_rank()
+    sent, received = torch.full((1000,), rank + 1.0, device="cuda"), torch.empty(1000, device="cuda")
+    group.post([(1 - rank, sent)], [(1 - rank, received)]).wait()
+    return received.sum().item()
+
+
+def test_gloo_stages_messages_through_the_host(on_ranks):
+    assert on_ranks(2, staged_sum) == [2000, 1000]

@@ -1,0 +1,121 @@
+"""A rank that raises while others wait for it: they end too, and say why."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_context_parallel as hcp
+from tests.helpers.models import context, tiny_model, tokens
+from tests.helpers.trainer import make_trainer
+
+SECONDS = 10
+
+
+def raised_by(step: Callable[[int], None], folder) -> str:
+    """What a step of two ranks raises on this one, within their timeout. Then it lives on, its connections open."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    timeout = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
+    started = time.monotonic()
+    try:
+        step(rank)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    time.sleep(max(0, SECONDS + 2 - (time.monotonic() - started)))
+    return raised
+
+
+def alone_in_a_block(folder, when) -> str:
+    """Rank 1 raises in a block, and catches it."""
+
+    def steps(rank: int) -> None:
+        cp, model = context(), tiny_model("llama", "context_parallel")
+        batch = {"input_ids": tokens(1, 16), "labels": tokens(1, 16)}
+        for step in range(2):
+            with cp.shard(batch, model) as local:
+                if rank == 1 and when == "before":
+                    raise KeyError("the disk is full")
+                model(**local).loss.backward()
+                if rank == 1 and when == "after" and step == 0:
+                    raise KeyError("the disk is full")
+
+    return raised_by(steps, folder)
+
+
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.exhaustive)])
+def test_others_end_within_the_timeout_and_say_why(on_ranks, tmp_path, when):
+    mine, raised = on_ranks(2, alone_in_a_block, tmp_path, when)
+    assert raised == "KeyError: 'the disk is full'"
+    assert mine == "RuntimeError: another rank failed before this one. rank 1: KeyError: 'the disk is full'"
+
+
+def refused_beside_another_group(folder) -> str:
+    """Two CP groups of one rank under DDP, one of which is given a batch that is refused."""
+
+    def step(rank: int) -> None:
+        cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=1))
+        model = DistributedDataParallel(tiny_model("llama", "context_parallel"))
+        labels = tokens(1, 16)
+        if rank == 1:
+            labels[0, 3] = -1
+        with cp.shard({"input_ids": tokens(1, 16), "labels": labels}, model) as local:
+            model(**local).loss.backward()
+
+    return raised_by(step, folder)
+
+
+def test_other_groups_learn_why_one_was_refused(on_ranks, tmp_path):
+    mine, refused = on_ranks(2, refused_beside_another_group, tmp_path)
+    assert refused.startswith("ValueError: labels has -1")
+    assert mine.startswith("RuntimeError: another rank failed before this one. rank 1: ValueError: labels has -1")
+
+
+def alike() -> str:
+    """An error that all ranks raise is each rank's own, and the next block is open to them."""
+    cp, model = context(), tiny_model("llama", "context_parallel")
+    batch = {"input_ids": tokens(1, 16), "labels": tokens(1, 16)}
+    with pytest.raises(KeyError), cp.shard(batch, model):
+        raise KeyError
+    with cp.shard(batch, model) as local, torch.no_grad():
+        return type(model(**local).loss).__name__
+
+
+def test_an_error_of_all_ranks_ends_nothing(on_ranks):
+    assert on_ranks(2, alike) == ["Tensor", "Tensor"]
+
+
+def failing_step(folder) -> str:
+    """A Trainer whose loss raises on the last rank."""
+    trainer = make_trainer(2, folder)
+
+    class Failing(type(trainer)):
+        def compute_loss(self, *args, **kwargs):
+            if dist.get_rank() == 3:
+                raise KeyError("the disk is full")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer.__class__ = Failing
+    try:
+        trainer.train()
+    except (RuntimeError, KeyError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    del trainer
+    gc.collect()
+    dist.destroy_process_group()  # and so the connections close, as when the process ends
+    return raised
+
+
+def test_a_step_of_the_trainer(on_ranks, tmp_path):
+    *others, mine = on_ranks(4, failing_step, tmp_path)
+    assert mine == "KeyError: 'the disk is full'"
+    for found in others:
+        assert found == "RuntimeError: another rank failed before this one. rank 3: KeyError: 'the disk is full'"

@@ -1,0 +1,260 @@
+"""The streams of a CUDA device, followed on the CPU: no tensor is used or freed before all that it needs is done, and
+kernels wait for no more than their keys."""
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_context_parallel.attention import ring
+from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.distributed import side_stream
+from hf_context_parallel.planning.layout import zigzag
+from hf_context_parallel.planning.mask import Mask, whole_rows
+from hf_context_parallel.planning.plan import build_plan
+from tests.helpers.ring import MASKS, on_rank, tensors
+from tests.helpers.simulated import SimulatedExchange, run
+
+KERNELS, SUMS, NETWORK = "kernels", "sums", "network"
+
+
+class Stream:
+    """A stream of a rank's device. `known[other]` is how far `other` surely is when this stream does what is queued on
+    it next."""
+
+    def __init__(self, name: str):
+        self.name, self.device = name, None
+        self.known: Counter[str] = Counter()
+
+    def record_event(self) -> Counter[str]:
+        return self.known.copy()
+
+    def wait_event(self, event: Counter[str]) -> None:
+        self.known |= event
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.wait_event(other.record_event())
+
+
+class Uses:
+    """Of a piece of memory: which stream allocated it, and how far each that used it was when it last read or wrote
+    some of its elements: `last[first element, last element, stream, writes]`."""
+
+    def __init__(self, storage, owner: str):
+        self.reference, self.owner = StorageWeakRef(storage), owner
+        self.last: dict[tuple[int, int, str, bool], int] = {}
+
+
+class Device(TorchDispatchMode):
+    """Follows what its thread queues on streams.
+
+    It raises where two streams use a tensor, one of them writing, and nothing orders them; and where memory goes back
+    to the stream that allocated it while another may still use it.
+    """
+
+    here = threading.local()
+
+    def __init__(self):
+        super().__init__()
+        self.streams = {name: Stream(name) for name in (KERNELS, SUMS, NETWORK)}
+        self.current = self.streams[KERNELS]
+        self.quiet = False
+        self._uses: dict[int, Uses] = {}
+
+    def __enter__(self):
+        self.here.device = self
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not self.quiet:
+            self._follow(function, args, kwargs or {}, result)
+        return result
+
+    def _follow(self, function, args, kwargs, result) -> None:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        names = function._schema.arguments
+        changed = [
+            value
+            for argument, value in [*zip(names, args), *((a, kwargs[a.name]) for a in names if a.name in kwargs)]
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        own = {x.untyped_storage()._cdata for x in given}
+        new = [x for x in made if x.untyped_storage()._cdata not in own]
+        if not new and not changed and made:  # views
+            return
+        for x in given:
+            if not any(x is y for y in changed):
+                self.use(x, self.current)
+        for x in (*changed, *new):
+            self.use(x, self.current, writes=True)
+
+    def use(self, tensor: torch.Tensor, stream: Stream, writes: bool = False) -> None:
+        self.look_for_freed()
+        if not tensor.numel():
+            return
+        storage = tensor.untyped_storage()
+        uses = self._uses.setdefault(storage._cdata, Uses(storage, self.current.name))
+        first = tensor.storage_offset()
+        last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        for (start, end, other, wrote), when in uses.last.items():
+            if (writes or wrote) and start <= last and first <= end:
+                assert stream.known[other] >= when, f"{stream.name} uses what {other} may still be using"
+        stream.known[stream.name] += 1
+        uses.last[first, last, stream.name, writes] = stream.known[stream.name]
+
+    def look_for_freed(self) -> None:
+        for key, uses in list(self._uses.items()):
+            if uses.reference.expired():
+                del self._uses[key]
+                for (_, _, other, _), when in uses.last.items():
+                    known = self.streams[uses.owner].known[other]
+                    assert known >= when, f"freed for {uses.owner} while {other} may still be using it"
+
+
+class StreamedExchange:
+    """A rank's messages as NCCL's process group does them: on a stream of its own, which waits for the stream that is
+    current when they are posted; and the stream that is current when they are waited for waits for them."""
+
+    def __init__(self, exchange: SimulatedExchange, device: Device):
+        self.rank, self._exchange, self._device = exchange.rank, exchange, device
+        self.posts: list[int] = []
+        """How far the network's stream is after each post."""
+
+    def post(self, sends: Sequence, receives: Sequence):
+        device, network = self._device, self._device.streams[NETWORK]
+        if sends or receives:
+            network.wait_stream(device.current)
+        for messages, writes in ((sends, False), (receives, True)):
+            for _, tensor in messages:
+                device.use(tensor, network, writes)
+        self.posts.append(network.known[NETWORK])
+        device.quiet = True
+        pending = self._exchange.post(sends, receives)
+        device.quiet = False
+        return StreamedPending(pending, device, network.record_event() if sends or receives else Counter())
+
+
+class StreamedPending:
+    def __init__(self, pending, device: Device, done: Counter[str]):
+        self._pending, self._device, self._done = pending, device, done
+
+    def wait(self) -> None:
+        self._device.quiet = True
+        self._pending.wait()
+        self._device.quiet = False
+        self._device.current.wait_event(self._done)
+        self._pending = None
+        self._device.look_for_freed()
+
+
+class Watched:
+    """A kernel that notes how far the network's stream surely is when it is called."""
+
+    def __init__(self, kernel, device: Device):
+        self._kernel, self._device = kernel, device
+        self.known: list[int] = []
+
+    def forward(self, *args):
+        return self._called(self._kernel.forward, *args)
+
+    def backward(self, *args):
+        return self._called(self._kernel.backward, *args)
+
+    def _called(self, function, *args):
+        self.known.append(self._device.streams[KERNELS].known[NETWORK])
+        return function(*args)
+
+
+class on_stream:
+    """`torch.cuda.stream`."""
+
+    def __init__(self, stream: Stream):
+        self._stream = stream
+
+    def __enter__(self):
+        device = Device.here.device
+        self._before, device.current = device.current, self._stream
+
+    def __exit__(self, *raised):
+        Device.here.device.current = self._before
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Ranks have the streams of a CUDA device."""
+    monkeypatch.setattr(ring, "GradientStream", lambda device: side_stream.GradientStream(torch.device("cuda", 0)))
+    monkeypatch.setattr(side_stream, "_beside", lambda device: Device.here.device.streams[SUMS])
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Device.here.device.current)
+
+
+def followed(mask, size, way=("p2p", 1)):
+    """What each rank's messages and kernel calls were, forward and backward, with its streams followed."""
+    layout, whole = zigzag(mask.length, size), tensors(mask, dtype=torch.float32)
+
+    def work(exchange):
+        with Device() as device:
+            streamed = StreamedExchange(exchange, device)
+            kernel = Watched(choose_kernel("cpu", "cpu"), device)
+            results = on_rank(streamed, layout, mask, whole, kernel, way=way)
+            device.look_for_freed()
+        assert all(x.isfinite().all() for x in results)
+        return exchange.rank, streamed, kernel
+
+    return run(size, work)
+
+
+@pytest.mark.parametrize("way", [("p2p", 1), ("all_gather", 1), ("a2a+p2p", 2)], ids=lambda way: way[0])
+@pytest.mark.parametrize("name", ["one document", "longer than a shard", "window"])
+def test_streams_wait_for_each_other_where_they_must(name, way, streams):
+    followed(MASKS[name], 4, way)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("size", [2, 5])
+def test_kernels_wait_for_their_keys_alone(size, beside, streams, monkeypatch):
+    """Not for what was posted after them: neither keys nor sums of gradients hold up kernels that do not need them. On
+    one stream the sums would, where there is a step for them to hold up."""
+    if not beside:
+        monkeypatch.setattr(ring, "GradientStream", side_stream.GradientStream)
+    mask, held_up = Mask(16 * size, whole_rows(1, 16 * size)), False
+    for rank, exchange, kernel in followed(mask, size):
+        plan = build_plan(zigzag(mask.length, size), mask, rank)
+        posts, expected = iter(exchange.posts), []
+        for backward in (False, True):
+            keys = None
+            for number, step in enumerate(plan.steps):
+                expected += [keys] * len(step.calls)
+                keys = next(posts, None) if number + 1 < size else None
+                if backward and number:
+                    next(posts)  # sums of gradients
+        assert len(expected) == len(kernel.known)
+        held_up |= any(known != must for known, must in zip(kernel.known, expected) if must)
+    assert held_up is (not beside and size > 2)
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [("follow", "may still be using"), ("keep", "freed for kernels"), ("join", "may still be using")],
+)
+def test_it_would_be_noticed(method, message, streams, monkeypatch):
+    """A stream that does not wait, does not keep what it uses, or is not waited for."""
+    monkeypatch.setattr(side_stream.GradientStream, method, lambda *args: None)
+    with pytest.raises(AssertionError, match=message):
+        followed(MASKS["one document"], 3)
+
+
+def test_elsewhere_a_lane_does_nothing():
+    stream = side_stream.GradientStream(torch.device("cpu"))
+    with stream:
+        stream.follow()
+        stream.keep(torch.zeros(1))
+    stream.join()
+    assert not any(isinstance(value, torch.Tensor) for value in vars(stream).values())

@@ -1,0 +1,81 @@
+"""What tests of models share: tiny ones, and batches for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from packaging.version import Version
+from transformers import masking_utils
+from transformers.distributed import DistributedConfig
+
+import hf_context_parallel as hcp
+from hf_context_parallel.verification.types import tiny
+from hf_context_parallel.verification.types.tiny import VOCABULARY
+
+needs_sharding_while_loading = pytest.mark.skipif(
+    not hasattr(DistributedConfig, "dp_replicate_size"),
+    reason="this version of Transformers does not shard a model that is trained over two dimensions",
+)
+needs_chunks_of_documents = pytest.mark.skipif(
+    not hasattr(masking_utils, "remap_positions_for_packed_sequence"),
+    reason="this version of Transformers counts chunks from the row's start, and packing is refused with them",
+)
+
+
+def needs_transformers(version: str, why: str):
+    """Where the installed version's models are not those that a test is about."""
+    return pytest.mark.skipif(Version(transformers.__version__) < Version(version), reason=why)
+
+
+def tiny_model(model_type: str, attention: str | None, dtype: torch.dtype = torch.float64, **changes):
+    """A tiny model of this type, the same for every value of `attention`."""
+    return tiny.tiny_model(tiny.tiny_config(model_type, **changes), attention, dtype)
+
+
+def context(**settings) -> hcp.ContextParallel:
+    """Context parallelism over all ranks of the process group, or over this process alone."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return hcp.ContextParallel(hcp.ContextParallelConfig(size=size, **settings))
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids `[rows, length]`, none of them special."""
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def some_labels(input_ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Labels of a third of the tokens."""
+    draw = torch.rand(input_ids.shape, generator=torch.Generator().manual_seed(seed))
+    return input_ids.masked_fill(draw > 1 / 3, -100)
+
+
+def document_positions(*lengths: int) -> torch.Tensor:
+    """Position ids `[1, sum]` of documents packed one after another."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+def reduced(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks."""
+    tensor = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, by the largest entry (or by 1e-8, where what is expected is rounding around 0)."""
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-8)).item()
+
+
+def labelled(rows: int = 2, length: int = 19, seed: int = 0) -> dict[str, torch.Tensor]:
+    input_ids = tokens(rows, length, seed)
+    return {"input_ids": input_ids, "labels": some_labels(input_ids, seed)}
+
+
+def label_at_padding() -> dict:
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[1, 12:] = 0
+    return {"input_ids": tokens(2, 19), "labels": tokens(2, 19), "attention_mask": mask}

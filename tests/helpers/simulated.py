@@ -1,0 +1,371 @@
+"""What the tests of attention share: a CP group simulated in one process, masks of every kind, and the dense truth."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_context_parallel.attention.kernels.base import Kernel
+from hf_context_parallel.distributed.messages import Message as Buffer
+from hf_context_parallel.planning.intervals import intersection
+from hf_context_parallel.planning.layout import FIXED_LAYOUTS, Layout
+from hf_context_parallel.planning.mask import Mask, Pattern, from_attention_mask, from_cu_seqlens
+from hf_context_parallel.planning.tiles import Band
+
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
+torch.set_num_threads(1)  # ranks are threads, and tensors small
+
+
+class Message(NamedTuple):
+    """A tensor's copy on the wire."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    content: torch.Tensor
+    """Its bytes."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Message:
+        return cls(tensor.shape, tensor.dtype, tensor.view(torch.uint8).clone())
+
+
+Label = tuple[int, int, int]
+"""Sender, receiver, and how many messages these two had posted before."""
+
+
+class Network:
+    """Messages under way between the ranks of a simulated group."""
+
+    def __init__(self, size: int, patience: float):
+        self.size = size
+        self.messages: dict[Label, Message] = {}
+        self._deadline = time.monotonic() + patience
+        self._changed = threading.Condition()
+        self._failed = False
+
+    @property
+    def time_left(self) -> float:
+        """Seconds until the ranks are given up."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def send(self, label: Label, message: Message) -> None:
+        with self._changed:
+            self.messages[label] = message
+            self._changed.notify_all()
+
+    def receive(self, label: Label) -> Message:
+        with self._changed:
+            self._changed.wait_for(lambda: label in self.messages or self._failed, self.time_left)
+            if label not in self.messages:
+                raise TimeoutError("message {2} from rank {0} to rank {1} never came".format(*label))
+            return self.messages.pop(label)
+
+    def fail(self) -> None:
+        """Let nobody wait any longer."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+
+class SimulatedExchange:
+    """One rank's end of a network that is as slow as an `Exchange` may be.
+
+    A message leaves when its sender waits for it, and what is to be received is NaN until its receiver waits. So a
+    buffer that is changed before its send was waited for, or read before its receive was, shows.
+    """
+
+    def __init__(self, network: Network, rank: int):
+        self.rank, self.size = rank, network.size
+        self._network = network
+        self._posted: Counter[tuple[int, int]] = Counter()
+
+    def post(self, sends: Sequence[Buffer], receives: Sequence[Buffer]) -> SimulatedPending:
+        for peer, tensor in (*sends, *receives):
+            assert peer != self.rank, "a rank talks to itself"
+            assert tensor.numel() and tensor.is_contiguous(), "a message is empty or not contiguous"
+        for _, tensor in receives:
+            tensor.fill_(float("nan"))
+        return SimulatedPending(
+            self._network,
+            outgoing=[(self._label(self.rank, peer), tensor, Message.of(tensor)) for peer, tensor in sends],
+            incoming=[(self._label(peer, self.rank), tensor) for peer, tensor in receives],
+        )
+
+    def _label(self, sender: int, receiver: int) -> Label:
+        self._posted[sender, receiver] += 1
+        return sender, receiver, self._posted[sender, receiver] - 1
+
+
+class SimulatedPending:
+    def __init__(self, network: Network, outgoing: list, incoming: list):
+        self._network, self._outgoing, self._incoming = network, outgoing, incoming
+
+    def wait(self) -> None:
+        for label, tensor, posted in self._outgoing:
+            unchanged = posted.content.equal(tensor.view(torch.uint8))
+            assert unchanged, "a buffer was changed before its send was waited for"
+            self._network.send(label, posted)
+        for label, tensor in self._incoming:
+            message = self._network.receive(label)
+            assert (message.shape, message.dtype) == (tensor.shape, tensor.dtype), "a receive does not fit its send"
+            tensor.view(torch.uint8).copy_(message.content)
+        self._outgoing = self._incoming = ()
+
+
+def run(size: int, function: Callable[[SimulatedExchange], Any], patience: float = 120.0) -> list:
+    """What `function(exchange)` returns on each rank of a simulated group. Ranks are threads.
+
+    Raises:
+        TimeoutError: if the ranks take longer than `patience` seconds; what a rank raises, the first to do so,
+        otherwise.
+    """
+    network = Network(size, patience)
+    results: list = [None] * size
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = function(SimulatedExchange(network, rank))
+        except BaseException as error:  # which pytest's own are
+            errors.append(error)
+            network.fail()
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(network.time_left + 1)  # a rank that waits for a message gives up by itself
+    if errors:
+        raise errors[0]
+    if any(thread.is_alive() for thread in threads):
+        raise TimeoutError(f"the ranks took longer than {patience} s")
+    assert not network.messages, f"messages that nobody received: {sorted(network.messages)}"
+    return results
+
+
+class Event(NamedTuple):
+    """What a rank did: "post" messages, "wait" for a post (by its number), or call a "kernel"."""
+
+    what: str
+    post: int | None = None
+
+
+class Log:
+    """What a rank did and sent. `exchange` and `kernel` wrap those of a rank."""
+
+    def __init__(self):
+        self.events: list[Event] = []
+        self.sent: Counter[tuple[torch.dtype, int]] = Counter()
+        """Bytes by dtype and receiving rank."""
+
+    def exchange(self, exchange: SimulatedExchange) -> LoggedExchange:
+        return LoggedExchange(exchange, self)
+
+    def kernel(self, kernel: Kernel) -> LoggedKernel:
+        return LoggedKernel(kernel, self)
+
+    def bytes_sent(self, dtype: torch.dtype) -> int:
+        return sum(count for (sent, _), count in self.sent.items() if sent == dtype)
+
+
+class LoggedExchange:
+    def __init__(self, exchange: SimulatedExchange, log: Log):
+        self.rank, self.size = exchange.rank, exchange.size
+        self._exchange, self._log, self._posts = exchange, log, 0
+
+    def post(self, sends: Sequence[Buffer], receives: Sequence[Buffer]) -> LoggedPending:
+        for peer, tensor in sends:
+            self._log.sent[tensor.dtype, peer] += tensor.nbytes
+        self._log.events.append(Event("post", self._posts))
+        self._posts += 1
+        return LoggedPending(self._exchange.post(sends, receives), self._log, self._posts - 1)
+
+
+class LoggedPending:
+    def __init__(self, pending: SimulatedPending, log: Log, post: int):
+        self._pending, self._log, self._post = pending, log, post
+
+    def wait(self) -> None:
+        self._log.events.append(Event("wait", self._post))
+        self._pending.wait()
+
+
+class LoggedKernel:
+    def __init__(self, kernel: Kernel, log: Log):
+        self._kernel, self._log = kernel, log
+
+    def forward(self, *args):
+        self._log.events.append(Event("kernel"))
+        return self._kernel.forward(*args)
+
+    def backward(self, *args):
+        self._log.events.append(Event("kernel"))
+        return self._kernel.backward(*args)
+
+
+class LiveBuffers(TorchDispatchMode):
+    """Counts the buffers alive at a time, views of one being one, whose rows have a given shape and dtype.
+
+    It sees the tensors that its thread makes or touches while it is on. `most` is the largest number of buffers, and
+    `most_rows` of rows in them.
+    """
+
+    def __init__(self, row: Sequence[int], dtype: torch.dtype):
+        super().__init__()
+        self.most = self.most_rows = 0
+        self._row, self._dtype = tuple(row), dtype
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == self._dtype and tensor.shape[1:] == self._row:
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                rows = storage.nbytes() // (tensor.element_size() * tensor[:1].numel()) if len(tensor) else 0
+                if rows:
+                    self._alive.setdefault(reference.cdata, (reference, rows))
+        self._alive = {key: buffer for key, buffer in self._alive.items() if not buffer[0].expired()}
+        self.most = max(self.most, len(self._alive))
+        self.most_rows = max(self.most_rows, sum(rows for _, rows in self._alive.values()))
+        return result
+
+
+class LargestTensor(TorchDispatchMode):
+    """Finds the elements of the largest tensor that its thread makes while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+def allowed(mask: Mask) -> torch.Tensor:
+    """Which keys each query reads: `[B, S, S]`, a boolean matrix a row."""
+    document_of = torch.full((len(mask.rows), mask.length), -1)
+    for row, documents in enumerate(mask.rows):
+        for number, document in enumerate(documents):
+            for start, stop in document:
+                document_of[row, start:stop] = number
+    seen = (document_of[:, :, None] == document_of[:, None]) & (document_of >= 0)[:, :, None]
+    pattern, index = mask.pattern, torch.arange(mask.length)
+    distance = index[:, None] - index
+    if pattern.causal:
+        seen &= distance >= 0
+    if pattern.sliding_window is not None:
+        seen &= distance.abs() < pattern.sliding_window
+    if pattern.chunk_size is not None:
+        first = torch.zeros(len(mask.rows), mask.length, dtype=torch.long)
+        for row, documents in enumerate(mask.rows):
+            for document in documents:
+                first[row, document[0][0] : document[-1][1]] = document[0][0]
+        chunk = (index - first) // pattern.chunk_size
+        seen &= chunk[:, :, None] == chunk[:, None]
+    return seen
+
+
+def in_band(queries: int, keys: int, band: Band) -> torch.Tensor:
+    """Which keys of a tile each query reads: a boolean matrix."""
+    ahead = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    inside = torch.ones(queries, keys, dtype=torch.bool)
+    if band.left is not None:
+        inside &= ahead >= -band.left
+    if band.right is not None:
+        inside &= ahead <= band.right
+    return inside
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, Q, H, D_v]`, and LSE `[B, Q, H]` without gradient, of the keys that `seen`, `[B, Q, K]`, says.
+
+    The definition, in the dtype given. A query that sees nothing has output 0 and an LSE of -inf. Weights are
+    multiplied by `kept`, `[B, H, Q, K]`.
+    """
+    heads = query.shape[2] // key.shape[2]
+    key, value = key.repeat_interleave(heads, 2), value.repeat_interleave(heads, 2)
+    scores, seen = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale, seen[:, None]
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    visible = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)
+    if sinks is not None:
+        visible = torch.cat([visible, sinks[:, None, None].expand(*visible.shape[:3], 1)], dim=-1)
+    weights = visible.softmax(-1)[..., : seen.shape[-1]] * seen
+    if kept is not None:
+        weights = weights * kept
+    lse = scores.detach().masked_fill(~seen, float("-inf")).logsumexp(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value), lse.transpose(1, 2)
+
+
+def cut(edges: Sequence[int], length: int) -> tuple:
+    """The documents of one row that begin at these positions."""
+    return from_cu_seqlens(torch.tensor([0, *edges, length]), length)
+
+
+def padded(visible: Sequence[bool]) -> tuple:
+    """The one document of a row that has padding where `visible` is False."""
+    return from_attention_mask(torch.tensor([visible]))[0]
+
+
+SMALL = st.integers(1, 9)
+"""Group sizes for what is done on all ranks."""
+
+
+@st.composite
+def rows(draw, length: int) -> tuple:
+    """The documents of one row: cut anywhere, empty ones included, with padding anywhere, or both."""
+    kind = draw(st.sampled_from(["whole", "cut", "padded", "cut and padded"]))
+    edges = draw(st.lists(st.integers(0, length), max_size=12).map(sorted)) if "cut" in kind else ()
+    if "padded" not in kind:
+        return cut(edges, length)
+    first, last = draw(st.tuples(st.integers(0, length), st.integers(0, length)).map(sorted))
+    holes = draw(st.sets(st.integers(0, length - 1), max_size=6))
+    visible = padded([first <= position < last and position not in holes for position in range(length)])
+    if not visible or kind == "padded":
+        return visible
+    documents = (tuple(intersection(list(document), list(visible[0]))) for document in cut(edges, length))
+    return tuple(document for document in documents if document)
+
+
+def patterns(length: int) -> st.SearchStrategy[Pattern]:
+    """Patterns with windows and chunks of any size that matters, together and alone."""
+    size = st.none() | st.integers(1, length + 1)
+    return st.builds(Pattern, st.booleans(), size, size)
+
+
+@st.composite
+def layouts(draw, max_length: int = 40, sizes: st.SearchStrategy[int] = SMALL) -> Layout:
+    """A layout of any kind."""
+    return FIXED_LAYOUTS[draw(st.sampled_from(sorted(FIXED_LAYOUTS)))](draw(st.integers(1, max_length)), draw(sizes))
+
+
+@st.composite
+def cases(draw, **kwargs) -> tuple[Layout, Mask]:
+    """A layout, and a mask of a few rows for it."""
+    layout = draw(layouts(**kwargs))
+    documents = draw(st.lists(rows(layout.length), min_size=1, max_size=3))
+    return layout, Mask(layout.length, tuple(documents), draw(patterns(layout.length)))

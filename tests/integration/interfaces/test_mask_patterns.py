@@ -1,0 +1,98 @@
+"""What is read of Transformers' mask functions, against the masks that Transformers makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, masking_utils
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.gemma3.modeling_gemma3 import _bidirectional_window_overlay
+
+from hf_context_parallel.integration.interfaces.mask_patterns import read_pattern
+from hf_context_parallel.planning.mask import Mask, Pattern, from_attention_mask, from_position_ids
+from tests.helpers.models import needs_chunks_of_documents
+from tests.helpers.simulated import allowed
+
+LENGTH = 24
+KINDS = {
+    "causal": ("create_causal_mask", {}, Pattern()),
+    "bidirectional": ("create_bidirectional_mask", {}, Pattern(causal=False)),
+    "window": ("create_sliding_window_causal_mask", {}, Pattern(sliding_window=5)),
+    "bidirectional window, as ModernBERT's": (
+        "create_bidirectional_sliding_window_mask",
+        {},
+        Pattern(causal=False, sliding_window=6),
+    ),
+    "bidirectional window, as Gemma 3's": (
+        "create_sliding_window_causal_mask",
+        {"or_mask_function": _bidirectional_window_overlay(5)},
+        Pattern(causal=False, sliding_window=5),
+    ),
+    "all, as Gemma 3's": (
+        "create_causal_mask",
+        {"or_mask_function": lambda *args: torch.tensor(True)},
+        Pattern(causal=False),
+    ),
+    "chunks": ("create_chunked_causal_mask", {}, Pattern(chunk_size=7)),
+    "no image": ("create_causal_mask", {"block_sequence_ids": torch.full((2, LENGTH), -1)}, Pattern()),
+}
+PACKED = torch.cat([torch.arange(n) for n in (9, 1, 14)])[None].expand(2, -1)
+
+
+def masks_of(kind: str, **batch) -> tuple[torch.Tensor, Pattern]:
+    """Transformers' own mask, and what is read of the function that describes it."""
+    name, arguments, _ = KINDS[kind]
+    described = []
+
+    def listen(*args, **kwargs):
+        described.append(read_pattern(kwargs["mask_function"], "a model"))
+        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("allow_")}
+        return sdpa_mask(*args, **kwargs, allow_is_causal_skip=False)
+
+    AttentionMaskInterface.register("listening", listen)
+    config = AutoConfig.for_model("llama", sliding_window=5, attention_chunk_size=7)
+    config._attn_implementation = "listening"
+    taken = {"attention_mask": None, "past_key_values": None, **batch, **arguments}
+    if "bidirectional" in name:  # which looks at no positions, and documents are in the plan
+        taken.pop("position_ids", None)
+    made = getattr(masking_utils, name)(config=config, inputs_embeds=torch.zeros(2, LENGTH, 4), **taken)
+    return made[:, 0], described[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_masked_as_transformers_does(kind):
+    made, pattern = masks_of(kind)
+    assert pattern == KINDS[kind][2]
+    assert made.equal(allowed(Mask(LENGTH, ((((0, LENGTH),),),) * 2, pattern)))
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", pytest.param("chunks", marks=needs_chunks_of_documents)])
+def test_packed_documents_are_masked_as_transformers_does(kind):
+    made, pattern = masks_of(kind, position_ids=PACKED)
+    assert made.equal(allowed(Mask(LENGTH, from_position_ids(PACKED), pattern)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_masked_as_transformers_does(kind, side):
+    padding = torch.ones(2, LENGTH, dtype=torch.long)
+    padding[0, :10] = 0
+    padding = padding if side == "left" else padding.flip(1)
+    made, pattern = masks_of(kind, attention_mask=padding)
+    real = padding.bool()
+    seen = allowed(Mask(LENGTH, from_attention_mask(padding), pattern))
+    assert made[real].equal(seen[real])  # what padding reads does not matter
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"and_mask_function": lambda batch, head, query, key: query > key}, "masks attention by '<lambda>'"),
+        ({"or_mask_function": lambda batch, head, query, key: key < 3}, "masks attention by '<lambda>'"),
+        ({"block_sequence_ids": torch.zeros(2, LENGTH, dtype=torch.long)}, "masks attention by 'blockwise_overlay"),
+    ],
+)
+def test_a_mask_that_is_not_known_is_refused_by_name(arguments, message, monkeypatch):
+    monkeypatch.setitem(KINDS, "other", ("create_causal_mask", arguments, None))
+    with pytest.raises(ValueError, match=message):
+        masks_of("other")

@@ -1,0 +1,330 @@
+"""Modules that see whole sequences, and models that are wrapped, compiled, checkpointed or drop out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from hf_context_parallel.integration.mixers.resharding import deal
+from hf_context_parallel.verification.types.check import finite_masks
+from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
+from tests.helpers.models import context, document_positions, needs_chunks_of_documents, some_labels, tokens
+
+HYBRIDS = ("jamba", "bloom")
+
+
+def batch_of(rows: int = 1, length: int = 30, **others) -> dict[str, torch.Tensor]:
+    input_ids = tokens(rows, length)
+    return {"input_ids": input_ids, "labels": some_labels(input_ids), **others}
+
+
+def loss_and_gradients(model, batch, cp, prepare=lambda model: model) -> list[torch.Tensor]:
+    """The sums over the ranks of the loss and of every gradient."""
+    model.zero_grad(set_to_none=True)
+    run = prepare(model)
+    with cp.shard(batch, run) as local:
+        loss = run(**local).loss
+        loss.backward()
+    results = [loss.detach()] + [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    results = [torch.zeros(()) if x is None else x.clone() for x in results]
+    for result in results:
+        if dist.is_initialized():
+            dist.all_reduce(result)
+    return results
+
+
+def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    assert len(found) == len(expected) > 1
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in zip(found, expected))
+
+
+@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 6), st.integers(0, 5))
+def test_sequences_are_dealt_evenly(lengths, size, turn):
+    owners = deal(lengths, size, turn % size)
+    loads = [sum(length for length, owner in zip(lengths, owners) if owner == rank) for rank in range(size)]
+    assert len(owners) == len(lengths)
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+    if lengths:
+        assert owners[lengths.index(max(lengths))] == turn % size
+
+
+def checkpointing_difference(model_type: str, reentrant: bool) -> float:
+    cp, batch = context(), batch_of(1, 30, position_ids=document_positions(17, 1, 12))
+    model = tiny_model(tiny_config(model_type), "context_parallel").train()
+    expected = loss_and_gradients(model, batch, cp)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return largest_difference(loss_and_gradients(model, batch, cp), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_recomputation_is_resharded_too(on_ranks, model_type, reentrant):
+    assert max(on_ranks(3, checkpointing_difference, model_type, reentrant)) < 1e-12
+
+
+def adapter_difference(model_type: str) -> float:
+    """LoRA on all linear layers, against the same on one process."""
+    cp, batch = context(), batch_of(2, 23)
+    adapters = []
+    for attention in ("context_parallel", "eager"):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        adapters.append(get_peft_model(tiny_model(tiny_config(model_type), attention), config))
+    found = loss_and_gradients(adapters[0], batch, cp)
+    whole = adapters[1]
+    with finite_masks():
+        loss = whole(**batch, use_cache=False).loss
+    loss.backward()
+    expected = [loss.detach()] + [parameter.grad for parameter in whole.parameters() if parameter.requires_grad]
+    return largest_difference(found, expected)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "lfm2", "gemma2", "gpt_oss"])
+def test_adapters_on_all_of_a_model_are_exact(on_ranks, model_type):
+    assert max(on_ranks(2, adapter_difference, model_type)) < 2e-6  # norms and softmax compute in float32
+
+
+def compiled_difference(model_type: str) -> float:
+    cp, batch = context(), batch_of(2, 24)
+    model = tiny_model(tiny_config(model_type), "context_parallel", torch.float32)
+    expected = loss_and_gradients(model, batch, cp)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    return largest_difference(loss_and_gradients(model, batch, cp, lambda _: compiled), expected)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model_type", ["gemma3_text", "jamba"])
+def test_a_compiled_model_is_exact(on_ranks, model_type):
+    assert max(on_ranks(2, compiled_difference, model_type)) < 1e-4
+
+
+def test_forwards_are_a_models_own_again_after_a_block():
+    model = tiny_model(tiny_config("lfm2"), "context_parallel")
+    cp = context()
+    with cp.shard(batch_of(), model) as outer:
+        model(**outer)
+        replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+        with cp.shard(batch_of(length=12), model) as inner:
+            model(**inner)
+        model(**outer).loss.backward()
+    assert replaced and not any("forward" in vars(module) for module in model.modules())
+
+
+def perturbed(model_type: str) -> tuple[float, float, float]:
+    """How far outputs of documents 1 and 2, and the gradients of document 2's embeddings, move with a token of 1."""
+    cp, positions = context(), document_positions(13, 9, 8)
+    model = tiny_model(tiny_config(model_type), "context_parallel")
+    ids = tokens(1, 30)
+    changed = ids.clone()
+    changed[0, 4] = 3 + (changed[0, 4] - 2) % 60
+    results = []
+    for input_ids in (ids, changed):
+        embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+        with cp.shard({"inputs_embeds": embeds, "position_ids": positions}, model) as local:
+            logits = cp.gather(model(**local).logits)
+            weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=logits.dtype)
+            (logits[:, 13:22] * weights[:, 13:22]).sum().div(cp.size).backward()
+        dist.all_reduce(embeds.grad)
+        results.append((logits.detach(), embeds.grad))
+    (a, grad_a), (b, grad_b) = results
+    assert (grad_a[:, :13] == 0).all() and (grad_a[:, 22:] == 0).all() and (grad_a[:, 13:22] != 0).any()
+    first = (a - b)[:, 4:13].abs().max().item()
+    return first, (a - b)[:, 13:].abs().max().item(), (grad_a - grad_b).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("llama", "gemma3_text", "bert", "lfm2", "qwen3_next", "mamba"),
+        pytest.param("llama4_text", marks=needs_chunks_of_documents),
+    ],
+)
+def test_a_document_does_not_notice_another(on_ranks, model_type):
+    """No bit of it moves; in a mixture of experts, only rounding, since tokens are computed in other places."""
+    for first, others, gradients in on_ranks(3, perturbed, model_type):
+        assert first > 1e-4
+        bound = 1e-9 if model_type in ("llama4_text", "qwen3_next") else 0.0
+        assert others <= bound and gradients <= bound
+
+
+# Dropout
+
+
+def dropped_entries(seed: int) -> tuple[list, list[float]]:
+    """Which entries of the first dropout are 0 on this rank, twice; and the shared stream's next number after each."""
+    cp = context()
+    model = tiny_model(tiny_config("gpt2", embd_pdrop=0.5), "context_parallel").train()
+    patterns, following = [], []
+    model.transformer.drop.register_forward_hook(lambda module, args, output: patterns.append((output == 0).tolist()))
+    for _ in range(2):
+        torch.manual_seed(seed)
+        with cp.shard(batch_of(1, 20), model) as local:
+            model(**local).loss.backward()
+        following.append(torch.rand(()).item())
+    return patterns, following
+
+
+def test_ranks_drop_other_entries_and_the_same_ones_again(on_ranks):
+    (first, after), (second, _) = results = on_ranks(2, dropped_entries, 7)
+    assert first[0] == first[1] and second[0] == second[1] and first[0] != second[0]
+    assert len({number for _, numbers in results for number in numbers}) == 1 and len(after) == 2
+    (other, _), _ = on_ranks(2, dropped_entries, 8)
+    assert other[0] != first[0]
+
+
+def dropout_and_recomputation(reentrant: bool) -> float:
+    changes = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.2}
+    cp, batch = context(), batch_of(2, 20)
+    model = tiny_model(tiny_config("gpt2", **changes), "context_parallel").train()
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(3)
+        results.append(loss_and_gradients(model, batch, cp))
+    return largest_difference(*results)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_drops_the_same(on_ranks, reentrant):
+    assert max(on_ranks(3, dropout_and_recomputation, reentrant)) < 1e-12
+
+
+def mean_losses_with_dropout() -> tuple[float, float, float]:
+    """Mean losses of 200 seeds on shards and of 200 on one process, and the standard error of their difference."""
+    changes = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.3}
+    cp, batch = context(), batch_of(1, 24)
+    sharded, whole = (tiny_model(tiny_config("gpt2", **changes), x).train() for x in ("context_parallel", None))
+    losses = torch.zeros(2, 200, dtype=torch.float64)
+    with torch.no_grad():
+        for seed in range(200):
+            torch.manual_seed(seed)
+            with cp.shard(batch, sharded) as local:
+                loss = sharded(**local).loss
+            dist.all_reduce(loss)
+            losses[0, seed] = loss
+            losses[1, seed] = whole(**batch, use_cache=False).loss
+    spread = (losses.var(dim=1).sum() / 200).sqrt()
+    return losses[0].mean().item(), losses[1].mean().item(), spread.item()
+
+
+def test_dropout_is_that_of_one_process_in_distribution(on_ranks):
+    for sharded, whole, spread in on_ranks(2, mean_losses_with_dropout):
+        assert spread > 0 and abs(sharded - whole) < 4 * spread
+
+
+# Wrapped
+
+
+def data_parallel_difference(model_type: str) -> float:
+    """DDP over the ranks of the group, against no wrapper."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    cp, batch = context(), batch_of(1, 26)
+    model = tiny_model(tiny_config(model_type), "context_parallel")
+    expected = loss_and_gradients(model, batch, cp)
+    model.zero_grad(set_to_none=True)
+    wrapped = DistributedDataParallel(model)
+    with cp.shard(batch, wrapped) as local:
+        loss = wrapped(**local).loss
+        loss.backward()
+    loss = loss.detach().clone()
+    dist.all_reduce(loss)
+    return largest_difference([loss, *(parameter.grad * cp.size for parameter in model.parameters())], expected)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mamba", "mamba2"])
+def test_a_data_parallel_model_is_exact(on_ranks, model_type):
+    """Sinks' gradients, and those of modules that one rank alone computes, are averaged as they should be."""
+    assert max(on_ranks(3, data_parallel_difference, model_type)) < 1e-12
+
+
+def fully_sharded_difference(model_type: str) -> float:
+    """FSDP2 over the ranks of the group, against no wrapper."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    cp, batch = context(), batch_of(1, 26)
+    expected = loss_and_gradients(tiny_model(tiny_config(model_type), "context_parallel"), batch, cp)
+    model = tiny_model(tiny_config(model_type), "context_parallel")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with cp.shard(batch, model) as local:
+        loss = model(**local).loss
+        loss.backward()
+    loss = loss.detach().clone()
+    dist.all_reduce(loss)
+    grads = [parameter.grad for parameter in model.parameters()]
+    full = [grad.full_tensor() * cp.size if isinstance(grad, DTensor) else grad for grad in grads]  # from mean to sum
+    return largest_difference([loss, *full], expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "lfm2", "jamba"])
+def test_a_fully_sharded_model_is_exact(on_ranks, model_type):
+    assert max(on_ranks(2, fully_sharded_difference, model_type)) < 1e-12
+
+
+# What depends on more than the shard
+
+
+def loss_with_offset(model_type: str) -> float:
+    """Positions that do not begin at 0."""
+    cp, batch = context(), batch_of(2, 37)
+    batch["position_ids"] = torch.arange(50, 87).expand(2, -1).clone()
+    found = loss_and_gradients(tiny_model(tiny_config(model_type), "context_parallel"), batch, cp)
+    whole = tiny_model(tiny_config(model_type), None)
+    with finite_masks():
+        loss = whole(**batch, use_cache=False).loss
+    loss.backward()
+    return largest_difference(found, [loss.detach()] + [parameter.grad for parameter in whole.parameters()])
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "llama", "bloom"])
+def test_positions_need_not_begin_at_0(on_ranks, model_type):
+    """Llama 4's temperature goes by a token's index, its RoPE by its position."""
+    assert max(on_ranks(2, loss_with_offset, model_type)) < 2e-6  # norms and softmax compute in float32
+
+
+def refusal_without_a_dictionary(model_type: str) -> str:
+    model = tiny_model(tiny_config(model_type), "context_parallel")
+    with (
+        pytest.raises(ValueError) as refusal,
+        context().shard({**batch_of(2, 24), "return_dict": False}, model) as local,
+    ):
+        model(**local)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "xlnet"])
+def test_a_loss_that_is_put_right_needs_a_dictionary(on_ranks, model_type):
+    for told in on_ranks(2, refusal_without_a_dictionary, model_type):
+        assert f"return_dict=False: the loss of a {model_type} is a mean over its shard" in told
+
+
+def refusal_of_generating() -> str:
+    model = tiny_model(tiny_config("llama"), "context_parallel")
+    with pytest.raises(ValueError) as refusal, context().shard({"input_ids": tokens(1, 13)}, model) as local:
+        model.generate(local["input_ids"], max_new_tokens=2, pad_token_id=0)
+    return str(refusal.value)
+
+
+def test_generating_inside_of_a_batch_is_refused_on_every_rank(on_ranks):
+    """Of 13 tokens one rank alone has padding, and so a mask that is not of ones."""
+    assert all("outside the block" in told for told in on_ranks(2, refusal_of_generating))
+
+
+def runs_as_users_run_it(model_type: str) -> bool:
+    model = tiny_model(tiny_config(model_type), "context_parallel")
+    with context().shard(batch_of(2, 24), model) as local:
+        return bool(model(**local).loss.isfinite())
+
+
+@pytest.mark.parametrize("model_type", ["blt", "emu3", "mllama"])
+def test_what_is_known_as_exact_is_not_refused(on_ranks, model_type):
+    assert all(on_ranks(2, runs_as_users_run_it, model_type))

@@ -1,0 +1,183 @@
+"""Models of every supported type, sharded, against the same model whole: loss, logits, and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_context_parallel.data import shard
+from hf_context_parallel.integration.active_batch import active_batch
+from hf_context_parallel.planning import balanced
+from hf_context_parallel.planning.balanced import padded_layout
+from hf_context_parallel.verification.types import check as checks
+from hf_context_parallel.verification.types.tiny import tiny_config
+from tests.helpers.models import context, document_positions, error, reduced, some_labels, tiny_model, tokens
+
+EXACT = ("gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
+
+
+def dense():
+    input_ids = tokens(2, 37)
+    return {"input_ids": input_ids, "labels": some_labels(input_ids)}
+
+
+def one_rank_without_targets():
+    input_ids = tokens(1, 32)
+    labels = input_ids.clone()
+    labels[:, 5:] = -100  # the targets are all in the first chunk
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def packed():
+    positions = document_positions(11, 1, 2, 20, 7)
+    input_ids = tokens(1, positions.shape[1])
+    return {"input_ids": input_ids, "labels": some_labels(input_ids), "position_ids": positions}
+
+
+def padded(side: str):
+    input_ids = tokens(3, 29)
+    mask = torch.ones_like(input_ids)
+    for row, padding in ((0, 9), (1, 24)):
+        mask[row, :padding] = 0
+    if side == "right":
+        mask = mask.flip(1)
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+def padded_inside():
+    input_ids = tokens(2, 31)
+    mask = torch.ones_like(input_ids)
+    mask[0, 4:7] = mask[1, 12] = mask[1, 15:20] = 0
+    labels = input_ids.masked_fill(mask == 0, -100)
+    labels[:, 1:][mask[:, :-1] == 0] = -100
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+
+
+BATCHES = {
+    "dense": dense(),
+    "one rank without targets": one_rank_without_targets(),
+    "packed": packed(),
+    "padded on the left": padded("left"),
+    "padded on the right": padded("right"),
+    "padded inside": padded_inside(),
+    "fewer tokens than ranks": {"input_ids": tokens(1, 3), "labels": tokens(1, 3)},
+}
+
+
+def errors_of_a_model(model_type: str, names: list[str], options: dict) -> dict[str, tuple[float, float, float]]:
+    """For each batch: how far loss, logits and gradients are from the whole model's, by the tensors' largest entry."""
+    cp = context(**options)
+    whole, sharded = tiny_model(model_type, None), tiny_model(model_type, "context_parallel")
+    errors = {}
+    for name in names:
+        batch = BATCHES[name]
+        whole.zero_grad()
+        sharded.zero_grad()
+        expected = whole(**batch, use_cache=False)
+        expected.loss.backward()
+        with cp.shard(batch, sharded) as local:
+            found = sharded(**local)
+            found.loss.backward()
+            logits = cp.gather(found.logits)
+        assert not found.loss.isnan()
+        loss = reduced(found.loss)
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        gradients = [
+            error(reduced(torch.zeros_like(a) if a.grad is None else a.grad), b.grad)
+            for a, b in zip(sharded.parameters(), whole.parameters())
+        ]
+        errors[name] = error(loss, expected.loss), error(logits[real], expected.logits[real]), max(gradients)
+    return errors
+
+
+def check(results) -> None:
+    for errors in results:
+        for name, (loss, logits, gradients) in errors.items():
+            assert loss < 1e-6, (name, loss)
+            assert logits < 1e-7, (name, logits)
+            assert gradients < 1e-7, (name, gradients)
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_every_supported_type_is_exact_on_three_ranks(on_ranks, model_type):
+    check(on_ranks(3, errors_of_a_model, model_type, list(BATCHES), {}))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_other_group_sizes_and_layouts_are_exact(on_ranks, ranks, layout):
+    check(on_ranks(ranks, errors_of_a_model, "qwen3", list(BATCHES), {"layout": layout}))
+
+
+def errors_of_a_balanced_model(model_type: str) -> tuple[dict, bool]:
+    """Errors with chunks as small as they can be, and whether any batch was dealt otherwise than in zigzag."""
+    dealt = []
+
+    def noting(*how):
+        dealt.append(padded_layout(*how))
+        return dealt[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balanced, "FINEST", 1)
+        patch.setattr(balanced, "LEAST", 1)
+        patch.setattr(shard, "padded_layout", noting)
+        found, _ = checks.errors(tiny_config(model_type), {"layout": "balanced"})
+    return found, any(len(layout.chunk_owners) > 2 * layout.size for layout in dealt)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "bloom"])
+def test_a_balanced_layout_is_exact(on_ranks, model_type):
+    """With windows; with convolutions and scans; and where sequences are whole."""
+    for found, otherwise in on_ranks(3, errors_of_a_balanced_model, model_type):
+        assert otherwise
+        assert all(max(of_kind.loss, of_kind.gradients) < 1e-9 for of_kind in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "comm_type"),
+    [
+        (2, "a2a"),
+        (3, "all_gather"),
+        (4, "a2a+p2p"),
+        (2, "auto"),
+        (2, ["a2a", "all_gather"]),
+        (2, {"full_attention": "a2a", "sliding_attention": "p2p"}),
+    ],
+    ids=str,
+)
+def test_other_ways_to_communicate_are_exact(on_ranks, ranks, comm_type):
+    """In a model with windows in every other layer, sinks, and fewer key heads than query heads."""
+    for found, _ in on_ranks(ranks, checks.errors, tiny_config("gpt_oss"), {"comm_type": comm_type}):
+        assert all(max(of_kind.loss, of_kind.gradients) < 1e-9 for of_kind in found.values()), found
+
+
+def strategies_of_layers(comm_type) -> list[str]:
+    model = tiny_model("gpt_oss", "context_parallel")
+    cp = context(comm_type=comm_type)
+    with cp.shard(BATCHES["dense"], model) as local:
+        model(**local)
+        return [strategy.comm_type for strategy in active_batch().strategies.values()]
+
+
+def test_every_layer_communicates_as_it_is_told(on_ranks):
+    assert on_ranks(2, strategies_of_layers, ["a2a", "all_gather"]) == [["a2a", "all_gather"]] * 2
+    by_type = {"full_attention": "all_gather", "sliding_attention": "p2p"}
+    assert on_ranks(2, strategies_of_layers, by_type) == [["p2p", "all_gather"]] * 2
+
+
+def message(comm_type, **options) -> str:
+    model = tiny_model("gpt_oss", "context_parallel")
+    try:
+        with context(comm_type=comm_type, **options).shard(BATCHES["dense"], model) as local:
+            model(**local)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_does_not_fit_a_model_is_refused_on_all_ranks(on_ranks):
+    for comm_type, part in (
+        (["a2a"] * 3, "comm_type lists 3 entries and the model has 2 layers"),
+        ({"sliding_attention": "p2p"}, "comm_type says nothing of full_attention layers"),
+    ):
+        assert all(part in text for text in on_ranks(2, message, comm_type))

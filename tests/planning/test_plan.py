@@ -1,0 +1,323 @@
+"""Plans, carried out on token numbers: every pair once, nothing moved that nobody reads, nothing lost."""
+
+import pickle
+from collections import defaultdict, deque
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_context_parallel.planning import mask as masks
+from hf_context_parallel.planning.intervals import total, union
+from hf_context_parallel.planning.layout import contiguous, zigzag
+from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
+from hf_context_parallel.planning.plan import build_plan
+from hf_context_parallel.planning.tiles import FULL
+from tests.helpers.simulated import allowed, cases, cut, in_band, layouts
+
+
+def numbers(layout, mask, rank):
+    """This rank's tokens in their order, each by its number in the whole batch: row * length + position."""
+    positions = layout.positions(rank).numpy()
+    return (np.arange(len(mask.rows))[:, None] * layout.length + positions).reshape(-1)
+
+
+def seen_by(mask, queries):
+    """Of which tokens of the batch the queries, by number, read the keys: a boolean matrix."""
+    matrix = np.zeros((len(queries), len(mask.rows) * mask.length), dtype=bool)
+    per_row = allowed(mask).numpy()
+    for index, query in enumerate(queries):
+        row, position = divmod(int(query), mask.length)
+        matrix[index, row * mask.length : (row + 1) * mask.length] = per_row[row, position]
+    return matrix
+
+
+def tiles(step):
+    """The (query range, key range, band) of a step's calls."""
+    return [(*ranges, call.band) for call in step.calls for ranges in zip(call.queries, call.keys)]
+
+
+def computed_by(plan, buffers, shape):
+    """How often the plan computes each pair of its queries and all tokens, which `buffers` number for each step."""
+    count = np.zeros(shape, dtype=int)
+    for step, keys in zip(plan.steps, buffers):
+        for (q0, q1), (k0, k1), band in tiles(step):
+            count[q0:q1, keys[k0:k1]] += in_band(q1 - q0, k1 - k0, band).numpy()
+    return count
+
+
+def check_calls(plan):
+    """What kernels rely on: no empty tile, every query of it reads and every key is read, limits that are not negative
+    and none where all is read, queries of a call ascending and apart."""
+    for step in plan.steps:
+        for call in step.calls:
+            assert call.queries and len(call.queries) == len(call.keys)
+            assert all(start < stop for start, stop in (*call.queries, *call.keys))
+            assert all(before[1] <= after[0] for before, after in zip(call.queries, call.queries[1:]))
+            assert all(limit is None or limit >= 0 for limit in call.band)  # FlashAttention: -1 is no limit
+            for (q0, q1), (k0, k1) in zip(call.queries, call.keys):
+                tile = in_band(q1 - q0, k1 - k0, call.band)
+                assert tile.any(0).all() and tile.any(1).all()
+                assert tile.all() == (call.band == FULL) or q1 - q0 == k1 - k0 == 1
+            for ranges, runs in ((call.queries, call.query_runs), (call.keys, call.key_runs)):
+                assert [i for r in ranges for i in range(*r)] == [i for r in runs for i in range(*r)]
+
+
+def check_buffers(plan):
+    """Every key that is received is read, and is received once; gradients join where they came from."""
+    for step in plan.steps[1:]:
+        everything = [(0, step.tokens)] if step.tokens else []
+        assert union(keys for _, keys, _ in tiles(step)) == everything
+        for transfers in (step.receives, step.grad_sends):
+            ranges = [(transfer.start, transfer.stop) for transfer in transfers]
+            assert union(ranges) == everything and total(ranges) == step.tokens
+
+
+def deliver(sends, receives):
+    """Messages between all ranks: for each rank what arrives for its `receives`, in their order.
+
+    Args:
+        sends: for each rank, (receiver, tokens) in the order posted.
+        receives: for each rank, (sender, how many tokens) in the order posted.
+    """
+    under_way = defaultdict(deque)
+    for sender, messages in enumerate(sends):
+        for receiver, tokens in messages:
+            assert receiver != sender and len(tokens)
+            under_way[sender, receiver].append(tokens)
+    arrived = []
+    for receiver, expected in enumerate(receives):
+        arrived.append([under_way[sender, receiver].popleft() for sender, _ in expected])
+        assert [len(tokens) for tokens in arrived[-1]] == [count for _, count in expected]
+    assert not any(under_way.values()), "sent and never received"
+    return arrived
+
+
+def outgoing(transfers, buffer):
+    return [(transfer.peer, buffer[transfer.start : transfer.stop]) for transfer in transfers]
+
+
+def incoming(*transfers):
+    return [(transfer.peer, transfer.stop - transfer.start) for transfer in transfers]
+
+
+def travel(plans, owned):
+    """The forward pass: for each rank the tokens in its key buffer at each step."""
+    buffers = [[own] for own in owned]
+    for number in range(1, len(plans)):
+        steps = [plan.steps[number] for plan in plans]
+        arrived = deliver(
+            [
+                outgoing(step.forwards, held[-1]) + outgoing(step.direct_sends, own)
+                for step, held, own in zip(steps, buffers, owned)
+            ],
+            [incoming(*step.receives) for step in steps],
+        )
+        for rank, (step, messages) in enumerate(zip(steps, arrived)):
+            buffer = np.full(step.tokens, -1)
+            for transfer, tokens in zip(step.receives, messages):
+                buffer[transfer.start : transfer.stop] = tokens
+            assert set(buffer) <= set(owned[(rank + number) % len(plans)])
+            buffers[rank].append(buffer)
+    return buffers
+
+
+def come_home(plans, partial):
+    """The backward pass: the sums at their owners of what each rank has, `partial`, for its key buffer of each "
+    "step."""
+    size = len(plans)
+    for number in range(1, size + 1):
+        before = [plan.steps[number - 1] for plan in plans]
+        joins = [plan.steps[number].grad_receives if number < size else () for plan in plans]
+        arrived = deliver(
+            [outgoing(step.grad_sends, sums[number - 1]) for step, sums in zip(before, partial)],
+            [incoming(*joining, *step.grad_returns) for joining, step in zip(joins, before)],
+        )
+        for sums, joining, step, messages in zip(partial, joins, before, arrived):
+            for transfer, part in zip(joining, messages):
+                sums[number][transfer.start : transfer.stop] += part
+            for transfer, part in zip(step.grad_returns, messages[len(joining) :]):
+                sums[0][transfer.start : transfer.stop] += part
+    return [sums[0] for sums in partial]
+
+
+def check_pairs(plan, buffers, seen):
+    """The plan computes each pair that its queries may see once, and nothing else."""
+    assert np.array_equal(computed_by(plan, buffers, seen.shape), seen)
+    assert plan.pairs == seen.sum() and plan.tokens == len(seen)
+
+
+def check_plans(layout, mask):
+    """All that the plans of a whole group have to hold."""
+    plans = [build_plan(layout, mask, rank) for rank in range(layout.size)]
+    owned = [numbers(layout, mask, rank) for rank in range(layout.size)]
+    # A key's gradient is a sum over the queries that read it: here, of a number that each query has.
+    weights = np.random.default_rng(0).integers(1, 1 << 40, len(mask.rows) * layout.length)
+    partial = []
+    for plan, own, buffers in zip(plans, owned, travel(plans, owned)):
+        check_calls(plan)
+        check_buffers(plan)
+        check_pairs(plan, buffers, seen_by(mask, own))
+        partial.append([np.zeros(len(buffer), dtype=int) for buffer in buffers])
+        for step, sums in zip(plan.steps, partial[-1]):
+            for (q0, q1), (k0, k1), band in tiles(step):
+                sums[k0:k1] += weights[own[q0:q1]] @ in_band(q1 - q0, k1 - k0, band).numpy()
+    reads = seen_by(mask, np.arange(len(weights)))
+    for own, home in zip(owned, come_home(plans, partial)):
+        assert np.array_equal(home, weights @ reads[:, own])
+    moved = sum(step.tokens for plan in plans for step in plan.steps[1:])
+    assert sum(plan.sent_keys for plan in plans) == sum(plan.sent_gradients for plan in plans) == moved
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_every_pair_once_and_every_gradient_home(case):
+    check_plans(*case)
+
+
+@settings(max_examples=5)
+@given(cases(max_length=200, sizes=st.integers(20, 64)))
+def test_every_pair_once_in_groups_of_tens(case):
+    check_plans(*case)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=2000)
+@given(cases(max_length=80, sizes=st.integers(1, 24)))
+def test_every_pair_once_exhaustively(case):
+    check_plans(*case)
+
+
+@settings(max_examples=12)
+@given(cases(max_length=3000, sizes=st.sampled_from([128, 255, 512, 1024])), st.integers(0, 1023))
+def test_sampled_ranks_of_large_groups(case, rank):
+    layout, mask = case
+    rank %= layout.size
+    plan, before = build_plan(layout, mask, rank), build_plan(layout, mask, (rank - 1) % layout.size)
+    check_calls(plan)
+    check_buffers(plan)
+    own = numbers(layout, mask, rank)
+    seen = seen_by(mask, own)
+    read = seen.any(0)
+    owners = [numbers(layout, mask, (rank + distance) % layout.size) for distance in range(layout.size)]
+    check_pairs(plan, [own, *(keys[read[keys]] for keys in owners[1:])], seen)
+    check_messages(plan, before)
+    check_messages(before, plan)
+
+
+def check_messages(sender, receiver):
+    """One rank sends another, at each step and in this order, the numbers of tokens that the other expects of it."""
+
+    def between(transfers, plan, peer):
+        return [count for rank, count in incoming(*transfers) if rank == peer.rank]
+
+    for number, (sent, received) in enumerate(zip(sender.steps, receiver.steps)):
+        keys = between((*sent.forwards, *sent.direct_sends), sender, receiver)
+        assert keys == between(received.receives, receiver, sender)
+        joins = receiver.steps[number + 1].grad_receives if number + 1 < receiver.size else ()
+        gradients = between(sent.grad_sends, sender, receiver)
+        assert gradients == between((*joins, *received.grad_returns), receiver, sender)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 16, 64])
+def test_one_causal_document_in_zigzag(size):
+    chunk = 6
+    layout = zigzag(2 * size * chunk, size)
+    plans = [build_plan(layout, Mask(layout.length, whole_rows(1, layout.length)), rank) for rank in range(size)]
+    assert {plan.pairs for plan in plans} == {layout.length * (layout.length + 1) // 2 // size}
+    untrimmed = size * (size - 1) * 2 * chunk  # every rank sends two chunks at every step but the last
+    assert 4 * sum(plan.sent_keys for plan in plans) == 3 * untrimmed
+    assert 4 * sum(plan.sent_gradients for plan in plans) == 3 * untrimmed
+    assert all(len(tiles(step)) == 1 for plan in plans for step in plan.steps)
+    # It travels as a ring: to the rank before only, but for gradients that go home.
+    assert all(
+        transfer.peer == (plan.rank - 1) % size for plan in plans for s in plan.steps for transfer in s.forwards
+    )
+    assert all(len(step.direct_sends) == (number == 1) for plan in plans for number, step in enumerate(plan.steps))
+
+
+@pytest.mark.parametrize("rank", [0, 400, 1023])
+def test_one_causal_document_on_1024_ranks(rank):
+    size, chunk = 1024, 64
+    layout = zigzag(2 * size * chunk, size)
+    plan = build_plan(layout, Mask(layout.length, whole_rows(1, layout.length)), rank)
+    check_calls(plan)
+    check_buffers(plan)
+    assert plan.pairs * size == layout.length * (layout.length + 1) // 2
+    # Both chunks of the ranks after this one, and of those before it the first.
+    assert sum(step.tokens for step in plan.steps[1:]) == chunk * (2 * (size - 1 - rank) + rank)
+
+
+@pytest.mark.parametrize("window", [1, 5, 6, 7])
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+def test_one_document_with_a_window_in_zigzag(size, window):
+    """Tiles of chunks with themselves, and with what reaches into them from the chunk before."""
+    chunk = 6
+    layout = zigzag(2 * size * chunk, size)
+    mask = Mask(layout.length, whole_rows(1, layout.length), Pattern(sliding_window=window))
+    for plan in (build_plan(layout, mask, rank) for rank in range(size)):
+        neighbours = {plan.rank - 1, plan.rank + 1} & set(range(size)) if window > 1 else set()
+        reached = {(plan.rank + number) % size for number, step in enumerate(plan.steps) if number and step.tokens}
+        assert reached == neighbours
+        own = 1 if plan.rank == size - 1 else 2  # whose chunks are neighbours
+        assert [len(tiles(step)) for step in plan.steps if step.calls] == [own, *(1 for _ in neighbours)]
+        assert plan.steps[0].calls and sum(step.tokens for step in plan.steps[1:]) == (window - 1) * len(neighbours)
+
+
+@given(st.integers(1, 9), st.integers(1, 100))
+def test_a_bidirectional_document_is_read_by_all(size, length):
+    layout = contiguous(length, size)
+    plans = [
+        build_plan(layout, Mask(length, whole_rows(1, length), Pattern(causal=False)), rank) for rank in range(size)
+    ]
+    assert [plan.pairs for plan in plans] == [layout.local_length(rank) * length for rank in range(size)]
+    readers = [plan.tokens for plan in plans if plan.tokens]
+    assert sum(plan.sent_keys for plan in plans) == sum(length - held for held in readers)
+
+
+@given(layouts(max_length=100), st.data())
+def test_documents_inside_a_rank_send_nothing(layout, data):
+    edges = data.draw(st.lists(st.integers(0, layout.length), max_size=20))
+    mask = Mask(
+        layout.length, (cut(sorted([*edges, *layout.bounds]), layout.length),), Pattern(data.draw(st.booleans()))
+    )
+    plans = [build_plan(layout, mask, rank) for rank in range(layout.size)]
+    assert all(plan.sent_keys == plan.sent_gradients == 0 for plan in plans)
+    assert sum(plan.pairs for plan in plans) == allowed(mask).sum()
+
+
+@given(cases())
+def test_a_plan_pickles_and_is_the_same_wherever_it_is_built(case):
+    plan = build_plan(*case, 0)
+    assert pickle.loads(pickle.dumps(plan)) == plan == build_plan(*case, 0)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=12))
+def test_documents_are_found(lengths):
+    """From cumulative lengths, empty documents included; and from positions, in which those cannot be seen."""
+    total = sum(lengths)
+    cumulative = torch.tensor([0, *lengths]).cumsum(0)
+    expected = np.repeat(np.arange(len(lengths)), lengths)
+    found = masks.from_cu_seqlens(cumulative, total)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    for documents in (found, *(masks.from_position_ids(position_ids) if total else ())):
+        mask = Mask(total, (documents,), Pattern(causal=False))
+        assert np.array_equal(allowed(mask)[0].numpy(), expected[:, None] == expected)
+
+
+@pytest.mark.parametrize("edges", [[], [0], [1, 4], [0, 3], [0, 5], [0, 3, 2, 4]])
+def test_cumulative_lengths_that_are_none(edges):
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens must ascend from 0 to the row's length of 4 tokens, but it is \["
+    ):
+        masks.from_cu_seqlens(torch.tensor(edges), 4)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_padding_is_found(visible):
+    mask = Mask(
+        len(visible), masks.from_attention_mask(torch.tensor([visible], dtype=torch.long)), Pattern(causal=False)
+    )
+    assert np.array_equal(allowed(mask)[0].numpy(), np.outer(visible, visible))

@@ -1,0 +1,29 @@
+"""Settings: communication by layer, and groups of another size."""
+
+import pytest
+
+from hf_context_parallel.config import ContextParallelConfig
+
+
+def test_groups_of_another_size_keep_what_they_can_of_subgroups():
+    config = ContextParallelConfig(size=8, comm_type="a2a+p2p", a2a_size=4)
+    assert [config.of_size(size).a2a_size for size in (8, 6, 2, 1)] == [4, 2, 2, 1]
+    assert ContextParallelConfig(size=8).of_size(2) == ContextParallelConfig(size=2)
+
+
+def test_layers_have_their_own():
+    config = ContextParallelConfig(size=2, comm_type=["p2p", "a2a"])
+    assert [config.comm_type_of("full_attention", layer) for layer in range(2)] == ["p2p", "a2a"]
+    config.check_layers(2)
+    by_type = ContextParallelConfig(size=2, comm_type={"sliding_attention": "p2p", "full_attention": "a2a"})
+    assert by_type.comm_type_of("sliding_attention", 7) == "p2p"
+    for wrong, message in (
+        (lambda: config.check_layers(3), "lists 2 entries and the model has 3 layers"),
+        (lambda: config.comm_type_of("full_attention", None), "does not know which layer"),
+        (lambda: by_type.comm_type_of("chunked_attention", 0), "Add 'chunked_attention'"),
+        (lambda: ContextParallelConfig(size=2, comm_type=["ring"]), r"comm_type\[0\]='ring' is not one of"),
+        (lambda: ContextParallelConfig(comm_type={"full_atention": "p2p"}), "Did you mean 'full_attention'"),
+        (lambda: ContextParallelConfig(size=4, a2a_size=3), "a2a_size=3 must divide size=4: 1, 2, 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()

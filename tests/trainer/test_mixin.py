@@ -1,0 +1,290 @@
+"""The Trainer on shards against Trainer on whole sequences: the same losses and gradient norms, step by step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from tests.helpers.models import tiny_model
+from tests.helpers.trainer import STOCK, history, make_trainer, padding_collator, random_crops, samples
+
+CASES = {
+    "padding": {},
+    "left padding": {"collator": "left"},
+    "packing": {"collator": "packed"},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "packing with accumulation": {"collator": "packed", "gradient_accumulation_steps": 3},
+    "tokens not averaged": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+    "a model that takes no loss keywords": {"accepts": False, "gradient_accumulation_steps": 2},
+    "gradient checkpointing": {"gradient_checkpointing": True, "collator": "packed"},
+    "reentrant checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "workers": {"dataloader_num_workers": 2},
+}
+DEPENDS_ON_GROUPS = ("left padding", "tokens not averaged", "a model that takes no loss keywords")
+"""Cases in which two data-parallel ranks differ from one process without CP already: they pad to other lengths, or
+their loss is by Trainer's rule the mean of what each rank sees. With two groups, two processes are the reference."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.exhaustive] * (case == "workers")) for case in CASES]
+)
+def test_losses_and_gradient_norms_are_those_of_one_process(on_ranks, tmp_path, case):
+    options = CASES[case]
+    [expected] = on_ranks(1, history, STOCK, tmp_path, options)
+    assert len(expected) == 4
+    of_two = on_ranks(2, history, STOCK, tmp_path, options)[0] if case in DEPENDS_ON_GROUPS else expected
+    for ranks, size, reference in ((2, 2, expected), (4, 4, expected), (4, 2, of_two)):
+        for found in on_ranks(ranks, history, size, tmp_path, options):
+            np.testing.assert_allclose(found, reference, rtol=1e-5, err_msg=f"{ranks} ranks, CP {size}")
+
+
+@pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])
+def test_batches_may_bring_labels_that_are_shifted_already(on_ranks, tmp_path, settings):
+    options = {"gradient_accumulation_steps": 2}
+    [expected] = on_ranks(1, history, STOCK, tmp_path, options)
+    options |= {"collator": "shifted labels", "settings": settings}
+    for found in on_ranks(2, history, 2, tmp_path, options):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def mean_loss_of_a_run(kind, folder, options) -> tuple[float, float]:
+    trainer = make_trainer(kind, folder, max_steps=3, **options)
+    trainer.args.logging_steps = 2  # so that the last step is in no log
+    return trainer.train().training_loss, trainer.state.log_history[-1]["train_loss"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])
+def test_the_mean_loss_of_a_run_is_that_of_one_process(on_ranks, tmp_path, settings):
+    [expected] = on_ranks(1, mean_loss_of_a_run, STOCK, tmp_path, {})
+    for ranks in (2, 4):
+        for found in on_ranks(ranks, mean_loss_of_a_run, 2, tmp_path, {"settings": settings}):
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def prepared_by_a_subclass(kind, folder, settings) -> tuple[list[float], float, np.ndarray, list[tuple]]:
+    """Losses, and shapes of what a subclass was given that prepares batches by masking labels, as for prompts."""
+    trainer = make_trainer(kind, folder, settings=settings)
+    shapes = []
+
+    class Masking(type(trainer)):
+        def _prepare_inputs(self, inputs):
+            shapes.append(tuple(inputs["input_ids"].shape))
+            inputs = super()._prepare_inputs(inputs)
+            inputs["labels"][inputs["input_ids"] % 2 == 0] = -100
+            return inputs
+
+    trainer.__class__ = Masking
+    trainer.train_dataset = data = samples()[1:]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = trainer.evaluate(data)["eval_loss"]
+    return losses, loss, trainer.predict(data).label_ids, shapes
+
+
+def test_a_subclass_prepares_each_whole_batch_once(on_ranks, tmp_path):
+    [(losses, loss, labels, shapes)] = on_ranks(1, prepared_by_a_subclass, STOCK, tmp_path, None)
+    assert len(shapes) == 4 + 7 + 7
+    for found in on_ranks(2, prepared_by_a_subclass, 2, tmp_path, {}):
+        np.testing.assert_allclose(found[0], losses, rtol=1e-5)
+        np.testing.assert_allclose(found[1], loss, rtol=1e-5)
+        np.testing.assert_array_equal(found[2], labels)
+        assert found[3] == shapes
+
+
+def loss_of_a_call(kind, folder) -> float:
+    trainer = make_trainer(kind, folder)
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model, padding_collator(samples(2))).item()
+
+
+def test_compute_loss_of_a_whole_batch_is_that_of_one_process(on_ranks, tmp_path):
+    [expected] = on_ranks(1, loss_of_a_call, STOCK, tmp_path)
+    np.testing.assert_allclose(on_ranks(2, loss_of_a_call, 2, tmp_path), expected, rtol=1e-6)
+
+
+def history_with_an_infinite_loss(kind, folder, settings) -> list[float]:
+    trainer = make_trainer(kind, folder, settings=settings)
+
+    class Overflowing(type(trainer)):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            infinite = self.state.global_step == 1 and self.args.process_index == self.args.world_size - 1
+            return loss + float("inf") if infinite else loss  # whose gradient is the same
+
+    trainer.__class__ = Overflowing
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])
+def test_an_infinite_loss_on_one_rank_is_left_out_of_logs_on_all(on_ranks, tmp_path, settings):
+    [expected] = on_ranks(1, history_with_an_infinite_loss, STOCK, tmp_path, None)
+    assert expected[1] == 0
+    for found in on_ranks(2, history_with_an_infinite_loss, 2, tmp_path, settings):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.ndarray | None]:
+    """Evaluation loss, and predictions of 7 samples, which 2 groups do not divide."""
+    trainer = make_trainer(kind, folder, collator=collator)
+    data = samples(7)
+    loss = None if collator == "no labels" else trainer.evaluate(data)["eval_loss"]
+    predictions = trainer.predict(data)
+    return loss, predictions.predictions, predictions.label_ids
+
+
+@pytest.mark.parametrize("collator", ["right", "no labels"])
+def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path, collator):
+    [(loss, logits, labels)] = on_ranks(1, evaluation, STOCK, tmp_path, collator)
+    # Trainer weighs data-parallel ranks' losses by tokens, not by samples, so two processes are the reference of two.
+    loss_of_two = on_ranks(2, evaluation, STOCK, tmp_path, collator)[0][0]
+    for ranks, size, expected_loss in ((2, 2, loss), (4, 2, loss_of_two), (3, 3, loss)):
+        for found_loss, found_logits, found_labels in on_ranks(ranks, evaluation, size, tmp_path, collator):
+            if loss is not None:
+                np.testing.assert_allclose(found_loss, expected_loss, rtol=1e-5)
+            assert found_logits.shape == logits.shape
+            np.testing.assert_allclose(found_logits, logits, rtol=1e-4, atol=1e-5)
+            if labels is None:
+                assert found_labels is None
+            else:
+                np.testing.assert_array_equal(found_labels, labels)
+
+
+def resumed(kind, folder, checkpoint) -> list[tuple[float, float]]:
+    trainer = make_trainer(kind, folder, collator="packed", max_steps=4)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train_and_save(kind, folder) -> list[tuple[float, float]]:
+    options = {"collator": "packed", "save_strategy": "steps", "save_steps": 2}
+    return history(kind, folder, options)
+
+
+def steps_with_random_crops(size, folder, checkpoint) -> int:
+    trainer = make_trainer(size, folder, save_strategy="steps", save_steps=2)
+    trainer.data_collator = random_crops
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.state.global_step
+
+
+def test_ranks_that_a_checkpoint_has_no_random_state_of_draw_as_their_group(on_ranks, tmp_path):
+    assert on_ranks(2, steps_with_random_crops, 2, tmp_path / "saved", None) == [4, 4]
+    checkpoint = str(tmp_path / "saved" / "checkpoint-2")
+    assert on_ranks(4, steps_with_random_crops, 4, tmp_path / "resumed", checkpoint) == [4] * 4
+
+
+def test_a_checkpoint_is_ordinary_and_resumes_at_another_size(on_ranks, tmp_path):
+    [expected, _] = on_ranks(2, train_and_save, 2, tmp_path)
+    checkpoint = tmp_path / "checkpoint-2"
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert "context_parallel" not in Path(checkpoint, "config.json").read_text()
+    for ranks in (1, 4):
+        for found in on_ranks(ranks, resumed, ranks, tmp_path, checkpoint):
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def logged(folder) -> tuple[list[dict], int, float]:
+    trainer = make_trainer(2, folder, collator="packed", include_num_input_tokens_seen="all")
+    trainer.train()
+    return trainer.state.log_history, trainer.state.num_input_tokens_seen, trainer.state.total_flos
+
+
+def logged_by_stock(folder) -> tuple[int, float]:
+    trainer = make_trainer(STOCK, folder, collator="packed", include_num_input_tokens_seen="all")
+    trainer.train()
+    return trainer.state.num_input_tokens_seen, trainer.state.total_flos
+
+
+def test_logs_have_throughput_length_and_memory_and_counts_are_those_of_one_process(on_ranks, tmp_path):
+    [(entries, seen, flos), _] = on_ranks(2, logged, tmp_path)
+    for entry in entries[:4]:
+        assert entry["tokens_per_second"] == pytest.approx(2 * entry["tokens_per_second_per_rank"])
+        assert entry["sequence_length"] > 9
+        assert entry["peak_memory_gib"] >= 0
+        json.dumps(entry)
+    assert [(seen, flos)] == on_ranks(1, logged_by_stock, tmp_path)
+
+
+def lora_history(kind, folder, autocast) -> list[tuple[float, float]]:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("llama", None if kind == STOCK else "context_parallel", torch.float32)
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return history(kind, folder, {"model": model, "bf16": autocast})
+
+
+def test_lora_is_exact(on_ranks, tmp_path):
+    [expected] = on_ranks(1, lora_history, STOCK, tmp_path, False)
+    for found in on_ranks(2, lora_history, 2, tmp_path, False):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+class BytesOnTheWire(TrainerCallback):
+    """Notes the dtypes of the messages of a run."""
+
+    def __init__(self):
+        self.dtypes = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        post = self.trainer.cp.exchange.post
+
+        def noting(sends, receives):
+            self.dtypes |= {str(tensor.dtype) for _, tensor in (*sends, *receives)}
+            return post(sends, receives)
+
+        self.trainer.cp.exchange.post = noting
+
+
+def autocast_history(folder) -> tuple[list[tuple[float, float]], set[str]]:
+    trainer = make_trainer(2, folder, model_type="qwen3", bf16=True)
+    wire = BytesOnTheWire()
+    wire.trainer = trainer
+    trainer.add_callback(wire)
+    trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry], wire.dtypes
+
+
+def test_autocast_sends_bfloat16(on_ranks, tmp_path):
+    [expected] = on_ranks(1, history, STOCK, tmp_path, {"model_type": "qwen3", "bf16": True})
+    for found, dtypes in on_ranks(2, autocast_history, tmp_path):
+        assert dtypes == {"torch.bfloat16", "torch.float32"}  # keys; and their gradients, which are sums over ranks
+        np.testing.assert_allclose(found, expected, rtol=3e-2)
+
+
+REFUSED = {
+    "attn_implementation='context_parallel'": lambda: {"model": tiny_model("llama", "sdpa", torch.float32)},
+    "label_smoothing_factor": lambda: {"label_smoothing_factor": 0.1},
+    "neftune_noise_alpha": lambda: {"neftune_noise_alpha": 5.0},
+    "label_names": lambda: {"label_names": ["labels", "attention_mask"]},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_exact_is_refused_before_training(tmp_path, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(1, tmp_path, **REFUSED[message]())
+
+
+def test_a_loss_that_is_not_trainers_is_refused(tmp_path):
+    trainer = make_trainer(1, tmp_path)
+
+    class OwnLoss(type(trainer)):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(**inputs).logits
+            return torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
+            )
+
+    trainer.__class__ = OwnLoss
+    with pytest.raises(ValueError, match="does not call super"):
+        trainer.train()

@@ -1,0 +1,189 @@
+"""The check of model types, what it has found, and that it would notice."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_context_parallel as hcp
+from hf_context_parallel.integration.checks.model import check_model
+from hf_context_parallel.integration.mixers import recognise
+from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states
+from hf_context_parallel.verification.types import check, survey
+from hf_context_parallel.verification.types.command import PAGE, run_check
+from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
+from tests.helpers.models import needs_chunks_of_documents, needs_transformers
+
+SAMPLE = {
+    "llama4_text": (2, 3),  # chunks, and a temperature that follows positions
+    "gemma3_text": (4,),  # windows
+    "gemma2": (3,),  # softcap
+    "gpt_oss": (2, 3),  # sinks, and a router's loss
+    "deepseek_v3": (3,),  # values narrower than keys
+    "mistral": (1,),
+    "modernbert-decoder": (3,),
+    "bert": (3,),  # bidirectional
+    "qwen3_next": (3,),  # gated delta net
+    "nemotron_h": (2,),  # Mamba 2
+    "lfm2": (4,),  # short convolutions
+    "bloom": (3,),  # ALiBi
+    "gptj": (2,),  # an attention class of its own
+    "opt": (3,),  # positions counted from the mask
+    "whisper": (2,),  # labels that are not shifted
+    "deepseek_v32": (3,),  # picks its keys
+    "xlnet": (3,),  # whole
+    "git": (2,),
+}
+"""Types of every kind, and the groups that they are checked on."""
+
+
+def needing_marks(types: dict[str, str]) -> list:
+    """Parameters, each of a model type, with what the type needs."""
+    return [
+        pytest.param(name, marks=needs_chunks_of_documents if model_type == "llama4_text" else ())
+        for name, model_type in types.items()
+    ]
+
+
+@pytest.mark.parametrize("model_type", needing_marks({model_type: model_type for model_type in SAMPLE}))
+def test_what_is_known_of_a_type_is_so(on_ranks, model_type):
+    found = survey.examine(on_ranks, model_type, SAMPLE[model_type], {})
+    known = known_states()[model_type]
+    assert (found.state, found.handled) == (known["state"], known["handled"]), found.reason
+
+
+@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+def test_every_type_is_known_and_few_are_refused():
+    known = known_states()
+    assert sorted(known) == survey.model_types()
+    refused = [name for name, finding in known.items() if finding["state"] == "refused"]
+    assert len(refused) < len(known) / 10
+    assert all(known[name]["reason"] for name in refused)
+
+
+@pytest.mark.exhaustive
+@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+def test_what_is_known_as_exact_is_not_refused():
+    """As a user has it: by the class's own configuration, whose type may be another than the table's."""
+    exact = [name for name, finding in known_states().items() if finding["state"] != "refused"]
+    with torch.device("meta"):
+        for name in exact:
+            config = survey.configuration(name)
+            check_model(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
+
+
+@pytest.mark.exhaustive
+@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+def test_every_type_that_is_known_as_exact_runs_in_a_block():
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig())
+    for name in (name for name, finding in known_states().items() if finding["state"] != "refused"):
+        model = tiny_model(tiny_config(name), NAME, torch.float32)
+        input_ids = torch.randint(3, VOCABULARY, (1, 40))
+        with cp.shard({"input_ids": input_ids, "labels": input_ids}, model) as local:
+            assert model(**local).loss.isfinite(), name
+
+
+def test_the_page_shows_what_is_known():
+    import json
+
+    assert PAGE.read_text() == survey.page_of(json.loads(KNOWN.read_text()))
+
+
+SETTINGS = {
+    "dynamic RoPE": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "LongRoPE": ("phi3", None),
+    "YaRN": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "bidirectional windows": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "tied weights": ("qwen2", {"tie_word_embeddings": True}),
+    "temperature": ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 4}),
+    "heads that three ranks do not divide": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 8}),
+}
+
+
+def largest_error(model_type: str, changes: dict) -> float:
+    found, _ = check.errors(tiny_config(model_type, **changes), {})
+    return max(max(errors.loss, errors.gradients) for errors in found.values())
+
+
+@pytest.mark.parametrize("name", needing_marks({name: model_type for name, (model_type, _) in SETTINGS.items()}))
+def test_settings_that_look_at_the_whole_are_exact(on_ranks, name):
+    model_type, changes = SETTINGS[name]
+    if name == "dynamic RoPE":
+        changes = {**changes, "max_position_embeddings": 30}  # shorter than the rows, longer than the documents
+    if name == "LongRoPE":
+        half = tiny_config("phi3").hidden_size // tiny_config("phi3").num_attention_heads // 2
+        factors = {"short_factor": [1.0] * half, "long_factor": [3.0] * half}
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors, "original_max_position_embeddings": 16}
+        changes = {"rope_parameters": rope, "original_max_position_embeddings": 16, "max_position_embeddings": 256}
+    assert max(on_ranks(3, largest_error, model_type, changes)) < 1e-9
+
+
+def errors_of_a_penalty_on_logits() -> tuple[float, str]:
+    kinds = check.batches
+    config = tiny_config("bamba", z_loss_coefficient=0.1)
+    try:
+        check.batches = lambda config: {"dense": kinds(config)["dense"]}
+        (found,) = check.errors(config, {})[0].values()
+        check.batches = lambda config: {"padded left": kinds(config)["padded left"]}
+        with pytest.raises(ValueError) as refusal:
+            check.errors(config, {})
+    finally:
+        check.batches = kinds
+    return max(found.loss, found.gradients), str(refusal.value)
+
+
+def test_a_penalty_on_logits_is_a_mean_over_the_batch(on_ranks):
+    for error, refusal in on_ranks(3, errors_of_a_penalty_on_logits):
+        assert error < 1e-9 and "those of padding are not what they would be" in refusal
+
+
+def error_without_resharding() -> float:
+    recognise.SEES_WHOLE, kept = re.compile("nothing"), recognise.SEES_WHOLE
+    try:
+        return largest_error("lfm2", {})
+    finally:
+        recognise.SEES_WHOLE = kept
+
+
+def test_a_mixer_that_nobody_handles_shows(on_ranks):
+    assert min(on_ranks(2, error_without_resharding)) > 1e-3
+
+
+def test_a_check_prints_a_table_and_fails_where_something_is_wrong(capsys):
+    assert run_check("git", False, "2", "p2p", None, False) == 0
+    assert "refused" in capsys.readouterr().out
+    assert run_check("no-such-model", False, "2", "p2p", None, False) == 1
+    printed = capsys.readouterr()
+    assert "wrong" in printed.out and "no-such-model" in printed.err
+
+
+def test_a_folder_is_checked_by_its_configuration(on_ranks, tmp_path):
+    tiny_config("gemma2").save_pretrained(tmp_path)
+    finding = survey.examine(on_ranks, str(tmp_path), (2,), {})
+    assert finding.state == "exact" and set(finding.handled) == {"Gemma2Attention"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, False, "2", "p2p", None, False), "or --all"),
+        (("llama", True, "2", "p2p", None, False), "or --all"),
+        (("llama", False, "two", "p2p", None, False), "--ranks='two'"),
+        (("llama", False, "2", "ring", None, False), "--comm='ring' is not one of p2p"),
+        (("llama", False, "2", "p2p", None, True), "--write goes with --all"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, message, capsys):
+    assert run_check(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unrounded_models_compute_in_float64():
+    x = torch.rand(3, dtype=torch.float64)
+    with check.Unrounded():
+        assert x.float().dtype == x.to(torch.float32).dtype == x.softmax(-1, dtype=torch.float32).dtype == x.dtype
+        assert x.to(torch.int64).dtype == torch.int64
+    assert x.float().dtype == torch.float32
