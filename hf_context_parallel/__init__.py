@@ -11,6 +11,8 @@ from .mesh import mesh_of
 from .trainer import ContextParallelMixin, ContextParallelTrainer
 from .verification import verify
 
+__version__ = "0.1.0"
+
 attention.register()
 masks.register()
 
