@@ -12,6 +12,8 @@ from .integration.interfaces import masks as mask_interface
 from .trainer.mixin import ContextParallelMixin, ContextParallelTrainer
 from .verification.verify import verify
 
+__version__ = "0.1.0"
+
 attention_interface.register()
 mask_interface.register()
 

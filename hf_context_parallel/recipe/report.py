@@ -1,13 +1,19 @@
-"""What a run leaves for people: `report.md`, with a table a logged step, and `report.png`, with its curves."""
+"""Report of a run: `report.md`, with a table row a logged step, and `report.png`, with its curves."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NO_PLOT = "matplotlib is not installed, so no curves were drawn. Get it: `pip install 'hf_context_parallel[plots]'`."
+"""What the text of a report says where there is no matplotlib."""
 
 # Keys of a log line, in the order of the table's columns, with their headings.
 COLUMNS = {
@@ -30,7 +36,10 @@ def write_report(folder: str | Path, title: str, log_history: list[dict[str, Any
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     steps = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
-    plot(steps).savefig(folder / "report.png", dpi=120)
+    curves = NO_PLOT
+    if importlib.util.find_spec("matplotlib"):
+        plot(steps).savefig(folder / "report.png", dpi=120)
+        curves = "![Loss and throughput](report.png)"
     keys = [key for key in COLUMNS if any(key in entry for entry in steps)]
     table = tabulate(
         [[entry.get(key, "") for key in keys] for entry in steps],
@@ -39,9 +48,7 @@ def write_report(folder: str | Path, title: str, log_history: list[dict[str, Any
         floatfmt=".6g",
     )
     text = folder / "report.md"
-    text.write_text(
-        f"# {title}\n\n{summary(steps)}\n\n![Loss and throughput](report.png)\n\n{table}\n", encoding="utf-8"
-    )
+    text.write_text(f"# {title}\n\n{summary(steps)}\n\n{curves}\n\n{table}\n", encoding="utf-8")
     return text
 
 
@@ -67,6 +74,8 @@ def summary(steps: list[dict[str, Any]]) -> str:
 
 def plot(steps: list[dict[str, Any]]) -> Figure:
     """Loss and throughput over steps."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss, speed = figure.subplots(1, 2)
     for axes, keys, label in (
