@@ -17,13 +17,14 @@ test-all: lint
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,deepspeed]'
 	$(BIN)/pytest tests
 
-# What needs no processes: within a minute.
+# What needs no processes, with fewer examples and groups: within a minute.
 test-unit: .venv
-	$(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive"
+	QUICK_TESTS=1 $(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive"
 
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 demo: .venv
 	$(BIN)/hf-context-parallel compare recipes/demo_cpu.yaml

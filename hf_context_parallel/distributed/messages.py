@@ -66,7 +66,7 @@ def _unrecorded(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not tensor.is_cuda or torch.cuda.get_allocator_backend() != "native":
         return tensor
-    return dlpack.from_dlpack(dlpack.to_dlpack(tensor.detach()))
+    return dlpack.from_dlpack(dlpack.to_dlpack(tensor.detach()))  # type: ignore[attr-defined]
 
 
 class Subset:
