@@ -36,9 +36,10 @@ class Ranks:
 
 def world() -> Ranks:
     """All processes."""
-    if not dist.is_initialized():
+    group = dist.group.WORLD
+    if group is None:  # torch.distributed is not initialised
         return Ranks(None, 0, 1, torch.device("cpu"))
-    return ranks_of(dist.distributed_c10d._get_default_group())
+    return ranks_of(group)
 
 
 def ranks_of(group: dist.ProcessGroup) -> Ranks:

@@ -127,6 +127,7 @@ def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGrou
 
 def _timeout() -> timedelta:
     """The world's: a new group would have the default one."""
-    group = dist.distributed_c10d._get_default_group()
+    group = dist.group.WORLD
+    assert group is not None  # or no groups would be made
     timeout: timedelta = group._get_backend(device_of(group)).options._timeout
     return timeout
