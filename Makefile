@@ -21,16 +21,17 @@ help:  ## this list
 test: lint  ## lint, all tests but the exhaustive ones, and the lines that they reached
 	$(BIN)/pytest tests -m "not exhaustive" $(COVERAGE)
 
-test-unit: .venv  ## the tests that start no processes, within a minute
-	$(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive"
+test-unit: .venv  ## the tests that start no processes, with fewer examples: within a minute
+	QUICK_TESTS=1 $(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive"
 
 test-all: lint  ## lint and all tests, those with DeepSpeed too
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,deepspeed]'
 	$(BIN)/pytest tests
 
-lint: .venv  ## what ruff says
+lint: .venv  ## what ruff and mypy say
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv  ## let ruff format the code and mend what it can
 	$(BIN)/ruff check --fix .

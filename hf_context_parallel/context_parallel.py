@@ -202,7 +202,7 @@ class ContextParallel:
             )
         return batch.gather(x)
 
-    def positions(self, seq_len: int, cu_seqlens: torch.Tensor | None = None) -> torch.LongTensor:
+    def positions(self, seq_len: int, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """The positions of a sequence of `seq_len` tokens that this rank holds, in local order.
 
         These are the tokens that `attention` takes. Where the layout does not divide `seq_len`, ranks hold different

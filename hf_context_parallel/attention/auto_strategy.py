@@ -179,7 +179,9 @@ def shares(
     return found
 
 
-def _shares_of_heads(inner, layout, mask, shape, machine, here) -> list[Share]:
+def _shares_of_heads(
+    inner: int, layout: Layout, mask: Mask, shape: Shape, machine: Machine, here: Workload
+) -> list[Share]:
     """What each rank does where subgroups exchange heads."""
     outer = workload(layout.merged(inner), mask)
     found = []

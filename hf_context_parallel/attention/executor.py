@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from .scores import Scores
 from .strategy import Strategy
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
     """Attention as models call it.
 
     Args:
@@ -26,7 +27,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how) -
     """
     tensors = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     output = attention(*tensors, **how)
-    return output.unflatten(0, (query.shape[0], query.shape[2])).contiguous()  # as SDPA's is: models view it
+    return output.reshape(
+        query.shape[0], query.shape[2], *output.shape[1:]
+    ).contiguous()  # as SDPA's is: models view it
 
 
 def attention(
@@ -61,7 +64,7 @@ def attention(
         raise ValueError(f"{refusal}.")
     # Ranks are seeded alike: what tells their weights apart is the rank.
     scores = scores.of(strategy.rank)
-    how = {"kernel": kernel, "sinks": sinks, "guard": guard}
+    how: dict[str, Any] = {"kernel": kernel, "sinks": sinks, "guard": guard}
     parts = []
     if strategy.plan is not None:
         shared = strategy.shared_heads(exchange, query.shape[1], key.shape[1], query.device)

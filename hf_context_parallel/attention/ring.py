@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -52,12 +53,25 @@ def planned_attention(
     """
     key_value = torch.cat([key, value], dim=-1)  # one message a transfer instead of two
     arguments = key.shape[-1], plan, exchange, kernel, scores, guard, shared
-    return _Attention.apply(query.contiguous(), key_value, sinks, *arguments)
+    output: torch.Tensor = _Attention.apply(query.contiguous(), key_value, sinks, *arguments)
+    return output
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key_value, sinks, key_dim, plan, exchange, kernel, scores, guard, shared):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key_value: torch.Tensor,
+        sinks: torch.Tensor | None,
+        key_dim: int,
+        plan: Plan,
+        exchange: Exchange,
+        kernel: Kernel,
+        scores: Scores,
+        guard: Callable[[], None],
+        shared: SharedHeads | None,
+    ) -> torch.Tensor:
         dtype, heads = query.dtype, slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
         with torch.autocast(query.device.type, enabled=False):
             if shared is not None:
@@ -78,7 +92,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.guard()  # before the saved tensors, whose recomputation under gradient checkpointing would communicate
         query, key_value, sinks, output, lse = ctx.saved_tensors
         shared, grad_sinks = ctx.shared, None
@@ -98,38 +112,67 @@ class _Attention(torch.autograd.Function):
         return grad_query, grad_key_value.to(key_value.dtype), grad_sinks, *[None] * 7
 
 
-def _forward(query, key_value, key_dim, plan, exchange, kernel, scores):
+def _forward(
+    query: torch.Tensor,
+    key_value: torch.Tensor,
+    key_dim: int,
+    plan: Plan,
+    exchange: Exchange,
+    kernel: Kernel,
+    scores: Scores,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The output `[T, H, D_v]` and its LSE `[T, H]`, in the dtype that sums are kept in."""
     dtype, tokens = accumulation_dtype(query.dtype), len(query)
-    output = lse = None
+    output: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
     for number, step, keys in _exchanged("forward", plan, exchange, key_value):
         for index, call in enumerate(step.calls):
             with span(f"forward/step{number}/compute"):
-                part = kernel.forward(query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index))
+                part, part_lse = kernel.forward(
+                    query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index)
+                )
             with span(f"forward/step{number}/merge"):
-                if output is None:
-                    output, lse = begin(tokens, call.query_runs, *part, dtype)
+                if output is None or lse is None:
+                    output, lse = begin(tokens, call.query_runs, part, part_lse, dtype)
                 else:
-                    merge_(output, lse, call.query_runs, *part)
-            del part
+                    merge_(output, lse, call.query_runs, part, part_lse)
+            del part, part_lse
         del keys  # or it would be a fourth buffer while the next step's is allocated
-    if output is None:  # nothing but padding
+    if output is None or lse is None:  # nothing but padding
         output = query.new_zeros(*query.shape[:2], key_value.shape[-1] - key_dim, dtype=dtype)
         lse = query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
     return output, lse
 
 
-def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchange, kernel, scores):
+def _backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key_value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    key_dim: int,
+    plan: Plan,
+    exchange: Exchange,
+    kernel: Kernel,
+    scores: Scores,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of the query `[T, H, D]`, in its dtype, and of this rank's keys and values `[T, H_kv, D + D_v]`,
     in the dtype that sums are kept in."""
     dtype, stream = accumulation_dtype(query.dtype), GradientStream(query.device)
-    grad_query, grad_own, leaving, previous = _Sum(query, dtype), None, None, None
-    exchanged = _exchanged("backward", plan, exchange, key_value)
-    for number, step, keys in chain(exchanged, [(len(plan.steps), None, None)]):
+    grad_query = _Sum(query, dtype)
+    previous: Step | None = None
+    grad_own: torch.Tensor | None = None
+    leaving: torch.Tensor | None = None
+    exchanged: Iterator[tuple[int, Step, torch.Tensor]] = _exchanged("backward", plan, exchange, key_value)
+    after: list[tuple[int, None, None]] = [(len(plan.steps), None, None)]
+    number: int
+    step: Step | None
+    keys: torch.Tensor | None
+    for number, step, keys in chain(exchanged, after):
         with stream, span(f"backward/step{number}/send sums"):
             joining, homecoming, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
         sent = leaving
-        if step is not None:
+        if step is not None and keys is not None:
             grad_keys = _Sum(keys, dtype)
             for index, call in enumerate(step.calls):
                 key, value = keys[..., :key_dim], keys[..., key_dim:]
@@ -147,15 +190,14 @@ def _backward(grad_output, query, key_value, output, lse, key_dim, plan, exchang
             with span(f"backward/step{number}/wait sums"):
                 pending.wait()
             with span(f"backward/step{number}/add sums"):
-                for transfer, part in joining:
-                    leaving[transfer.start : transfer.stop] += part
-                for transfer, part in homecoming:
-                    grad_own[transfer.start : transfer.stop] += part
+                _add(leaving, joining)
+                _add(grad_own, homecoming)
         stream.keep(sent)
         grad_own = leaving if grad_own is None else grad_own
         previous = step
-        joining = homecoming = part = sent = None  # or they would be alive while the next ones are allocated
+        del joining, homecoming, sent  # or they would be alive while the next ones are allocated
     stream.join()
+    assert grad_own is not None  # a plan has a step
     return grad_query.total().to(query.dtype), grad_own
 
 
@@ -187,18 +229,23 @@ def _post_gradients(
     exchange: Exchange, rank: int, previous: Step | None, leaving: torch.Tensor | None, step: Step | None
 ) -> tuple[list[tuple[Transfer, torch.Tensor]], list[tuple[Transfer, torch.Tensor]], Pending]:
     """Hand on the sums `leaving` of the step before, and receive what joins this step's and what comes home."""
-    if previous is None:
+    if previous is None or leaving is None:
         return [], [], Pending()
 
-    def expect(transfers):
-        return [
-            (transfer, leaving.new_empty(transfer.stop - transfer.start, *leaving.shape[1:])) for transfer in transfers
-        ]
+    def expect(transfers: tuple[Transfer, ...], like: torch.Tensor = leaving) -> list[tuple[Transfer, torch.Tensor]]:
+        return [(transfer, like.new_empty(transfer.stop - transfer.start, *like.shape[1:])) for transfer in transfers]
 
     joining, homecoming = expect(step.grad_receives if step else ()), expect(previous.grad_returns)
     receives = [(transfer.peer, part) for transfer, part in joining + homecoming]
     pending = _post(exchange, rank, _messages(previous.grad_sends, leaving), receives)
     return joining, homecoming, pending
+
+
+def _add(sums: torch.Tensor | None, parts: list[tuple[Transfer, torch.Tensor]]) -> None:
+    """Add what has arrived to the rows that it is of. Where nothing has, there may be no sums yet."""
+    for transfer, part in parts:
+        assert sums is not None
+        sums[transfer.start : transfer.stop] += part
 
 
 def _post(exchange: Exchange, rank: int, sends: list[Message], receives: list[Message]) -> Pending:
@@ -219,13 +266,13 @@ class _Sum:
     """Rows like those of a tensor, in `dtype`, that parts are added to: 0 where nothing was."""
 
     def __init__(self, like: torch.Tensor, dtype: torch.dtype):
-        self._options = {"size": like.shape, "dtype": dtype, "device": like.device}
+        self._shape, self._dtype, self._device = like.shape, dtype, like.device
         self._total: torch.Tensor | None = None
 
     def add(self, runs: tuple[Interval, ...], part: torch.Tensor) -> None:
         """Add the rows of `part`, which are those of `runs` one after another."""
-        if self._total is None and runs == ((0, self._options["size"][0]),):
-            self._total = part.to(self._options["dtype"])  # all rows at once, as in every step of one document
+        if self._total is None and runs == ((0, self._shape[0]),):
+            self._total = part.to(self._dtype)  # all rows at once, as in every step of one document
             return
         total, offset = self.total(), 0
         for start, stop in runs:
@@ -234,5 +281,5 @@ class _Sum:
 
     def total(self) -> torch.Tensor:
         if self._total is None:
-            self._total = torch.zeros(**self._options)
+            self._total = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
         return self._total

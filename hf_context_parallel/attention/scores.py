@@ -25,12 +25,12 @@ class Scores(NamedTuple):
     seed: int = 0
     deterministic: bool = False
 
-    def of(self, *part) -> Scores:
+    def of(self, *part: object) -> Scores:
         """These for a part of the work that has a name, with a seed of its own."""
         return self._replace(seed=seed_of(self.seed, *part)) if self.dropout_p else self
 
 
-def seed_of(*numbers) -> int:
+def seed_of(*numbers: object) -> int:
     """63 bits that differ wherever the numbers do."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

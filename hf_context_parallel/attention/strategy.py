@@ -76,6 +76,7 @@ class Strategy:
         """The messages between this rank and those that have its place in other subgroups."""
         if self.inner == 1:
             return exchange
+        assert self.plan is not None  # or there would be no messages
         return Subset(exchange, range(self.rank % self.inner, self.plan.size * self.inner, self.inner))
 
     def shared_heads(
@@ -84,6 +85,7 @@ class Strategy:
         """The exchange of heads in this rank's subgroup; None where there is none."""
         if self.inner == 1:
             return None
+        assert self.plan is not None  # or no heads would be exchanged
         first, mine = self.rank - self.rank % self.inner, self.rank % self.inner
         return SharedHeads(
             TokenExchange(
@@ -155,10 +157,10 @@ def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank:
     if inner == 1:
         return Strategy(comm_type, rank, 1, tokens, build_plan(layout, mask, rank))
     apart, exchanged = _split(layout, mask)
-    own = build_own_plan(layout, apart, rank)
+    own: Plan | None = build_own_plan(layout, apart, rank)
     if not any(exchanged.rows):
         return Strategy(comm_type, rank, inner, tokens, None, own)
-    own = own if own.pairs else None
+    own = own if own is not None and own.pairs else None
     merged, first = layout.merged(inner), rank - rank % inner
     whole = merged.positions(rank // inner)
     moving, places = [], []
@@ -177,14 +179,12 @@ def _split(layout: Layout, mask: Mask) -> tuple[Mask, Mask]:
     rows = mask.apart()
     alone = [[_ranks(layout, document) == 1 for document in row] for row in rows]
     pattern = mask.pattern._replace(chunk_size=None)
-    return tuple(
-        Mask(
-            mask.length,
-            tuple(tuple(d for d, flag in zip(*pair) if flag is wanted) for pair in zip(rows, alone)),
-            pattern,
-        )
-        for wanted in (True, False)
-    )
+
+    def chosen(wanted: bool) -> Mask:
+        kept = (tuple(d for d, flag in zip(*pair) if flag is wanted) for pair in zip(rows, alone))
+        return Mask(mask.length, tuple(kept), pattern)
+
+    return chosen(True), chosen(False)
 
 
 def _ranks(layout: Layout, document: Document) -> int:

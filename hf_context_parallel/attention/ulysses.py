@@ -6,10 +6,13 @@ The all-to-all is that of Jacobs et al., "DeepSpeed Ulysses" (2023, arXiv:2309.1
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from ..distributed.token_exchange import TokenExchange, deal_heads, grouped_heads, reads_of
+
+T = TypeVar("T")
 
 
 class SharedHeads:
@@ -46,7 +49,7 @@ class SharedHeads:
         keys = self._keys[self._tokens.rank]
         return sum(self._elsewhere(self._tokens.counts)) * (len(self.mine) * query_dim + len(keys) * key_value_dim)
 
-    def _elsewhere(self, by_rank: Sequence) -> list:
+    def _elsewhere(self, by_rank: Sequence[T]) -> list[T]:
         return [value for rank, value in enumerate(by_rank) if rank != self._tokens.rank]
 
     def gradient_dtype(self, key_value: torch.dtype, sums: torch.dtype) -> torch.dtype:

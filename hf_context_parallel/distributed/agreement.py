@@ -102,7 +102,7 @@ def fingerprint(content: Mapping[str, object]) -> int:
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             digest.update(repr(value).encode())
     return int.from_bytes(digest.digest(), "big") >> 1

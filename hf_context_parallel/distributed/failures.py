@@ -18,7 +18,7 @@ class FailureReport:
     _opened: ClassVar[WeakKeyDictionary[object, int]] = WeakKeyDictionary()
     """How many blocks were opened since the processes of a world met."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         world = dist.group.WORLD if dist.is_initialized() else type(self)
         self.block = self._opened[world] = self._opened.get(world, 0) + 1
 

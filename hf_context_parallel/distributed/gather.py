@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -18,12 +20,15 @@ def gather_sequence(x: torch.Tensor, layout: Layout, length: int, group: dist.Pr
         layout: one that deals all ranks equally many tokens.
         length: how many of its positions are wanted, from the first.
     """
-    return _Gather.apply(x, layout, length, group)
+    gathered: torch.Tensor = _Gather.apply(x, layout, length, group)
+    return gathered
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layout, length, group):
+    def forward(
+        ctx: Any, x: torch.Tensor, layout: Layout, length: int, group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
         ctx.layout, ctx.group = layout, group
         parts = [x.contiguous()]
         if layout.size > 1:
@@ -33,7 +38,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         layout = ctx.layout
         whole = pad(grad, (0, 0) * (grad.dim() - 2) + (0, layout.length - grad.shape[1]))
         # A sum over ranks, so in the dtype that such sums are kept in.

@@ -36,9 +36,10 @@ class Ranks:
 
 def world() -> Ranks:
     """All processes."""
-    if not dist.is_initialized():
+    group = dist.group.WORLD
+    if group is None:  # torch.distributed is not initialised
         return Ranks(None, 0, 1, torch.device("cpu"))
-    return ranks_of(dist.group.WORLD)
+    return ranks_of(group)
 
 
 def ranks_of(group: dist.ProcessGroup) -> Ranks:
@@ -55,14 +56,17 @@ def mesh_of(model: torch.nn.Module) -> DeviceMesh | None:
     for module in model.modules():
         manager = getattr(module, "_mesh_manager", None)
         if manager is not None:
-            return manager.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
-        if getattr(module, "_device_mesh", None) is not None:  # Transformers before 5.20
-            return module._device_mesh
+            found: DeviceMesh | None = manager.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
+            return found
+        mesh = getattr(module, "_device_mesh", None)  # Transformers before 5.20
+        if isinstance(mesh, DeviceMesh):
+            return mesh
     return None
 
 
 def cp_blocks(size: int, mesh: DeviceMesh | None, divided: bool = False) -> list[tuple[list[int], int]]:
     """Every CP group of the world: its ranks, and which share of the samples it gets."""
+    names: tuple[str, ...]
     if mesh is None:
         names, ranks = ("dp",), torch.arange(dist.get_world_size())
     else:

@@ -13,6 +13,12 @@ Message = tuple[int, torch.Tensor]
 """A rank of the group, and the contiguous tensor that goes to it or comes from it."""
 
 
+class Work(Protocol):
+    """Something under way that can be waited for: `dist.Work`, or what comes after it."""
+
+    def wait(self) -> object: ...
+
+
 class Pending:
     """Messages under way. The buffers live until they have been waited for.
 
@@ -21,7 +27,7 @@ class Pending:
     allocated may be freed then, and used again at once. A `GradientStream` keeps those of another stream.
     """
 
-    def __init__(self, works: Sequence[dist.Work] = (), buffers: Sequence[torch.Tensor] = ()):
+    def __init__(self, works: Sequence[Work] = (), buffers: Sequence[torch.Tensor] = ()):
         self._works = works
         self._buffers = buffers
 
@@ -63,7 +69,7 @@ class GroupExchange:
         ]
         if not operations:  # which batch_isend_irecv does not take
             return Pending()
-        works = [*dist.batch_isend_irecv(operations), *landings]
+        works: list[Work] = [*dist.batch_isend_irecv(operations), *landings]
         return Pending(works, [tensor for _, tensor in (*sends, *receives)])
 
     def _through_host(self, sends: Sequence[Message], receives: Sequence[Message]) -> bool:
@@ -94,7 +100,7 @@ def _unrecorded(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not tensor.is_cuda or torch.cuda.get_allocator_backend() != "native":
         return tensor
-    return dlpack.from_dlpack(dlpack.to_dlpack(tensor.detach()))
+    return dlpack.from_dlpack(dlpack.to_dlpack(tensor.detach()))  # type: ignore[attr-defined]
 
 
 class Subset:

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     first_ranks = [firsts[number] for number in sorted(firsts)]
     mine = Ranks(group, ranks.index(me), size, device)
     tensor, same_batch = Ranks(None, 0, 1, device), mine
-    if mesh is not None and TENSOR_DIMENSION in mesh.mesh_dim_names and mesh[TENSOR_DIMENSION].size() > 1:
+    if mesh is not None and TENSOR_DIMENSION in (mesh.mesh_dim_names or ()) and mesh[TENSOR_DIMENSION].size() > 1:
         tensor = ranks_of(mesh.get_group(TENSOR_DIMENSION))
     if len(blocks) > len(first_ranks):
         by_share = [
@@ -94,7 +95,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     )
 
 
-def _transfers_first(timeout: timedelta):
+def _transfers_first(timeout: timedelta) -> Any:
     """Options of a group whose messages get a device's free multiprocessors before kernels do. Without them a message
     that is posted while a kernel fills the device may wait for the kernel that it should travel beside."""
     if not has_nccl():
@@ -117,13 +118,16 @@ def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGrou
     """
     blocks = cp_blocks(size, mesh)
     shares = max(number for _, number in blocks) + 1
-    columns = []
+    columns: list[tuple[int, ...]] = []
     for first in range(0, len(blocks), shares):  # each copy of the samples
         columns += zip(*(ranks for ranks, _ in blocks[first : first + shares]))
-    group, _ = dist.new_subgroups_by_enumeration([list(column) for column in columns], _timeout())
+    group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(list(map(list, columns)), _timeout())[0]
     return group
 
 
 def _timeout() -> timedelta:
     """The world's: a new group would have the default one."""
-    return dist.group.WORLD._get_backend(device_of(dist.group.WORLD)).options._timeout
+    group = dist.group.WORLD
+    assert group is not None  # or no groups would be made
+    timeout: timedelta = group._get_backend(device_of(group)).options._timeout
+    return timeout

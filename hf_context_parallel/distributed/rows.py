@@ -18,7 +18,8 @@ class Rows:
     """
 
     def __init__(self, numbers: torch.Tensor):
-        self._numbers, self._on = numbers, {}
+        self._numbers = numbers
+        self._on: dict[torch.device, torch.Tensor] = {}
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1 if len(numbers) else numbers
         self._ranges: list[tuple[int, int]] | None = None
         """The first and how many, of each range; None where they are many."""
@@ -49,8 +50,9 @@ class Rows:
         source: torch.Tensor, taken: Rows | None, target: torch.Tensor, put: Rows | None, add: bool = False
     ) -> None:
         """Copy the rows `taken` of `source` to the rows `put` of `target`, or add them. None: all rows."""
-        ranges = [_all(x) if rows is None else rows._ranges for x, rows in ((source, taken), (target, put))]
-        if None in ranges:
+        here_ranges = _all(source) if taken is None else taken._ranges
+        there_ranges = _all(target) if put is None else put._ranges
+        if here_ranges is None or there_ranges is None:
             moved = source if taken is None else taken.of(source)
             if put is None:
                 target.add_(moved) if add else target.copy_(moved)
@@ -59,7 +61,7 @@ class Rows:
             else:
                 target.index_copy_(0, put._index(target.device), moved)
             return
-        for here, there, count in _common(*ranges):
+        for here, there, count in _common(here_ranges, there_ranges):
             part = target[there : there + count]
             part.add_(source[here : here + count]) if add else part.copy_(source[here : here + count])
 
@@ -70,11 +72,11 @@ def _all(x: torch.Tensor) -> list[tuple[int, int]]:
 
 def _common(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
     """Two lists of ranges of as many rows, cut alike: where each range begins on either side, and its rows."""
-    left, right = ([list(pair) for pair in reversed(side)] for side in (left, right))
-    while left and right:
-        count = min(left[-1][1], right[-1][1])
-        yield left[-1][0], right[-1][0], count
-        for side in (left, right):
+    here, there = ([list(pair) for pair in reversed(side)] for side in (left, right))
+    while here and there:
+        count = min(here[-1][1], there[-1][1])
+        yield here[-1][0], there[-1][0], count
+        for side in (here, there):
             side[-1][0] += count
             side[-1][1] -= count
             if not side[-1][1]:

@@ -52,7 +52,7 @@ class GradientStream:
             self._let_go()
 
     def _let_go(self) -> None:
-        if self._kept is not None:
+        if self._stream is not None and self._kept is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._kept[1])
             self._kept = None
 

@@ -50,7 +50,7 @@ class TokenExchange:
     """Which tokens the ranks of a group exchange.
 
     Args:
-        exchange: the group's messages.
+        exchange: the group's messages; None where they are only counted.
         rank: this rank in it.
         rows: how many rows this rank's tensors have.
         tokens: which of them travel; None for all.
@@ -59,7 +59,7 @@ class TokenExchange:
         whole: how many rows all tokens have. Those that are nobody's place are 0.
     """
 
-    exchange: Exchange
+    exchange: Exchange | None
     rank: int
     rows: int
     tokens: Rows | None
@@ -125,6 +125,7 @@ class TokenExchange:
             [(rank, part) for rank, message in side.items() for part in message.parts if part.numel()]
             for side in (sent, received)
         )
+        assert self.exchange is not None  # as where messages are only counted
         return self.exchange.post(sends, receives)
 
 

@@ -13,8 +13,12 @@ import os
 import socket
 import tempfile
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 
 class WorkerPool:
@@ -27,11 +31,11 @@ class WorkerPool:
 
     def __init__(self, workers: int, timeout: float):
         self._workers, self._timeout = workers, timeout
-        self._links: list = []
-        self._processes: list = []
+        self._links: list[Connection] = []
+        self._processes: list[BaseProcess] = []
         self._runs = itertools.count()
 
-    def __call__(self, ranks: int, function, *args) -> list:
+    def __call__(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What `function(*args)` returns on each of `ranks` ranks.
 
         Raises:
@@ -64,6 +68,7 @@ class WorkerPool:
                 failed = [answer for answer in answers.values() if not answer[0]]
                 return failed or [(False, f"ranks {late} of {ranks} did not answer within {self._timeout} s")]
             for link in ready:
+                assert isinstance(link, Connection)
                 try:
                     answers[links[link]] = link.recv()
                 except EOFError:
@@ -98,10 +103,11 @@ class WorkerPool:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
 
 
-def _serve(link) -> None:
+def _serve(link: Connection) -> None:
     """A worker's life: run what comes, answer with its result or its traceback."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     import torch

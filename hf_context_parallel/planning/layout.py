@@ -78,7 +78,7 @@ class Layout:
         """The ranks that hold the positions `[start, stop)`, a chunk's each."""
         return tuple(rank for rank, *_ in self.pieces(start, stop))
 
-    def positions(self, rank: int) -> torch.LongTensor:
+    def positions(self, rank: int) -> torch.Tensor:
         """The positions that `rank` holds, in local order: `[local_length]`."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.intervals(rank)])
 
@@ -86,7 +86,7 @@ class Layout:
         """The layout in which every `ranks` neighbouring ranks are one, which holds all their chunks."""
         return Layout(self.length, self.size // ranks, tuple(owner // ranks for owner in self.chunk_owners))
 
-    def restore(self) -> torch.LongTensor:
+    def restore(self) -> torch.Tensor:
         """For each position, its index in the concatenation of all ranks' tokens: `[length]`."""
         return torch.cat([self.positions(rank) for rank in range(self.size)]).argsort()
 

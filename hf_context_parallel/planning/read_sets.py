@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from .intervals import Interval, difference, intersection, union
 from .layout import Layout
 from .mask import Mask
 from .pieces import Piece, extend, pieces_of_documents, runs_of
 from .tiles import CAUSAL, FULL, Band, Segments
+
+Tile: TypeAlias = tuple[Interval, Interval, Band]
+"""A query range, the key range that it reads, and the band."""
 
 
 class _Gathered(NamedTuple):
@@ -42,7 +46,7 @@ class ReadSets:
         """How many tokens a rank holds, all rows counted."""
         return len(self.mask.rows) * self.layout.local_length(rank)
 
-    def _shared(self, reader: int, owner: int):
+    def _shared(self, reader: int, owner: int) -> Iterator[tuple[int, list[Piece], list[Piece]]]:
         """For each document that both hold: its number, the reader's pieces, and the owner's."""
         for number in sorted(self.of_rank[reader] & self.of_rank[owner]):
             yield number, self.documents[number][reader], self.documents[number][owner]
@@ -55,6 +59,7 @@ class ReadSets:
         nearest, furthest = self.distances(number)
         if furthest is None:
             return [key for key in keys if key.position < query.position] if nearest == 0 else keys
+        assert nearest is not None  # a window has both ends
         first, last = query.position - furthest, query.end - nearest
         clipped = (key.clip(first, last) for key in keys)
         return [key for key in clipped if key is not None]
@@ -96,7 +101,11 @@ class ReadSets:
 
     def calls(self, reader: int, owner: int, buffer: list[Interval] | tuple[Interval, ...]) -> tuple[Segments, ...]:
         """The tiles of `reader`'s queries and `owner`'s keys, keys as ranges of `buffer`, grouped into calls."""
-        tiles = [tile for shared in self._shared(reader, owner) for tile in self._tiles(*shared, reader == owner)]
+        tiles = [
+            tile
+            for number, queries, keys in self._shared(reader, owner)
+            for tile in self._tiles(number, queries, keys, reader == owner)
+        ]
         return _calls([(query, within(key, buffer), band) for query, key, band in tiles])
 
     def gathered(self, reader: int) -> list[_Gathered]:
@@ -133,12 +142,14 @@ class ReadSets:
         for key in gathered:
             run = Piece(key.at, key.at + key.stop - key.start, key.position)
             extend(runs.setdefault(key.document, []), run)
-        first, later = [], []
+        first: list[Tile] = []
+        later: list[Tile] = []
         for number, keys in runs.items():
             nearest, furthest = self.distances(number)
             for index, query in enumerate(self.documents[number][reader]):
                 tiles = later if index else first
                 if furthest is not None:
+                    assert nearest is not None  # a window has both ends
                     tiles += _windowed_tiles([query], keys, nearest, furthest)
                     continue
                 stop = max(key.stop for key in keys if nearest is None or key.position < query.end)
@@ -148,10 +159,11 @@ class ReadSets:
                 tiles.append(((query.start, query.stop), (keys[0].start, stop), band))
         return tuple(_loosened(call) for tiles in (first, later) for call in _calls(tiles))
 
-    def _tiles(self, number: int, queries: list[Piece], keys: list[Piece], own: bool):
+    def _tiles(self, number: int, queries: list[Piece], keys: list[Piece], own: bool) -> Iterator[Tile]:
         """Tiles of document `number` as (query range, key range, band), as few and large as can be."""
         nearest, furthest = self.distances(number)
         if furthest is not None:
+            assert nearest is not None  # a window has both ends
             for query, key, band in _windowed_tiles(queries, keys, nearest, furthest):
                 yield query, key, band.within(query[1] - query[0], key[1] - key[0])
         elif own and nearest == 0:
@@ -163,15 +175,15 @@ class ReadSets:
                     yield run, earlier, FULL
         else:
             groups: dict[int, list[Piece]] = {}
-            for query in queries:
-                groups.setdefault(len(self._visible(number, query, keys)), []).append(query)
+            for piece in queries:
+                groups.setdefault(len(self._visible(number, piece, keys)), []).append(piece)
             for count, group in groups.items():
                 for query in runs_of(group):
                     for key in runs_of(keys[:count]):
                         yield query, key, FULL
 
 
-def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furthest: int):
+def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furthest: int) -> Iterator[Tile]:
     """Tiles in which a query reads the keys `nearest` to `furthest` positions before it.
 
     Both ranges are cut to what is read, so that every query reads a key and every key is read.
@@ -182,11 +194,12 @@ def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furth
             if key is None:
                 continue
             query = whole_query.clip(key.position + nearest, key.end + furthest)
+            assert query is not None  # of a key that is read
             beyond = query.end - key.end
             yield (query.start, query.stop), (key.start, key.stop), Band(furthest - beyond, beyond - nearest)
 
 
-def _calls(tiles: list[tuple[Interval, Interval, Band]]) -> tuple[Segments, ...]:
+def _calls(tiles: list[Tile]) -> tuple[Segments, ...]:
     """Tiles of query range, key range and band as kernel calls, as few as can be."""
     calls: dict[Band, list[list[tuple[Interval, Interval]]]] = {}
     for query, key, band in sorted(tiles, key=lambda tile: tile[:2]):
@@ -197,7 +210,7 @@ def _calls(tiles: list[tuple[Interval, Interval, Band]]) -> tuple[Segments, ...]
             alike.append(call := [])
         call.append((query, key))
     return tuple(
-        Segments(*(tuple(column) for column in zip(*pairs)), band)
+        Segments(tuple(query for query, _ in pairs), tuple(key for _, key in pairs), band)
         for band, alike in sorted(calls.items(), key=lambda call: _order(call[0]))
         for pairs in alike
     )
@@ -211,7 +224,7 @@ def _loosened(call: Segments) -> Segments:
     return Segments(call.queries, call.keys, Band(left, right))
 
 
-def _order(band: Band) -> tuple:
+def _order(band: Band) -> tuple[bool, int, bool, int]:
     """Calls in a fixed order, those with the diagonal first."""
     return band.right is None, band.right or 0, band.left is not None, band.left or 0
 

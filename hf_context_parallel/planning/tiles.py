@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,7 +54,7 @@ class Segments:
         return joined(self.keys)
 
     @cached_property
-    def kept(self) -> dict:
+    def kept(self) -> dict[Any, Any]:
         """What a kernel has made of this call: every layer makes the call again."""
         return {}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import or_
 
-from .intervals import total, union
+from .intervals import Interval, total, union
 from .layout import Layout
 from .mask import Mask
 from .pieces import Piece, pieces_of_documents
@@ -57,12 +57,12 @@ def workload(layout: Layout, mask: Mask) -> Workload:
                 own_pairs[rank] += computed
                 continue
             exchanged[rank] += count
-            others, owners, rows = document.read(rank)
+            others, met, rows = document.read(rank)
             read[rank] += others
-            masks[rank] |= owners
+            masks[rank] |= met
             merged[rank] += rows
     owners = [mask.bit_count() for mask in masks]
-    return Workload(*map(tuple, (tokens, pairs, read, owners, merged, exchanged, own_pairs)))
+    return Workload(*(tuple(counts) for counts in (tokens, pairs, read, owners, merged, exchanged, own_pairs)))
 
 
 class _Document:
@@ -71,13 +71,15 @@ class _Document:
     def __init__(self, pieces: dict[int, list[Piece]], causal: bool, window: int | None):
         ordered = sorted((piece.position, piece.end, rank) for rank, of_rank in pieces.items() for piece in of_rank)
         self._pieces = pieces
-        self._starts, self._ends, self._ranks = map(list, zip(*ordered))
+        self._starts = [start for start, _, _ in ordered]
+        self._ends = [end for _, end, _ in ordered]
+        self._ranks = [rank for _, _, rank in ordered]
         self._sums = [0, *accumulate(end - start for start, end, _ in ordered)]
-        self._owners = [0, *accumulate((1 << rank for rank in self._ranks), or_)]
+        self._owners: list[int] = [0, *accumulate((1 << rank for rank in self._ranks), or_)]
         self._begin, self._end = self._starts[0], self._ends[-1]
-        limited = window is not None and window < self._end - self._begin
-        self._nearest = (1 - window if limited else None) if not causal else 0
-        self._furthest = window - 1 if limited else None
+        limit = None if window is None or window >= self._end - self._begin else window
+        self._nearest = 0 if causal else None if limit is None else 1 - limit
+        self._furthest = None if limit is None else limit - 1
 
     def pairs(self, query: Piece) -> int:
         """The pairs that a piece computes, as if the document had no padding inside."""
@@ -118,12 +120,14 @@ class _Document:
 
     def _near(self, query: Piece, rank: int) -> int:
         """How many rows of a piece read each of the other ranks, in sum, under a window."""
-        nearest, rows = self._nearest, {}
-        begin = bisect_right(self._ends, query.position - self._furthest)
+        nearest, furthest = self._nearest, self._furthest
+        assert nearest is not None and furthest is not None  # a window has both
+        rows: dict[int, list[Interval]] = {}
+        begin = bisect_right(self._ends, query.position - furthest)
         end = bisect_left(self._starts, query.end - nearest)
         for start, stop, owner in zip(self._starts[begin:end], self._ends[begin:end], self._ranks[begin:end]):
             if owner != rank:
-                reads = max(query.position, start + nearest), min(query.end, stop + self._furthest)
+                reads = max(query.position, start + nearest), min(query.end, stop + furthest)
                 rows.setdefault(owner, []).append(reads)
         return sum(total(union(reads)) for reads in rows.values())
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_context_parallel.attention.auto_strategy import choose, inner_size, shares
@@ -14,10 +14,11 @@ from hf_context_parallel.distributed.token_exchange import deal_heads
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.machine import H100_NODE
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
+from tests.helpers.examples import examples
 from tests.helpers.simulated import cases
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(cases(), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.data())
 def test_shares_are_those_of_strategies(case, key_heads, group, bfloat16, data):
     """What an estimate counts for a rank is the work of its plans, and for all ranks the bytes that they send."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_context_parallel.attention import ring as planned_ring
@@ -13,6 +13,7 @@ from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
+from tests.helpers.examples import examples
 from tests.helpers.ring import (
     HOW,
     MASKS,
@@ -107,14 +108,14 @@ anything = given(
 )
 
 
-@settings(max_examples=150)
+@examples(150)
 @anything
 def test_anything(case, kernel, key_heads, group, dims, softcap, with_sinks):
     fuzz(case, kernel, key_heads, group, dims, softcap, with_sinks)
 
 
 @pytest.mark.exhaustive
-@settings(max_examples=1500)
+@examples(1500)
 @anything
 def test_anything_exhaustively(case, kernel, key_heads, group, dims, softcap, with_sinks):
     fuzz(case, kernel, key_heads, group, dims, softcap, with_sinks)

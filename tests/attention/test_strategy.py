@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_context_parallel.attention.kernels.registry import choose_kernel
@@ -11,6 +11,7 @@ from hf_context_parallel.planning.balanced import balanced
 from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 from hf_context_parallel.planning.plan import build_gathering_plan
+from tests.helpers.examples import examples
 from tests.helpers.ring import HOW, MASKS, SHAPES, check, on_rank, some_sinks, tensors
 from tests.helpers.simulated import Log, cases, run
 
@@ -70,7 +71,7 @@ def test_another_kernel(way, kernel):
     check(zigzag(mask.length, 4), mask, tensors(mask), kernel, way=WAYS[way](4))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(cases(), st.sampled_from(sorted(WAYS)), st.integers(1, 3), st.integers(1, 3), st.data())
 def test_anything(case, way, key_heads, group, data):
     layout, mask = case

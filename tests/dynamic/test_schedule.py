@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.dynamic import stages_of_greedy_rule
@@ -17,6 +17,7 @@ from hf_context_parallel.planning.layout import FIXED_LAYOUTS, zigzag
 from hf_context_parallel.planning.machine import CPU, H100_NODE
 from hf_context_parallel.planning.mask import Mask
 from hf_context_parallel.planning.workload import workload
+from tests.helpers.examples import examples
 
 COSTS = {
     "GPUs": Costs.of(LLAMA_8B, H100_NODE),
@@ -56,7 +57,7 @@ def assert_complete(schedule, extent, most):
     assert schedule.idle.min() >= -1e-9
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150, deadline=None)
 @given(batches(), st.sampled_from(sorted(COSTS)), st.sampled_from(sorted(FIXED_LAYOUTS)))
 def test_a_schedule_is_complete_and_fits(batch, costs, layout):
     lengths, ranks, extent, most = batch
@@ -65,7 +66,7 @@ def test_a_schedule_is_complete_and_fits(batch, costs, layout):
     assert_complete(schedule, extent, most)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150, deadline=None)
 @given(batches(), st.sampled_from(sorted(COSTS)))
 def test_a_schedule_is_never_slower_than_static(batch, costs):
     lengths, ranks, extent, most = batch
@@ -74,7 +75,7 @@ def test_a_schedule_is_never_slower_than_static(batch, costs):
         assert schedule.total <= in_order(lengths, ranks, extent, room, COSTS[costs]).total * (1 + 1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 4, 8, 16]), st.sampled_from([2048, 4096]), st.integers(2, 6))
 def test_a_schedule_is_never_slower_than_the_greedy_rule(seed, ranks, most, samples):
     longest = min(16384, ranks * most)
@@ -86,7 +87,7 @@ def test_a_schedule_is_never_slower_than_the_greedy_rule(seed, ranks, most, samp
         assert schedule.total <= sum(stage.max() for stage in stages) * (1 + 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=9), min_size=1, max_size=3), st.integers(1, 5))
 def test_counts_are_those_of_the_mask(rows, size):
     pairs, keys = counts(np.concatenate(rows), np.array([len(lengths) for lengths in rows]), size)

@@ -21,8 +21,9 @@ from hf_context_parallel.planning.intervals import intersection
 from hf_context_parallel.planning.layout import FIXED_LAYOUTS, Layout
 from hf_context_parallel.planning.mask import Mask, Pattern, from_attention_mask, from_cu_seqlens
 from hf_context_parallel.planning.tiles import Band
+from tests.helpers.examples import examples
 
-settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.register_profile("deterministic", examples(100), derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
 torch.set_num_threads(1)  # ranks are threads, and tensors small
 

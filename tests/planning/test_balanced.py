@@ -4,13 +4,14 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_context_parallel.planning.balanced import balanced, make_layout, work_of_chunks
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask
 from hf_context_parallel.planning.workload import workload
+from tests.helpers.examples import examples
 from tests.helpers.simulated import allowed, rows
 
 
@@ -18,7 +19,7 @@ def work_of_ranks(layout, mask):
     return [int((allowed(mask)[0].sum(-1))[layout.positions(rank)].sum()) for rank in range(layout.size)]
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.integers(1, 400), st.integers(1, 12), st.data())
 def test_balanced_is_never_less_even_than_zigzag(length, size, data):
     mask = Mask(length, (data.draw(rows(length)),))

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_context_parallel.planning.layout import contiguous, zigzag
+from tests.helpers.examples import examples
 from tests.helpers.simulated import layouts
 
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([64, 257, 1000, 1024]))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(layouts(max_length=5000, sizes=sizes))
 def test_every_token_has_one_place(layout):
     positions = [layout.positions(rank) for rank in range(layout.size)]
@@ -64,7 +65,7 @@ def unevenness(layout):
     return max(work) - min(work)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.integers(1, 8), sizes)
 def test_zigzag_deals_causal_work_equally(chunk, size):
     assert unevenness(zigzag(2 * size * chunk, size)) == 0

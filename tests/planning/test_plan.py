@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_context_parallel.planning import mask as masks
@@ -15,6 +15,7 @@ from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 from hf_context_parallel.planning.plan import build_plan
 from hf_context_parallel.planning.tiles import FULL
+from tests.helpers.examples import examples
 from tests.helpers.simulated import allowed, cases, cut, in_band, layouts
 
 
@@ -171,26 +172,26 @@ def check_plans(layout, mask):
     assert sum(plan.sent_keys for plan in plans) == sum(plan.sent_gradients for plan in plans) == moved
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(cases())
 def test_every_pair_once_and_every_gradient_home(case):
     check_plans(*case)
 
 
-@settings(max_examples=5)
+@examples(5)
 @given(cases(max_length=200, sizes=st.integers(20, 64)))
 def test_every_pair_once_in_groups_of_tens(case):
     check_plans(*case)
 
 
 @pytest.mark.exhaustive
-@settings(max_examples=2000)
+@examples(2000)
 @given(cases(max_length=80, sizes=st.integers(1, 24)))
 def test_every_pair_once_exhaustively(case):
     check_plans(*case)
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(cases(max_length=3000, sizes=st.sampled_from([128, 255, 512, 1024])), st.integers(0, 1023))
 def test_sampled_ranks_of_large_groups(case, rank):
     layout, mask = case
