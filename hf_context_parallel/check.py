@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionMaskInterface, DistributedConfig, PreTrainedConfig, PreTrainedModel
 
 from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
@@ -177,7 +175,7 @@ def finite_masks() -> Iterator[None]:
 
     Its softmax is computed in float32, for which float64's is too large: a row of padding would become NaN.
     """
-    original = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    original = AttentionMaskInterface()["eager"]
 
     def finite(*args, **kwargs):
         mask = original(*args, **kwargs)

@@ -21,8 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
-from transformers import CONFIG_MAPPING, TrainingArguments
-from transformers.distributed import DistributedConfig
+from transformers import CONFIG_MAPPING, DistributedConfig, TrainingArguments
 from yaml import YAMLError
 
 from hf_context_parallel.config import ContextParallelConfig

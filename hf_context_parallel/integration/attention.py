@@ -9,21 +9,18 @@ from contextlib import contextmanager
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.falcon import modeling_falcon as falcon
-from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
-from transformers.models.gptj import modeling_gptj as gptj
+from transformers import AttentionInterface, PreTrainedConfig
 
 from ..attention import attend, one_dtype
 from ..attention.strategy import Shape
+from ..compat import add_to_attention_tables
 from ..kernels import check_kernel
 from ..kernels.base import make_scores, seed_of
 from ..mask import Pattern
 from .context import ShardedBatch
 from .current import current_batch
 from .masks import PlannedMask, unsharded_implementation
-from .models import NAME, TEXT_ALONE
+from .models import NAME, TEXT_ALONE, sees_whole
 from .positions import corrected_query
 
 HARMLESS = {
@@ -51,9 +48,15 @@ _otherwise = False
 def register() -> None:
     """Tell Transformers of the attention function."""
     AttentionInterface.register(NAME, context_parallel_attention)
-    # These look their attention class up in a table of their own, and ask no interface: they see whole sequences.
-    for table in (falcon.FALCON_ATTENTION_CLASSES, gptj.GPTJ_ATTENTION_CLASSES, gpt_neo.GPT_NEO_ATTENTION_CLASSES):
-        table[NAME] = table["eager"]
+    add_to_attention_tables(NAME, sees_whole, _no_entry)
+
+
+def _no_entry(config: PreTrainedConfig, table: str) -> ValueError:
+    return ValueError(
+        f"model type {config.model_type!r} is refused: it chooses its attention by its own {table}, where "
+        f"{NAME!r} is not known to be exact. Load it with attn_implementation='eager', or, where it is one part of a "
+        f"composite model, give each part its own, as attn_implementation={TEXT_ALONE}."
+    )
 
 
 def context_parallel_attention(
@@ -199,7 +202,7 @@ def _unsharded_attention(module, query, key, value, attention_mask, scaling, dro
         listener(module)
     eager = _eager(module)
     stock = unsharded_implementation(type(module.config))
-    function = ALL_ATTENTION_FUNCTIONS["sdpa"] if stock == "sdpa" else eager
+    function = AttentionInterface()["sdpa"] if stock == "sdpa" else eager
     if _otherwise and eager is not None:
         if stock == "sdpa":
             function, attention_mask = eager, _additive(module, query, key, attention_mask, kwargs)

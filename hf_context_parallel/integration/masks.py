@@ -14,9 +14,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import MODEL_MAPPING, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from ..compat import attention_name, chunks_count_from_documents, default_attention, mask_piece, set_attention_name
 from ..mask import Pattern
 from .current import current_batch
 from .models import ASK_FOR_THE_NAME, NAME
@@ -94,13 +94,12 @@ def context_parallel_mask(**kwargs) -> Any:
                 "outside of cp.shard than by Transformers' own. To generate or evaluate without cp.shard call "
                 "model.set_attn_implementation('eager') before, where its class allows that, or load it without ours."
             )
-        return ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(config))](**kwargs)
+        return AttentionMaskInterface()[unsharded_implementation(type(config))](**kwargs)
     given = kwargs.get("attention_mask")
     if given is not None and not given.all():  # some models make one of ones when they are given none
         raise ValueError(GIVEN_A_MASK)
     pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not batch.shard.typed)
-    counts_from_documents = hasattr(masking_utils, "remap_positions_for_packed_sequence")
-    if pattern.chunk_size is not None and not counts_from_documents and batch.shard.packed:
+    if pattern.chunk_size is not None and not chunks_count_from_documents() and batch.shard.packed:
         raise ValueError(
             f"{config.model_type!r} has chunked attention, whose chunks this version of Transformers counts from the "
             "row's start and newer ones from each document's. Upgrade Transformers, or do not pack."
@@ -128,23 +127,21 @@ def whole_mask(
     # A row without padding would have no mask, and some models' attention is another one then: not so in its batch.
     options = mask.options if padding is None else dict.fromkeys(mask.options, False)
     causal, window, chunk = mask.pattern
-    parts = [masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function]
+    parts = [mask_piece("causal_mask_function" if causal else "bidirectional_mask_function")]
     if window is not None:
-        overlay = (
-            masking_utils.sliding_window_overlay if causal else masking_utils.sliding_window_bidirectional_overlay
-        )
+        overlay = mask_piece("sliding_window_overlay" if causal else "sliding_window_bidirectional_overlay")
         parts.append(overlay(window if causal else window - 1))
     if chunk is not None:
         left = torch.zeros(rows, dtype=torch.long) if padding is None else (padding.cumsum(-1) == 0).sum(-1)
-        parts.append(masking_utils.chunked_overlay(chunk, left.to(like.device)))
+        parts.append(mask_piece("chunked_overlay")(chunk, left.to(like.device)))
     local_size = [size for size in (window, chunk) if size is not None]
-    made = ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(mask.config))](
+    made = AttentionMaskInterface()[unsharded_implementation(type(mask.config))](
         batch_size=rows,
         q_length=length,
         kv_length=length,
         q_offset=0,
         kv_offset=0,
-        mask_function=parts[0] if len(parts) == 1 else masking_utils.and_masks(*parts),
+        mask_function=parts[0] if len(parts) == 1 else mask_piece("and_masks")(*parts),
         attention_mask=padding,
         local_size=min(local_size) if local_size else None,
         dtype=like.dtype,
@@ -177,17 +174,17 @@ def stock_attention(module: torch.nn.Module) -> Iterator[None]:
     Some layers ask for the name: those that pick their keys put that into the mask for Transformers' own alone.
     """
     configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-    ours = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == NAME]
+    ours = [config for config in configs.values() if attention_name(config) == NAME]
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
-    of_models = {id(model.config): "sdpa" if model._supports_sdpa else "eager" for model in models}
+    of_models = {id(model.config): default_attention(type(model)) for model in models}
     for config in ours:
         name = of_models.get(id(config)) or unsharded_implementation(type(config))
-        config._attn_implementation_internal = name
+        set_attention_name(config, name)
     try:
         yield
     finally:
         for config in ours:
-            config._attn_implementation_internal = NAME
+            set_attention_name(config, NAME)
 
 
 def read_pattern(function, model_type: str, text_only: bool = True) -> Pattern:
@@ -301,4 +298,4 @@ def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
         )
     if isinstance(model_class, tuple):
         model_class = model_class[0]
-    return "sdpa" if model_class._supports_sdpa else "eager"
+    return default_attention(model_class)

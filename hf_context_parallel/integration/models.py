@@ -15,9 +15,8 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from ..compat import asks_interface, attention_name, base_class_names, causal_lm_classes, causal_lm_loss
 from .replacement import own_forward
 from .seams import CONVOLUTION, SCANS, seams
 from .tuners import check_tuners
@@ -25,18 +24,10 @@ from .tuners import check_tuners
 logger = logging.getLogger(__name__)
 
 
-def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
-
-
 NAME = "context_parallel"
 """The value of `attn_implementation` that this package registers."""
 TEXT_ALONE = {"": NAME, "text_config": NAME, "vision_config": "sdpa"}
 """The value for a composite model whose text is sharded and whose vision tower is not."""
-
-CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-BASE_CLASSES = frozenset(name for names in MODEL_MAPPING_NAMES.values() for name in _names(names))
-"""The names of the classes that `AutoModelForCausalLM` and `AutoModel` choose."""
 
 SEES_WHOLE = re.compile(
     # state space, linear attention, recurrences
@@ -48,10 +39,11 @@ SEES_WHOLE = re.compile(
     r"|\w+ShortConv(olution)?|ZayaAttention"
     # attention that picks its keys, or biases their scores
     r"|(AXK2|DeepseekV32|DeepseekV4|Dots3NoteText|GlmMoeDsa|HYV4|MiniMaxM3VL\w*|Doge|Inkling|Inkling2\w*)Attention"
-    # attention that no interface reaches
-    r"|(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention"
 )
 """The modules that mix tokens otherwise than by the attention interface, by their classes' names."""
+
+NO_INTERFACE = re.compile(r"(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention")
+"""The attentions that no interface reaches in some version of Transformers or in all, by their classes' names."""
 
 SHORT_CONVOLUTIONS = re.compile(r"\w+ShortConv")
 """Those of them that carry no state along the sequence, and no other module of their layer sees whole sequences."""
@@ -181,6 +173,11 @@ def _is_called(kind: type, pattern: re.Pattern) -> bool:
     return any(pattern.fullmatch(parent.__name__) for parent in kind.__mro__)
 
 
+def sees_whole(kind: type[torch.nn.Module]) -> bool:
+    """Whether a class of modules mixes tokens otherwise than by the attention interface."""
+    return _is_called(kind, SEES_WHOLE) or (_is_called(kind, NO_INTERFACE) and not asks_interface(kind))
+
+
 def is_native(module: torch.nn.Module) -> bool:
     """Whether a mixer mixes tokens by functions that it is known how to share, and by nothing else.
 
@@ -200,7 +197,7 @@ def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
     inside: set[torch.nn.Module] = set()
     for module in model.modules():
         kind = type(module)
-        if module not in inside and (_is_called(kind, SEES_WHOLE) or _is_called(kind, MAKES_POSITIONS)):
+        if module not in inside and (sees_whole(kind) or _is_called(kind, MAKES_POSITIONS)):
             found.append(module)
             inside.update(module.modules())
     return found
@@ -300,7 +297,7 @@ def check_model(model: torch.nn.Module) -> None:
             f"{name} is an encoder and a decoder, which are given different sequences; the decoder alone is exact, "
             "as AutoModelForCausalLM loads it."
         )
-    if stock.__name__ in CAUSAL_LM_CLASSES and module.loss_function is not ForCausalLMLoss:
+    if stock.__name__ in causal_lm_classes().values() and module.loss_function is not causal_lm_loss():
         raise ValueError(
             f"{name} has a loss function of its own, {module.loss_function!r}, and it is not known whether that takes "
             "shift_labels and num_items_in_batch. Leave loss_function alone, or call the model without labels and "
@@ -309,7 +306,7 @@ def check_model(model: torch.nn.Module) -> None:
     check_tuners(model)
     if model.training:
         _refuse_layer_drop(config)
-    attention = config.get_text_config()._attn_implementation
+    attention = attention_name(config.get_text_config())
     if attention != NAME:
         raise ValueError(
             f"{name} was loaded with attn_implementation={attention!r}; load it with attn_implementation={NAME!r}, or "
@@ -319,8 +316,9 @@ def check_model(model: torch.nn.Module) -> None:
 
 def _stock_class(model: PreTrainedModel) -> type | None:
     """The class that `AutoModelForCausalLM` or `AutoModel` chooses, of which the model is one, if it is."""
+    names = base_class_names().union(causal_lm_classes().values())
     for kind in type(model).__mro__:
-        if kind.__module__.startswith("transformers.") and kind.__name__ in CAUSAL_LM_CLASSES | BASE_CLASSES:
+        if kind.__module__.startswith("transformers.") and kind.__name__ in names:
             return kind
     return None
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..compat import bloom_alibi
+
 if TYPE_CHECKING:
     from .context import ShardedBatch
 
@@ -32,9 +34,7 @@ def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: Sharded
 
 def _bloom_alibi(module: torch.nn.Module, of_shard: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
     """The score biases of whole rows, which Bloom makes once for all layers: `[B * H, 1, S]`."""
-    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-
-    return build_alibi_tensor(padding.to(of_shard.device), module.num_heads, of_shard.dtype)
+    return bloom_alibi()(padding.to(of_shard.device), module.num_heads, of_shard.dtype)
 
 
 def _ids_without_padding(module: torch.nn.Module, input_ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
