@@ -25,7 +25,7 @@ DOCUMENTS = (11, 1, 2, 20, 7)
 """Lengths of the documents of the packed batch."""
 AUXILIARY = "auxiliary loss"
 """The kind of batch that is run with the router's loss, where a model has one."""
-ONLY_FLOAT32 = {"inkling2_text", "xglm"}
+ONLY_FLOAT32 = {"inkling2_loop_text", "inkling2_text", "xglm"}
 """The types that do not run in float64."""
 
 

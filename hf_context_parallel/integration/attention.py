@@ -20,7 +20,7 @@ from ..mask import Pattern
 from .context import ShardedBatch
 from .current import current_batch
 from .masks import PlannedMask, unsharded_implementation
-from .models import NAME, TEXT_ALONE, sees_whole
+from .models import NAME, TEXT_ALONE, attends_to_layers, sees_whole
 from .positions import corrected_query
 
 HARMLESS = {
@@ -85,7 +85,7 @@ def context_parallel_attention(
         ValueError: for anything that would not be exact.
     """
     batch = current_batch()
-    if batch is None:
+    if batch is None or attends_to_layers(module):
         asked = {"softcap": softcap, "s_aux": s_aux}
         kwargs |= {name: value for name, value in asked.items() if value is not None}
         return _unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)

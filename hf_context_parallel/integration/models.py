@@ -45,6 +45,9 @@ SEES_WHOLE = re.compile(
 NO_INTERFACE = re.compile(r"(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention")
 """The attentions that no interface reaches in some version of Transformers or in all, by their classes' names."""
 
+ATTENDS_TO_LAYERS = re.compile(r"Inkling2(Loop)?(Block|Message)AttentionResidual")
+"""The modules that ask the attention interface for each token by itself, with earlier layers in the place of keys."""
+
 SHORT_CONVOLUTIONS = re.compile(r"\w+ShortConv")
 """Those of them that carry no state along the sequence, and no other module of their layer sees whole sequences."""
 
@@ -176,6 +179,11 @@ def _is_called(kind: type, pattern: re.Pattern) -> bool:
 def sees_whole(kind: type[torch.nn.Module]) -> bool:
     """Whether a class of modules mixes tokens otherwise than by the attention interface."""
     return _is_called(kind, SEES_WHOLE) or (_is_called(kind, NO_INTERFACE) and not asks_interface(kind))
+
+
+def attends_to_layers(module: torch.nn.Module) -> bool:
+    """Whether what a module asks the attention interface for mixes no tokens."""
+    return _is_called(type(module), ATTENDS_TO_LAYERS)
 
 
 def is_native(module: torch.nn.Module) -> bool:
