@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_context_parallel"
 LEVELS = (
     "config",
+    "compat",
     "planning",
     "distributed",
     "data",

@@ -12,23 +12,15 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from ..compat import asks_interface
 
 logger = logging.getLogger(__name__)
-
-
-def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
-
 
 NAME = "context_parallel"
 """The value of `attn_implementation` that this package registers."""
 TEXT_ALONE = {"": NAME, "text_config": NAME, "vision_config": "sdpa"}
 """The value for a composite model whose text is sharded and whose vision tower is not."""
-
-CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-BASE_CLASSES = frozenset(name for names in MODEL_MAPPING_NAMES.values() for name in _names(names))
-"""The names of the classes that `AutoModelForCausalLM` and `AutoModel` choose."""
 
 SEES_WHOLE = re.compile(
     # state space, linear attention, recurrences
@@ -40,10 +32,14 @@ SEES_WHOLE = re.compile(
     r"|\w+ShortConv(olution)?|ZayaAttention"
     # attention that picks its keys, or biases their scores
     r"|(AXK2|DeepseekV32|DeepseekV4|Dots3NoteText|GlmMoeDsa|HYV4|MiniMaxM3VL\w*|Doge|Inkling|Inkling2\w*)Attention"
-    # attention that no interface reaches
-    r"|(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention"
 )
 """The modules that mix tokens otherwise than by the attention interface, by their classes' names."""
+
+NO_INTERFACE = re.compile(r"(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention")
+"""The attentions that no interface reaches in some version of Transformers or in all, by their classes' names."""
+
+ATTENDS_TO_LAYERS = re.compile(r"Inkling2(Loop)?(Block|Message)AttentionResidual")
+"""The modules that ask the attention interface for each token by itself, with earlier layers in the place of keys."""
 
 SHORT_CONVOLUTIONS = re.compile(r"\w+ShortConv")
 """Those of them that carry no state along the sequence, and no other module of their layer sees whole sequences."""
@@ -132,6 +128,22 @@ KNOWN_TENSOR_PARALLEL = KNOWN.with_name("tensor_parallel.json")
 
 CHECKED_AS = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
 """Types of the configurations that causal language models of other types have."""
+
+
+@cache
+def is_called(kind: type, pattern: re.Pattern) -> bool:
+    """Whether a class, or one that it is derived from, has such a name: FSDP2 derives classes of its own."""
+    return any(pattern.fullmatch(parent.__name__) for parent in kind.__mro__)
+
+
+def sees_whole(kind: type[torch.nn.Module]) -> bool:
+    """Whether a class of modules mixes tokens otherwise than by the attention interface."""
+    return is_called(kind, SEES_WHOLE) or (is_called(kind, NO_INTERFACE) and not asks_interface(kind))
+
+
+def attends_to_layers(module: torch.nn.Module) -> bool:
+    """Whether what a module asks the attention interface for mixes no tokens."""
+    return is_called(type(module), ATTENDS_TO_LAYERS)
 
 
 @cache

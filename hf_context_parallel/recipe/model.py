@@ -10,11 +10,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
+    DistributedConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.distributed import DistributedConfig
 
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import ModelSection

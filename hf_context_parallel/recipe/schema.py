@@ -16,8 +16,7 @@ from omegaconf import OmegaConf
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, PositiveInt, create_model
 from pydantic.dataclasses import dataclass
-from transformers import CONFIG_MAPPING, TrainingArguments
-from transformers.distributed import DistributedConfig
+from transformers import CONFIG_MAPPING, DistributedConfig, TrainingArguments
 
 from hf_context_parallel.config import ContextParallelConfig
 

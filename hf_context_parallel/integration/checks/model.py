@@ -6,11 +6,9 @@ import inspect
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ...compat import attention_name, base_class_names, causal_lm_classes, causal_lm_loss
 from ..model_registry import (
-    BASE_CLASSES,
-    CAUSAL_LM_CLASSES,
     CHECKED_AS,
     NAME,
     REFUSED,
@@ -47,7 +45,7 @@ def check_model(model: torch.nn.Module) -> None:
             f"{name} is an encoder and a decoder, which are given different sequences; the decoder alone is exact, "
             "as AutoModelForCausalLM loads it."
         )
-    if stock.__name__ in CAUSAL_LM_CLASSES and module.loss_function is not ForCausalLMLoss:
+    if stock.__name__ in causal_lm_classes().values() and module.loss_function is not causal_lm_loss():
         raise ValueError(
             f"{name} has a loss function of its own, {module.loss_function!r}, and it is not known whether that takes "
             "shift_labels and num_items_in_batch. Leave loss_function alone, or call the model without labels and "
@@ -56,7 +54,7 @@ def check_model(model: torch.nn.Module) -> None:
     check_tuners(model)
     if model.training:
         _refuse_layer_drop(config)
-    attention = config.get_text_config()._attn_implementation
+    attention = attention_name(config.get_text_config())
     if attention != NAME:
         raise ValueError(
             f"{name} was loaded with attn_implementation={attention!r}; load it with attn_implementation={NAME!r}, or "
@@ -66,8 +64,9 @@ def check_model(model: torch.nn.Module) -> None:
 
 def _stock_class(model: PreTrainedModel) -> type | None:
     """The class that `AutoModelForCausalLM` or `AutoModel` chooses, of which the model is one, if it is."""
+    names = base_class_names().union(causal_lm_classes().values())
     for kind in type(model).__mro__:
-        if kind.__module__.startswith("transformers.") and kind.__name__ in CAUSAL_LM_CLASSES | BASE_CLASSES:
+        if kind.__module__.startswith("transformers.") and kind.__name__ in names:
             return kind
     return None
 

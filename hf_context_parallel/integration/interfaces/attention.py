@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import AttentionInterface
-from transformers.models.falcon import modeling_falcon as falcon
-from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
-from transformers.models.gptj import modeling_gptj as gptj
+from transformers import AttentionInterface, PreTrainedConfig
 
+from ...compat import add_to_attention_tables
 from ...planning.mask import Pattern
 from ..active_batch import ActiveBatch, active_batch
-from ..model_registry import NAME, TEXT_ALONE
+from ..model_registry import NAME, TEXT_ALONE, attends_to_layers, sees_whole
 from ..patches.positions import corrected_query
 from .planned_mask import PlannedMask
 from .stock_attention import ran_sharded, unsharded_attention
@@ -35,9 +33,15 @@ HARMLESS = {
 def register() -> None:
     """Tell Transformers of the attention function."""
     AttentionInterface.register(NAME, context_parallel_attention)
-    # These look their attention class up in a table of their own, and ask no interface: they see whole sequences.
-    for table in (falcon.FALCON_ATTENTION_CLASSES, gptj.GPTJ_ATTENTION_CLASSES, gpt_neo.GPT_NEO_ATTENTION_CLASSES):
-        table[NAME] = table["eager"]
+    add_to_attention_tables(NAME, sees_whole, _no_entry)
+
+
+def _no_entry(config: PreTrainedConfig, table: str) -> ValueError:
+    return ValueError(
+        f"model type {config.model_type!r} is refused: it chooses its attention by its own {table}, where "
+        f"{NAME!r} is not known to be exact. Load it with attn_implementation='eager', or, where it is one part of a "
+        f"composite model, give each part its own, as attn_implementation={TEXT_ALONE}."
+    )
 
 
 def context_parallel_attention(
@@ -66,7 +70,7 @@ def context_parallel_attention(
         ValueError: for anything that would not be exact.
     """
     batch = active_batch()
-    if batch is None:
+    if batch is None or attends_to_layers(module):
         asked = {"softcap": softcap, "s_aux": s_aux}
         kwargs |= {name: value for name, value in asked.items() if value is not None}
         return unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AttentionMaskInterface, masking_utils
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionMaskInterface
 
+from ...compat import chunks_count_from_documents
 from ..active_batch import active_batch
 from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
 from ..switches import switches
@@ -44,13 +44,12 @@ def context_parallel_mask(**kwargs) -> Any:
                 "outside of cp.shard than by Transformers' own. To generate or evaluate without cp.shard call "
                 "model.set_attn_implementation('eager') before, where its class allows that, or load it without ours."
             )
-        return ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(config))](**kwargs)
+        return AttentionMaskInterface()[unsharded_implementation(type(config))](**kwargs)
     given = kwargs.get("attention_mask")
     if given is not None and not given.all():  # some models make one of ones when they are given none
         raise ValueError(GIVEN_A_MASK)
     pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not batch.shard.typed)
-    counts_from_documents = hasattr(masking_utils, "remap_positions_for_packed_sequence")
-    if pattern.chunk_size is not None and not counts_from_documents and batch.shard.packed:
+    if pattern.chunk_size is not None and not chunks_count_from_documents() and batch.shard.packed:
         raise ValueError(
             f"{config.model_type!r} has chunked attention, whose chunks this version of Transformers counts from the "
             "row's start and newer ones from each document's. Upgrade Transformers, or do not pack."

@@ -10,15 +10,9 @@ from functools import cache
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers import (
-    MODEL_MAPPING,
-    PreTrainedConfig,
-    PreTrainedModel,
-    masking_utils,
-)
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from ...compat import attention_name, default_attention, mask_piece, set_attention_name
 from ..model_registry import NAME
 from ..switches import switches
 from .planned_mask import PlannedMask
@@ -41,7 +35,7 @@ def unsharded_attention(module, query, key, value, attention_mask, scaling, drop
         listener(module)
     eager = _eager(module)
     stock = unsharded_implementation(type(module.config))
-    function = ALL_ATTENTION_FUNCTIONS["sdpa"] if stock == "sdpa" else eager
+    function = AttentionInterface()["sdpa"] if stock == "sdpa" else eager
     if switches.other_attention and eager is not None:
         if stock == "sdpa":
             function, attention_mask = eager, _additive(module, query, key, attention_mask, kwargs)
@@ -99,23 +93,21 @@ def whole_mask(
     # A row without padding would have no mask, and some models' attention is another one then: not so in its batch.
     options = mask.options if padding is None else dict.fromkeys(mask.options, False)
     causal, window, chunk = mask.pattern
-    parts = [masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function]
+    parts = [mask_piece("causal_mask_function" if causal else "bidirectional_mask_function")]
     if window is not None:
-        overlay = (
-            masking_utils.sliding_window_overlay if causal else masking_utils.sliding_window_bidirectional_overlay
-        )
+        overlay = mask_piece("sliding_window_overlay" if causal else "sliding_window_bidirectional_overlay")
         parts.append(overlay(window if causal else window - 1))
     if chunk is not None:
         left = torch.zeros(rows, dtype=torch.long) if padding is None else (padding.cumsum(-1) == 0).sum(-1)
-        parts.append(masking_utils.chunked_overlay(chunk, left.to(like.device)))
+        parts.append(mask_piece("chunked_overlay")(chunk, left.to(like.device)))
     local_size = [size for size in (window, chunk) if size is not None]
-    made = ALL_MASK_ATTENTION_FUNCTIONS[unsharded_implementation(type(mask.config))](
+    made = AttentionMaskInterface()[unsharded_implementation(type(mask.config))](
         batch_size=rows,
         q_length=length,
         kv_length=length,
         q_offset=0,
         kv_offset=0,
-        mask_function=parts[0] if len(parts) == 1 else masking_utils.and_masks(*parts),
+        mask_function=parts[0] if len(parts) == 1 else mask_piece("and_masks")(*parts),
         attention_mask=padding,
         local_size=min(local_size) if local_size else None,
         dtype=like.dtype,
@@ -137,17 +129,17 @@ def stock_attention(module: torch.nn.Module) -> Iterator[None]:
     Some layers ask for the name: those that pick their keys put that into the mask for Transformers' own alone.
     """
     configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-    ours = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == NAME]
+    ours = [config for config in configs.values() if attention_name(config) == NAME]
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
-    of_models = {id(model.config): "sdpa" if model._supports_sdpa else "eager" for model in models}
+    of_models = {id(model.config): default_attention(type(model)) for model in models}
     for config in ours:
         name = of_models.get(id(config)) or unsharded_implementation(type(config))
-        config._attn_implementation_internal = name
+        set_attention_name(config, name)
     try:
         yield
     finally:
         for config in ours:
-            config._attn_implementation_internal = NAME
+            set_attention_name(config, NAME)
 
 
 def _model_of(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
@@ -175,4 +167,4 @@ def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
         )
     if isinstance(model_class, tuple):
         model_class = model_class[0]
-    return "sdpa" if model_class._supports_sdpa else "eager"
+    return default_attention(model_class)

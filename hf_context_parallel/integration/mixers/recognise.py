@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from functools import cache
-
 import torch
 from transformers import PreTrainedModel
 
-from ..model_registry import MAKES_POSITIONS, SEES_WHOLE, SHORT_CONVOLUTIONS, WHOLE_MODELS
+from ..model_registry import MAKES_POSITIONS, SHORT_CONVOLUTIONS, WHOLE_MODELS, is_called, sees_whole
 from .token_functions import CONVOLUTION, SCANS, token_functions
-
-
-@cache
-def _is_called(kind: type, pattern: re.Pattern) -> bool:
-    """Whether a class, or one that it is derived from, has such a name: FSDP2 derives classes of its own."""
-    return any(pattern.fullmatch(parent.__name__) for parent in kind.__mro__)
 
 
 def is_native(module: torch.nn.Module) -> bool:
@@ -25,7 +16,7 @@ def is_native(module: torch.nn.Module) -> bool:
     """
     called = token_functions(module)
     # Where a state is carried along, the function that does it must be one of them, too.
-    return CONVOLUTION in called and (bool(called & SCANS.keys()) or _is_called(type(module), SHORT_CONVOLUTIONS))
+    return CONVOLUTION in called and (bool(called & SCANS.keys()) or is_called(type(module), SHORT_CONVOLUTIONS))
 
 
 def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -37,7 +28,7 @@ def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
     inside: set[torch.nn.Module] = set()
     for module in model.modules():
         kind = type(module)
-        if module not in inside and (_is_called(kind, SEES_WHOLE) or _is_called(kind, MAKES_POSITIONS)):
+        if module not in inside and (sees_whole(kind) or is_called(kind, MAKES_POSITIONS)):
             found.append(module)
             inside.update(module.modules())
     return found
@@ -45,4 +36,4 @@ def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def makes_positions(module: torch.nn.Module) -> bool:
     """Whether a module, or a whole model, makes positions of its own unless it is given some."""
-    return isinstance(module, PreTrainedModel) or _is_called(type(module), MAKES_POSITIONS)
+    return isinstance(module, PreTrainedModel) or is_called(type(module), MAKES_POSITIONS)

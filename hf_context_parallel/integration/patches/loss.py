@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ...compat import causal_lm_loss
 from ...data.shard import Shard
 from ..active_batch import ActiveBatch
 from ..model_registry import UNSHIFTED
+from .module_patch import by_name
 
 BALANCING = "load_balancing_loss_func"
 """The function that Transformers' mixtures of experts compute their auxiliary loss with."""
@@ -39,13 +40,15 @@ class BalancingLoss:
         if self._original is not None:
             self._names[BALANCING] = self._original
 
-    def _of_whole_batch(self, gate_logits, num_experts=None, top_k=2, attention_mask=None):
-        if not isinstance(gate_logits, (tuple, list)):
-            return self._original(gate_logits, num_experts, top_k, attention_mask)
-        gathered = tuple(self._gathered(logits) for logits in gate_logits)
+    def _of_whole_batch(self, *args, **kwargs):
+        given = by_name(self._original, args, kwargs)  # Doge's takes more than others'
+        router = given["gate_logits"]
+        if not isinstance(router, (tuple, list)):
+            return self._original(**given)
+        given["gate_logits"] = tuple(self._gathered(logits) for logits in router)
         padding = self._batch.shard.padding
-        padding = None if padding is None else padding.to(gathered[0].device)
-        return self._original(gathered, num_experts, top_k, padding) / self._batch.group.size
+        given["attention_mask"] = None if padding is None else padding.to(given["gate_logits"][0].device)
+        return self._original(**given) / self._batch.group.size
 
     def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
         shard = self._batch.shard
@@ -73,7 +76,7 @@ def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any]
     if config.model_type in UNSHIFTED:
         count = shard.unshifted_count
         labels = shard.unshifted.to(logits.device)
-        loss = ForCausalLMLoss(
+        loss = causal_lm_loss()(
             logits, None, logits.shape[-1], num_items_in_batch=count.to(logits.device), shift_labels=labels
         )
     elif getattr(config, "z_loss_coefficient", 0):

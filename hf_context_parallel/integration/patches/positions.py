@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...compat import bloom_alibi
 from ..active_batch import ActiveBatch
 
 
@@ -29,9 +30,7 @@ def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ActiveB
 
 def _bloom_alibi(module: torch.nn.Module, of_shard: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
     """The score biases of whole rows, which Bloom makes once for all layers: `[B * H, 1, S]`."""
-    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-
-    return build_alibi_tensor(padding.to(of_shard.device), module.num_heads, of_shard.dtype)
+    return bloom_alibi()(padding.to(of_shard.device), module.num_heads, of_shard.dtype)
 
 
 def _ids_without_padding(module: torch.nn.Module, input_ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
@@ -40,8 +39,18 @@ def _ids_without_padding(module: torch.nn.Module, input_ids: torch.Tensor, paddi
     return torch.where(padding.to(input_ids.device).bool(), input_ids, end)
 
 
+def _distances(module: torch.nn.Module, of_shard: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """The distance of each query from each key of whole rows, which Inkling 2 makes once for all layers: `[S, S]`."""
+    index = torch.arange(padding.shape[1], device=of_shard.device)
+    return index[:, None] - index[None, :]
+
+
 MADE_BY_MODEL = {
     ("BloomAttention", "alibi"): _bloom_alibi,
+    ("Inkling2FullAttention", "relative_distance"): _distances,
+    ("Inkling2SlidingAttention", "relative_distance"): _distances,
+    ("Inkling2LoopFullAttention", "relative_distance"): _distances,
+    ("Inkling2LoopSlidingAttention", "relative_distance"): _distances,
     ("Qwen4ExpTextPLELayer", "input_ids"): _ids_without_padding,
 }
 """By class and argument: what makes for whole sequences what the model has made, of a shard, for all layers.

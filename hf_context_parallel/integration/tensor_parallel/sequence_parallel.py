@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear, pad
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from ...distributed.mesh import Ranks
 from ..active_batch import ActiveBatch

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import GradientCheckpointingLayer
 
 from ...context_parallel import ContextParallel
 from ...integration.checks.inputs import accepted

@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionMaskInterface, DistributedConfig, PreTrainedConfig, PreTrainedModel
 
 from ...config import ContextParallelConfig
 from ...context_parallel import ContextParallel
@@ -28,7 +26,7 @@ DOCUMENTS = (11, 1, 2, 20, 7)
 """Lengths of the documents of the packed batch."""
 AUXILIARY = "auxiliary loss"
 """The kind of batch that is run with the router's loss, where a model has one."""
-ONLY_FLOAT32 = {"inkling2_text", "xglm"}
+ONLY_FLOAT32 = {"inkling2_loop_text", "inkling2_text", "xglm"}
 """The types that do not run in float64."""
 
 
@@ -178,7 +176,7 @@ def finite_masks() -> Iterator[None]:
 
     Its softmax is computed in float32, for which float64's is too large: a row of padding would become NaN.
     """
-    original = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    original = AttentionMaskInterface()["eager"]
 
     def finite(*args, **kwargs):
         mask = original(*args, **kwargs)

@@ -14,8 +14,8 @@ import torch
 import transformers
 from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ...compat import causal_lm_classes
 from ...distributed.worker_pool import WorkerPool
 from ...integration.model_registry import REFUSED
 from .check import Errors, errors, tolerance
@@ -48,12 +48,12 @@ class Finding:
 
 def model_types() -> list[str]:
     """All causal language models of the installed Transformers."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted(causal_lm_classes())
 
 
 def configuration(model: str) -> PreTrainedConfig:
     """The tiny configuration of a type, of a folder's model or of one of the hub."""
-    if model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model in causal_lm_classes():
         return tiny_config(model)
     return shrink(AutoConfig.from_pretrained(model))
 

@@ -125,7 +125,23 @@ _INDICES = (
 )
 # What a type needs beside the names above.
 _OWN: dict[str, dict[str, Any]] = {
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},  # of one stack, and multiplied from there
+    "inkling2_loop_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+    },
+    "inkling2_text": {"n_layers_per_attn_res_block": 1},
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 2,

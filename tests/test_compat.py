@@ -1,0 +1,79 @@
+"""What the package asks of other packages: on import what they document, and the rest where it is needed."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import hf_context_parallel
+from hf_context_parallel import compat
+from hf_context_parallel.integration.model_registry import sees_whole
+from hf_context_parallel.verification.types import tiny
+
+PACKAGE = Path(hf_context_parallel.__file__).parent
+OTHERS = ("accelerate", "peft", "transformers")
+DOCUMENTED = {
+    "accelerate",
+    "accelerate.data_loader",
+    "accelerate.state",
+    "accelerate.utils",
+    "peft",
+    "transformers",
+    "transformers.utils",
+}
+"""Their modules whose public names have a place in their documentation."""
+
+
+def undocumented(node: ast.AST) -> Iterator[str]:
+    """The undocumented names that a statement imports from other packages."""
+    if isinstance(node, ast.Import):
+        found = [(alias.name, "") for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        found = [(node.module, alias.name) for alias in node.names]
+    else:
+        return
+    for module, name in found:
+        if module.split(".")[0] in OTHERS and (module not in DOCUMENTED or name.startswith("_")):
+            yield f"{module} {name}"
+
+
+def test_undocumented_names_are_imported_nowhere():
+    """Not in functions either, where `compat.lookup` says what lacks them."""
+    found = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in undocumented(node)
+    }
+    assert not found
+
+
+def test_a_name_that_is_gone_refuses_what_needs_it(monkeypatch):
+    from transformers.models.bloom import modeling_bloom
+
+    monkeypatch.delattr(modeling_bloom, "build_alibi_tensor")
+    with pytest.raises(ValueError, match=r"has no build_alibi_tensor in .*, and model type 'bloom' needs it"):
+        compat.bloom_alibi()
+    with pytest.raises(ValueError, match=r"has no gone in transformers\.models\.gone, and it needs it"):
+        compat.lookup("models.gone", "gone", "it")
+
+
+def test_an_attention_in_a_table_of_its_own_is_refused_by_name():
+    config = tiny.tiny_config("git")
+    with pytest.raises(ValueError, match=r"model type 'git' is refused: .* GIT_SELF_ATTENTION_CLASSES"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="context_parallel")
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "gpt_neo", "gptj", "codegen"])
+def test_an_attention_sees_whole_sequences_unless_it_asks_the_interface(model_type):
+    config = tiny.tiny_config(model_type)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="context_parallel")
+    attentions = {type(part) for part in model.modules() if re.search("Attention$", type(part).__name__)}
+    assert attentions
+    assert any(sees_whole(kind) for kind in attentions) == (not any(map(compat.asks_interface, attentions)))
