@@ -6,9 +6,13 @@ CPUs without matrix instructions for it. So tiles are copied into that form, whi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from ...planning.tiles import Segments
+from ..scores import Scores
 from .base import Block, Kernel, blocks, is_plain
 from .reference import ReferenceKernel
 
@@ -27,14 +31,18 @@ class CpuKernel(Kernel):
     def missing() -> str | None:
         return None
 
-    def refusal(self, device, dtype, query_dim, value_dim, scores) -> str | None:
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
+    ) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU and the tensors are on {device}; use kernel='auto'"
         if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float64, float32, bfloat16 and float16, not {dtype}"
         return None
 
-    def forward(self, query, key, value, segments, scores):
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if scores.softcap is not None or scores.dropout_p:  # which the operators do not have
             return ReferenceKernel().forward(query, key, value, segments, scores)
         value_dim = value.shape[-1]
@@ -55,16 +63,26 @@ class CpuKernel(Kernel):
                 lses.append(lse[0].T)
         return _cat(outputs), _cat(lses)
 
-    def backward(self, grad_output, query, key, value, output, lse, segments, scores):
+    def backward(
+        self,
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        segments: Segments,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if scores.softcap is not None or scores.dropout_p:
             return ReferenceKernel().backward(grad_output, query, key, value, output, lse, segments, scores)
         query_dim, value_dim = query.shape[-1], value.shape[-1]
         query, key, value, grad_output, output = _one_head_dim(query, key, value, grad_output, output)
-        grads = [], [], []
+        grads: tuple[list[torch.Tensor], ...] = [], [], []
         for (q0, q1), (k0, k1) in zip(segments.queries, segments.keys):
             grad_rows, rows, outputs = (_heads_first(x[q0:q1]) for x in (grad_output, query, output))
             keys, values = _heads_first(key[k0:k1]), _heads_first(value[k0:k1])
-            of_keys = None
+            of_keys: list[torch.Tensor] | None = None
             for block, options in _calls(q1 - q0, k1 - k0, segments, rows.dtype):
                 grad_query, *grad_key_value = _backward(
                     _part(grad_rows, block.query),
@@ -84,13 +102,13 @@ class CpuKernel(Kernel):
                 of_keys = of_keys or [torch.zeros_like(keys), torch.zeros_like(values)]
                 for total, part in zip(of_keys, grad_key_value):
                     _part(total, block.key).add_(part)
-            for parts, part in zip(grads[1:], of_keys):
+            for parts, part in zip(grads[1:], of_keys or ()):
                 parts.append(_tokens_first(part))
         grad_query, grad_key, grad_value = (_cat(parts) for parts in grads)
         return grad_query[..., :query_dim], grad_key[..., :query_dim], grad_value[..., :value_dim]
 
 
-def _calls(queries: int, keys: int, segments: Segments, dtype: torch.dtype):
+def _calls(queries: int, keys: int, segments: Segments, dtype: torch.dtype) -> Iterator[tuple[Block, dict[str, Any]]]:
     """A tile as calls of the operators: blocks, each with the arguments that say its mask.
 
     One call where the operators know the mask; else blocks with a mask tensor each.

@@ -30,7 +30,9 @@ class CudnnKernel(TorchKernel):
             missing = "this PyTorch was built without cuDNN; use kernel='torch'"
         return missing
 
-    def forward(self, query, key, value, segments, scores):
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not _takes(query, value, segments, scores):
             return super().forward(query, key, value, segments, scores)
         output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -45,7 +47,17 @@ class CudnnKernel(TorchKernel):
         )
         return output[0].transpose(0, 1), lse.reshape(query.shape[1], -1).T
 
-    def backward(self, grad_output, query, key, value, output, lse, segments, scores):
+    def backward(
+        self,
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        segments: Segments,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not _takes(query, value, segments, scores):
             return super().backward(grad_output, query, key, value, output, lse, segments, scores)
         queries, keys = segments.query_runs, segments.key_runs
@@ -68,7 +80,8 @@ class CudnnKernel(TorchKernel):
             segments.band.right == 0,
             scale=scores.scale,
         )
-        return tuple(grad[0].transpose(0, 1) for grad in grads)
+        grad_query, grad_key, grad_value = (grad[0].transpose(0, 1) for grad in grads)
+        return grad_query, grad_key, grad_value
 
 
 def _takes(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
 from ..scores import Scores
-from .varlen import VarlenKernel, Window
+from .varlen import Lengths, VarlenKernel, Window
 
 
 class FlashAttnKernel(VarlenKernel):
@@ -32,7 +34,15 @@ class FlashAttnKernel(VarlenKernel):
             return f"flash-attn cannot be imported ({error}); pip install 'flash-attn>=2.6,<2.9'"
         return None
 
-    def varlen_forward(self, query, key, value, lengths, window, scores):
+    def varlen_forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: Lengths,
+        window: Window,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from flash_attn import flash_attn_interface
 
         function = flash_attn_interface._flash_attn_varlen_forward
@@ -50,11 +60,22 @@ class FlashAttnKernel(VarlenKernel):
         )
         return results[0], results[1] if len(results) == 4 else results[5]
 
-    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths, window, scores):
+    def varlen_backward(
+        self,
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        lengths: Lengths,
+        window: Window,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         from flash_attn import flash_attn_interface
 
         function = flash_attn_interface._flash_attn_varlen_backward
-        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         function(
             grad_output,
             query,
@@ -70,18 +91,18 @@ class FlashAttnKernel(VarlenKernel):
             deterministic=scores.deterministic,
             **_options(function, window, scores),
         )
-        return tuple(grads)
+        return grads
 
 
-def _options(function, window: Window, scores: Scores) -> dict:
+def _options(function: Callable[..., Any], window: Window, scores: Scores) -> dict[str, Any]:
     """Window, softcap and ALiBi, by the names that this version has for them. All are given: 2.6 has no defaults."""
     if "window_size" in _parameters(function):
-        sizes = {"window_size": (window.left, window.right)}
+        sizes: dict[str, Any] = {"window_size": (window.left, window.right)}
     else:
         sizes = {"window_size_left": window.left, "window_size_right": window.right}
     return {**sizes, "softcap": scores.softcap or 0.0, "alibi_slopes": None}
 
 
 @cache
-def _parameters(function) -> frozenset[str]:
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)

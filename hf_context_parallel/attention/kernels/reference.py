@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from ...planning.tiles import Segments
@@ -19,10 +22,14 @@ class ReferenceKernel(Kernel):
     def missing() -> str | None:
         return None
 
-    def refusal(self, device, dtype, query_dim, value_dim, scores) -> str | None:
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
+    ) -> str | None:
         return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point dtype"
 
-    def forward(self, query, key, value, segments, scores):
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         outputs, lses = [], []
         for number, rows, keys, values in _tiles(segments, query, key, value):
             for block in _blocks(rows, keys, segments):
@@ -34,8 +41,18 @@ class ReferenceKernel(Kernel):
                 lses.append(lse.permute(2, 1, 0, 3).flatten(1))
         return torch.cat(outputs), torch.cat(lses)
 
-    def backward(self, grad_output, query, key, value, output, lse, segments, scores):
-        grads = [], [], []
+    def backward(
+        self,
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        segments: Segments,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grads: tuple[list[torch.Tensor], ...] = [], [], []
         for number, rows, keys, values, grad_rows, outputs, lses in _tiles(
             segments, query, key, value, grad_output, output, lse
         ):
@@ -54,7 +71,8 @@ class ReferenceKernel(Kernel):
                 grad_value[seen] += torch.einsum("ghqk,ghqd->khd", part.dropped(weights), grad)
             grads[1].append(grad_key)
             grads[2].append(grad_value)
-        return tuple(torch.cat(parts) for parts in grads)
+        grad_query, grad_keys, grad_values = (torch.cat(parts) for parts in grads)
+        return grad_query, grad_keys, grad_values
 
 
 class _Block:
@@ -63,11 +81,11 @@ class _Block:
     `slope` is their derivative by what the softcap was applied to.
     """
 
-    def __init__(self, block: Block, rows: torch.Tensor, keys: torch.Tensor, scores: Scores, name: tuple):
+    def __init__(self, block: Block, rows: torch.Tensor, keys: torch.Tensor, scores: Scores, name: tuple[object, ...]):
         self.keys = _exact(keys[slice(*block.key)])
         self.queries = _grouped(rows[slice(*block.query)], keys.shape[1])
         self.scores = torch.einsum("ghqd,khd->ghqk", self.queries, self.keys) * scores.scale
-        self.slope = 1.0
+        self.slope: torch.Tensor | float = 1.0
         if scores.softcap is not None:
             capped = (self.scores / scores.softcap).tanh()
             self.scores, self.slope = capped * scores.softcap, 1 - capped**2
@@ -81,20 +99,22 @@ class _Block:
         return weights if self._kept is None else weights * self._kept
 
 
-def _kept(like: torch.Tensor, scores: Scores, name: tuple) -> torch.Tensor:
+def _kept(like: torch.Tensor, scores: Scores, name: tuple[object, ...]) -> torch.Tensor:
     """For each weight 0 or 1 / (1 - p), the same for the same seed and block."""
     random = torch.Generator(like.device).manual_seed(scores.of(*name).seed)
     keeps = torch.rand(like.shape, generator=random, device=like.device) >= scores.dropout_p
     return keeps.to(like.dtype) / (1 - scores.dropout_p)
 
 
-def _tiles(segments: Segments, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rows: torch.Tensor):
+def _tiles(
+    segments: Segments, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rows: torch.Tensor
+) -> Iterator[tuple[Any, ...]]:
     """For each tile its number and its ranges of the tensors; those of `rows` are the query's."""
     for number, ((q0, q1), (k0, k1)) in enumerate(zip(segments.queries, segments.keys)):
         yield number, query[q0:q1], key[k0:k1], value[k0:k1], *(x[q0:q1] for x in rows)
 
 
-def _blocks(rows: torch.Tensor, keys: torch.Tensor, segments: Segments):
+def _blocks(rows: torch.Tensor, keys: torch.Tensor, segments: Segments) -> Iterator[Block]:
     most = max(1, MOST_SCORES // (rows.shape[1] * len(keys)))
     return blocks(len(rows), len(keys), segments.band, most)
 
@@ -106,4 +126,5 @@ def _exact(tensor: torch.Tensor) -> torch.Tensor:
 
 def _grouped(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
     """`[Q, H, D]` as `[H / H_kv, H_kv, Q, D]`: query head h reads key head h // (H / H_kv)."""
-    return _exact(tensor).unflatten(1, (key_heads, -1)).permute(2, 1, 0, 3)
+    grouped: torch.Tensor = _exact(tensor).unflatten(1, (key_heads, -1)).permute(2, 1, 0, 3)
+    return grouped

@@ -40,7 +40,9 @@ class Window(NamedTuple):
 class VarlenKernel(Kernel):
     """A kernel that takes all segments of a call at once."""
 
-    def refusal(self, device, dtype, query_dim, value_dim, scores) -> str | None:
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
+    ) -> str | None:
         if device.type != "cuda":
             return f"it runs on CUDA and the tensors are on {device}; use kernel='auto'"
         if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
@@ -63,14 +65,35 @@ class VarlenKernel(Kernel):
         return None
 
     @abstractmethod
-    def varlen_forward(self, query, key, value, lengths: Lengths, window: Window, scores: Scores):
+    def varlen_forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: Lengths,
+        window: Window,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output `[Q, H, D]` and LSE `[H, Q]` of packed rows."""
 
     @abstractmethod
-    def varlen_backward(self, grad_output, query, key, value, output, lse, lengths: Lengths, window, scores):
+    def varlen_backward(
+        self,
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        lengths: Lengths,
+        window: Window,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gradients of packed `query`, `key` and `value`, given LSE `[H, Q]`."""
 
-    def forward(self, query, key, value, segments, scores):
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         width = _head_dim(query, value)
         output, lse = self.varlen_forward(
             _pad(take(query, segments.query_runs), width),
@@ -82,7 +105,17 @@ class VarlenKernel(Kernel):
         )
         return output[..., : value.shape[-1]], lse.T
 
-    def backward(self, grad_output, query, key, value, output, lse, segments, scores):
+    def backward(
+        self,
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        segments: Segments,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         width = _head_dim(query, value)
         grad_query, grad_key, grad_value = self.varlen_backward(
             _pad(take(grad_output, segments.query_runs), width),
@@ -109,9 +142,10 @@ def _lengths(segments: Segments, device: torch.device) -> Lengths:
             # FlashAttention takes a window without a right limit for one of `max_keys`, and one of `max_keys` or more
             # for none (`set_params_fprop`, `mha_varlen_fwd`). Both are so only where no range of queries is longer.
             longest_key = max(longest_key, longest_query)
-        cumulative = (_cumulative(side, device) for side in sides)
-        segments.kept[device, stream] = Lengths(*cumulative, longest_query, longest_key)
-    return segments.kept[device, stream]
+        cu_queries, cu_keys = (_cumulative(side, device) for side in sides)
+        segments.kept[device, stream] = Lengths(cu_queries, cu_keys, longest_query, longest_key)
+    lengths: Lengths = segments.kept[device, stream]
+    return lengths
 
 
 def _cumulative(ranges: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
