@@ -145,7 +145,7 @@ def counts(
         Pairs and tokens, each `[rows, size]`.
     """
     owners = np.array(FIXED_LAYOUTS[layout](0, size).chunk_owners)
-    chunks = owners.argsort(kind="stable").reshape(size, -1)  # of each rank, in the order of the row
+    chunks = owners.argsort(kind="stable").reshape(size, -1)  # chunks of each rank, in the order of the row
     # Positions count on from row to row. A row ends at the first token of the next, which it does not read.
     starts, before = _edges(lengths), _edges(lengths * (lengths + 1) // 2)
     edges = starts[_edges(documents)][:, None]

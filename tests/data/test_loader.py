@@ -51,7 +51,7 @@ def test_samplers_draw_alike(on_ranks, sampler):
 def dealt_to_groups(iterable: bool, workers: int, spawned: bool) -> list[list[int]]:
     """List the samples of each batch, on 4 ranks in 2 CP groups."""
     cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
-    torch.manual_seed(100 + dist.get_rank())  # ranks that were not seeded alike
+    torch.manual_seed(100 + dist.get_rank())  # every rank has another seed
     options = {"num_workers": workers, "multiprocessing_context": "spawn" if spawned else None}
     data = Stream() if iterable else list(range(12))
     loader = DataLoader(data, batch_size=2, shuffle=not iterable, **options)

@@ -71,7 +71,7 @@ def test_a_schedule_is_complete_and_fits(batch, costs, layout):
 def test_a_schedule_is_never_slower_than_static(batch, costs):
     lengths, ranks, extent, most = batch
     schedule = make_schedule(lengths, ranks, extent, most, COSTS[costs])
-    for room in (0, capacity(extent, most)):  # one sample a row, and packed
+    for room in (0, capacity(extent, most)):  # one sample per row, and packed rows
         assert schedule.total <= in_order(lengths, ranks, extent, room, COSTS[costs]).total * (1 + 1e-9)
 
 

@@ -176,7 +176,7 @@ def test_shipped_recipes_load_and_shrink(name, tmp_path):
 
 
 def test_the_fsdp_recipe_configures_fsdp2():
-    # This machine has no GPU, which bf16 and FSDP would need.
+    # `use_cpu` lets the arguments be built without a GPU, which bf16 and FSDP need otherwise.
     recipe = load_recipe(RECIPES / "qwen3_8b_fsdp2.yaml", ["training.use_cpu=true"])
     plugin = FullyShardedDataParallelPlugin(**recipe.training_arguments().fsdp_plugin_args)
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and plugin.activation_checkpointing

@@ -150,7 +150,7 @@ def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.nda
 @pytest.mark.parametrize("collator", ["right", "no labels"])
 def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path, collator):
     [(loss, logits, labels)] = on_ranks(1, evaluation, STOCK, tmp_path, collator)
-    # Trainer weighs data-parallel ranks' losses by tokens, not by samples, so two processes are the reference of two.
+    # Trainer weights the losses of data-parallel ranks by tokens, so the reference of two groups is two processes.
     loss_of_two = on_ranks(2, evaluation, STOCK, tmp_path, collator)[0][0]
     for ranks, size, expected_loss in ((2, 2, loss), (4, 2, loss_of_two), (3, 3, loss)):
         for found_loss, found_logits, found_labels in on_ranks(ranks, evaluation, size, tmp_path, collator):
