@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model on long text files, each sequence split over all processes.
+"""Fine-tune a causal language model on long text files, with each sequence split over all processes.
 
     accelerate launch --multi_gpu --num_processes 2 examples/finetune.py --model Qwen/Qwen3-0.6B --files book.txt
 
@@ -14,8 +14,8 @@ import hf_context_parallel as hcp
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True, help="a hub id or a folder")
-parser.add_argument("--files", required=True, nargs="+", help="text files; each is one document")
-parser.add_argument("--max-length", type=int, default=32768, help="tokens a sequence")
+parser.add_argument("--files", required=True, nargs="+", help="text files, each of which is one document")
+parser.add_argument("--max-length", type=int, default=32768, help="most tokens of a sequence")
 parser.add_argument("--max-steps", type=int, default=100)
 parser.add_argument("--output-dir", default="output/finetune")
 parser.add_argument("--cpu", action="store_true")
@@ -46,7 +46,7 @@ trainer = hcp.ContextParallelTrainer(
     model=model,
     args=args,
     train_dataset=documents.map(tokenize, batched=True, remove_columns=["text"]),
-    data_collator=DataCollatorForSeq2Seq(tokenizer),  # an ordinary collator of whole sequences
+    data_collator=DataCollatorForSeq2Seq(tokenizer),  # an ordinary collator, which makes whole batches
     processing_class=tokenizer,
     context_parallel=hcp.ContextParallelConfig(size=args.world_size),
 )

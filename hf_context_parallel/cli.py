@@ -1,4 +1,4 @@
-"""The command `hf-context-parallel`."""
+"""Command `hf-context-parallel`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="such as recipes/demo_cpu.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[OVERRIDES]", help="such as training.max_steps=3")]
-Processes = Annotated[int | None, typer.Option(min=1, help="processes to start; else as many as the recipe needs")]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="processes to start; by default as many as the recipe needs")
+]
 
 
 @app.callback()
@@ -34,8 +36,8 @@ def train(
         bool, typer.Option("--dry-run", help="one step of a tiny model, offline, on one process")
     ] = False,
 ) -> None:
-    """Fine-tune what RECIPE says, on this machine, through accelerate's launcher."""
-    # Read here as well, so that a mistake is reported once, before any process starts.
+    """Fine-tune the model of RECIPE on this machine, through accelerate's launcher."""
+    # The recipe is read here too, so that a mistake is reported once, before any process starts.
     loaded = load_recipe(recipe, overrides or [])
     processes = nproc or (1 if dry_run else loaded.processes)
     arguments = [str(recipe), *(overrides or []), *(["--dry-run"] if dry_run else [])]
@@ -44,7 +46,7 @@ def train(
 
 @app.command()
 def compare(recipe: RecipePath, overrides: Overrides = None, nproc: Processes = None) -> None:
-    """Run RECIPE on several ranks and on one process, and print both side by side."""
+    """Run RECIPE on several ranks and on one process, and print their steps side by side."""
     sys.exit(compare_with_one_process(recipe, overrides or [], nproc))
 
 
@@ -54,7 +56,7 @@ def check(
         str | None, typer.Argument(metavar="[MODEL_OR_TYPE]", help="a model type, a folder, or a model of the hub")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="every causal language model of Transformers")] = False,
-    ranks: Annotated[str | None, typer.Option(help="sizes of the groups to compare; else 2,3,4")] = None,
+    ranks: Annotated[str | None, typer.Option(help="sizes of the groups to compare; 2,3,4 by default")] = None,
     comm: Annotated[str, typer.Option(help="how keys and values travel")] = "p2p",
     tp: Annotated[
         int,
@@ -62,12 +64,12 @@ def check(
     ] = 1,
     jobs: Annotated[int | None, typer.Option(min=1, help="models to check at a time")] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="with --all: keep what was found, for the package too")
+        bool, typer.Option("--write", help="with --all: write the results into the package and its docs")
     ] = False,
 ) -> None:
     """Compare a tiny model of MODEL_OR_TYPE on shards with the same model on one process.
 
-    The weights are random, so of a model of the hub only its configuration is read.
+    The weights are random. For a model of the hub, only its configuration is read.
     """
     from hf_context_parallel.verification.types.command import run_check
 
@@ -75,7 +77,7 @@ def check(
 
 
 def main() -> None:
-    """Runs the command; what is wrong with a recipe is printed without a traceback."""
+    """Run the command. An error of a recipe is printed without a traceback."""
     try:
         app()
     except RecipeError as error:

@@ -1,4 +1,4 @@
-"""The recipe runner.
+"""Runner of recipes, started in each process by accelerate's launcher.
 
 accelerate launch --multi_gpu --num_processes 2 -m hf_context_parallel.train RECIPE [OVERRIDES] [--dry-run]
 """
@@ -29,10 +29,16 @@ from hf_context_parallel.trainer.mixin import ContextParallelTrainer
 
 
 def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False) -> ContextParallelTrainer:
-    """Builds all that a run needs; `arguments` are the runner's own, for an error that shows how to launch it.
+    """Build the Trainer of a recipe, with its model, data and tokenizer.
+
+    Args:
+        recipe: the recipe.
+        arguments: the arguments of the runner, for an error that shows the right command.
+        dry_run: True to train on made-up documents instead of the recipe's data.
 
     Raises:
-        RecipeError: if the launch does not fit the recipe, or something it names cannot be had.
+        RecipeError: if the number of processes does not fit the recipe, or the model, the tokenizer or the data cannot
+            be loaded.
     """
     training = recipe.training_arguments()
     check_world(recipe, training, arguments)
@@ -49,7 +55,7 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
 
     if not training.should_log:
         datasets.disable_progress_bars()
-    # The first process of a machine prepares the data, and the others read what it has cached.
+    # The first process of a machine prepares the data, and the others read its cache.
     with training.main_process_first(desc="preparing the data"):
         train_rows = rows(recipe.data.split)
         eval_rows = rows(recipe.data.eval_split) if recipe.data.eval_split else None
@@ -65,7 +71,7 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
 
 
 def run(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
-    """Trains what the recipe says; the report, and unless `save_strategy` is `no` the model, are in `output_dir`."""
+    """Run a recipe. The report is written to `output_dir`, and the model too unless `save_strategy` is `no`."""
     recipe = load_recipe(path, overrides)
     arguments = [str(path), *overrides, *(["--dry-run"] if dry_run else [])]
     if not dry_run:
@@ -92,11 +98,11 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="such as training.max_steps=3")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="one step of a tiny model, offline")] = False,
 ) -> None:
-    """Fine-tune what RECIPE says, in each process that `accelerate launch` starts."""
+    """Fine-tune the model of RECIPE, in each process that `accelerate launch` starts."""
     try:
         run(recipe, overrides or [], dry_run)
     except RecipeError as error:
-        # Mostly all ranks fail alike, and the launcher stops them all when the first exits: let rank 0 speak.
+        # Usually all ranks fail alike, and the launcher stops all when one exits. Rank 0 gets time to print.
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)
         sys.exit(str(error))

@@ -1,4 +1,4 @@
-"""The arrows of imports, drawn from the source: they go down only, and in no circle."""
+"""Imports between the files of the package, read from the source: they go down only, and in no circle."""
 
 import ast
 from collections.abc import Iterator
@@ -37,12 +37,12 @@ LEVELS = (
     "cli",
     "__init__",
 )
-"""Files and folders from the bottom up: each imports from itself and from those before it."""
+"""Files and folders from the bottom up. Each may import from itself and from those before it."""
 MOST_AT_THE_TOP = 8
 
 
 def name_of(path: Path) -> str:
-    """A file's dotted name within the package, with `__init__` for a package's own file."""
+    """Make the dotted name of a file within the package, which ends with `__init__` for the file of a folder."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
@@ -50,7 +50,7 @@ MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imports(source: str, module: str, modules: set[str]) -> Iterator[str]:
-    """The modules of the package that a file imports: anywhere in it, for types alone too."""
+    """List the modules of the package that a file imports anywhere, imports for types alone included."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [(alias.name, None) for alias in node.names]
@@ -74,14 +74,14 @@ ARROWS = {module: set(imports(path.read_text(), module, MODULES.keys())) for mod
 
 
 def level(module: str) -> int:
-    """How high a module stands."""
+    """Find the level of a module in `LEVELS`."""
     found = [number for number, name in enumerate(LEVELS) if f"{module}.".startswith(f"{name}.")]
     assert found, f"{module} has no place in LEVELS"
     return found[0]
 
 
 def is_empty(module: str) -> bool:
-    """Whether a file is that of a folder, and holds no more than its docstring."""
+    """Return True for the `__init__` of a folder that holds only a docstring."""
     return module.endswith(".__init__") and len(ast.parse(MODULES[module].read_text()).body) == 1
 
 
@@ -99,7 +99,7 @@ def test_no_circle():
 
 
 def test_folders_import_nothing_by_themselves():
-    """Importing a file of a folder runs no other."""
+    """Assert that importing a file of a folder runs no other file."""
     assert [module for module in MODULES if module.endswith(".__init__") and not is_empty(module)] == []
 
 

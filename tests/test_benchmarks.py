@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they count is right. What they time is not looked at."""
+"""Runs of the benchmarks on small sizes. Their counts are checked, their times are not."""
 
 import gzip
 import importlib
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs a benchmark and returns the numbers that it writes into `tmp_path`."""
+    """Run a benchmark, and return the numbers that it writes into `tmp_path`."""
 
     def run(name: str, *arguments: str) -> dict:
         status = importlib.import_module(f"benchmarks.{name}").main(["--output", str(tmp_path), *arguments])
@@ -45,7 +45,8 @@ def test_traffic(run, tmp_path):
     assert (tmp_path / "traffic.png").stat().st_size
     for by_ranks in results.values():
         for ways in by_ranks.values():
-            # What a plan sends is the need, counted here without a plan, and a lone document's is a trimmed ring's.
+            # A plan sends the bytes that are needed, which are counted here without a plan. For a single document
+            # these are the bytes of a trimmed ring.
             assert ways["ours"]["keys"] == ways["ours"]["gradients"] == 1
             assert ways["ours"]["keys_between"] <= ways["owner to readers"]["keys_between"]
     assert all(ways["ours"] == ways["trimmed ring"] for ways in results["one document"].values())
@@ -67,7 +68,7 @@ def test_plan(run, tmp_path):
             assert (ways["zigzag by document"] is None) == name.startswith("a window")
         assert by_tokens["16384"]["64"]["Ulysses"] is None  # more ranks than heads
     one = results["one document"]["16384"]["4"]
-    token = 8 * 2 * 128  # numbers of a token's keys and values
+    token = 8 * 2 * 128  # numbers in the keys and values of a token
     assert one["p2p"]["megabytes"] == pytest.approx(16384 / 8 * token * 4.5 * (2 + 2 + 4) / 1e6)  # 4.5 chunks
     assert one["zigzag by document"]["megabytes"] == pytest.approx(4096 * token * (3 * (2 + 2) + 4 * 4) / 1e6)
 
@@ -102,7 +103,7 @@ def test_trace(run, tmp_path):
 
 
 def test_a_devices_ranges_are_of_the_round_in_which_they_were_queued(run, tmp_path):
-    """Also those that begin on the device before any that were queued in the round itself."""
+    """Assert it also for ranges that begin on the device before all ranges queued in their round."""
 
     def event(category, name, start):
         return {"cat": category, "name": f"cp/{name}", "ts": start, "dur": 5}

@@ -1,4 +1,4 @@
-"""The command, the runner and the example, as people start them: real processes, offline."""
+"""Command, runner and example, started as users start them: in real processes, offline."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launc
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a command in the project's folder, on an empty cache and without a network to fill it from."""
+    """Run a command in the project's folder, offline and with an empty cache."""
     environment = os.environ | {
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
@@ -44,7 +44,7 @@ def test_mistakes_are_told_before_anything_starts(run):
 
 
 def test_too_few_processes_are_told_with_the_right_command(run):
-    # Whatever it is asked for, `--cpu` starts one process.
+    # `--cpu` starts one process, whatever `--num_processes` says.
     result = run(
         *ACCELERATE, "--cpu", "--num_processes", "2", "-m", "hf_context_parallel.train", DEMO, "training.seed=3"
     )
@@ -60,7 +60,7 @@ def test_too_few_processes_are_told_with_the_right_command(run):
 
 
 def test_processes_that_would_train_apart_are_told(run):
-    # Without a GPU and without use_cpu, TrainingArguments takes each of the launched processes for the only one.
+    # Without a GPU and without use_cpu, TrainingArguments sees a world of one process in each launched process.
     arguments = ["-m", "hf_context_parallel.train", DEMO]
     start = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     result = run(*ACCELERATE, *start, *arguments, "training.use_cpu=false", "training.seed=3")

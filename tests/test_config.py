@@ -1,4 +1,4 @@
-"""Settings: communication by layer, and groups of another size."""
+"""Settings of CP: communication by layer, and groups of another size."""
 
 import pytest
 

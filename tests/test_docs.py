@@ -1,7 +1,7 @@
-"""Every code block of the documentation: Python is run, commands are parsed by what they start, recipes are validated.
+"""Tests of every code block in the documentation: Python is run, commands are parsed, recipes are validated.
 
-A comment before a block says how it is run: `<!-- docs-test: ranks=2 given=loop -->` on so many ranks, with the names
-of `GIVEN["loop"]`; `<!-- docs-test: compile -->` is for fragments, which only have to compile.
+A comment before a block says how the block is tested. `<!-- docs-test: ranks=2 given=loop -->` runs it on two ranks
+with the names of `GIVEN["loop"]`. `<!-- docs-test: compile -->` is for fragments, which only have to compile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
 
-# What starts commands is imported where it is used: the workers that run blocks import this file too.
+# Modules that start commands are imported where they are used, because workers that run blocks import this file too.
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.cfg").exists())
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.md"), *ROOT.glob("docs/**/*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -41,7 +41,7 @@ needs_sharding_while_loading = pytest.mark.skipif(
 
 
 class Block(NamedTuple):
-    """A fenced block: its page, its line, its language, the marker before it, and its text."""
+    """Fenced block: its page, line and language, the marker before it, and its text."""
 
     page: str
     line: int
@@ -79,7 +79,7 @@ def fenced_blocks(page: Path) -> list[Block]:
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of indented blocks, which hold commands and nothing else, and the commands between backticks."""
+    """List the commands of a page: the lines of indented blocks, which hold only commands, and those in backticks."""
     text = re.sub(r"^( *)```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     found = re.findall(r"(?<=\n)    (?! )(.+)", text)
     inline = (code for code in re.findall(r"`([^`\n]+)`", re.sub(r"(?<=\n)    .+", "", text)) if " " in code)
@@ -106,7 +106,7 @@ def test_blocks_have_a_known_language():
     assert {block.language for block in BLOCKS} <= {"python", "yaml", "text"}
 
 
-# Names that blocks take as given.
+# Names that blocks use without defining them.
 
 
 def tiny_qwen3() -> Qwen3Config:

@@ -1,4 +1,4 @@
-"""`cp.attention` and `cp.positions` on real process groups, against dense attention in float64."""
+"""Tests of `cp.attention` and `cp.positions` on real process groups, against dense attention in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALE = 0.37
 
 
 def padding(length: int) -> torch.Tensor:
-    """A padding mask of two rows: left and right of the first, inside the second."""
+    """Make a padding mask of two rows, with padding on the left and right of the first, and inside the second."""
     mask = torch.ones(2, length, dtype=torch.long)
     mask[0, :4] = mask[0, -3:] = mask[1, 5:9] = 0
     return mask
@@ -57,8 +57,10 @@ CASES = {
 
 
 def largest_error(case: str, heads: tuple[int, int], dims: tuple[int, int], options: dict) -> float:
-    """Of the output and the gradients of q, k and v, and of sinks if any, over 29 tokens that no group of 2, 3 or 4
-    divides."""
+    """Compute the largest error of the output and of the gradients of q, k, v and sinks.
+
+    The 29 tokens cannot be shared equally by groups of 2, 3 or 4 ranks.
+    """
     cp, length, arguments = context(**options), 29, dict(CASES[case])
     random = torch.Generator().manual_seed(3)
     shapes = [(heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1])]
@@ -126,7 +128,7 @@ def test_the_default_scale_is_that_of_sdpa(on_ranks):
 
 
 def two_layers(cp, checkpointing: bool, seed: int, **options) -> list[torch.Tensor]:
-    """This rank's output of attention to the output of attention, and the gradients, after seeding."""
+    """Seed, run attention on the output of attention, and return this rank's output and gradients."""
     random = torch.Generator().manual_seed(0)
     whole = torch.randn(3, 1, 2, 24, 4, generator=random)
     leaves = [x[:, :, cp.positions(24)].clone().requires_grad_() for x in whole]
@@ -144,7 +146,7 @@ def two_layers(cp, checkpointing: bool, seed: int, **options) -> list[torch.Tens
 
 
 def same_bits(seeds: list[int], checkpointing: list[bool], options: dict) -> list[bool]:
-    """Whether two runs that are seeded, and recomputed or not, as these lists say have the same results."""
+    """Compare two runs bit by bit. The lists say the seed of each run, and whether it recomputes attention."""
     first, second = (two_layers(context(), *how, **options) for how in zip(checkpointing, seeds))
     return [x.equal(y) for x, y in zip(first, second)]
 
@@ -163,11 +165,11 @@ def test_what_is_deterministic_has_the_same_bits_again(on_ranks, options):
 
 
 def left_out(seeded_by_rank: bool) -> list[list]:
-    """Which of its own keys each query of this rank does not read, at two calls after one seed."""
+    """Find this rank's keys that each of its queries does not read, in two calls after one seed."""
     cp, held = context(), 16
     q, k = torch.zeros(2, 1, 1, held, 4).unbind()
     torch.manual_seed(dist.get_rank() if seeded_by_rank else 0)
-    told = torch.zeros(1, 1, held, cp.size, held)  # as values, so that outputs are the weights of each rank's keys
+    told = torch.zeros(1, 1, held, cp.size, held)  # values that make the outputs the weights of the keys
     told[0, 0, :, cp.rank] = torch.eye(held)
     calls = [cp.attention(q, k, told.flatten(3), causal=False, dropout_p=0.5) for _ in range(2)]
     return [(call.unflatten(3, (cp.size, held))[0, 0, :, cp.rank] == 0).tolist() for call in calls]
@@ -268,7 +270,7 @@ def test_what_does_not_fit_is_refused_on_every_rank_alike(on_ranks, case, messag
 
 
 def autocast_dtypes() -> tuple[str, str, set[str]]:
-    """Dtypes of the output, of the gradient of q, and on the wire, for float32 and bfloat16 inputs under autocast."""
+    """Return the dtypes of the output, the gradient of q, and the messages, for mixed inputs under autocast."""
     cp = context()
     wire, post = set(), cp.exchange.post
 
@@ -288,7 +290,7 @@ def autocast_dtypes() -> tuple[str, str, set[str]]:
 def test_autocast_decides_the_dtype_of_what_travels(on_ranks):
     for output, gradient, wire in on_ranks(2, autocast_dtypes):
         assert output == "torch.bfloat16" and gradient == "torch.float32"
-        assert wire == {"torch.bfloat16", "torch.float32"}  # keys and values; and sums of their gradients
+        assert wire == {"torch.bfloat16", "torch.float32"}  # keys and values, and sums of their gradients
 
 
 def test_one_call_of_attention_has_one_way():

@@ -1,4 +1,4 @@
-"""What is installed beside torch, Transformers and accelerate is imported when it is used, and not before."""
+"""Optional packages are imported when they are used. Training needs torch, Transformers and accelerate alone."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From whole batches to one rank's share of them, and the loaders that deal samples to groups."""
+"""Sharding of whole batches, and data loaders that deal samples to CP groups."""

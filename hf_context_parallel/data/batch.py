@@ -1,4 +1,4 @@
-"""Reading a whole batch: its documents, its targets, and the refusal of what cannot be sharded."""
+"""Reading of a whole batch: its documents, its targets, and the refusal of inputs that cannot be sharded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn.functional import pad
 from ..planning import mask as masks
 
 IGNORED = -100
-"""The label that the loss leaves out."""
+"""Label of the tokens that the loss leaves out."""
 SHARD = "context_parallel_shard"
-"""The key under which a sharded batch carries its `Shard`."""
+"""Key under which a sharded batch holds its `Shard`."""
 PADDING = {
     "input_ids": 0,
     "inputs_embeds": 0,
@@ -22,25 +22,29 @@ PADDING = {
     "labels": IGNORED,
     "shift_labels": IGNORED,
 }
-"""The inputs with a sequence dimension (their second), and what fills them up."""
+"""Inputs whose second dimension is the sequence, each with the value that pads it."""
 CONSUMED = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""The inputs that say what the documents are. The plan says it from there on."""
+"""Inputs that describe the documents. A shard does not hold them, because its plan describes the documents."""
 PASSED_ON = ("num_items_in_batch", "return_dict", "output_hidden_states")
-"""The inputs that mean on a shard what they mean on the whole."""
+"""Inputs that have the same meaning for a shard and for the whole batch. They are passed on unchanged."""
 
 
 def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[masks.Document, ...], ...], dict]:
-    """A whole batch as the inputs that it has, the documents of each row, and its inputs with a sequence dimension.
+    """Read a whole batch.
 
-    Those are `[B, S]`, with the `position_ids` and the `shift_labels` that one process would make, and `labels` (if
-    there are any) the same.
+    Returns:
+        The inputs that are not None, the documents of each row, and the inputs with a sequence dimension, `[B, S]` or
+        `[B, S, hidden]`. The last include the `position_ids` and the `shift_labels` that one process would make. If
+        the batch has labels, `labels` is the same tensor as `shift_labels`.
 
     Raises:
-        ValueError: as `shard_batch` does.
+        ValueError: if the batch holds an input that cannot be exact on a shard, as for `shard_batch`.
     """
     batch = {name: value for name, value in batch.items() if value is not None}
     if "input_ids" not in batch and "inputs_embeds" not in batch:
-        raise ValueError(f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}: give one of them.")
+        raise ValueError(
+            f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}. Add one of the two."
+        )
     _refuse_unknown(batch)
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     batch_size, length = tokens.shape[:2]
@@ -62,40 +66,44 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
 
 
 def positions_in_documents(rows: tuple[tuple[masks.Document, ...], ...], length: int) -> torch.Tensor:
-    """Where each token of packed rows stands in its document; after the last one, in its row: `[B, length]`."""
+    """Compute the position of each token in its document, `[B, length]`.
+
+    Tokens after the last document get their position in the row.
+    """
     positions = torch.arange(length).repeat(len(rows), 1)
     for row, documents in enumerate(rows):
-        for (start, stop), *_ in documents:  # which packing leaves whole
+        for (start, stop), *_ in documents:  # packing never splits a document into several stretches
             positions[row, start:stop] -= start
     return positions
 
 
 def take_columns(tensor: torch.Tensor, positions: torch.Tensor, length: int, fill: int) -> torch.Tensor:
-    """The columns `positions` of `[B, S, ...]`, filled up to `length` columns."""
+    """Take the columns `positions` of a tensor `[B, S, ...]` that is first padded with `fill` to `length` columns."""
     filled = pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]), value=fill)
     return filled.index_select(1, positions)
 
 
 def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[tuple[masks.Document, ...], ...]:
-    """The documents of each row, from whichever input says it."""
+    """Find the documents of each row, from `cu_seq_lens_q`, `attention_mask` or `position_ids`."""
     mask, position_ids, cu_seqlens = (batch.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
     packed = position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
     if mask is not None and (packed or cu_seqlens is not None):
-        source = "cu_seq_lens_q" if cu_seqlens is not None else "position_ids that step by other than 1"
+        source = "cu_seq_lens_q" if cu_seqlens is not None else "position_ids that do not count up by 1"
         raise ValueError(
-            f"the batch has both an attention_mask and {source}: packed rows have no padding mask, and with one, "
-            "Transformers lets documents see each other. Leave the attention_mask out, to keep the documents apart; "
-            "or give position_ids that count up by 1 (or none), to make each row one document."
+            f"the batch has both an attention_mask and {source}, and with an attention_mask Transformers lets packed "
+            "documents see each other. To keep the documents apart, remove the attention_mask; to make each row one "
+            "document, give position_ids that count up by 1, or none."
         )
     if cu_seqlens is None and "cu_seq_lens_k" in batch:
         raise ValueError(
-            "the batch has cu_seq_lens_k and no cu_seq_lens_q, from which documents are read. Give both, the same."
+            "the batch has cu_seq_lens_k and no cu_seq_lens_q, from which documents are read. Add cu_seq_lens_q with "
+            "the same values."
         )
     if cu_seqlens is not None:
         keys = batch.get("cu_seq_lens_k", cu_seqlens)
         if batch_size != 1 or not torch.equal(keys, cu_seqlens):
             raise ValueError(
-                f"cu_seq_lens_q describes one flattened row, with cu_seq_lens_k the same; the batch has {batch_size} "
+                f"cu_seq_lens_q needs one flattened row and an equal cu_seq_lens_k, and the batch has {batch_size} "
                 f"row(s) and cu_seq_lens_k={masks.shortened(keys.tolist())}. Flatten the batch, or give position_ids "
                 "that begin again in each document."
             )
@@ -105,8 +113,8 @@ def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[
             resets = {start for document in masks.from_position_ids(position_ids)[0] for start, _ in document}
             if not resets <= edges:
                 raise ValueError(
-                    f"position_ids begin again at token {min(resets - edges)}, where cu_seq_lens_q has no document "
-                    "begin. Leave one of the two out."
+                    f"position_ids begin again at token {min(resets - edges)}, and no document of cu_seq_lens_q "
+                    "begins there. Remove one of the two."
                 )
         return (row,)
     if mask is not None:
@@ -117,51 +125,55 @@ def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[
 
 
 def _refuse_unknown(batch: Mapping[str, Any]) -> None:
-    """Refuse what cannot be sharded or would change the result."""
+    """Refuse inputs that cannot be sharded or that would change the result."""
     for name, value in batch.items():
         if name in (*PADDING, *CONSUMED[:3]) and not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"{name} is a {type(value).__name__} and must be a tensor; torch.tensor({name}) makes it one."
+                f"{name} is a {type(value).__name__}, and it must be a tensor. Give torch.tensor({name})."
             )
         if name == SHARD:
-            raise ValueError("the batch is sharded already; give cp.shard what the collator yields, or a whole batch.")
+            raise ValueError(
+                "the batch is sharded already. Give cp.shard the batch that the collator yields, or a whole batch."
+            )
         if name == "use_cache" and value:
             raise ValueError(
-                "use_cache=True: keys of a shard cannot be cached. Leave it out, or call the model unsharded."
+                "use_cache=True asks for a key/value cache, which a shard cannot fill. Remove it, or call the model "
+                "on whole sequences."
             )
         if name not in (*PADDING, *CONSUMED, *PASSED_ON) and value is not False:
             raise ValueError(
-                f"the batch has {name!r}, and it is not known how that is sharded. Known are {', '.join(PADDING)}, "
-                f"{', '.join(CONSUMED)}. Remove it from the batch if the model does not need it."
+                f"the batch has {name!r}, which cannot be sharded. Remove it if the model does not need it; the "
+                f"inputs that can be sharded are {', '.join(PADDING)}, {', '.join(CONSUMED)}."
             )
 
 
 def _check_shapes(batch: Mapping[str, Any], batch_size: int, length: int) -> None:
-    """Refuse inputs that do not describe the same rows of tokens."""
+    """Refuse inputs whose shapes do not agree on the rows and tokens of the batch."""
     if batch_size == 0 or length == 0:
-        raise ValueError(f"the batch is empty: {batch_size} rows of {length} tokens. Leave it out.")
+        raise ValueError(f"the batch is empty: {batch_size} rows of {length} tokens. Skip it.")
     for name in (*PADDING, "attention_mask"):
         if name not in batch:
             continue
         shape = tuple(batch[name].shape)
         if name == "attention_mask" and len(shape) != 2:
             raise ValueError(
-                f"attention_mask has shape {shape}: only a 2-D padding mask can be sharded. Give documents as "
-                "position_ids that begin again, or as cu_seq_lens_q."
+                f"attention_mask has shape {shape}, and only a 2-D padding mask can be sharded. Describe documents by "
+                "position_ids that begin again, or by cu_seq_lens_q."
             )
         rows = (1, batch_size) if name == "position_ids" else (batch_size,)
         if len(shape) != (3 if name == "inputs_embeds" else 2) or shape[0] not in rows or shape[1] != length:
-            hint = " Of text alone the axes of M-RoPE are the same: leave it out." if len(shape) == 3 else ""
+            hint = " For text alone all axes of M-RoPE are equal: leave it out." if len(shape) == 3 else ""
             raise ValueError(
-                f"{name} has shape {shape}; with {batch_size} rows of {length} tokens it must begin with these, and "
-                f"have {3 if name == 'inputs_embeds' else 2} dimensions.{hint if name == 'position_ids' else ''}"
+                f"{name} has shape {shape}, and the batch has {batch_size} rows of {length} tokens. Its shape must "
+                f"begin with these, and have {3 if name == 'inputs_embeds' else 2} dimensions."
+                f"{hint if name == 'position_ids' else ''}"
             )
 
 
 def _refuse_padded_targets(shift_labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    """Padding is never a target, and nothing is predicted from padding that follows a token.
+    """Refuse labels for padding, and labels that are predicted from padding that follows a token.
 
-    Padding before the first token reads nothing, here as in SDPA, so the first token may be predicted from it.
+    The first token may be predicted from the padding before it: that padding reads no keys, here as in SDPA.
     """
     if attention_mask is None:
         return
@@ -172,7 +184,7 @@ def _refuse_padded_targets(shift_labels: torch.Tensor, attention_mask: torch.Ten
     if len(wrong):
         row, column = wrong[0].tolist()
         raise ValueError(
-            f"row {row} has a label other than {IGNORED} for token {column + 1}, which is padding or is predicted "
-            f"from padding that follows a token, by the attention_mask ({len(wrong)} such). Set labels to "
+            f"row {row} has a label other than {IGNORED} for token {column + 1}, and by the attention_mask that token "
+            f"is padding or is predicted from padding that follows a token ({len(wrong)} such labels). Set labels to "
             f"{IGNORED} where attention_mask is 0, and for the first token after padding inside a row."
         )

@@ -1,4 +1,4 @@
-"""A collator that yields one rank's share of each batch."""
+"""Collator that yields one rank's shard of each batch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from .shard import shard_batch
 
 
 class ContextParallelDataCollator:
-    """A collator whose batches are one rank's share of what another collator yields.
+    """Collator that shards the batches of another collator for one rank.
+
+    `cp.shard` recognises the batches as sharded. All ranks of a CP group must collate the same samples: see
+    `ContextParallel.prepare_data_loader`.
 
     Args:
-        collator: any callable that makes a whole batch (a dict of tensors) of a list of samples, or a tokenizer, which
-            then pads them.
+        collator: a callable that makes a whole batch (a dict of tensors) from a list of samples. A tokenizer is taken
+            too, and pads the samples.
         config: the CP settings.
-        rank: of the CP group; `cp.rank`.
+        rank: this process's rank in the CP group, `cp.rank`.
 
-    What it yields is for `cp.shard`, and says that it is sharded. All ranks of a CP group must collate the same
-    samples: see `ContextParallel.prepare_data_loader`.
+    Raises:
+        ValueError: if `rank` is not a rank of a group of `config.size`.
     """
 
     def __init__(self, collator: Callable[[list], Mapping[str, Any]], config: ContextParallelConfig, rank: int):
@@ -28,11 +31,11 @@ class ContextParallelDataCollator:
 
             collator = DataCollatorWithPadding(collator)
         if not 0 <= rank < config.size:
-            raise ValueError(f"rank={rank} is outside a CP group of size={config.size}; give it cp.rank.")
+            raise ValueError(f"rank={rank} is outside a CP group of size={config.size}. Give cp.rank.")
         self.collator = collator
         self.config = config
         self.rank = rank
 
     def __call__(self, samples: list) -> dict[str, Any]:
-        """The share of this rank of the batch of `samples`."""
+        """Collate `samples` and return this rank's shard of the batch."""
         return shard_batch(self.collator(samples), self.config, self.rank)

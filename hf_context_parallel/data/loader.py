@@ -1,4 +1,4 @@
-"""Data loaders that deal samples to CP groups: all ranks of a group get the same ones."""
+"""Data loaders that deal samples to CP groups: all ranks of a group get the same samples."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from ..distributed.process_groups import Groups
 
 
 def prepare_data_loader(loader: DataLoader, groups: Groups, **options) -> DataLoader:
-    """`accelerate.data_loader.prepare_data_loader` with CP groups in the place of processes.
+    """Prepare a data loader as `accelerate.data_loader.prepare_data_loader` does, for CP groups instead of processes.
 
-    Batches are never dispatched from rank 0, which would collate the shards of all. Of an iterable data set every rank
-    reads all samples and keeps its group's, in the order of a dispatching loader; accelerate would give each group
-    files of its own where it can, of which one group may have more samples than another.
+    Batches are never dispatched from rank 0, because rank 0 would then collate the shards of all ranks. From an
+    iterable data set every rank reads all samples and keeps those of its group, in the order of a dispatching loader.
+    Accelerate would split the files of the data set between groups, and one group could get more samples than another.
 
     Args:
-        options: further ones of accelerate's function.
+        loader: the loader of whole batches.
+        groups: the process groups of this rank.
+        options: further options of accelerate's function.
     """
     _share_seed(loader)
     share = {"num_processes": groups.data_size, "process_index": groups.data_rank}
     if isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None and groups.data_size > 1:
         counted = options.get("put_on_device", False) and options.get("device") is not None
         size = loader.batch_size * (1 if options.get("split_batches") else groups.data_size)
-        # Accelerate makes a new loader out of what this one says, which DataLoader itself does not let change.
+        # Accelerate makes a new loader from the attributes of this one, and DataLoader forbids setting them.
         loader = copy.copy(loader)
         vars(loader).update(batch_size=size, collate_fn=_Dealer(loader.collate_fn, size, groups, counted))
         share = {"num_processes": 1, "process_index": 0}
@@ -42,9 +44,10 @@ def prepare_data_loader(loader: DataLoader, groups: Groups, **options) -> DataLo
 
 
 class _Dealer:
-    """Collates a group's part of the samples of all groups; in a worker process, of those that the worker reads.
+    """Collate function that takes the samples of all groups and collates those of one group.
 
-    Samples that do not go round are topped up from the first ones, as a dispatching loader does.
+    If the last samples of a pass do not divide by the number of groups, the first samples are repeated, as a
+    dispatching loader does. Each worker process has its own copy, and repeats samples that it has read itself.
     """
 
     def __init__(self, collate: Callable[[list], Any], size: int, groups: Groups, counted: bool):
@@ -59,27 +62,30 @@ class _Dealer:
         dealt = samples + list(islice(cycle(self._first), share * self._groups - len(samples)))
         counts = [min(max(len(samples) - group * share, 0), share) for group in range(self._groups)]
         if len(samples) < self._size:
-            self._first = None  # that was the last of a pass over the data
+            self._first = None  # this was the last batch of a pass over the data
         batch = self._collate(dealt[self._rank * share : (self._rank + 1) * share])
         return _Dealt(batch, counts) if self._counted else batch
 
 
 class _Dealt(NamedTuple):
-    """A batch on its way from a worker process, with how many of each group's samples are no top-up."""
+    """Collated batch of one group, with the number of samples of each group that are not repeated ones."""
 
     batch: Any
     counts: list[int]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Any:
-        """The batch alone, on a device: accelerate calls this just before its loader yields the batch."""
+        """Move the batch to a device and return it without the counts, which go to the active data loader.
+
+        Accelerate calls this just before its loader yields the batch.
+        """
         loader = GradientState().active_dataloader
         loader.counts = self.counts
-        loader.remainder = 0  # gather_for_metrics cuts by the counts already
+        loader.remainder = 0  # gather_for_metrics already removes repeated samples, by the counts
         return send_to_device(self.batch, device, non_blocking=non_blocking)
 
 
 def _share_seed(loader: DataLoader) -> None:
-    """Make samplers draw alike on all ranks: without a generator, or with a rank's own, each would its own order."""
+    """Give all ranks the same random state for samplers; otherwise each rank would draw an order of its own."""
     if not dist.is_initialized():
         return
     for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):

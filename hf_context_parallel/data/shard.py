@@ -1,7 +1,6 @@
-"""From a whole batch to one rank's share of it: shift labels, find documents, pad, shard.
+"""Sharding of a whole batch for one rank: shift labels, find documents, pad, take the rank's tokens.
 
-Everything here is integers on the host. There are no process groups and no collectives, so a collator can do it in a
-worker process.
+This needs neither process groups nor collectives, so a collator can shard in a worker process of a data loader.
 """
 
 from __future__ import annotations
@@ -24,24 +23,25 @@ from .batch import IGNORED, PADDING, PASSED_ON, SHARD, read_batch, take_columns
 
 @dataclass(frozen=True)
 class Shard:
-    """What a sharded batch knows of the whole. It pickles.
+    """Description of the whole batch that a shard of it carries. It can be pickled.
 
     Args:
-        batch_size, length: rows of the batch, and tokens a row.
-        layout: where each token lives, once rows are padded to a length that the layout deals out equally.
-        rank: whose share it is.
+        batch_size, length: rows of the whole batch, and tokens per row.
+        layout: the rank of each token, after rows are padded to a length that all ranks share equally.
+        rank: the rank that holds the shard.
         rows: the documents of each row.
-        positioned: whether the batch brought its own position_ids.
-        packed: whether rows hold several documents, rather than one and padding.
-        fingerprint: of the whole batch; of its shape and documents alone where contents are not compared.
-        lengths: `[B, S_local]`, for each token one more than the largest position of its document where rows are
-            packed, else of the batch.
-        all_lengths: those of all ranks' tokens.
-        has_targets: whether the batch has labels.
-        typed: whether a token of it is of another type than 0, as an image's are.
+        positioned: True if the batch came with position_ids.
+        packed: True if a row holds several documents. Otherwise a row is one document and padding.
+        fingerprint: a hash of the whole batch; of its shape and documents alone if contents are not compared.
+        lengths: `[B, S_local]`, for each token the largest position of its document, plus one. If rows are not packed,
+            it is the largest position of the batch, plus one.
+        all_lengths: the distinct values of `lengths` on all ranks.
+        has_targets: True if the batch has labels.
+        typed: True if a token of the batch has a token type other than 0, as the tokens of an image have.
         begins: the greatest common divisor of the positions at which packed documents begin.
-        unshifted: this rank's labels as they came, for models that compare each token with its own, and
-        unshifted_count: how many the batch has. None without labels.
+        unshifted: this rank's labels before shifting, for models that compare each token with its own label. None
+            if the batch has no `labels`.
+        unshifted_count: the number of valid labels of the whole batch before shifting, or None.
     """
 
     batch_size: int
@@ -62,12 +62,12 @@ class Shard:
 
     @property
     def local_shape(self) -> tuple[int, int]:
-        """Rows, and this rank's tokens of each."""
+        """Shape `(B, S_local)` of this rank's tokens."""
         return self.batch_size, self.layout.local_length(self.rank)
 
     @cached_property
     def padding(self) -> torch.Tensor | None:
-        """`[B, length]`, 0 at padding; None if there is none."""
+        """Padding mask `[B, length]`, 0 at padding, or None if there is no padding."""
         if self.packed or all(row == (((0, self.length),),) for row in self.rows):
             return None
         padding = torch.zeros(self.batch_size, self.length, dtype=torch.long)
@@ -78,27 +78,29 @@ class Shard:
         return padding
 
     def mask(self, pattern: masks.Pattern) -> masks.Mask:
-        """What is seen in layers of this pattern."""
+        """Build the mask of the layers that have this pattern."""
         return masks.Mask(self.layout.length, self.rows, pattern)
 
 
 def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: int) -> dict[str, Any]:
-    """This rank's share of a batch, ready for the model, with its `Shard` under the key `SHARD`.
+    """Shard a whole batch for one rank.
 
     Args:
-        batch: what one process would give the model: `input_ids` (or `inputs_embeds`) of `[B, S]`, and any of
-            `attention_mask` (2-D padding), `position_ids`, `labels`, `shift_labels`, `token_type_ids`,
-            `cu_seq_lens_q` (with B = 1), `num_items_in_batch`. Positions that it lacks count from the row's first
-            token, with `cu_seq_lens_q` from the document's.
-        rank: of `config.size` ranks.
+        batch: the inputs that one process would give the model: `input_ids` of `[B, S]` or `inputs_embeds` of
+            `[B, S, hidden]`, and any of `attention_mask` (2-D padding), `position_ids`, `labels`, `shift_labels`,
+            `token_type_ids`, `cu_seq_lens_q` (with B = 1), `num_items_in_batch`. Without `position_ids`, positions
+            count from the first token of the row, and with `cu_seq_lens_q` from the first token of the document.
+        config: the CP settings.
+        rank: one of the `config.size` ranks.
 
     Returns:
-        The inputs with a sequence dimension as `[B, S_local]`; `shift_labels` (and `labels`, without which a model
-        computes no loss), `position_ids`, `use_cache=False`, and the whole batch's count of valid targets as
-        `num_items_in_batch`, unless the batch brings its own.
+        The inputs of the model for this rank. Those with a sequence dimension are `[B, S_local]`, `position_ids`
+        among them. With labels there are `shift_labels`, `labels` (without which a model computes no loss) and
+        `num_items_in_batch`, which is the whole batch's count of valid targets unless the batch gives another.
+        `use_cache` is False. The `Shard` is under the key `SHARD`.
 
     Raises:
-        ValueError: if the batch holds something that cannot be exact on a shard.
+        ValueError: if the batch holds an input that cannot be exact on a shard.
     """
     batch, rows, whole = read_batch(batch)
     batch_size, length = whole["position_ids"].shape
@@ -111,7 +113,7 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     local = {name: batch[name] for name in PASSED_ON if name in batch}
     local |= {name: take_columns(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
     if "labels" in local:
-        local["labels"] = local["shift_labels"]  # one tensor, so that nobody has to compare the two
+        local["labels"] = local["shift_labels"]  # the same tensor, so that no check has to compare values
     local["use_cache"] = False
     if num_items is not None:
         local.setdefault("num_items_in_batch", num_items)
@@ -122,7 +124,7 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     if "labels" in batch:
         unshifted = take_columns(batch["labels"], positions, layout.length, IGNORED)
         count = (batch["labels"] != IGNORED).sum()
-    # Ranks whose plans differ would wait for each other, so what plans are made of is always compared.
+    # Ranks with different plans would wait for each other forever, so the inputs of the plan are always compared.
     planned = {"planned": (config.layout, batch_size, length, rows)}
     mark = fingerprint({**batch, **planned} if config.check_batch else planned)
     types = whole.get("token_type_ids")
@@ -147,7 +149,7 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
 
 
 def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...], packed: bool) -> torch.Tensor:
-    """For each token one more than the largest position that its frequencies may depend on."""
+    """Compute for each token the largest position that its RoPE frequencies may depend on, plus one: `[B, S]`."""
     reach = (position_ids.max() + 1).expand(position_ids.shape).clone()
     if packed:
         for row, documents in enumerate(rows):
@@ -158,7 +160,7 @@ def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], .
 
 
 def _begins(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...]) -> int:
-    """The greatest common divisor of the positions of documents' first tokens; 0 if all are 0."""
+    """Compute the greatest common divisor of the positions of all documents' first tokens; 0 if all are 0."""
     return gcd(
         *(int(position_ids[row, document[0][0]]) for row, documents in enumerate(rows) for document in documents)
     )

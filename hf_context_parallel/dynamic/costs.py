@@ -1,4 +1,4 @@
-"""What a rank spends on a run of the model, by the tokens, pairs and keys of its rows."""
+"""Estimated time of a run of the model on a rank, from the tokens, query-key pairs and keys of its rows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..planning.layout import FIXED_LAYOUTS
 from ..planning.machine import BACKWARD, Machine, attention_flops
 
 KERNELS_A_LAYER = 36
-"""Kernel calls of a decoder layer, forward and backward, beside attention's."""
+"""Kernel calls of a decoder layer, forward and backward, without those of attention."""
 KERNELS_A_STEP = 6
-"""Kernel calls of a ring's step in a layer, forward and backward: a tile, its merge and its gradients."""
+"""Kernel calls of a ring step in a layer, forward and backward: a tile, its merge and its gradients."""
 
 
 class ModelShape(NamedTuple):
-    """What of a model decides what a token costs.
+    """Sizes of a model that decide the cost of a token.
 
     Args:
-        layers: decoder layers.
-        heads, key_heads, head_dim: of attention.
-        parameters: that a token meets, without embeddings.
+        layers: the number of decoder layers.
+        heads, key_heads, head_dim: query heads, key/value heads, and the size of a head.
+        parameters: the number of parameters that compute with each token, without embeddings.
         itemsize: bytes of a number in weights and keys.
     """
 
@@ -39,20 +39,20 @@ LLAMA_8B = ModelShape(layers=32, heads=32, key_heads=8, head_dim=128, parameters
 
 @dataclass(frozen=True)
 class Costs:
-    """What a rank spends on a run of the model, forward and backward: in seconds, or in any other unit of work.
+    """Costs of a run of the model on a rank, forward and backward, in seconds or in any other unit of time.
 
     Args:
-        pair: for a query and a key that it reads.
-        token: for a token, apart from attention.
-        least: for all of a run's tokens together, however few (weights are read, or gathered, for them).
-        run: for a run, whatever it holds.
-        step: for each other rank of its group.
-        key: for a token's keys to arrive and their gradients to leave, while pairs are computed.
+        pair: cost of a query and a key that it reads.
+        token: cost of a token without attention.
+        least: the smallest cost of all tokens of a run together, since weights are read or gathered for them.
+        run: fixed cost of a run.
+        step: cost of each other rank of the group.
+        key: cost of receiving the keys of a token and sending their gradients.
         far_key: the same in groups that are larger than a node.
         node: ranks of a node.
-        overlap: the share of the shorter of computing pairs and moving keys that is hidden.
-        in_step: whether all ranks wait for each other in every run, as they do where weights are gathered for it, or
-            for the ranks of their group alone.
+        overlap: of computing pairs and moving keys, the share of the shorter that the longer hides, 0 to 1.
+        in_step: True if all ranks wait for each other in every run, as they do when weights are gathered for it.
+            Otherwise a rank waits for the ranks of its group alone.
     """
 
     pair: float
@@ -68,14 +68,16 @@ class Costs:
 
     @classmethod
     def of(cls, shape: ModelShape, machine: Machine, sharded: bool = False) -> Costs:
-        """A model's costs on a machine.
+        """Estimate the costs of a model on a machine, in seconds.
 
         Args:
-            sharded: whether weights are gathered for each run, in forward and in backward, from the ranks of a node.
+            shape: the sizes of the model.
+            machine: the rates of the machine.
+            sharded: True if weights are gathered for each run, in forward and in backward, from the ranks of a node.
         """
         weights = shape.parameters * shape.itemsize
-        numbers = 2 * shape.key_heads * shape.head_dim  # of a token's keys and values
-        # Those travel in forward and in backward, and their gradients in float32 or what is wider.
+        numbers = 2 * shape.key_heads * shape.head_dim  # in the keys and values of a token
+        # Keys and values travel in forward and in backward, and their gradients in float32 or a wider dtype.
         sent = shape.layers * numbers * (2 * shape.itemsize + max(shape.itemsize, 4))
         read = 3 * weights / machine.memory
         gathered = 2 * weights * (1 - 1 / machine.node) / machine.bandwidth
@@ -96,16 +98,25 @@ class Costs:
         )
 
     def sample(self, lengths: np.ndarray, size: int) -> np.ndarray:
-        """What each sample adds to every rank of a group, at most: as if it were alone there."""
+        """Estimate the cost that each sample adds to every rank of a group, `[samples]`, as if it ran alone.
+
+        Args:
+            lengths: tokens of each sample.
+            size: ranks of the group.
+        """
         pairs = lengths * (lengths + 1) / 2 / size
         return self.token * lengths / size + self._attention(pairs, lengths * (size - 1) / size, size)
 
     def group(self, size: int) -> float:
-        """What a run takes in a group of `size`, whatever it holds."""
+        """Compute the fixed cost of a run in a group of `size` ranks."""
         return self.run + (size - 1) * self.step
 
     def rows(self, lengths: np.ndarray, documents: np.ndarray, size: int, layout: str = "zigzag") -> np.ndarray:
-        """`[rows]`: what a run of each takes on the rank that needs longest. Arguments are those of `counts`."""
+        """Estimate the cost of a run of each row on its slowest rank, `[rows]`.
+
+        Args:
+            lengths, documents, size, layout: as for `counts`.
+        """
         tokens = np.diff(_edges(lengths)[_edges(documents)])
         chunks = len(FIXED_LAYOUTS[layout](0, size).chunk_owners)
         linear = np.maximum(self.least, self.token * (-(-tokens // chunks) * chunks) / size)
@@ -120,18 +131,22 @@ class Costs:
 def counts(
     lengths: np.ndarray, documents: np.ndarray, size: int, layout: str = "zigzag"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[rows, size]`: the query-key pairs that each rank computes, and the tokens whose keys it gets from others.
+    """Count the query-key pairs that each rank computes, and the tokens whose keys it receives from other ranks.
 
-    Rows are causal documents, packed, and padded to equal shares.
+    Rows are packed causal documents, padded so that all ranks hold equally many tokens.
 
     Args:
-        lengths: tokens of all documents, one row's after another's.
-        documents: how many each row has.
-        size: ranks that each row is dealt to.
+        lengths: tokens of each document, row after row.
+        documents: the number of documents of each row.
+        size: ranks that share each row.
+        layout: the layout of the rows.
+
+    Returns:
+        Pairs and tokens, each `[rows, size]`.
     """
     owners = np.array(FIXED_LAYOUTS[layout](0, size).chunk_owners)
-    chunks = owners.argsort(kind="stable").reshape(size, -1)  # of each rank, in the order of the row
-    # Positions count on from row to row: a row ends where the next one's document begins, and has read nothing of it.
+    chunks = owners.argsort(kind="stable").reshape(size, -1)  # chunks of each rank, in the order of the row
+    # Positions count on from row to row. A row ends at the first token of the next, which it does not read.
     starts, before = _edges(lengths), _edges(lengths * (lengths + 1) // 2)
     edges = starts[_edges(documents)][:, None]
     begins, ends = edges[:-1], edges[1:]
@@ -141,12 +156,12 @@ def counts(
     inside = bounds - starts[document]
     computed = before[document] + inside * (inside + 1) // 2
     pairs = (computed[:, chunks + 1] - computed[:, chunks]).sum(axis=2)
-    # A chunk reads from its first token's document's start on, unless the rank's earlier chunk has read that.
+    # A chunk reads keys from the start of its first token's document, except those that an earlier chunk has read.
     read = np.concatenate([begins[:, :, None].repeat(size, axis=1), bounds[:, chunks[:, :-1] + 1]], axis=2)
     keys = (bounds[:, chunks] - np.maximum(starts[document[:, chunks]], read)).sum(axis=2)
     return pairs, keys
 
 
 def _edges(lengths: np.ndarray) -> np.ndarray:
-    """Where ranges begin that follow each other from 0 on, and where the last one ends."""
+    """Compute the edges of consecutive ranges that begin at 0: `[ranges + 1]`."""
     return np.concatenate([[0], np.cumsum(lengths)])

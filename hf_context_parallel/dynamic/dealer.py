@@ -1,4 +1,4 @@
-"""Packing samples to rows, the longest first, and dealing the rows to groups."""
+"""Packing of samples into rows, the longest first, and assignment of the rows to groups of ranks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from .groups import Group, Schedule, row_costs
 from .megatron_rule import greedy_stages
 
 LONGER = 1.0, 1.15, 1.35, 1.6, 2.0
-"""How long a sample may take, as multiples of the least that a round could take on average; all are tried. Rounds take
-longer than that: runs cost something, rows are uneven, and long samples come together in a few rounds."""
+"""Limits that are tried for the cost of a sample, as multiples of the average cost of a round with perfect balance.
+
+Real rounds take longer: runs have a fixed cost, rows are uneven, and a few rounds hold the long samples."""
 TRIED, BEST = 512, 3
-"""Where there are more samples, about so many are dealt in all ways, and all samples in so many of the best ways."""
+"""With more than `TRIED` samples, every way is tried on about `TRIED` of them, and the `BEST` ways on all samples."""
 
 
 class _Rows(NamedTuple):
-    """Samples packed to rows, and where those run. All but `total` have an entry for each row.
+    """Rows of packed samples, and the groups and rounds that run them. Each field but `total` has an entry a row.
 
     Args:
-        samples: in the order of the row.
-        sizes, firsts: of the group, as in `Group`.
+        samples: the samples of the row, in order.
+        sizes: the size of the group that runs the row.
+        firsts: the first rank of that group.
         rounds: the number of the round.
-        total: what all rounds take.
+        total: the time of all rounds.
     """
 
     samples: Sequence[list[int]]
@@ -38,11 +40,14 @@ class _Rows(NamedTuple):
 
 
 class Dealer:
-    """Packs samples to rows, the longest first, and deals those to ranks.
+    """Packs samples into rows, the longest first, and assigns the rows to groups of ranks.
 
     Args:
         lengths: tokens of each sample.
+        ranks: the number of ranks.
         holds: the tokens that a row has room for, by the size of its group, ascending.
+        costs: the costs that the schedule minimises.
+        layout: the layout of the rows.
     """
 
     def __init__(self, lengths: np.ndarray, ranks: int, holds: dict[int, int], costs: Costs, layout: str):
@@ -50,7 +55,10 @@ class Dealer:
         self._alone = {size: costs.sample(lengths, size) for size in holds}
 
     def greedy(self) -> Schedule:
-        """The greedy rule's: a round for each of the samples that the groups of a stage run one after another."""
+        """Make the schedule of the greedy rule.
+
+        The groups of a stage run their samples one after another, each sample in a round of its own.
+        """
         rounds: list[list[Group]] = []
         lengths, smallest = self._lengths.tolist(), self._smallest(np.inf).tolist()
         for stage in greedy_stages(lengths, smallest, self._ranks, list(self._holds)):
@@ -63,7 +71,7 @@ class Dealer:
         return self._schedule(rounds)
 
     def fastest(self) -> Schedule:
-        """The fastest of all ways, or of those that are best for a part of many samples."""
+        """Make the fastest schedule of all ways. With many samples, a part of them selects the ways to try on all."""
         part = self._part()
         distinct = {(rounds, part._smallest(limit).tobytes()): (rounds, limit) for rounds, limit in self._ways()}
         ways = list(distinct.values())
@@ -76,7 +84,7 @@ class Dealer:
         return self._schedule(rounds)
 
     def _schedule(self, rounds: Sequence[Sequence[Group]]) -> Schedule:
-        """Ranks that have no group in a round run by themselves, on nothing."""
+        """Make a schedule of rounds. A rank without a group in a round gets a group of its own without samples."""
         idle = [Group(rank, 1, ()) for rank in range(self._ranks)]
         completed = []
         for groups in rounds:
@@ -89,7 +97,7 @@ class Dealer:
         return Schedule(tuple(self._lengths.tolist()), self._ranks, tuple(completed), self._costs, self._layout)
 
     def _part(self) -> Dealer:
-        """The same for about `TRIED` of the samples, evenly from short to long, and as many fewer ranks."""
+        """Make a dealer for about `TRIED` of the samples, drawn evenly by length, and proportionally fewer ranks."""
         extent, count = max(self._holds), len(self._lengths)
         ranks = -(-self._ranks * TRIED // (count * extent)) * extent
         if ranks >= self._ranks:
@@ -99,11 +107,11 @@ class Dealer:
         return Dealer(np.sort(self._lengths)[middles], ranks, self._holds, self._costs, self._layout)
 
     def _ways(self) -> list[tuple[int, float]]:
-        """Rounds, and how long a sample may take in its group, that are worth a try."""
-        # In as few rounds as have room, and each sample by itself.
+        """List the ways to try: a number of rounds, and the limit for the cost of a sample in its group."""
+        # As few rounds as have room for all samples, and a round for each sample.
         limits = [0.0, *(float(taken.max()) for taken in self._alone.values())]
         ways = [(rounds, limit) for rounds in (1, len(self._lengths)) for limit in limits]
-        # In so many rounds that take about as long as each other.
+        # Numbers of rounds in which all rounds take about equally long.
         least = float(self._alone[1].sum()) / self._ranks
         fewest = -(-int(self._lengths.sum()) // (self._ranks * self._holds[1]))
         more = max(1, fewest // 8)
@@ -115,7 +123,7 @@ class Dealer:
         return self._alike_together(rows, sizes) if self._costs.in_step else self._where_ranks_are_free(rows, sizes)
 
     def _smallest(self, limit: float) -> np.ndarray:
-        """For each sample, the smallest size that holds it and where it takes at most `limit`, or the largest."""
+        """Choose for each sample the smallest group that holds it at a cost of at most `limit`, else the largest."""
         *smaller, extent = self._holds
         chosen = np.full(len(self._lengths), extent)
         for size in reversed(smaller):
@@ -123,18 +131,22 @@ class Dealer:
         return chosen
 
     def _packed(self, rounds: int, limit: float) -> tuple[list[list[int]], np.ndarray]:
-        """The samples of rows and the sizes of their groups, which make up all ranks in so many rounds, or more.
+        """Pack samples into rows that fill all ranks in `rounds` rounds, or in more if there is no room.
 
-        Longest first, samples get rows of their own while there are ranks for them, of the size that `limit` asks for.
-        The others join the row that takes least of those that have room; if none has, there is one round more.
+        The longest samples come first. A sample gets a row of its own, on a group of the size that `limit` asks for,
+        while there are free ranks. A later sample joins the cheapest row that has room. If no row has room, a round is
+        added.
+
+        Returns:
+            The samples of each row, and the sizes of their groups.
         """
         lengths, wanted = self._lengths.tolist(), self._smallest(limit).tolist()
         alone = {size: taken.tolist() for size, taken in self._alone.items()}
         rows: list[list[int]] = []
         sizes: list[int] = []
         room: list[int] = []
-        open_rows: list[tuple[float, int]] = []  # what they take, and their numbers
-        full_rows: list[tuple[int, float, int]] = []  # room, negative, and the same: until samples are short enough
+        open_rows: list[tuple[float, int]] = []  # cost and number of each row
+        full_rows: list[tuple[int, float, int]] = []  # (-room, cost, number) of rows too full for now
         free = rounds * self._ranks
         for sample in (-self._lengths).argsort(kind="stable").tolist():
             length, size = lengths[sample], wanted[sample]
@@ -160,16 +172,17 @@ class Dealer:
         return rows, np.array(sizes)
 
     def _alike_together(self, rows: list[list[int]], sizes: np.ndarray) -> _Rows:
-        """Rows that take about as long run in the same round, in which all ranks wait for the slowest.
+        """Put rows of about equal cost in the same round, because all ranks of a round wait for the slowest.
 
-        Those of the smallest size, sorted, lie side by side in blocks of the next size; these, sorted together with
-        the rows of that size, in blocks of the next; and so on up to all ranks.
+        Rows of the smallest groups are sorted by cost and lie side by side in blocks of the next larger size. These
+        blocks are sorted together with the rows of that size, and lie side by side in blocks of the size after it.
+        This goes on until a block has all ranks.
         """
         order = sizes.argsort(kind="stable")
         rows, sizes = [rows[number] for number in order.tolist()], sizes[order]
         taken = row_costs(rows, sizes, self._lengths, self._costs, self._layout)
-        slowest = np.zeros(0)  # what each block takes
-        blocks, firsts = np.zeros((2, 0), dtype=np.int64)  # each row's block, and its first rank there
+        slowest = np.zeros(0)  # the cost of each block
+        blocks, firsts = np.zeros((2, 0), dtype=np.int64)  # the block of each row, and its first rank in the block
         for size, larger in pairwise([*self._holds, self._ranks]):
             own = taken[sizes == size]
             blocks = np.concatenate([blocks, len(slowest) + np.arange(len(own))])
@@ -182,15 +195,16 @@ class Dealer:
         return _Rows(rows, sizes.tolist(), firsts.tolist(), blocks.tolist(), float(slowest.sum()))
 
     def _where_ranks_are_free(self, rows: list[list[int]], sizes: np.ndarray) -> _Rows:
-        """Each row runs on the ranks that are done soonest: the largest first, and of these the slowest.
+        """Run each row on the ranks that are free soonest; rows of large groups come first, then costly rows.
 
-        What a rank runs by itself one after another is packed as far as there is room: it cannot be uneven.
+        Rows that a rank runs alone one after another are joined as far as there is room, since a single rank is
+        always balanced.
         """
         costs = row_costs(rows, sizes, self._lengths, self._costs, self._layout)
         lengths = self._lengths.tolist()
         placed = []
-        width, free = self._ranks, [(0.0, 0, 0)]  # when blocks of ranks are done, their numbers, and runs so far
-        singles: dict[int, tuple[list[int], int]] = {}  # a rank's last row that it runs by itself, and the room there
+        width, free = self._ranks, [(0.0, 0, 0)]  # for blocks of ranks: end time, number, runs so far
+        singles: dict[int, tuple[list[int], int]] = {}  # by rank: the last row that it runs alone, and its room
         for number in np.lexsort((-costs, -sizes)).tolist():
             samples, size, cost = rows[number], int(sizes[number]), float(costs[number])
             if size < width:

@@ -1,4 +1,4 @@
-"""Groups of several sizes, the rounds in which they run, and what each rank does in them."""
+"""Groups of several sizes, the rounds in which they run, and the time that each rank works in them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from ..planning.layout import FIXED_LAYOUTS
 from .costs import Costs
 
 COUNTED = 2**17
-"""Rows times ranks whose work is counted at a time: this bounds the memory for it, to a few hundred bytes for each."""
+"""Rows times ranks whose costs are computed at a time. It bounds the memory, which is a few hundred bytes for each."""
 
 
 class Group(NamedTuple):
     """Ranks that run the model together on one row.
 
     Args:
-        first, size: its ranks are `size` from `first` on.
-        samples: the numbers of those that are packed to the row; none if the run is for the others' sake.
+        first: its first rank.
+        size: the number of its ranks, which are consecutive.
+        samples: the numbers of the samples in the row. Without samples, the group runs so that others need not wait.
     """
 
     first: int
@@ -32,14 +33,15 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who computes what, and when.
+    """Assignment of samples to groups of ranks, round by round.
 
     Args:
         lengths: tokens of each sample.
-        ranks: how many there are.
-        rounds: in each, groups that make up all ranks, in their order. Every rank runs the model once a round.
-        costs: what it was made for.
-        layout: of rows.
+        ranks: the number of ranks.
+        rounds: for each round, the groups in the order of their ranks. The groups of a round hold every rank once, and
+            every rank runs the model once a round.
+        costs: the costs that the schedule was made for.
+        layout: the layout of the rows.
     """
 
     lengths: tuple[int, ...]
@@ -50,7 +52,7 @@ class Schedule:
 
     @cached_property
     def work(self) -> np.ndarray:
-        """`[rounds, ranks]`: what each run takes, by the costs. Ranks without samples do nothing of use."""
+        """Estimated time of each run, `[rounds, ranks]`. It is 0 for a group without samples."""
         runs = [(number, group) for number, groups in enumerate(self.rounds) for group in groups if group.samples]
         rows, sizes = [group.samples for _, group in runs], np.array([group.size for _, group in runs])
         taken = row_costs(rows, sizes, np.array(self.lengths), self.costs, self.layout)
@@ -61,24 +63,27 @@ class Schedule:
 
     @cached_property
     def total(self) -> float:
-        """What all rounds take, with waiting."""
+        """Estimated time of all rounds, with the time that ranks wait."""
         if self.costs.in_step:
             return float(self.work.max(axis=1).sum())
         done = np.zeros(self.ranks)
         for groups, work in zip(self.rounds, self.work):
-            # A group begins when the last of its ranks is done with the round before.
+            # A group begins when the last of its ranks has finished the round before.
             begins = np.maximum.reduceat(done, [group.first for group in groups])
             done = begins.repeat([group.size for group in groups]) + work
         return float(done.max())
 
     @property
     def idle(self) -> np.ndarray:
-        """`[ranks]`: the share of the total for which each rank waits."""
+        """Share of the total time that each rank waits, `[ranks]`."""
         return 1 - self.work.sum(axis=0) / self.total
 
 
 def sizes(extent: int) -> list[int]:
-    """The sizes of groups among `extent` ranks: each divides the next; by powers of two first, then other factors."""
+    """List the sizes of groups within `extent` ranks, from 1 to `extent`.
+
+    Each size divides the next. The factors between them are twos first, then larger primes.
+    """
     found, factor = [1], 2
     while found[-1] < extent:
         if extent // found[-1] % factor:
@@ -89,7 +94,7 @@ def sizes(extent: int) -> list[int]:
 
 
 def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int:
-    """The tokens that a row of a group may have, so that with padding no rank holds more than it may."""
+    """Compute the most tokens of a row on a group of `size` ranks, so that no rank holds more with padding."""
     chunks = len(FIXED_LAYOUTS[layout](0, 1).chunk_owners)
     return max_tokens_per_rank // chunks * chunks * size
 
@@ -97,12 +102,14 @@ def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int
 def row_costs(
     rows: Sequence[Sequence[int]], sizes: np.ndarray, lengths: np.ndarray, costs: Costs, layout: str
 ) -> np.ndarray:
-    """What each row takes.
+    """Estimate the cost of each row, `[rows]`.
 
     Args:
-        rows: the samples of each.
-        sizes: of the groups that run them.
-        lengths: of samples.
+        rows: the samples of each row.
+        sizes: the size of the group that runs each row.
+        lengths: tokens of each sample.
+        costs: the costs of the model on the machine.
+        layout: the layout of the rows.
     """
     taken = np.zeros(len(rows))
     for size in np.unique(sizes).tolist():

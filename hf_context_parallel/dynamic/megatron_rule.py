@@ -1,12 +1,12 @@
-"""A greedy rule for groups of different sizes: what Megatron-LM's hybrid context parallelism schedules.
+"""Greedy rule for groups of different sizes, as Megatron-LM's hybrid context parallelism schedules samples.
 
-Written after what its source does (`megatron/core/pipeline_parallel/hybrid_cp_schedule.py`, 2025). A sample gets the
-smallest power of two of ranks that holds it and counts as s^2 / ranks. Samples go, longest first, to ranks that have
-nothing yet, or else to the group of their size that has least. When groups are even to within 5%, or no sample can be
-placed, the next stage begins. Groups grow to ranks that have nothing. In a stage a group runs its samples one after
-another.
+It follows the behaviour of `megatron/core/pipeline_parallel/hybrid_cp_schedule.py` (2025). A sample of s tokens gets
+the smallest power of two of ranks that holds it, and its work counts as s^2 / ranks. Samples are placed longest first:
+on ranks without samples if there are enough, else on the group of their size with the least work. When the work of all
+groups is equal to within 5%, or no sample can be placed, the next stage begins. At the end of a stage, groups grow to
+ranks without samples. Within a stage, a group runs its samples one after another.
 
-It is one of the ways that `schedule.make_schedule` tries, and what `benchmarks/dynamic.py` compares with.
+`schedule.make_schedule` tries this rule among others, and `benchmarks/dynamic.py` compares with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SLACK = 0.05
 
 @dataclass
 class GreedyGroup:
-    """Ranks of a stage, and the numbers of the samples that they run one after another."""
+    """Group of `size` ranks in a stage, with the samples that it runs one after another and their work."""
 
     size: int
     samples: list[int] = field(default_factory=list)
@@ -32,11 +32,13 @@ class GreedyGroup:
 def greedy_stages(
     lengths: Sequence[int], chosen: Sequence[int], ranks: int, sizes: Sequence[int]
 ) -> list[list[GreedyGroup]]:
-    """The stages for samples of these lengths.
+    """Split samples into stages, each a list of groups.
 
     Args:
+        lengths: tokens of each sample.
         chosen: for each sample, the size of its group.
-        sizes: that groups may grow to, ascending, each a divisor of the next and of `ranks`.
+        ranks: the number of ranks.
+        sizes: the sizes that groups may grow to, ascending. Each divides the next, and all divide `ranks`.
     """
     waiting = sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
     work = [length**2 / size for length, size in zip(lengths, chosen)]
@@ -52,11 +54,11 @@ class _Stage:
         self._work, self._chosen, self._sizes, self._free = work, chosen, sizes, ranks
         self._groups: list[GreedyGroup] = []
         self._by_size: dict[int, list[tuple[float, int]]] = {}
-        """For each size, a heap of its groups' loads and numbers."""
+        """For each size, a heap of the loads and the numbers of its groups."""
         self._most = 0.0
 
     def fill(self, waiting: list[int]) -> tuple[list[GreedyGroup], list[int]]:
-        """The groups of one stage, and the samples that are left."""
+        """Fill one stage, and return its groups and the samples that are left."""
         buckets = self._buckets(waiting)
         largest, smaller_came = self._chosen[waiting[0]], False
         while any(buckets):
@@ -74,7 +76,7 @@ class _Stage:
         return self._groups, left
 
     def _buckets(self, waiting: list[int]) -> list[deque[int]]:
-        """The samples in as many runs of about equal work as there are sizes."""
+        """Split the samples into as many runs of about equal work as there are sizes."""
         wanted = len({self._chosen[sample] for sample in waiting})
         target = sum(self._work[sample] for sample in waiting) / wanted
         buckets, work, left = [deque()], 0.0, wanted
@@ -96,7 +98,7 @@ class _Stage:
         if self._free >= size:
             self._free -= size
             heappush(self._by_size.setdefault(size, []), (0.0, len(self._groups)))
-            # It has the least load of its size, since work is more than none.
+            # The new group has the least load of its size, since every sample has some work.
             self._groups.append(GreedyGroup(size))
         _, number = self._by_size[size][0]
         group = self._groups[number]
@@ -106,11 +108,11 @@ class _Stage:
         self._most = max(self._most, group.load)
 
     def _least(self) -> float:
-        """The least load; ranks without a group have none."""
+        """Compute the least load of a rank, which is 0 if a rank has no group."""
         return 0.0 if self._free else min(heap[0][0] for heap in self._by_size.values())
 
     def _trimmed(self) -> list[int]:
-        """Samples that are taken off again, since the groups are more even without them."""
+        """Remove samples that make the groups less even, and return them."""
         taken: list[int] = []
         least, heap = self._least(), [(-group.load, number) for number, group in enumerate(self._groups)]
         heapify(heap)
@@ -127,7 +129,7 @@ class _Stage:
         return taken
 
     def _grow(self) -> None:
-        """The smallest groups first, to ranks that have nothing."""
+        """Let groups grow to ranks without samples, the smallest groups first."""
         for size, larger in pairwise(self._sizes):
             for group in self._groups:
                 if group.size == size and larger - size <= self._free:

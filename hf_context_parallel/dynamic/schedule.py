@@ -1,6 +1,6 @@
-"""Samples of a global batch dealt to groups of different sizes: dynamic context parallelism.
+"""Schedule of dynamic context parallelism: the samples of a global batch dealt to groups of different sizes.
 
-Arithmetic alone: no process group, no tensor on a device. Every rank makes the same schedule from the same lengths.
+It is arithmetic on the host, without process groups. Every rank makes the same schedule from the same lengths.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ def make_schedule(
     layout: str = "zigzag",
     names: Sequence[str] | None = None,
 ) -> Schedule:
-    """Deal samples to groups so that the slowest ranks are done soonest.
+    """Deal samples to groups so that the last rank finishes as early as possible.
 
-    A sample gets the smallest group that holds it and in which it does not take too long. How long is too long, and in
-    how many rounds all are dealt, is tried. Groups with several samples run them as documents of one row. By the
-    estimate it is never slower than static CP or the greedy rule of `megatron_rule.py`.
+    A sample gets the smallest group that holds it at a cost below a limit. Several limits and numbers of rounds are
+    tried, and the schedule with the shortest estimated time is taken. A group runs several samples as documents of one
+    row. By the estimate, the schedule is never slower than static CP or the greedy rule of `megatron_rule.py`.
 
     Args:
         lengths: tokens of each sample.
-        ranks: a multiple of `extent`.
-        extent: the largest group. Groups are consecutive ranks that begin at a multiple of their size.
-        max_tokens_per_rank: the most that a rank holds of a row, with the layout's padding.
-        names: of the samples, for the error.
+        ranks: the number of ranks, a multiple of `extent`.
+        extent: the size of the largest group. A group is consecutive ranks and begins at a multiple of its size.
+        max_tokens_per_rank: the most tokens of a row that a rank holds, with the padding of the layout.
+        costs: the costs of the model on the machine.
+        layout: the layout of the rows.
+        names: the names of the samples in errors.
 
     Raises:
-        ValueError: if a sample fits nowhere, or there is none.
+        ValueError: if there is no sample, or a sample is too long for the largest group.
     """
     if not lengths:
-        raise ValueError("there are no samples to schedule: a global batch needs at least one.")
+        raise ValueError("there are no samples to schedule. Give at least one.")
     holds = {size: capacity(size, max_tokens_per_rank, layout) for size in sizes(extent)}
     longest = max(range(len(lengths)), key=lambda sample: lengths[sample])
     if lengths[longest] > holds[extent]:
         name = f"sample {longest}" if names is None else names[longest]
         raise ValueError(
             f"{name} has {lengths[longest]} tokens, and a group of all {extent} ranks holds {holds[extent]} with "
-            f"max_tokens_per_rank={max_tokens_per_rank}: a sample must fit into one group. Raise max_tokens_per_rank "
-            "or size, or cut the sample."
+            f"max_tokens_per_rank={max_tokens_per_rank}. Raise max_tokens_per_rank or size, or cut the sample."
         )
     static = [in_order(lengths, ranks, extent, room, costs, layout) for room in (0, holds[extent])]
     dealer = Dealer(np.array(lengths), ranks, holds, costs, layout)
@@ -58,11 +59,12 @@ def make_schedule(
 def in_order(
     lengths: Sequence[int], ranks: int, extent: int, most: int, costs: Costs, layout: str = "zigzag"
 ) -> Schedule:
-    """What static CP does: groups of `extent` ranks take turns in taking the next sample.
+    """Make the schedule of static CP: groups of `extent` ranks take the samples in turns.
 
     Args:
-        most: the tokens that a row may have. A sample that is longer than what is left begins a new one; with 0, each
-            is alone.
+        lengths, ranks, extent, costs, layout: as for `make_schedule`.
+        most: the most tokens of a row. A sample that does not fit into the row of its group begins a new one. With 0,
+            each sample has a row of its own.
     """
     rows: list[list[list[int]]] = [[] for _ in range(ranks // extent)]
     room = [0] * len(rows)

@@ -1,5 +1,4 @@
-"""The samples of a global batch as rounds: cut from the batches that were loaded, scheduled, and sent to who computes
-them."""
+"""Scheduler of dynamic CP: cuts loaded batches into samples, schedules them, and sends each to its ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from .groups import Group, Schedule, sizes
 from .schedule import make_schedule
 
 CARRIED = ("input_ids", "shift_labels", "position_ids")
-"""What travels of a sample."""
+"""Inputs of a sample that are sent to the ranks that compute it."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,10 @@ class Round:
     """One run of the model on this rank.
 
     Args:
-        size: of the group that it is a member of.
-        batch: what the group computes, whole: samples as documents of one row.
-        tokens: of the samples; 0 where the run is for other ranks' sake, on a row without targets.
+        size: the size of the group that this rank is in.
+        batch: the whole batch of the group, which holds its samples as documents of one row.
+        tokens: the tokens of the samples. It is 0 if the group has no sample and runs so that others need not wait,
+            on a row without targets.
         longest: tokens of the longest sample.
     """
 
@@ -48,24 +48,24 @@ class Round:
 
 
 class Scheduler:
-    """Deals global batches to groups within the CP group that `cp` has now; see `schedule.py`.
+    """Deals global batches to groups within the present CP group of `cp`; see `schedule.py`.
 
-    Every process of the world makes one. Groups of all sizes are made here.
+    Every process of the world makes a scheduler, because the process groups of all sizes are made here.
 
     Args:
-        cp: whose config says `max_tokens_per_rank`.
-        model: its shape and the device say what samples cost.
-        sharded: whether its weights are gathered for each run.
+        cp: the CP group, whose config has `max_tokens_per_rank`.
+        model: the model, whose shape and device decide the costs of samples.
+        sharded: True if the weights of the model are gathered for each run.
 
     Raises:
-        ValueError: if the model's loss is not a sum over tokens, or depends on the rows that they came in.
+        ValueError: if the model's loss is not a sum over tokens, or depends on the rows that hold the tokens.
     """
 
     def __init__(self, cp: ContextParallel, model: torch.nn.Module, sharded: bool = False):
         _refuse(model)
         if cp.groups.tensor.size > 1:
             raise ValueError(
-                f"dynamic=True has not been compared with one process under tensor parallelism, and tp_size is "
+                "dynamic=True has not been compared with one process under tensor parallelism, and tp_size is "
                 f"{cp.groups.tensor.size}. Set dynamic=False, or load the model without tp_size."
             )
         self._cp, self._extent = cp, cp.groups
@@ -79,14 +79,15 @@ class Scheduler:
         self._busy = self._passed = 0.0
 
     def rounds(self, batches: Sequence[Mapping[str, Any]]) -> list[Round]:
-        """The rounds of the samples that all ranks' batches hold, as this rank runs them.
+        """Schedule the samples of all ranks, and return the rounds of this rank.
 
         Args:
-            batches: whole batches, the same on all ranks of a CP group, as one process would give them to the model.
+            batches: whole batches, as one process would give them to the model. They are the same on all ranks of a
+                CP group.
 
         Raises:
-            ValueError: on every rank alike, if a rank's batches cannot be cut into samples or differ from those of its
-                group, or a sample fits nowhere.
+            ValueError: on every rank, if the batches of a rank cannot be cut into samples or differ from those of its
+                group, or if a sample is too long for the largest group.
         """
         mark = 0
         with collective(world(), "models or settings", "Give every process the same.") as notes:
@@ -113,17 +114,21 @@ class Scheduler:
         return self._routed(schedule, samples, [len(share) for share in lengths])
 
     def idle_share(self) -> float:
-        """By the schedules' estimates, the share of the time since this was last asked in which ranks waited."""
+        """Estimate the share of time that ranks have waited since the last call, by the costs of the schedules."""
         share = 1 - self._busy / self._passed if self._passed else 0.0
         self._busy = self._passed = 0.0
         return share
 
     def _gathered_lengths(self, samples: list[torch.Tensor], mark: int, counts: list[int]) -> list[list[int]]:
-        """For each share of the samples, their lengths.
+        """Gather the lengths of all samples, one list for each data rank.
 
         Args:
-            mark: of this rank's samples.
-            counts: how many samples each rank has.
+            samples: this rank's samples.
+            mark: the fingerprint of this rank's samples.
+            counts: the number of samples of each rank.
+
+        Raises:
+            ValueError: if two ranks of a CP group have loaded different samples.
         """
         everyone = world()
         own = torch.zeros(max(counts) + 2, dtype=torch.int64)
@@ -140,13 +145,13 @@ class Scheduler:
             first, *known = lengths.setdefault(share, (rank, mark, rest[:count]))
             if known != [mark, rest[:count]]:
                 raise ValueError(
-                    f"ranks {first} and {rank} share their samples and have loaded different ones. Use "
+                    f"ranks {first} and {rank} are in one CP group and have loaded different samples. Use "
                     "ContextParallelTrainer or cp.prepare_data_loader(), which deal samples to CP groups."
                 )
         return [lengths[share][2] for share in sorted(lengths)]
 
     def _routed(self, schedule: Schedule, samples: list[torch.Tensor], counts: list[int]) -> list[Round]:
-        """This rank's rounds, with the samples of other shares brought here."""
+        """Make the rounds of this rank, with the samples that other data ranks loaded and send."""
         share, size = self._extent.data_rank, self._extent.size
         begins = [sum(counts[:rank]) for rank in range(len(counts) + 1)]
         mine = _wanted(schedule, share * size + self._extent.rank)
@@ -162,7 +167,15 @@ class Scheduler:
         return [self._round(_group_of(groups, rank), here) for groups in schedule.rounds]
 
     def _exchanged(self, sent, received, here, lengths, begins) -> dict[int, torch.Tensor]:
-        """Samples from the ranks that loaded them."""
+        """Exchange samples, so that this rank has those that it computes.
+
+        Args:
+            sent: for each rank of the column, the samples that this rank sends it.
+            received: the samples that this rank receives, in the order of the ranks that send them.
+            here: the samples that this rank has loaded, `[3, length]` each.
+            lengths: tokens of each sample.
+            begins: the first sample of each rank of the column, and the number of samples.
+        """
         device = self._extent.device
         out = torch.cat([here[sample] for to in sent for sample in to] or [torch.empty(len(CARRIED), 0)], dim=1)
         out = out.T.contiguous().to(device, torch.int64)
@@ -193,7 +206,10 @@ class Scheduler:
 
 
 def cut(batch: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The samples of a batch: its documents, each `[3, length]`, in the order of `CARRIED`.
+    """Cut a batch into samples, which are its documents.
+
+    Returns:
+        The samples, `[3, length]` each, whose rows are the inputs `CARRIED`.
 
     Raises:
         ValueError: if the batch cannot be cut into samples without a change to its loss.
@@ -202,11 +218,11 @@ def cut(batch: Mapping[str, Any]) -> list[torch.Tensor]:
     for name in batch:
         if name not in (*CARRIED, "labels", *CONSUMED):
             raise ValueError(
-                f"the batch has {name!r}, and samples that are dealt to groups of different sizes take only "
-                f"{', '.join(CARRIED)} along. Leave it out, or set dynamic=False."
+                f"the batch has {name!r}, and with dynamic=True samples are dealt to groups with "
+                f"{', '.join(CARRIED)} alone. Leave it out, or set dynamic=False."
             )
     if "shift_labels" not in whole:
-        raise ValueError("the batch has no labels, and dynamic=True divides losses by their count. Give it labels.")
+        raise ValueError("the batch has no labels, and dynamic=True divides losses by their count. Add labels.")
     table = torch.stack([whole[name].cpu().long() for name in CARRIED])
     samples = []
     for number, documents in enumerate(rows):
@@ -214,15 +230,18 @@ def cut(batch: Mapping[str, Any]) -> list[torch.Tensor]:
             (start, stop), *others = document
             if others or ("attention_mask" in batch and start):
                 raise ValueError(
-                    f"row {number} has padding before or between its tokens. With dynamic=True, rows must be packed "
-                    "or padded on the right (padding_side='right'); or set dynamic=False."
+                    f"row {number} has padding before or between its tokens, which dynamic=True cannot cut off. Pack "
+                    "rows or pad them on the right (padding_side='right'), or set dynamic=False."
                 )
             samples.append(table[:, number, start:stop])
     return samples
 
 
 def model_shape(model: torch.nn.Module) -> ModelShape:
-    """What of a model decides what a token costs, as far as its configuration says it."""
+    """Read the sizes that decide the cost of a token from a model's configuration.
+
+    A size that the configuration does not have counts as 1, or follows from the other sizes.
+    """
     module = transformers_model(model)
     config = module.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -238,7 +257,10 @@ def model_shape(model: torch.nn.Module) -> ModelShape:
 
 
 def _met_by_a_token(module: PreTrainedModel, config: PreTrainedConfig) -> int:
-    """Parameters without embeddings; of experts, which are stacked in tensors of three dimensions, those of a few."""
+    """Count the parameters that compute with each token, without embeddings.
+
+    Experts are stacked in tensors of three dimensions. Of these, the experts that a token is routed to are counted.
+    """
     fields = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((getattr(config, field) for field in fields if getattr(config, field, None)), 0)
     others = experts - (getattr(config, "num_experts_per_tok", None) or experts)
@@ -247,7 +269,7 @@ def _met_by_a_token(module: PreTrainedModel, config: PreTrainedConfig) -> int:
 
 
 def _wanted(schedule: Schedule, rank: int) -> list[int]:
-    """The samples that a rank computes, in order."""
+    """List the samples that a rank computes, in order."""
     return [sample for groups in schedule.rounds for sample in _group_of(groups, rank).samples]
 
 
@@ -256,17 +278,17 @@ def _group_of(groups: tuple[Group, ...], rank: int) -> Group:
 
 
 def _refuse(model: torch.nn.Module) -> None:
-    """Refuse models whose loss would not be the sum of the rounds'."""
+    """Refuse models whose loss is not the sum of the losses of the rounds."""
     module = transformers_model(model)
     config = module.config.get_text_config()
     cases = (
         (getattr(config, "output_router_logits", False), "output_router_logits=True adds a mean over the batch"),
         (getattr(config, "z_loss_coefficient", 0), "z_loss_coefficient adds a mean over the batch"),
-        (module.config.model_type in UNSHIFTED, f"a {module.config.model_type}'s loss is a mean over its row"),
-        (any(map(makes_positions, mixers(module))), f"a {module.config.model_type} counts positions by the row"),
+        (module.config.model_type in UNSHIFTED, f"the loss of {module.config.model_type} is a mean over its row"),
+        (any(map(makes_positions, mixers(module))), f"{module.config.model_type} counts positions within its row"),
         (any(map(follows_length, module.modules())), "RoPE of this type depends on the length of the row"),
     )
     refuse(
         cases,
-        "dynamic=True deals samples to other rows than they came in, and {}. Switch that off, or set dynamic=False.",
+        "dynamic=True moves samples to other rows, and {}. Switch that off, or set dynamic=False.",
     )

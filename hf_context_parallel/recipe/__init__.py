@@ -1,1 +1,1 @@
-"""Training by a recipe: its schema, the model and the documents that it names, the run and its report."""
+"""Training by a recipe: its schema, its model and documents, the launch of a run, and the report."""

@@ -1,4 +1,4 @@
-"""One recipe on several ranks and on one process: is it the same training, at what speed and memory?"""
+"""Comparison of a recipe on several ranks with the same recipe on one process: losses, speed and memory."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from hf_context_parallel.recipe.launch import launch
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.report import training_steps
 
-TOLERANCE = 1e-4  # of the loss, relative
+TOLERANCE = 1e-4  # relative difference of the losses
 MEASURES = {"peak_memory_gib": "peak GiB a rank", "tokens_per_second": "tokens/s"}
 
 
 def compare_with_one_process(path: Path, overrides: Sequence[str], processes: int | None = None) -> int:
-    """Runs the recipe on several ranks and on one, prints a table, and returns an exit status.
+    """Run a recipe on several ranks and on one process, and print a table of both.
 
-    The one process has as many CPU threads as all ranks together, and accumulates the gradients of what all CP groups
-    see at a time. The status is 0 if each step's loss is the same to a relative 1e-4.
+    The one process has as many CPU threads as all ranks together. It accumulates the gradients of as many batches as
+    all CP groups read at a time.
 
     Args:
-        path, overrides: the recipe.
-        processes: those to start; else as many as the recipe needs.
+        path: the recipe.
+        overrides: values that replace those of the recipe, such as `training.max_steps=3`.
+        processes: the number of ranks. By default as many as the recipe needs.
+
+    Returns:
+        The exit status: 0 if the losses of every step are equal to a relative 1e-4.
 
     Raises:
         RecipeError: if the recipe is invalid, or does not split the sequence.
     """
     recipe = load_recipe(path, overrides)
     if recipe.context_parallel.size == 1:
-        raise RecipeError("context_parallel.size=1 leaves nothing to compare: take 2 or more.")
+        raise RecipeError("context_parallel.size=1 leaves nothing to compare. Set it to 2 or more.")
     ranks = processes or recipe.processes
     folder = Path(recipe.training.output_dir or "trainer_output")
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
@@ -68,26 +72,26 @@ def compare_with_one_process(path: Path, overrides: Sequence[str], processes: in
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The log lines of the training steps of the run in `folder`.
+    """Read the log lines of the training steps of the run in `folder`.
 
     Raises:
-        RecipeError: if there is none.
+        RecipeError: if no step was logged.
     """
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     steps = training_steps(history)
     if not steps:
-        raise RecipeError(f"the run in {folder} logged no step: lower training.logging_steps, such as to 1.")
+        raise RecipeError(f"the run in {folder} logged no step. Lower training.logging_steps, for example to 1.")
     return steps
 
 
 def difference(left: float, right: float) -> float:
-    """Relative to the right one; infinite if either is not a number."""
+    """Compute the difference of two numbers, relative to `right`. It is infinite if either is NaN."""
     gap = abs(left - right)
     return gap / abs(right) if gap == gap else float("inf")
 
 
 def table(split: Sequence[dict[str, Any]], whole: Sequence[dict[str, Any]], ranks: int) -> str:
-    """A line for each step of the two runs, and the medians of memory and speed."""
+    """Format a table with a line for each step of the two runs, and the medians of memory and speed."""
     rows = [
         [a["step"], a["loss"], b["loss"], f"{difference(a['loss'], b['loss']):.1e}"]
         + [step[key] for key in MEASURES for step in (a, b)]

@@ -1,4 +1,4 @@
-"""From a recipe's `data` section to the rows that a model trains on, and the collator that batches them."""
+"""Data of a recipe: documents, the rows that a model trains on, and the collator that batches them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import DataSection
 
 COLUMNS = {"text": "text", "chat": "messages", "tokens": "input_ids"}
+"""Default column of the documents, by their format."""
 
 
 def load_documents(section: DataSection, split: str) -> Dataset | IterableDataset:
-    """The documents of a split, as `datasets.load_dataset` gives them.
+    """Load the documents of a split by `datasets.load_dataset`.
 
     Raises:
         RecipeError: if `load_dataset` cannot find or read them.
@@ -30,31 +31,35 @@ def load_documents(section: DataSection, split: str) -> Dataset | IterableDatase
             **section.options,
         )
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"data: {section.path!r} cannot be loaded ({type(error).__name__}): {error}") from error
+        raise RecipeError(f"data.path: {section.path!r} cannot be loaded ({type(error).__name__}): {error}") from error
 
 
 def to_rows(
     documents: Dataset | IterableDataset, section: DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset | IterableDataset:
-    """Rows of `input_ids` and `labels`, of at most `max_length` tokens.
+    """Make rows of `input_ids` and `labels`, of at most `max_length` tokens.
 
-    A packed row holds a list of documents in each column, an unpacked one a single document. Documents that leave
-    nothing to predict, of one token or none, are left out.
+    A packed row holds a list of documents in each column, and an unpacked row holds one document. Documents of fewer
+    than two tokens are left out, since they have nothing to predict.
 
     Raises:
-        RecipeError: if the documents have no such column, or none is left.
+        RecipeError: if the documents lack the column, no document is left, or chats come without a chat template.
     """
     column = section.column or COLUMNS[section.format]
-    present = documents.column_names  # None for a stream whose columns show only once it is read
+    present = documents.column_names  # None for a stream, whose columns are known only after reading
     if present is not None and column not in present:
-        raise RecipeError(f"data.column: no column {column!r} in {section.path!r}, which has {', '.join(present)}.")
+        raise RecipeError(f"data.column: no column {column!r} in {section.path!r}. Name one of {', '.join(present)}.")
     if section.format == "chat" and tokenizer.chat_template is None:
-        raise RecipeError("data.format: 'chat' needs a tokenizer with a chat template, and this one has none.")
+        raise RecipeError(
+            "data.format: 'chat' needs a chat template, and the tokenizer has none. Name another in model.tokenizer."
+        )
     encode = partial(encode_documents, column=column, form=section.format, tokenizer=tokenizer)
     shorten = pack if section.packing else truncate
     encoded = documents.map(encode, batched=True, remove_columns=present)
     if isinstance(encoded, Dataset) and not len(encoded):
-        raise RecipeError(f"data: {section.path!r} has no document of two tokens or more.")
+        raise RecipeError(
+            f"data: {section.path!r} has no document of two tokens or more. Check data.path and data.column."
+        )
     encoded = encoded.select_columns(["input_ids", "labels"])
     return encoded.map(partial(shorten, max_length=section.max_length), batched=True)
 
@@ -62,7 +67,7 @@ def to_rows(
 def encode_documents(
     batch: dict[str, list], column: str, form: str, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[list[int]]]:
-    """The token ids of a batch of documents, and their labels."""
+    """Encode a batch of documents as `input_ids` and `labels`."""
     if form == "tokens":
         documents = batch[column]
     elif form == "chat":
@@ -70,21 +75,21 @@ def encode_documents(
     else:
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         documents = [ids if ids[-1:] == eos else ids + eos for ids in tokenizer(batch[column])["input_ids"]]
-    # Only token ids may come with labels of their own.
+    # Only documents of token ids can have a column of labels.
     labels = batch.get("labels", documents) if form == "tokens" else documents
     kept = [index for index, ids in enumerate(documents) if len(ids) > 1]
     return {"input_ids": [documents[i] for i in kept], "labels": [labels[i] for i in kept]}
 
 
 def truncate(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
-    """Cuts each document at `max_length` tokens."""
+    """Cut each document at `max_length` tokens."""
     return {column: [document[:max_length] for document in documents] for column, documents in batch.items()}
 
 
 def pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[list[int]]]]:
-    """Fills rows of `max_length` tokens with documents, one after the other; the last row of a batch may be shorter.
+    """Pack documents one after another into rows of `max_length` tokens. The last row of a batch may be shorter.
 
-    A document that does not fit goes on in the next row, where it is a document of its own.
+    A document that does not fit into a row is split, and the rest is a separate document in the next row.
     """
     rows: list[list[tuple[int, slice]]] = []
     room = 0
@@ -105,9 +110,9 @@ def pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[l
 
 
 def make_collator(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The collator of full batches: `[1, tokens]` when packing, else `[rows, longest row]`.
+    """Make the collator of whole batches, `[1, tokens]` with packing and `[rows, longest row]` without.
 
-    Packed batches have `position_ids` that restart with each document and no `attention_mask`. The others have an
+    Packed batches have `position_ids` that restart with each document, and no `attention_mask`. Other batches have an
     `attention_mask`, and labels of -100 where it is 0.
     """
     if section.packing:
@@ -116,7 +121,7 @@ def make_collator(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> A
 
 
 class PackedCollator:
-    """Lays the documents of packed rows end to end."""
+    """Collator that joins the documents of packed rows into one flattened row."""
 
     def __init__(self) -> None:
         self.flatten = DataCollatorWithFlattening()

@@ -1,4 +1,4 @@
-"""What a dry run puts in the place of what a recipe names, so that it needs neither a download nor a large machine."""
+"""Dry run of a recipe: a tiny model and made-up documents, which need neither a download nor a large machine."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from hf_context_parallel.recipe.schema import DataSection, ModelSection, Recipe
 from hf_context_parallel.verification.types.tiny import UNSTATED, with_small_sizes
 
 MAX_LENGTH = 128
-"""Tokens of a row: fewer than a tiny model has positions, some of which RoBERTa and its like leave out."""
+"""Most tokens of a row. A tiny model has more positions, and RoBERTa and similar types do not use all of them."""
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
 def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, list[str]]:
-    """The recipe to run instead, for one step on `world_size` processes, and a line on each thing replaced.
+    """Make a small recipe that runs one step on `world_size` processes.
+
+    Args:
+        recipe: the recipe of the full run.
+        world_size: the number of processes of the dry run.
+        output_dir: the folder for its output.
+
+    Returns:
+        The small recipe, and a line on each thing that it replaces.
 
     Raises:
-        RecipeError: if the architecture is neither stated nor to be read from a folder, or the configuration is
-            refused.
+        RecipeError: if the model type is neither stated nor readable from a folder, or the configuration is invalid.
     """
     model, data = recipe.model, recipe.data
     on_cpu = not torch.cuda.is_available()
@@ -41,11 +48,11 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         config,
         vocabulary=len(load_tokenizer(small_model)),
         tensor_ranks=getattr(distributed, "tp_size", None) or 1,
-        expert_ranks=getattr(distributed, "ep_size", None) or 1,  # which older versions of Transformers lack
+        expert_ranks=getattr(distributed, "ep_size", None) or 1,  # missing in older versions of Transformers
     )
     small_model.config = {name: value for name, value in small_config.to_dict().items() if name != "model_type"}
     comm_type = recipe.context_parallel.comm_type
-    if not isinstance(comm_type, (str, Mapping)):  # one a layer, of which fewer are left
+    if not isinstance(comm_type, (str, Mapping)):  # a list with an entry per layer, of which fewer are left
         comm_type = comm_type[: small_config.get_text_config().num_hidden_layers]
     training = {
         "output_dir": output_dir,
@@ -75,34 +82,36 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     replaced = [
         f"model: a tiny {model_type} with random weights, for {model.name or model.type}",
         f"tokenizer: {tokenizer_name}, for {source}",
-        f"data: made-up documents in rows of {small.data.max_length} tokens, for {data.path} in {data.max_length}",
+        f"data: made-up documents in rows of {small.data.max_length} tokens, for {data.path} in rows of "
+        f"{data.max_length}",
         f"context_parallel.size: {small.context_parallel.size}, "
         f"{'as it is' if sharded else 'the number of processes'}, for {recipe.context_parallel.size}",
         "training: one step, nothing saved" + (", on the CPU without FSDP" if on_cpu else ""),
     ]
     if recipe.distributed is not None and not sharded:
-        replaced.append(f"distributed: nothing, for what takes {recipe.processes} processes")
+        replaced.append(f"distributed: left out, since it needs {recipe.processes} processes")
     return small, replaced
 
 
 def full_configuration(model: ModelSection) -> PreTrainedConfig:
-    """The model's own configuration, or for one of the hub, which a dry run does not ask, the default of its type.
+    """Load the full configuration of a model. For a model of the hub it is the default of its type, without download.
 
     Raises:
-        RecipeError: if it is a hub's model and its type is not stated, or the configuration is refused.
+        RecipeError: if the model is on the hub and its type is not stated, or the configuration is invalid.
     """
     if model.name is None or Path(model.name).is_dir():
         return load_config(model)
     if model.type is None:
         raise RecipeError(
-            f"model.type: a dry run does not ask the hub what {model.name!r} is. State it, such as llama."
+            f"model.type: it is missing, and a dry run does not ask the hub for the type of {model.name!r}. Add it, "
+            "such as llama."
         )
     values = {**UNSTATED.get(model.type, {}), **model.config}
     return load_config(dataclasses.replace(model, name=None, tokenizer=BYTES, config=values))
 
 
 def made_up_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """A few documents of more than `MAX_LENGTH` tokens, in the recipe's format and column."""
+    """Make a few documents of more than `MAX_LENGTH` tokens, in the format and the column of the recipe."""
     text = "A dry run reads none of the recipe's data. " * 16
     if section.format == "chat":
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE

@@ -1,4 +1,4 @@
-"""The error of what cannot be run, and the nearest valid name."""
+"""Error of a recipe, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from collections.abc import Sequence
 
 
 class RecipeError(ValueError):
-    """A recipe, an override or a launch that cannot be run. The message names the value, the rule and the remedy."""
+    """Error of a recipe, an override or a launch. The message names the wrong value, and says how to fix it."""
 
 
 def did_you_mean(word: str, allowed: Sequence[str], exact: Sequence[str] = ()) -> str:
-    """` Did you mean ...?` with what is `exact`, or else nearest to `word`; all that is allowed if nothing is near."""
+    """Suggest valid names for a wrong one, as a sentence that begins with a space.
+
+    Args:
+        word: the wrong name.
+        allowed: the valid names. The nearest is suggested. If none is near, up to 20 are listed.
+        exact: names to suggest instead of the nearest.
+    """
     nearest = exact or difflib.get_close_matches(word, list(allowed), n=1)
     if nearest:
         return f" Did you mean {' or '.join(map(repr, nearest))}?"

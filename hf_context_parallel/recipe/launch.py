@@ -1,4 +1,4 @@
-"""The command that starts the processes of a run, and the check that it did."""
+"""Launch of a run through accelerate, and the check that it started the right number of processes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import PARALLEL_SIZES, Recipe
 
 RUNNER = "hf_context_parallel.train"
-# What accelerate would otherwise remark on, or take from a configuration file of the user. Port 0: any that is free.
+# Without these accelerate prints warnings, or takes values from a configuration file of the user. Port 0: any free.
 DEFAULTS = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 
 def launcher_arguments(processes: int, arguments: Sequence[str]) -> list[str]:
-    """What follows `accelerate launch` to start the runner on one machine.
+    """Build the arguments of `accelerate launch` that start the runner on one machine.
 
-    `--multi_gpu` is what starts several processes without a GPU too, when `training.use_cpu` is true; `--cpu` starts
-    one, whatever `--num_processes` says.
+    `--multi_gpu` starts several processes, also without a GPU when `training.use_cpu` is true. `--cpu` would start one
+    process, whatever `--num_processes` says.
     """
     count = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1"]
     return [*count, "-m", RUNNER, *arguments]
 
 
 def launch(processes: int, arguments: Sequence[str], threads: int | None = None) -> int:
-    """Runs the runner in `processes` processes through accelerate's launcher and returns its exit status.
+    """Start the runner in `processes` processes through accelerate's launcher, and return its exit status.
 
-    `threads` is the number of CPU threads of a process; without it, OMP_NUM_THREADS or else 1.
+    Args:
+        processes: the number of processes.
+        arguments: the arguments of the runner.
+        threads: CPU threads of a process. By default OMP_NUM_THREADS, or 1.
     """
     environment = os.environ if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -43,9 +46,15 @@ def launch(processes: int, arguments: Sequence[str], threads: int | None = None)
 
 
 def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence[str]) -> None:
-    """Raises RecipeError, with all four numbers and the right command, unless the launch gave what the recipe needs.
+    """Check that the launcher started as many processes as the recipe needs.
 
-    `arguments` are the runner's own, for the command.
+    Args:
+        recipe: the recipe.
+        training: its training arguments.
+        arguments: the arguments of the runner, for the command in the error.
+
+    Raises:
+        RecipeError: with all four numbers and the right command, if the number of processes does not fit.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     group = dist.get_world_size() if dist.is_initialized() else 1
@@ -57,7 +66,7 @@ def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence
     source = " * ".join(f"distributed.{name}" for name in PARALLEL_SIZES if getattr(recipe.distributed, name, None))
     needed = f"{source or 'context_parallel.size'} of the recipe"
     if not (training.use_cpu or torch.cuda.is_available()):
-        # Without it TrainingArguments looks for GPUs, and every process is alone.
+        # Without use_cpu, TrainingArguments looks for GPUs, and every process would train alone.
         arguments = [*(given for given in arguments if "use_cpu" not in given), "training.use_cpu=true"]
     raise RecipeError(
         "The number of processes does not fit the recipe:\n"
@@ -65,7 +74,7 @@ def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence
         f"  size of the process group           {group}\n"
         f"  TrainingArguments.world_size        {training.world_size}\n"
         f"  {needed:<35} {size}\n"
-        f"The first three must be equal, and {'equal' if exact else 'a multiple of'} the last. Start the run with\n"
+        f"The first three must be equal, and {'equal to' if exact else 'a multiple of'} the last. Start the run with\n"
         f"  accelerate launch {shlex.join(launcher_arguments(wanted, arguments))}\n"
         "(The launcher's `--cpu` starts one process, whatever `--num_processes` says.)"
     )

@@ -1,4 +1,4 @@
-"""From a recipe's `model` and `lora` sections to a tokenizer and a model."""
+"""Tokenizer and model of a recipe, from its sections `model` and `lora`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import ModelSection
 
 BYTES = "bytes"
+"""Name of ByT5's tokenizer, which needs no file."""
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token in any case; padded labels are -100 whatever that token is.
+    """Load the tokenizer. If it has no padding token, its end-of-sequence token is used.
+
+    Labels of padding are -100 for every padding token.
 
     Raises:
-        RecipeError: if it cannot be found.
+        RecipeError: if the tokenizer cannot be loaded.
     """
     source = section.tokenizer or section.name
     if source == BYTES:
@@ -41,10 +44,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
-    """The model's configuration, with the recipe's values in place of its own.
+    """Load the configuration of the model, changed by the values of the recipe.
 
     Raises:
-        RecipeError: if it cannot be found, is of another type than the recipe says, or refuses a value.
+        RecipeError: if the configuration cannot be loaded, has another type than the recipe says, or refuses a value.
     """
     try:
         if section.name is None:
@@ -55,13 +58,16 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             return_unused_kwargs=True,
             **section.config,
         )
-    except Exception as error:  # each configuration class validates itself, with exceptions of its own
+    except Exception as error:  # configuration classes raise exceptions of many kinds
         raise RecipeError(f"model: no configuration for {section.name or section.type!r}: {error}") from error
     if unused:
-        raise RecipeError(f"model.config: the configuration of {section.name!r} has no {', '.join(unused)}.")
+        raise RecipeError(
+            f"model.config: the configuration of {section.name!r} has no {', '.join(unused)}. Remove or correct it."
+        )
     if section.type not in (None, config.model_type):
         raise RecipeError(
-            f"model.type: {section.name!r} is {config.model_type!r}, and the recipe says {section.type!r}."
+            f"model.type: {section.name!r} is {config.model_type!r}, and the recipe says {section.type!r}. Correct "
+            "model.type, or leave it out."
         )
     return config
 
@@ -69,16 +75,17 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
 def load_model(
     section: ModelSection, tokenizer: PreTrainedTokenizerBase, distributed: DistributedConfig | None = None
 ) -> PreTrainedModel:
-    """The causal language model, with the recipe's attention, sharded as `distributed` says.
+    """Load the causal language model with the recipe's attention, sharded as `distributed` says.
 
     Raises:
-        RecipeError: if it cannot be found, or embeds fewer tokens than the tokenizer makes.
+        RecipeError: if the model cannot be loaded, or its vocabulary is smaller than that of the tokenizer.
     """
     config = load_config(section)
     vocabulary = config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise RecipeError(
-            f"model.config.vocab_size={vocabulary} is less than the {len(tokenizer)} tokens of the tokenizer."
+            f"model.config.vocab_size={vocabulary} is less than the {len(tokenizer)} tokens of the tokenizer. Raise "
+            "it, or name another tokenizer."
         )
     options = {"attn_implementation": section.attention, "trust_remote_code": section.trust_remote_code}
     if section.dtype is not None:
@@ -94,21 +101,21 @@ def load_model(
 
 
 def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """A model whose weights are the same on all ranks, which are seeded alike."""
+    """Make a model with random weights, which are the same on all ranks because these have the same seed."""
     distributed = options.pop("distributed_config", None)
     model = AutoModelForCausalLM.from_config(config, **options)
     if distributed is None:
         return model
-    # Transformers shards what it loads, and only that.
+    # Transformers shards a model only while loading it.
     options |= {"state_dict": model.state_dict(), "dtype": model.dtype, "distributed_config": distributed}
-    return type(model).from_pretrained(None, config=model.config, **options)  # of a composite one, the text's
+    return type(model).from_pretrained(None, config=model.config, **options)  # a composite model's text model
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """The model with adapters to train in it, and nothing else to train.
+    """Add LoRA adapters to the model, and freeze all other weights.
 
     Raises:
-        RecipeError: if the model has no place for them.
+        RecipeError: if the model has none of the modules that the adapters are for.
     """
     try:
         return get_peft_model(model, config)

@@ -1,4 +1,4 @@
-"""Reading a recipe: OmegaConf, then the dataclasses, with all mistakes named at once."""
+"""Reading of a recipe by OmegaConf and the dataclasses of the schema, with all mistakes listed at once."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ VALID_KEYS = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads the recipe at `path`, with `overrides` such as `training.max_steps=3` in place of what it says.
+    """Read the recipe at `path`, in which `overrides` such as `training.max_steps=3` replace values.
 
     Raises:
-        RecipeError: if the file cannot be read, or a key is unknown, missing or ill-typed. All are listed.
+        RecipeError: if the file cannot be read, or keys are unknown, missing or of a wrong type. All are listed.
     """
     for override in overrides:
         if "=" not in override:
-            raise RecipeError(f"{override!r} is no override: write section.key=value, such as training.max_steps=3.")
+            raise RecipeError(f"{override!r} is no override. Write section.key=value, such as training.max_steps=3.")
     try:
         settings = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(settings, resolve=True)
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read as a recipe: {error}") from error
     try:
-        # Read as JSON, pydantic's strict mode takes a mapping for a dataclass and a string for an enumeration.
+        # From JSON, pydantic's strict mode accepts a mapping for a dataclass and a string for an enumeration.
         return TypeAdapter(Recipe).validate_json(json.dumps(values))
     except ValidationError as error:
         raise RecipeError("\n".join([f"{path} is no valid recipe:", *explain(error)])) from error
 
 
 def explain(error: ValidationError) -> list[str]:
-    """One line for each key that `error` is about."""
+    """Format the error as one line for each wrong key."""
     complaints: dict[str, list[str]] = {}
     for details in error.errors():
-        # The location of a union's error goes on with the name of the alternative that did not fit.
+        # For a union, the location continues with the name of the alternative that did not fit.
         location = tuple(map(str, details["loc"][:2]))
         complaints.setdefault(".".join(location), []).append(complaint(location, details))
     return [
@@ -62,7 +62,7 @@ def explain(error: ValidationError) -> list[str]:
 
 
 def complaint(location: tuple[str, ...], details: dict[str, Any]) -> str:
-    """What is wrong at `location`, which is empty, a section, or a section and a key."""
+    """Describe the error at `location`, which is empty, a section, or a section and a key."""
     kind, value = details["type"], details["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         if len(location) == 1:
@@ -70,12 +70,12 @@ def complaint(location: tuple[str, ...], details: dict[str, Any]) -> str:
         section, key = location
         return f"unknown key in the section '{section}'.{did_you_mean(key, VALID_KEYS[section], homes_of(key))}"
     if kind in ("missing", "missing_argument"):
-        return "this is required."
+        return "it is missing. Add it."
     if kind == "value_error":
         return str(details["ctx"]["error"])
-    return f"{details['msg']}, and this is {value!r}."
+    return f"{details['msg']}, and the value is {value!r}."
 
 
 def homes_of(key: str) -> list[str]:
-    """Where a key of just this name belongs."""
+    """List the full names of the keys that are called `key` in any section."""
     return [f"{section}.{key}" for section, keys in VALID_KEYS.items() if key in keys]

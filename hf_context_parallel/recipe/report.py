@@ -1,4 +1,4 @@
-"""Report of a run: `report.md`, with a table row a logged step, and `report.png`, with its curves."""
+"""Report of a run: `report.md` has a table with a row for each logged step, and `report.png` has curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NO_PLOT = "matplotlib is not installed, so no curves were drawn. Get it: `pip install 'hf_context_parallel[plots]'`."
-"""What the text of a report says where there is no matplotlib."""
+"""Sentence in the report when matplotlib is not installed."""
 
 # Keys of a log line, in the order of the table's columns, with their headings.
 COLUMNS = {
@@ -32,7 +32,7 @@ COLUMNS = {
 
 
 def write_report(folder: str | Path, title: str, log_history: list[dict[str, Any]]) -> Path:
-    """Writes the report of `trainer.state.log_history` into `folder` and returns the path of its text."""
+    """Write the report of `trainer.state.log_history` into `folder`, and return the path of `report.md`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     steps = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
@@ -53,12 +53,12 @@ def write_report(folder: str | Path, title: str, log_history: list[dict[str, Any
 
 
 def training_steps(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The log lines of training steps, without evaluations and the line that sums up the run."""
+    """Select the log lines of training steps, without evaluations and the summary of the run."""
     return [entry for entry in log_history if "loss" in entry]
 
 
 def summary(steps: list[dict[str, Any]]) -> str:
-    """One sentence on the run."""
+    """Summarise the run in one sentence."""
     losses, speed, memory = (
         [entry[key] for entry in steps if key in entry] for key in ("loss", "tokens_per_second", "peak_memory_gib")
     )
@@ -73,7 +73,7 @@ def summary(steps: list[dict[str, Any]]) -> str:
 
 
 def plot(steps: list[dict[str, Any]]) -> Figure:
-    """Loss and throughput over steps."""
+    """Plot loss and throughput over steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

@@ -1,8 +1,8 @@
-"""What a recipe may say, and how it is read.
+"""Schema of a recipe, a YAML file of six sections.
 
-A recipe is a YAML file of six sections. OmegaConf reads it (safe tags only), merges the overrides of the command
-line and resolves `${...}`; pydantic turns the result into the dataclasses below. Both are strict: an unknown or
-ill-typed key is refused and named, with its section and the nearest valid key.
+OmegaConf reads the file (safe tags only), merges the overrides of the command line and resolves `${...}`. Pydantic
+turns the result into the dataclasses below. Both are strict: an unknown key or a value of a wrong type is refused,
+with its section and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ from hf_context_parallel.config import ContextParallelConfig
 from .errors import RecipeError, did_you_mean
 
 PARALLEL_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
-"""The sizes of `distributed`, whose product is the number of processes."""
+"""Sizes in the section `distributed`. Their product is the number of processes."""
 
 STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
 
-# Names a folder of the running Python, such as ${python_path:stdlib}.
+# ${python_path:stdlib} and the like stand for a folder of the running Python.
 OmegaConf.register_resolver("python_path", sysconfig.get_path, replace=True)
 
 
 def keywords_of(cls: type, **corrections: Any) -> type[BaseModel]:
-    """A model that takes the keywords of the dataclass `cls`, each optional and typed as `cls` types it.
+    """Make a pydantic model of the keywords of the dataclass `cls`, all optional, with the types of `cls`.
 
-    It checks them without building `cls`, whose construction may start process groups. `corrections` are types that
-    `cls` documents but does not annotate.
+    It checks keywords without building `cls`, since building `TrainingArguments` starts process groups.
+
+    Args:
+        cls: the dataclass.
+        corrections: types of fields that `cls` documents but does not annotate.
     """
     hints = get_type_hints(cls) | corrections
     fields = {field.name: (hints[field.name], None) for field in dataclasses.fields(cls) if field.init}
@@ -49,17 +52,20 @@ DistributedKeywords = keywords_of(DistributedConfig)
 
 @dataclass(config=STRICT)
 class ModelSection:
-    """The model, its attention and its tokenizer.
+    """Section `model`: the model, its attention and its tokenizer.
 
     Args:
-        name: a hub id or a folder, whose weights are fine-tuned. Without it the weights are random.
-        type: the architecture (`llama`, `qwen3`, ...). Needed where there is no `name`, and by a dry run of a hub id.
-        config: values that replace those of the model's own configuration.
-        tokenizer: a hub id or a folder; `bytes` is ByT5's, which needs no file. Without it, `name`.
-        dtype: of the weights. Without it, what the checkpoint has, or float32 for random weights.
-        attention: `attn_implementation`; a dictionary for a composite model, such as
+        name: a hub id or a folder, whose weights are fine-tuned. Without it, the weights are random.
+        type: the model type (`llama`, `qwen3`, ...). It is needed without `name`, and for a dry run of a hub id.
+        config: values that replace those of the model's configuration.
+        tokenizer: a hub id or a folder, or `bytes` for ByT5's tokenizer, which needs no file. By default `name`.
+        dtype: the dtype of the weights. By default that of the checkpoint, and float32 for random weights.
+        attention: the `attn_implementation`. For a composite model it is a dictionary, such as
             `{"": context_parallel, text_config: context_parallel, vision_config: sdpa}`.
-        trust_remote_code: run the code that the model's repository ships.
+        trust_remote_code: run code from the model's repository.
+
+    Raises:
+        ValueError: if a needed key is missing, `type` is unknown, or `config` has an unknown key.
     """
 
     name: str | None = None
@@ -72,21 +78,26 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         if self.name is None and self.type is None:
-            raise ValueError("name one of 'name' (a hub id or a folder) and 'type' (an architecture, random weights).")
+            raise ValueError(
+                "'name' and 'type' are both missing. Give 'name' (a hub id or a folder) or 'type' (random weights)."
+            )
         if self.name is None and self.tokenizer is None:
-            raise ValueError("a model without 'name' has no tokenizer; name one (`tokenizer: bytes` needs no file).")
+            raise ValueError("'name' and 'tokenizer' are both missing. Give 'tokenizer' (`bytes` needs no file).")
         if self.type is not None and not self.trust_remote_code:
             check_model_config(self.type, self.config)
 
 
 def check_model_config(model_type: str, values: dict[str, Any]) -> None:
-    """Raises ValueError if `model_type` is no architecture, or its configuration has no field for a key of `values`.
+    """Check a model type and the keys of its configuration.
 
-    Transformers itself keeps a misspelt key as one more attribute, without a word.
+    Transformers itself silently keeps a misspelt key as one more attribute.
+
+    Raises:
+        ValueError: if Transformers has no such type, or its configuration has no field for a key of `values`.
     """
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"type={model_type!r} is no architecture of Transformers.{did_you_mean(model_type, CONFIG_MAPPING)}"
+            f"type={model_type!r} is no model type of Transformers.{did_you_mean(model_type, CONFIG_MAPPING)}"
         )
     known = model_config_keys(model_type)
     for key in values:
@@ -95,25 +106,25 @@ def check_model_config(model_type: str, values: dict[str, Any]) -> None:
 
 
 def model_config_keys(model_type: str) -> set[str]:
-    """The fields of an architecture's configuration, under its own names and those that all architectures share."""
+    """List the fields of a model type's configuration, under its own names and the names that all types share."""
     config_class = CONFIG_MAPPING[model_type]
     return {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
 
 
 @dataclass(config=STRICT)
 class DataSection:
-    """The documents, and how they become rows.
+    """Section `data`: the documents, and how they become rows.
 
     Args:
-        path, name, split, data_files, data_dir: what `datasets.load_dataset` takes.
+        path, name, split, data_files, data_dir: the arguments of `datasets.load_dataset`.
         options: further keywords of `load_dataset`, such as `{streaming: true}`.
-        eval_split: the split to evaluate on, if any; when is `training.eval_strategy`'s to say.
-        format: what a row holds. `text`; `chat`, a list of messages; or `tokens`, a list of token ids, with a column
-            `labels` beside it where some of them are not to be learnt (-100).
-        column: where it is. Without it, `text`, `messages` or `input_ids`.
-        max_length: tokens a row.
-        packing: join documents to rows of `max_length` tokens, where no document sees another. Without it, a row is
-            one document, cut at `max_length` and padded to the longest of its batch.
+        eval_split: the split to evaluate on, if any. `training.eval_strategy` says when.
+        format: the format of a document: `text`; `chat`, a list of messages; or `tokens`, a list of token ids. With
+            `tokens`, a column `labels` may hold -100 for tokens that are not to be learnt.
+        column: the column of the documents. By default `text`, `messages` or `input_ids`.
+        max_length: the most tokens of a row.
+        packing: join documents into rows of `max_length` tokens, where no document sees another. Without packing, a
+            row is one document, cut at `max_length` and padded to the longest row of its batch.
     """
 
     path: str
@@ -131,11 +142,20 @@ class DataSection:
 
 @dataclass(config=STRICT)
 class Recipe:
-    """A fine-tuning run: what to train, on what, and how. `lora` absent: all weights are trained.
+    """Fine-tuning run: model, data, training arguments and parallelism.
 
-    `distributed` is Transformers' `DistributedConfig`, by which the model is sharded as it is loaded: `tp_size` ranks
-    share each layer (tensor parallelism) and `fsdp_size` ranks, `dp_replicate_size` times, the samples and sequences.
-    Absent: by what `training` says, or not at all.
+    Args:
+        model: the model, its attention and its tokenizer.
+        data: the documents, and how they become rows.
+        training: keywords of `TrainingArguments`.
+        context_parallel: keywords of `ContextParallelConfig`.
+        distributed: keywords of Transformers' `DistributedConfig`, which shards the model while loading it. `tp_size`
+            ranks share each layer (tensor parallelism). The samples and sequences are shared by `fsdp_size` times
+            `dp_replicate_size` data ranks. Without it, the model is sharded as `training` says, or not at all.
+        lora: keywords of `LoraConfig`. Without it, all weights are trained.
+
+    Raises:
+        ValueError: if the sections contradict each other.
     """
 
     model: ModelSection
@@ -151,7 +171,7 @@ class Recipe:
         if self.context_parallel.size > 1 and "context_parallel" not in names:
             raise ValueError(
                 f"model.attention={attention!r} does not split the sequence, and context_parallel.size="
-                f"{self.context_parallel.size} asks for it: take 'context_parallel', or size=1."
+                f"{self.context_parallel.size} asks for it. Set model.attention='context_parallel', or size=1."
             )
         if self.distributed is not None:
             self._check_sizes()
@@ -162,40 +182,40 @@ class Recipe:
         if data % size:
             raise ValueError(
                 f"context_parallel.size={size} does not divide the {data} data ranks of 'distributed' (fsdp_size * "
-                f"dp_replicate_size), along which CP groups lie: take fsdp_size={size} or a multiple of it, and start "
-                f"tp_size * fsdp_size * dp_replicate_size processes."
+                f"dp_replicate_size), which CP groups are made of. Set fsdp_size={size} or a multiple of it, and "
+                "start tp_size * fsdp_size * dp_replicate_size processes."
             )
         if self.context_parallel.sequence_parallel and self.tensor_ranks == 1:
             raise ValueError(
                 "context_parallel.sequence_parallel=true shards activations over the ranks of tensor parallelism, and "
-                "distributed.tp_size is 1: take 2 or more, or leave it off."
+                "distributed.tp_size is 1. Set tp_size to 2 or more, or sequence_parallel=false."
             )
         if self.training.fsdp:
             raise ValueError(
-                "training.fsdp and 'distributed' both shard the model: leave training.fsdp out, and let "
-                "distributed.fsdp_size say it."
+                f"training.fsdp={self.training.fsdp!r} and 'distributed' both shard the model. Leave training.fsdp "
+                "out, and set distributed.fsdp_size."
             )
 
     @property
     def processes(self) -> int:
-        """The processes that it runs on, or a multiple of them where 'distributed' does not say how many exactly."""
+        """Number of processes of the run. Without `distributed`, a multiple of it is possible too."""
         if self.distributed is None:
             return self.context_parallel.size
         return prod(map(self._parallel_size, PARALLEL_SIZES))
 
     @property
     def tensor_ranks(self) -> int:
-        """The ranks that share each layer."""
+        """Number of ranks that share each layer."""
         return self._parallel_size("tp_size")
 
     def _parallel_size(self, name: str) -> int:
         return getattr(self.distributed, name, None) or 1
 
     def distributed_config(self) -> DistributedConfig | None:
-        """The `DistributedConfig`, or None where Transformers is not to shard the model.
+        """Build the `DistributedConfig`, or return None if Transformers is not to shard the model.
 
         Raises:
-            RecipeError: if DistributedConfig refuses a value.
+            RecipeError: if `DistributedConfig` refuses a value.
         """
         if self.distributed is None:
             return None
@@ -205,10 +225,10 @@ class Recipe:
             raise RecipeError(f"distributed: {error}") from error
 
     def training_arguments(self) -> TrainingArguments:
-        """The `TrainingArguments`. Building them starts the process group of a launched run.
+        """Build the `TrainingArguments`, which starts the process group of a launched run.
 
         Raises:
-            RecipeError: if TrainingArguments refuses a value.
+            RecipeError: if `TrainingArguments` refuses a value.
         """
         try:
             return TrainingArguments(**self.training.model_dump(exclude_unset=True))
@@ -216,10 +236,10 @@ class Recipe:
             raise RecipeError(f"training: {error}") from error
 
     def lora_config(self) -> LoraConfig | None:
-        """The `LoraConfig`, or None for a full fine-tune.
+        """Build the `LoraConfig`, or return None if all weights are trained.
 
         Raises:
-            RecipeError: if LoraConfig refuses a value.
+            RecipeError: if `LoraConfig` refuses a value.
         """
         if self.lora is None:
             return None

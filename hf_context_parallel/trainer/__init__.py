@@ -1,1 +1,1 @@
-"""Transformers' Trainer over sharded sequences."""
+"""Context parallelism for the Trainer of Transformers."""

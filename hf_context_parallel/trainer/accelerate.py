@@ -1,4 +1,4 @@
-"""CP beside what accelerate does: the size that it was told, FSDP2 wherever it runs, and what is refused."""
+"""CP together with accelerate: the CP size from its launcher, FSDP2 on any device, and refusal of other settings."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from ..context_parallel import ContextParallel
 from ..data.loader import prepare_data_loader
 
 CP_SIZE = "parallelism_config_cp_size"
-"""What `accelerate launch` calls it; in capitals, the environment variable that it makes of it."""
+"""Option of `accelerate launch` for the CP size. The environment variable that it sets has the name in capitals."""
 ENABLED = "ACCELERATE_USE_PARALLELISM_CONFIG"
-"""The environment variable without which accelerate reads none of the others."""
+"""Environment variable that must be true for accelerate to read the other parallelism variables."""
 EXACT = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+"""Kinds of distributed training that are exact on shards."""
 
 
 def with_launched_size(config: ContextParallelConfig, accelerator: Accelerator) -> ContextParallelConfig:
-    """The settings, with the size that accelerate was told where they leave it at 1.
+    """Take the CP size from accelerate's settings if `config.size` is 1.
 
     Raises:
-        ValueError: if both say a size and not the same.
+        ValueError: if both give a size and the sizes differ.
     """
     settings = accelerator.parallelism_config
     size = 1 if settings is None else settings.cp_size
@@ -39,20 +40,21 @@ def with_launched_size(config: ContextParallelConfig, accelerator: Accelerator) 
     if config.size == 1:
         return replace(config, size=size)
     raise ValueError(
-        f"context_parallel.size={config.size} and accelerate's cp_size={size} (--{CP_SIZE}) are both the ranks of a "
-        "CP group and must be the same. Say it in one place, or the same in both."
+        f"context_parallel.size={config.size} and accelerate's cp_size={size} (--{CP_SIZE}) both set the size of a CP "
+        "group and differ. Set it in one place, or to the same size in both."
     )
 
 
 def refuse_ignored_size(environment: Mapping[str, str], command: Sequence[str]) -> None:
-    """Refuse a CP size that accelerate was told and does not read.
+    """Refuse a CP size that was given to accelerate and that accelerate ignores.
 
     Args:
-        environment: this process's.
-        command: the one that started it: the launcher's arguments. Where it ignores a size it leaves no other trace.
+        environment: the environment variables of this process.
+        command: the command line of the process that started this one. If the launcher ignores a size, its own
+            arguments are the only trace of it.
 
     Raises:
-        ValueError: if there is one.
+        ValueError: if accelerate ignores a size other than 1.
     """
     if environment.get(ENABLED, "false").lower() == "true":
         return
@@ -69,7 +71,7 @@ def refuse_ignored_size(environment: Mapping[str, str], command: Sequence[str]) 
 
 
 def launcher_command() -> list[str]:
-    """The command line of the process that started this one; empty where it cannot be read."""
+    """Read the command line of the process that started this one. It is empty if it cannot be read."""
     try:
         return psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
@@ -77,41 +79,42 @@ def launcher_command() -> list[str]:
 
 
 def refuse_unknown(accelerator: Accelerator) -> None:
-    """Refuse what accelerate would wrap the model in and is not known to be exact.
+    """Refuse settings of accelerate that have not been shown to be exact on shards.
 
     Raises:
-        ValueError: naming it, and what to take instead.
+        ValueError: with the setting and the one to use instead.
     """
     settings, kind = accelerator.parallelism_config, accelerator.distributed_type
     cases = (
         (
             settings is not None and settings.sp_enabled,
-            f"accelerate's sequence parallelism (sp_size={settings and settings.sp_size}) is not known to be exact on "
-            "shards; set sp_size=1; CP does what it does",
+            f"accelerate's sequence parallelism (sp_size={settings and settings.sp_size}) has not been shown to be "
+            "exact on shards. Set sp_size=1, since CP already splits the sequence",
         ),
         (
             kind == DistributedType.FSDP and not accelerator.is_fsdp2,
-            "FSDP1 (fsdp_version=1) is not known to be exact on shards; take fsdp_version=2",
+            "FSDP1 (fsdp_version=1) has not been shown to be exact on shards. Set fsdp_version=2",
         ),
         (
             kind == DistributedType.DEEPSPEED,
-            "DeepSpeed (which accelerate does not run on CPUs, where it would be compared) is not known to be exact "
-            "on shards; take FSDP2, which shards the same as ZeRO-3",
+            "DeepSpeed has not been shown to be exact on shards, because accelerate does not run it on CPUs, where it "
+            "would be compared. Use FSDP2, which shards the same tensors as ZeRO-3",
         ),
-        (kind not in EXACT, f"{kind} is not known to be exact on shards; take DDP or FSDP2"),
+        (kind not in EXACT, f"{kind} has not been shown to be exact on shards. Use DDP or FSDP2"),
         (
             accelerator.mixed_precision == "fp8",
-            "mixed_precision='fp8', whose scales are a shard's is not known to be exact on shards; take bf16",
+            "mixed_precision='fp8' computes its scales from one shard, which has not been shown to be exact. Use bf16",
         ),
     )
     refuse(cases, "context parallelism: {}.")
 
 
 def start_fsdp2(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
-    """FSDP on CPUs, where it is asked for: accelerate knows it on GPUs only, and takes DDP instead without a word.
+    """Switch FSDP2 on for CPUs if it was asked for. Accelerate has FSDP for GPUs only, and silently uses DDP on CPUs.
 
     Args:
-        plugin: as given to the Accelerator; without one, as the launcher's environment says.
+        accelerator: the Accelerator, whose state is changed in place.
+        plugin: the plugin that the Accelerator was given. Without one, the environment of the launcher decides.
     """
     asked = plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if accelerator.distributed_type != DistributedType.MULTI_CPU or not asked:
@@ -125,13 +128,13 @@ def start_fsdp2(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin
 
 
 class AnyDeviceParallelism(ParallelismConfig):
-    """accelerate's ParallelismConfig, for several CPUs as for several GPUs."""
+    """ParallelismConfig of accelerate that is also valid for several processes on CPUs."""
 
     plugin: FullyShardedDataParallelPlugin | None = None
 
     @classmethod
     def of(cls, settings: ParallelismConfig, plugin: FullyShardedDataParallelPlugin | None) -> AnyDeviceParallelism:
-        """The same settings; `plugin` is the Accelerator's."""
+        """Copy settings; `plugin` is the FSDP plugin that the Accelerator was given."""
         made = cls(**{field.name: getattr(settings, field.name) for field in fields(settings)})
         made.plugin = plugin
         return made
@@ -139,7 +142,7 @@ class AnyDeviceParallelism(ParallelismConfig):
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         start_fsdp2(accelerator, self.plugin)
         if accelerator.distributed_type == DistributedType.MULTI_CPU:
-            # All that is asked of it; processes with a GPU each are `multi_device`, and those without one are not.
+            # Validation reads these attributes alone. It asks for `multi_device`, which is False on CPUs.
             names = ("num_processes", "is_main_process", "is_fsdp2", "distributed_type")
             values = {name: getattr(accelerator, name) for name in names}
             accelerator = SimpleNamespace(**values, multi_device=True)
@@ -147,7 +150,7 @@ class AnyDeviceParallelism(ParallelismConfig):
 
 
 class CpAccelerator(Accelerator):
-    """An Accelerator that knows that the ranks of a CP group have the same samples."""
+    """Accelerator that gives all ranks of a CP group the same samples, and counts them once in metrics."""
 
     cp: ContextParallel
     _for_metrics = False
@@ -156,8 +159,9 @@ class CpAccelerator(Accelerator):
         if getattr(data_loader, "_is_accelerate_prepared", False):
             return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
         seed = data_loader.worker_init_fn
-        if isinstance(seed, functools.partial) and "rank" in seed.keywords:  # Trainer's: workers alike in a CP group
-            rank = 0 if isinstance(data_loader.dataset, IterableDataset) else self.cp.groups.data_rank  # all read all
+        if isinstance(seed, functools.partial) and "rank" in seed.keywords:  # from the Trainer
+            # Workers of a CP group draw alike. Every rank reads all samples of an iterable data set.
+            rank = 0 if isinstance(data_loader.dataset, IterableDataset) else self.cp.groups.data_rank
             data_loader.worker_init_fn = functools.partial(seed.func, *seed.args, **{**seed.keywords, "rank": rank})
         loader = prepare_data_loader(
             data_loader,
@@ -176,11 +180,11 @@ class CpAccelerator(Accelerator):
         return loader
 
     def _prepare_cp(self, *args):
-        """Accelerate would shard buffers for its own ring, which knows causal SDPA alone; cp.shard does it here."""
+        """Skip accelerate's own context parallelism, which supports causal SDPA alone; `cp.shard` shards batches."""
         return args
 
     def gather_for_metrics(self, input_data, use_gather_object=False):
-        """Each sample once: of the ranks of a CP group, which have the same ones, the first's."""
+        """Gather each sample once, from the first rank of each CP group."""
         self._for_metrics = True
         try:
             return super().gather_for_metrics(input_data, use_gather_object)
@@ -193,7 +197,7 @@ class CpAccelerator(Accelerator):
 
     def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
         loader = self.gradient_state.active_dataloader
-        # A loader that outlives a change of the groups goes on dealing to those it was prepared for.
+        # After the groups were resized, an older loader still deals to the groups that it was prepared for.
         groups = getattr(loader, "groups", self.cp.groups)
         ranks = gathered.unflatten(0, (self.num_processes, -1))[groups.first_ranks]
         counts = getattr(loader, "counts", None)

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work needed above what was in use when it began."""
+"""Peak memory of a stretch of work, above the memory in use at its start."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ GIB = 2**30
 
 
 class PeakMemory:
-    """Measures one process: a CUDA device by PyTorch's allocator, a CPU by the kernel's count of resident pages.
+    """Measures the peak memory of one process: on CUDA by PyTorch's allocator, on a CPU by the resident set size.
 
-    Linux keeps the high-water mark of a process and resets it on request. Where it does not, nothing is measured.
+    On a CPU it needs Linux, which records the peak of a process and resets it on request. Elsewhere nothing is
+    measured.
+
+    Args:
+        device: the device that the process computes on.
     """
 
     def __init__(self, device: torch.device):
@@ -23,18 +27,18 @@ class PeakMemory:
         self._base: int | None = None
 
     def start(self) -> None:
-        """Begin a stretch."""
+        """Begin a measurement."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._base = torch.cuda.memory_allocated(self._device)
         elif os.access(CLEAR_REFS, os.W_OK):
-            # Memory that was freed but is still the process's would hide as much of what the stretch allocates.
+            # Freed memory that the process still holds would be reused, and hide as much of the new allocations.
             ctypes.CDLL(None).malloc_trim(0)
             CLEAR_REFS.write_text("5")
             self._base = _status("VmRSS")
 
     def peak(self) -> float | None:
-        """GiB above the start at most, so far; None where it cannot be measured."""
+        """Return the peak since the start, in GiB above the memory at the start, or None if it cannot be measured."""
         if self._base is None:
             return None
         high = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _status("VmHWM")
@@ -42,6 +46,6 @@ class PeakMemory:
 
 
 def _status(field: str) -> int:
-    """A field of this process's status, in bytes."""
+    """Read a field of /proc/self/status, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""The time and the memory that steps take, for the logs."""
+"""Throughput and peak memory of training steps, for the logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .step_state import StepState
 
 
 class StepWatch(TrainerCallback):
-    """The time since it was last read, and the most memory that a step needed above its start in that time."""
+    """Callback that measures the time and the peak memory of training steps between two reads."""
 
     def __init__(self, device: torch.device):
         self._memory = PeakMemory(device)
@@ -21,7 +21,10 @@ class StepWatch(TrainerCallback):
         self._since = time.perf_counter()
 
     def read(self) -> tuple[float, float | None]:
-        """Seconds, and GiB or None where memory cannot be measured."""
+        """Return the seconds since the last read, and the largest peak memory of a step above its start.
+
+        The memory is in GiB, or None if it cannot be measured.
+        """
         seconds, highest = time.perf_counter() - self._since, self._highest
         self._since, self._highest = time.perf_counter(), None
         return seconds, highest
@@ -39,7 +42,7 @@ class StepWatch(TrainerCallback):
 
 
 def throughput(step: StepState, watch: StepWatch, accelerator: Accelerator) -> dict[str, float]:
-    """Throughput, sequence length and peak memory of all ranks since this was last called, which all ranks do."""
+    """Compute throughput, sequence length and peak memory of all ranks since the last call. All ranks call it."""
     seconds, peak = watch.read()
     mine = [*step.read_counts(), -1.0 if peak is None else peak]
     gathered = accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=accelerator.device))

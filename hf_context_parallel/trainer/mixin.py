@@ -1,4 +1,4 @@
-"""Transformers' Trainer over sharded sequences."""
+"""Trainer that splits each sequence over the ranks of a CP group."""
 
 from __future__ import annotations
 
@@ -43,26 +43,27 @@ from .step_state import StepState
 class ContextParallelMixin:
     """Makes a Trainer split each sequence over the ranks of a CP group: `class Mine(ContextParallelMixin, Trainer)`.
 
-    The Trainer takes the data set, the collator and the arguments that one process would: collators yield whole
-    batches, which are sharded here. All ranks of a CP group get the same samples, different groups different ones; the
-    batch size is per CP group. Losses, gradient norms, evaluations and predictions are those of one process; of packed
-    batches, those of each document alone, where Transformers' own attention keeps documents apart or not.
+    The Trainer takes the same data set, collator and arguments as on one process. The collator yields whole batches,
+    and the mixin shards them. All ranks of a CP group get the same samples, and different groups get different
+    samples. The batch size is per CP group. Losses, gradient norms, evaluations and predictions equal those of one
+    process. For packed batches they equal those of each document alone, even where Transformers' own attention lets
+    documents see each other.
 
-    A subclass that overrides `compute_loss` begins with `super().compute_loss`, which scales the loss so that its mean
-    over all ranks is that of one process; the inputs and outputs it sees are a shard's.
+    A subclass that overrides `compute_loss` begins with `super().compute_loss`. This scales the loss so that its mean
+    over all ranks is the loss of one process. The inputs and outputs that `compute_loss` sees are those of a shard.
 
     Training logs gain `tokens_per_second` (of all ranks), `tokens_per_second_per_rank`, `sequence_length` (the longest
-    since the last log) and `peak_memory_gib` (of the rank that needed most, above the start of its step).
+    since the last log) and `peak_memory_gib` (above the start of a step, of the rank that needed most).
 
-    With `dynamic`, the samples that all ranks loaded for an optimizer step are dealt to groups of several sizes
-    (`Scheduler`), and a training step runs the model once or more, on rows that `compute_loss` sees one after another.
-    Logs gain `idle_share`, estimated. Evaluation and prediction run on groups of `size`.
+    With `dynamic`, the samples that all ranks loaded for an optimizer step are dealt to groups of several sizes by
+    `Scheduler`. A training step then runs the model once or several times, and each run calls `compute_loss` with
+    other rows. Logs gain `idle_share`, which is estimated. Evaluation and prediction run on groups of `size` ranks.
 
-    Before its first step `train()` compares the model on shards with the model on whole sequences; see `verify`.
+    Before the first step, `train()` compares the model on shards with the model on whole sequences; see `verify`.
 
     Args:
-        context_parallel: the settings; one rank a group unless given.
-        args, kwargs: the Trainer's own.
+        context_parallel: the CP settings. Without them, a CP group is one rank.
+        args, kwargs: the arguments of the Trainer.
 
     Raises:
         ValueError: if an argument or the model cannot be exact on shards.
@@ -73,7 +74,7 @@ class ContextParallelMixin:
         self._step_state = StepState()
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
-            self.data_collator = self.data_collator.collator  # predictions need the whole batch, so shard it here
+            self.data_collator = self.data_collator.collator  # the mixin shards: predictions need whole batches
         check_model(self.model)
         check_parallelism(self.model, self.cp.group)
         check_trainer(self, self._config)
@@ -91,7 +92,7 @@ class ContextParallelMixin:
         self._fsdp_plugin = arguments.get("fsdp_plugin")
         settings = arguments.get("parallelism_config")
         if settings is None and os.environ.get(ENABLED, "false").lower() == "true":
-            settings = ParallelismConfig()  # as the launcher's environment says
+            settings = ParallelismConfig()  # reads the environment of the launcher
         if settings is not None:
             arguments["parallelism_config"] = AnyDeviceParallelism.of(settings, self._fsdp_plugin)
         return arguments
@@ -105,18 +106,18 @@ class ContextParallelMixin:
         self._config = with_launched_size(self._config, self.accelerator)
         mesh = mesh_of(self.model) if self.model is not None else None
         self.cp = ContextParallel(self._config, self.accelerator.torch_device_mesh if mesh is None else mesh)
-        # The Trainer makes its Accelerator itself, so it becomes ours afterwards.
+        # The Trainer has no hook for the class of its Accelerator, so the class is set afterwards.
         self.accelerator.__class__ = CpAccelerator
         self.accelerator.cp = self.cp
         self.gather_function = self.accelerator.gather_for_metrics
 
     def get_cp_size(self) -> int:
-        """The ranks of a CP group, by which Trainer divides batch sizes."""
+        """Return the size of a CP group, by which Trainer divides batch sizes."""
         return self.cp.size
 
     def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: Mapping[str, Any]):
-        """Trainer's hook: the context of a step, and its inputs."""
-        if self._step_state.predicting:  # prediction_step has sharded them
+        """Shard the inputs of a step, as the hook of the Trainer that returns the step's context and its inputs."""
+        if self._step_state.predicting:  # prediction_step has already sharded the inputs
             return nullcontext, inputs
         sharded = self.cp.shard(self._prepare_inputs(inputs), model)
         step = ExitStack()
@@ -128,14 +129,15 @@ class ContextParallelMixin:
 
     @contextmanager
     def _prepared(self, local: Mapping[str, Any]) -> Iterator[None]:
-        """Trainer's own call of `_prepare_inputs`, which is with the shard, leaves it as it is.
+        """Leave the shard unchanged when Trainer calls `_prepare_inputs` with it.
 
-        The whole batch has been prepared, and a subclass may do more than move it, such as masking labels.
+        The whole batch has already been prepared. Preparing twice could be wrong, because a subclass may do more than
+        move tensors, such as masking labels.
         """
         prepare, own = self._prepare_inputs, vars(self).get("_prepare_inputs")
 
         def prepare_others(inputs):
-            # By its tensors, since a subclass may have put them into another dictionary meanwhile.
+            # The shard is recognised by its tensors, since a subclass may have put them into another dictionary.
             tensors = {name: value for name, value in local.items() if isinstance(value, torch.Tensor)}
             ours = isinstance(inputs, Mapping) and any(inputs.get(name) is tensors[name] for name in tensors)
             return inputs if ours else prepare(inputs)
@@ -150,11 +152,14 @@ class ContextParallelMixin:
                 self._prepare_inputs = own
 
     def _count(self, tokens: int, longest: int) -> None:
-        """Note what this rank's group computes, for the logs."""
+        """Count the tokens that this rank's group computes, for the logs."""
         self._step_state.count(tokens / self.cp.groups.same_batch.size, longest)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Trainer's. What they hold is scheduled now, since more samples are dealt out more evenly."""
+        """Load the batches of an optimizer step, and with `dynamic` schedule all their samples together.
+
+        Samples of several batches can be dealt more evenly than those of one batch.
+        """
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._scheduler is not None and batches:
             rounds, steps = self._scheduler.rounds(batches), len(batches)
@@ -163,7 +168,7 @@ class ContextParallelMixin:
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Trainer's, which must have computed its loss here; with `dynamic`, for each round of this step."""
+        """Run a training step, with `dynamic` round by round. Its loss must come from the mixin's `compute_loss`."""
         if self._scheduler is None:
             return self._finite_together(self._checked_step(model, inputs, num_items_in_batch))
         rounds = self._step_state.rounds.pop(0) if self._step_state.rounds else self._scheduler.rounds([inputs])
@@ -183,7 +188,10 @@ class ContextParallelMixin:
         return self._finite_together(loss)
 
     def _finite_together(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss as `logging_nan_inf_filter` is to see it: a step's shards are left out all or none."""
+        """Make the loss non-finite on all ranks if it is non-finite on one.
+
+        The `logging_nan_inf_filter` then leaves a step out of the logs on all ranks or on none.
+        """
         if not self.args.logging_nan_inf_filter or not dist.is_initialized():
             return loss
         total = loss.clone()
@@ -191,11 +199,11 @@ class ContextParallelMixin:
         return torch.where(total.isfinite(), loss, total)
 
     def _without_reduction(self, model: torch.nn.Module) -> AbstractContextManager:
-        """For a backward pass whose gradients are only added up, as those of all micro-batches but the last are."""
+        """Return a context in which backward adds up gradients without reducing them over ranks."""
         if self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
             return nullcontext()
         if isinstance(self.model, FSDPModule) and hasattr(self, "_defer_fsdp_gradient_reduction"):
-            return self._defer_fsdp_gradient_reduction()  # sharded when it was loaded, so accelerate does not know it
+            return self._defer_fsdp_gradient_reduction()  # accelerate does not know of a model sharded while loading
         return self.accelerator.no_sync(model)
 
     def _checked_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
@@ -208,28 +216,28 @@ class ContextParallelMixin:
         if not self._step_state.loss_is_ours:
             raise ValueError(
                 f"{type(self).__name__}.compute_loss does not call super().compute_loss, and a mean over a shard "
-                "is not the mean over the batch. Begin with super().compute_loss(..., return_outputs=True), and "
-                "leave its loss as it is or add sums over this shard's tokens, divided as that is."
+                "is not the mean over the batch. Begin with super().compute_loss(..., return_outputs=True), and keep "
+                "its loss, or add sums over the tokens of this shard that are divided by the same count."
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Trainer's loss, so that its mean over all ranks is the loss of one process."""
+        """Compute Trainer's loss, scaled so that its mean over all ranks is the loss of one process."""
         self._step_state.loss_is_ours = True
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            return result  # which Trainer has scaled
+            return result  # Trainer has scaled it
         if active_batch() is None:
-            return result  # of whole sequences, in a call of one's own
-        # The model divided its sum by the whole batch's count, and DDP will take the mean of the group's sums.
+            return result  # a user's own call on whole sequences
+        # The model divided its sum by the count of the whole batch, and DDP takes the mean over the group's sums.
         if return_outputs:
             return result[0] * self.cp.size, result[1]
         return result * self.cp.size
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """The targets of all ranks' samples, each counted once, in every version of Trainer alike.
+        """Count the targets of the samples of all CP groups, each sample once.
 
-        Without `average_tokens_across_devices`, those of this rank's samples by the group's size, over whose ranks DDP
-        will take the mean.
+        Without `average_tokens_across_devices`, it is the count of this rank's samples, divided by the size of the
+        group, because DDP takes the mean over its ranks.
         """
         if self._step_state.predicting:
             return self._step_state.whole_num_items
@@ -247,7 +255,7 @@ class ContextParallelMixin:
         return batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Trainer's, with whole outputs in the order of the batch on every rank."""
+        """Run a prediction step, which returns whole outputs in the order of the batch on every rank."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
         self._step_state.whole_num_items = self._get_num_items_in_batch([inputs], self.args.device)
@@ -269,31 +277,34 @@ class ContextParallelMixin:
         shard = active_batch().shard
         if tuple(output.shape[:2]) != shard.local_shape:
             raise ValueError(
-                f"the model returned an output of shape {tuple(output.shape)}, which does not begin with the shard's "
-                f"rows and tokens {shard.local_shape}, so that their order cannot be restored. Name it in "
-                "ignore_keys, or set prediction_loss_only=True."
+                f"the model returned an output of shape {tuple(output.shape)}, which does not begin with the rows and "
+                f"tokens of the shard, {shard.local_shape}, so it cannot be gathered. Name it in ignore_keys, or set "
+                "prediction_loss_only=True."
             )
         return self.cp.gather(output)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
-        """This rank's share: the ranks' are added up, and each is shown the whole batch."""
+        """Compute this rank's share of the operations of the whole batch, since Trainer sums over ranks."""
         return super().floating_point_ops(inputs) / self.cp.groups.same_batch.size
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)  # which adds up the ranks', each of which has the whole batch
+        super()._track_num_input_tokens(inputs)  # sums the whole batch over all ranks of the group
         self.state.num_input_tokens_seen = (
             before + (self.state.num_input_tokens_seen - before) // self.cp.groups.same_batch.size
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Trainer's, after which the ranks of a group draw alike: a checkpoint of fewer ranks has states of some."""
+        """Load random states, and then share them within each group.
+
+        A checkpoint that fewer ranks wrote has random states for some of the ranks only.
+        """
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and self.cp.groups.same_batch.size > 1:
             share_streams(self.cp.groups.same_batch)
 
     def _finalize_training(self, *args, **kwargs):
-        """Trainer's, which adds what is left of this rank's losses since the last log to the mean of all ranks'."""
+        """Average the loss since the last log over ranks, because Trainer adds it to a total that is averaged."""
         self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()
         return super()._finalize_training(*args, **kwargs)
 
@@ -305,9 +316,9 @@ class ContextParallelMixin:
             self._step_state.all_log = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with throughput, sequence length and memory beside the training loss that all ranks log.
+        """Log, and add throughput, sequence length and memory to the training loss that all ranks log.
 
-        A call of one's own may be on some ranks alone.
+        A user's own call adds nothing, since it may come from some ranks only.
         """
         if self._step_state.all_log and "loss" in logs:
             logs |= throughput(self._step_state, self._watch, self.accelerator)
@@ -317,11 +328,11 @@ class ContextParallelMixin:
 
 
 class ContextParallelTrainer(ContextParallelMixin, Trainer):
-    """`transformers.Trainer` with `context_parallel=ContextParallelConfig(...)`. See `ContextParallelMixin`."""
+    """Trainer of Transformers with `context_parallel=ContextParallelConfig(...)`. See `ContextParallelMixin`."""
 
 
 class _Verification(TrainerCallback):
-    """Verifies the model as it is wrapped for training, with the weights that a checkpoint brought."""
+    """Callback that verifies the wrapped model before training, after the weights of a checkpoint are loaded."""
 
     def __init__(self, trainer: ContextParallelMixin):
         self._trainer = trainer

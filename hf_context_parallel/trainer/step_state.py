@@ -1,4 +1,4 @@
-"""What the mixin remembers between the methods of the Trainer that it extends."""
+"""State that the mixin keeps between the methods of a training step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from ..dynamic.scheduler import Round
 
 @dataclass
 class StepState:
-    """The step that is running, and what was computed since the last log.
+    """State of the present step, and counts since the last log.
 
     Args:
-        predicting: the inputs have been sharded by `prediction_step`.
-        whole_num_items: targets of the whole batch that is predicted.
-        loss_is_ours: the step has called the mixin's `compute_loss`.
-        all_log: all ranks are logging, not one of them on its own.
-        rounds: those of each training step until the next optimizer step, with `dynamic`.
-        tokens, longest: this rank's share of the tokens, and the longest row.
+        predicting: True if `prediction_step` has sharded the inputs.
+        whole_num_items: the number of targets of the whole batch in a prediction step.
+        loss_is_ours: True if the step has called the mixin's `compute_loss`.
+        all_log: True while all ranks log together.
+        rounds: with `dynamic`, the rounds of each training step until the next optimizer step.
+        tokens: this rank's share of the tokens since the last log.
+        longest: tokens of the longest row since the last log.
     """
 
     predicting: bool = False
@@ -31,12 +32,12 @@ class StepState:
     longest: int = 0
 
     def count(self, tokens: float, longest: int) -> None:
-        """Add to what was computed."""
+        """Add tokens to the counts, and update the longest row."""
         self.tokens += tokens
         self.longest = max(self.longest, longest)
 
     def read_counts(self) -> tuple[float, int]:
-        """What was computed since this was last read."""
+        """Return tokens and longest row since the last read, and reset them."""
         counts = self.tokens, self.longest
         self.tokens, self.longest = 0.0, 0
         return counts

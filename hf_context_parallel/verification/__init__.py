@@ -1,1 +1,1 @@
-"""Models compared with themselves: on shards and whole."""
+"""Comparison of models on shards with the same models on whole sequences."""

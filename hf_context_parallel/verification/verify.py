@@ -1,9 +1,10 @@
-"""A model on shards against the same model on whole sequences, layer by layer: before it is trained.
+"""Self-check of a model before training: each layer on shards against the same layer on whole sequences.
 
-A short random batch goes through the model whole, on every rank, and once more sharded. Whole, each module that mixes
-tokens runs a second time in another of Transformers' own ways, which says how much rounding alone makes of its
-inputs. Sharded, it is given the whole run's inputs, so that differences neither add up nor hide behind each other.
-Both runs are without a graph, but for one module's at a time, so that neither DDP nor FSDP sees a backward pass.
+A short random batch runs through the model twice: as whole sequences on every rank, and as shards. In the run on
+whole sequences, each module that mixes tokens is computed a second time by another implementation of Transformers.
+The difference of the two measures rounding. In the run on shards, each module gets the inputs of the run on whole
+sequences, so that differences neither add up nor hide each other. Gradients are computed for one module at a time, so
+neither DDP nor FSDP sees a backward pass.
 """
 
 from __future__ import annotations
@@ -34,20 +35,24 @@ from .layers.runs import Difference, Sharded, Whole
 def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
     """Compare each layer of a model on shards with the same layer on whole sequences.
 
-    Token mixers (attention, and all else that mixes tokens) are compared in outputs and in gradients of their inputs,
-    decoder layers in outputs, and the first of them in its input (with sequence parallelism its input is the whole
-    shard's, and is not compared). A layer with experts is compared on most tokens,
-    since a difference in rounding may send a token to other experts.
+    Attention and all other modules that mix tokens are compared by their outputs and the gradients of their inputs.
+    Decoder layers are compared by their outputs, and the first decoder layer by its input too. With sequence
+    parallelism that input is not compared, because it is the input of all tensor-parallel ranks together. A layer with
+    experts is compared on most tokens only, since rounding may route a token to other experts.
 
-    Every process of the world calls this, with the model as it is trained: wrapped by DDP, FSDP or PEFT, quantised, or
-    not at all. Weights, gradients, buffers, random numbers and the modules' training modes stay as they are.
+    Every process of the world calls this with the model that it trains, which may be quantised or wrapped by DDP, FSDP
+    or PEFT. Weights, gradients, buffers, random states and training modes stay unchanged.
+
+    Args:
+        model: the model.
+        cp: the CP group.
 
     Returns:
-        What was compared, in the order of the model.
+        The comparisons, in the order of the model.
 
     Raises:
-        ValueError: on every rank alike, if a layer differs by more than rounding does, naming the first that does; or
-            if the model is refused, as by `cp.shard`.
+        ValueError: on every rank, if a layer differs by more than rounding explains. The error names the first such
+            layer. It is also raised if `cp.shard` would refuse the model.
     """
     with collective(world(), "models", "All ranks must be given the same.") as notes:
         check_model(model)
@@ -63,9 +68,9 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
 
 
 def _of_all_ranks(differences: list[Difference], cp: ContextParallel) -> list[Difference]:
-    """The group's largest, so that all of its ranks say the same."""
+    """Take the largest difference and bound of all ranks of the group, so that all ranks decide alike."""
     found, bound = torch.tensor([difference[3:] for difference in differences], dtype=torch.float32).view(-1, 2).T
-    # What is no number differs, and explains no difference.
+    # A NaN counts as an infinite difference, and a bound that is NaN as 0.
     figures = torch.stack([found.nan_to_num(nan=float("inf")), bound.nan_to_num(nan=0.0)], dim=1)
     figures = figures.to(cp.groups.device)
     if cp.groups.same_batch.size > 1:
@@ -82,34 +87,36 @@ def _first_error(differences: list[Difference]) -> ValueError | None:
         return None
     layer, tensor, batch, found, bound = wrong[0]
     return ValueError(
-        f"{layer} is not exact on shards: of a {batch} batch, its {tensor} differs from that on whole sequences by "
-        f"{found:.1e} of the largest entry, where rounding explains {bound:.1e} ({len(wrong)} of {len(differences)} "
-        "comparisons differ). Training would not be that of one process. `hf-context-parallel check` compares a model "
-        "type on its own; ContextParallelConfig(verify=False) trains without this comparison."
+        f"{layer} is not exact on shards: for a {batch} batch, its {tensor} differs from that on whole sequences by "
+        f"{found:.1e} of the largest entry, and rounding explains {bound:.1e} ({len(wrong)} of {len(differences)} "
+        "comparisons differ). Check the model type by `hf-context-parallel check`, or set "
+        "ContextParallelConfig(verify=False) to train without this comparison."
     )
 
 
 def _compare_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
-    """The differences on this rank, of each batch that the model takes.
+    """Compute the differences on this rank, for each batch that the model accepts.
 
     Raises:
-        ValueError: if it takes none.
+        ValueError: if the model accepts no batch, or has no layer to compare.
     """
     differences, refusal = [], None
     for batch in make_batches(model, cp):
         try:
             records = Whole(model, batch).run()
             differences += Sharded(model, batch, records).run(cp)
-        except ValueError as error:  # some models take no packed rows, or no padding
+        except ValueError as error:  # some models refuse packed rows, or padding
             refusal = error
     if not differences:
-        raise refusal or ValueError(f"{type(model).__name__} has no layer that could be compared.")
+        raise refusal or ValueError(
+            f"{type(model).__name__} has no layer to compare. Set ContextParallelConfig(verify=False)."
+        )
     return differences
 
 
 @contextmanager
 def _summed(model: torch.nn.Module, cp: ContextParallel) -> Iterator[None]:
-    """Whole sequences too run without the hooks that Transformers would leave on replicated parameters."""
+    """Remove the hooks of Transformers on replicated parameters, in the run on whole sequences as on shards."""
     replacement = ReplicatedParameters(cp.groups.tensor.group)
     if cp.groups.tensor.size > 1:
         replacement.replace_all(styles_of(transformers_model(model)))
@@ -121,7 +128,7 @@ def _summed(model: torch.nn.Module, cp: ContextParallel) -> Iterator[None]:
 
 @contextmanager
 def _untouched(model: torch.nn.Module) -> Iterator[None]:
-    """The model runs in evaluation mode and leaves no trace: on itself, or on random numbers."""
+    """Run the model in evaluation mode, and afterwards restore the model and all random states."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, *_kept(buffer)) for module in model.modules() for name, buffer in module._buffers.items()
@@ -129,7 +136,7 @@ def _untouched(model: torch.nn.Module) -> Iterator[None]:
     ropes = [(module, dict(vars(module))) for module in model.modules() if follows_length(module)]
     numbers = random.getstate(), numpy.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    # Dynamo would compile the model with our hooks in it.
+    # Dynamo would compile the model with the hooks of this comparison.
     compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     model.eval()
     try:
@@ -145,12 +152,15 @@ def _untouched(model: torch.nn.Module) -> Iterator[None]:
                 buffer.copy_(content)
             module._buffers[name] = buffer
         for module in model.modules():
-            if isinstance(module, FSDPModule):  # the outermost stays gathered after a pass without gradients
+            if isinstance(module, FSDPModule):  # the root stays gathered after a forward pass without gradients
                 module.reshard()
         random.setstate(numbers[0])
         numpy.random.set_state(numbers[1])
 
 
 def _kept(buffer: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A buffer and its content. That of integers is not written to: it may be all of a quantised model."""
+    """Return a buffer and a copy of its content.
+
+    The content of integer buffers is not copied, because it may be all weights of a quantised model.
+    """
     return buffer, buffer.clone() if buffer is not None and buffer.is_floating_point() else None

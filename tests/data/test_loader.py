@@ -49,9 +49,9 @@ def test_samplers_draw_alike(on_ranks, sampler):
 
 
 def dealt_to_groups(iterable: bool, workers: int, spawned: bool) -> list[list[int]]:
-    """The samples of each batch, of 4 ranks in 2 CP groups."""
+    """List the samples of each batch, on 4 ranks in 2 CP groups."""
     cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
-    torch.manual_seed(100 + dist.get_rank())  # ranks that were not seeded alike
+    torch.manual_seed(100 + dist.get_rank())  # every rank has another seed
     options = {"num_workers": workers, "multiprocessing_context": "spawn" if spawned else None}
     data = Stream() if iterable else list(range(12))
     loader = DataLoader(data, batch_size=2, shuffle=not iterable, **options)
@@ -91,7 +91,7 @@ def of_shards(shards: list[tuple[int, int]]):
 
 
 def streamed(count: int) -> datasets.IterableDataset:
-    """Of two files, of which one has nearly twice as many samples."""
+    """Iterable data set of two files, one of which has nearly twice as many samples."""
     split = -(-count * 9 // 14)
     return datasets.IterableDataset.from_generator(of_shards, gen_kwargs={"shards": [(0, split), (split, count)]})
 
@@ -138,7 +138,7 @@ def test_evaluation_counts_each_sample_once(on_ranks, tmp_path, data, rows, work
     loss, labels = on_ranks(2, evaluated, STOCK, tmp_path, data, rows, 0)[0]
     for found, seen in on_ranks(4, evaluated, 2, tmp_path, data, rows, workers):
         assert sorted(map(tuple, seen)) == sorted(map(tuple, labels))
-        if not workers:  # which read the files side by side, so that other samples meet in a batch
+        if not workers:  # two workers read the files side by side, so other samples share a batch
             np.testing.assert_allclose(found, loss, rtol=1e-5)
             np.testing.assert_array_equal(seen, labels)
 
@@ -162,7 +162,8 @@ def test_files_of_unequal_length_are_dealt_evenly(on_ranks, workers, per_group):
     assert [len(batch) for batch in first] == [len(batch) for batch in third]
     times = Counter(sample for batch in first + third for sample in batch)
     assert set(times) == set(range(14))
-    topped_up = max(workers, 1)  # at most once for each process that reads, since two groups lack at most one sample
+    # Each reading process repeats at most one sample, since two groups lack at most one.
+    topped_up = max(workers, 1)
     assert sum(times.values()) <= 14 + topped_up
 
 
@@ -173,7 +174,7 @@ def drawn() -> list[int]:
 
 
 class Drawing(IterableDataset):
-    """The numbers below 12 in an order that a generator of this rank's own says."""
+    """Iterable data set of the numbers below 12, in an order drawn from a generator that differs by rank."""
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(torch.distributed.get_rank())

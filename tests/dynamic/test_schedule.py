@@ -1,4 +1,4 @@
-"""Schedules: who computes which sample is arithmetic, and never slower than the ways that it replaces."""
+"""Schedules of dynamic CP, which are arithmetic and never slower than static CP or the greedy rule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COSTS = {
 
 @st.composite
 def batches(draw):
-    """Lengths, ranks, the largest group, and the tokens that a rank may hold."""
+    """Draw lengths of samples, a number of ranks, the largest group, and the most tokens that a rank holds."""
     extent = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     ranks = extent * draw(st.integers(1, 3))
     most = draw(st.integers(2, 300))
@@ -40,7 +40,7 @@ def batches(draw):
 
 
 def assert_complete(schedule, extent, most):
-    """Every sample is dealt once, to a group that has room for it; groups make up all ranks in every round."""
+    """Assert that each sample is in one group that has room for it, and each round's groups hold every rank once."""
     lengths, ranks, layout = schedule.lengths, schedule.ranks, schedule.layout
     dealt = [sample for groups in schedule.rounds for group in groups for sample in group.samples]
     assert sorted(dealt) == list(range(len(lengths)))
@@ -71,7 +71,7 @@ def test_a_schedule_is_complete_and_fits(batch, costs, layout):
 def test_a_schedule_is_never_slower_than_static(batch, costs):
     lengths, ranks, extent, most = batch
     schedule = make_schedule(lengths, ranks, extent, most, COSTS[costs])
-    for room in (0, capacity(extent, most)):  # one sample a row, and packed
+    for room in (0, capacity(extent, most)):  # one sample per row, and packed rows
         assert schedule.total <= in_order(lengths, ranks, extent, room, COSTS[costs]).total * (1 + 1e-9)
 
 

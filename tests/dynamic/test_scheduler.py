@@ -1,4 +1,4 @@
-"""Groups that change at run time, and the Trainer that deals samples to them: the same numbers as one process."""
+"""CP groups that change size at run time, and a Trainer that deals samples to them: the numbers of one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def test_a_batch_may_not_outlive_its_size(on_ranks):
 
 
 def losses_and_gradients(sizes, settings) -> list[tuple[float, np.ndarray]]:
-    """Of one batch, for each CP size in turn, added up over the ranks and divided by how often each token counts."""
+    """Compute loss and gradients of one batch at each CP size.
+
+    They are summed over all ranks and divided by the number of groups that compute each token.
+    """
     model = tiny_model("llama", "context_parallel" if sizes else "sdpa")
     input_ids = tokens(2, LENGTH)
     batch = {"input_ids": input_ids, "labels": some_labels(input_ids)}
@@ -130,7 +133,7 @@ LONG_TAILED = (9, 61, 12, 30, 17, 120, 10, 24, 11, 80, 14, 40, 19, 13, 28, 55)
 
 
 def history(kind, folder, options, most=None) -> tuple[list[tuple[float, float]], list[int], list[dict]]:
-    """Loss and gradient norm of each step, the CP sizes that this rank's runs had, and what was logged."""
+    """Train, and return loss and gradient norm of each step, the CP sizes of this rank's runs, and the logs."""
     settings = {} if most is None else {"dynamic": True, "max_tokens_per_rank": most, "verify": False}
     trainer = make_trainer(kind, folder, settings=settings, **options)
     trainer.train_dataset = samples_of(LONG_TAILED)
@@ -170,7 +173,7 @@ def test_dynamic_training_is_that_of_one_process(on_ranks, tmp_path, case):
 
 
 def sharded_history(extent, folder, options, most) -> list[tuple[float, float]]:
-    """Of a model in a folder that Transformers shards over all ranks while loading it."""
+    """Train a model from a folder, which Transformers shards over all ranks while loading it."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -192,7 +195,7 @@ def test_dynamic_training_of_a_sharded_model_is_that_of_one_process(on_ranks, tm
 
 
 def rerouted() -> list[tuple[int, list[int]]]:
-    """The rounds of four samples on two extents of two ranks: the sizes of groups, and the tokens of their rows."""
+    """Schedule four samples on two CP groups of two ranks: the sizes of groups, and the tokens of their rows."""
     cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2, dynamic=True, max_tokens_per_rank=8))
     scheduler = Scheduler(cp, tiny_model("llama", "context_parallel"))
     first = 100 * cp.groups.data_rank
@@ -211,7 +214,7 @@ def test_samples_travel_to_the_ranks_that_compute_them(on_ranks):
             assert all(rounds[other][number] == (size, row) for other in range(rank, rank + size))
             computed.append(row)
             rank += size
-    rows = [token for row in computed for token in row if token]  # without rows for the others' sake, which are zeros
+    rows = [token for row in computed for token in row if token]  # groups without samples run rows of zeros
     assert sorted(rows) == sorted(token for sample in loaded for token in sample)
     assert all(
         any(sample == row[start : start + len(sample)] for row in computed for start in range(len(row)))
@@ -248,7 +251,7 @@ def batch_refusal(case) -> str:
         ("no labels", "rank 3 of the group: the batch has no labels"),
         ("left padding", "row 1 has padding before or between its tokens"),
         ("embeddings", "the batch has 'inputs_embeds'"),
-        ("ranks differ", "ranks 2 and 3 share their samples and have loaded different ones"),
+        ("ranks differ", "ranks 2 and 3 are in one CP group and have loaded different samples"),
     ],
 )
 def test_a_batch_that_cannot_be_dealt_is_refused_on_every_rank(on_ranks, case, message):

@@ -1,4 +1,4 @@
-"""How many examples property tests draw: fewer where QUICK_TESTS=1, as `make test-unit` sets it."""
+"""Number of examples of property tests, which is small if QUICK_TESTS=1, as `make test-unit` sets it."""
 
 import os
 
@@ -8,5 +8,5 @@ QUICK = os.environ.get("QUICK_TESTS") == "1"
 
 
 def examples(count: int, **options) -> settings:
-    """Settings of a property test that draws so many examples, or 5 where tests are to be quick."""
+    """Make the settings of a property test that draws `count` examples, or at most 5 with QUICK_TESTS=1."""
     return settings(max_examples=min(count, 5) if QUICK else count, **options)

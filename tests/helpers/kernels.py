@@ -1,4 +1,4 @@
-"""Calls of kernels, and what they compute by definition."""
+"""Calls of kernels, and their results by the definition of attention."""
 
 import torch
 from hypothesis import strategies as st
@@ -51,11 +51,11 @@ SHAPES = {
     "two of 8 wide": (2, 2, 40, 24),
 }
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-"""Norm of the error, relative to the norm."""
+"""Largest norm of an error, relative to the norm of the expected tensor."""
 
 
 def tensors(shape, dtype, device="cpu"):
-    """Query, key, value and the output's gradient; key and value are views, as the ring's are."""
+    """Draw query, key, value and the gradient of the output. Key and value are views of one tensor, as in a ring."""
     heads, key_heads, dim, value_dim = shape
     random = torch.Generator().manual_seed(0)
 
@@ -67,7 +67,7 @@ def tensors(shape, dtype, device="cpu"):
 
 
 def by_definition(calls, scores, query, key, value, grad):
-    """Output, LSE and the gradients of query, key and value, of all that the calls compute, in float64."""
+    """Compute output, LSE and gradients of query, key and value for all calls together, by definition, in float64."""
     seen = torch.zeros(1, TOKENS, TOKENS, dtype=torch.bool)
     for call in calls:
         for (q0, q1), (k0, k1) in zip(call.queries, call.keys):
@@ -81,7 +81,7 @@ def by_definition(calls, scores, query, key, value, grad):
 
 
 def by_kernel(kernel, calls, scores, query, key, value, grad):
-    """The same from a kernel: its parts merged, and its shares of the gradients, given the output and LSE over all."""
+    """Compute the same by a kernel: merge the outputs of the calls, and add up their gradients."""
     exact = torch.promote_types(query.dtype, torch.float32)
     output, lse = torch.zeros_like(grad, dtype=exact), torch.full(query.shape[:2], float("-inf"), dtype=exact)
     for call in calls:
@@ -99,7 +99,7 @@ def by_kernel(kernel, calls, scores, query, key, value, grad):
 
 
 def check(kernel, calls, shape, dtype, softcap=None, least=0.0):
-    """Errors are relative to the norm, or to `least` where that is more."""
+    """Compare a kernel with the definition. Errors are relative to the norm, or to `least` if that is larger."""
     calls = CALLS[calls] if isinstance(calls, str) else calls
     arguments = calls, Scores(SCALE, softcap), *tensors(SHAPES[shape], dtype)
     names = ("output", "lse", "dq", "dk", "dv")

@@ -1,4 +1,4 @@
-"""What tests of models share: tiny ones, and batches for them."""
+"""Helpers of the model tests: tiny models, and batches for them."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ needs_chunks_of_documents = pytest.mark.skipif(
 
 
 def needs_transformers(version: str, why: str):
-    """Where the installed version's models are not those that a test is about."""
+    """Mark a test that needs a version of Transformers or newer."""
     return pytest.mark.skipif(Version(transformers.__version__) < Version(version), reason=why)
 
 
 def tiny_model(model_type: str, attention: str | None, dtype: torch.dtype = torch.float64, **changes):
-    """A tiny model of this type, the same for every value of `attention`."""
+    """Make a tiny model of this type, which is the same for every value of `attention`."""
     return tiny.tiny_model(tiny.tiny_config(model_type, **changes), attention, dtype)
 
 
 def context(**settings) -> hcp.ContextParallel:
-    """Context parallelism over all ranks of the process group, or over this process alone."""
+    """Make a CP group of all ranks of the process group, or of this process alone."""
     size = dist.get_world_size() if dist.is_initialized() else 1
     return hcp.ContextParallel(hcp.ContextParallelConfig(size=size, **settings))
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids `[rows, length]`, none of them special."""
+    """Draw random token ids `[rows, length]` without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def some_labels(input_ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Labels of a third of the tokens."""
+    """Draw labels for a third of the tokens."""
     draw = torch.rand(input_ids.shape, generator=torch.Generator().manual_seed(seed))
     return input_ids.masked_fill(draw > 1 / 3, -100)
 
 
 def document_positions(*lengths: int) -> torch.Tensor:
-    """Position ids `[1, sum]` of documents packed one after another."""
+    """Make position ids `[1, sum]` of packed documents with these lengths."""
     return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
 def reduced(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over the ranks."""
+    """Sum a tensor over the ranks."""
     tensor = tensor.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -65,7 +65,7 @@ def reduced(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, by the largest entry (or by 1e-8, where what is expected is rounding around 0)."""
+    """Compute the largest difference, relative to the largest expected entry or to 1e-8 if that is larger."""
     assert found.shape == expected.shape
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-8)).item()
 

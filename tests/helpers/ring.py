@@ -1,4 +1,4 @@
-"""Masks of every kind, and attention of simulated ranks against dense attention in float64."""
+"""Comparison of attention on simulated ranks with dense attention in float64, for masks of every kind."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SIZES = (1, 3) if QUICK else (1, pytest.param(2, marks=pytest.mark.exhaustive), 
 
 
 def tensors(mask, heads=4, key_heads=2, dim=8, value_dim=8, dtype=torch.float64, seed=0):
-    """Query, key, value and the output's gradient of whole rows: `[B, S, H, D]`."""
+    """Draw query, key, value and the gradient of the output for whole rows, `[B, S, H, D]` each."""
     random = torch.Generator().manual_seed(seed)
     return [
         torch.randn(len(mask.rows), mask.length, *shape, generator=random, dtype=torch.float64).to(dtype)
@@ -26,7 +26,7 @@ def tensors(mask, heads=4, key_heads=2, dim=8, value_dim=8, dtype=torch.float64,
 
 
 def dense(mask, query, key, value, grad, scores=PLAIN, sinks=None, kept=None):
-    """The output and the gradients of query, key and value, and of sinks if any, by definition, in float64."""
+    """Compute output and gradients of query, key, value (and sinks) by definition, in float64."""
     inputs = [query, key, value, *([] if sinks is None else [sinks])]
     leaves = [x.detach().double().requires_grad_() for x in inputs]
     output, _ = dense_attention(*leaves[:3], allowed(mask), scores.scale, scores.softcap, *leaves[3:] or [None], kept)
@@ -35,12 +35,12 @@ def dense(mask, query, key, value, grad, scores=PLAIN, sinks=None, kept=None):
 
 
 def share(layout, rank, x):
-    """`[B, S, H, D]` as this rank has it: `[B * S_local, H, D]`."""
+    """Take the tokens of a rank from `[B, S, H, D]`, as `[B * S_local, H, D]`."""
     return x[:, layout.positions(rank)].flatten(0, 1)
 
 
 def on_rank(exchange, layout, mask, whole, kernel, prepare=lambda x: x, scores=PLAIN, sinks=None, way=("p2p", 1)):
-    """The output and the gradients of query, key and value, and of sinks if any, on one rank."""
+    """Compute output and gradients of query, key, value (and sinks) on one rank."""
     query, key, value, grad = (prepare(share(layout, exchange.rank, x)) for x in whole)
     inputs = [query, key, value, *([] if sinks is None else [sinks])]
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -52,8 +52,10 @@ def on_rank(exchange, layout, mask, whole, kernel, prepare=lambda x: x, scores=P
 
 
 def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x, **how):
-    """What the ranks of a group compute: the output and the gradients of query, key and value as whole rows, and the
-    sum of those of sinks, if any."""
+    """Run all ranks of a group, and gather output and gradients of query, key and value to whole rows.
+
+    Gradients of sinks are summed over ranks.
+    """
     kernel = choose_kernel(kernel, "cpu")
     shards = run(layout.size, lambda exchange: on_rank(exchange, layout, mask, whole, kernel, prepare, **how))
     results = []
@@ -69,7 +71,7 @@ NAMES = ("output", "dq", "dk", "dv", "dsinks")
 
 
 def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x, kept=None, way=("p2p", 1), **how):
-    """The ranks compute what dense attention does."""
+    """Assert that the ranks compute the same as dense attention."""
     expected = dense(mask, *whole, **how, kept=kept)
     for name, got, truth in zip(NAMES, ring(layout, mask, whole, kernel, prepare, way=way, **how), expected):
         torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
@@ -80,7 +82,7 @@ PADDED_ROWS = (
     padded([position >= 23 for position in range(LENGTH)]),
     padded([position < 23 for position in range(LENGTH)]),
     padded([position % 7 != 3 for position in range(LENGTH)]),
-    (),  # nothing but padding
+    (),  # padding only
 )
 MASKS = {
     "one document": Mask(LENGTH, whole_rows(2, LENGTH)),
@@ -106,7 +108,7 @@ SHAPES = {
 
 
 def some_sinks(heads, seed=1):
-    """A score a head, some far above those of keys and some far below."""
+    """Draw a sink for each head, some far above the scores of keys and some far below."""
     return 4 * torch.randn(heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 

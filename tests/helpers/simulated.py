@@ -1,4 +1,4 @@
-"""What the tests of attention share: a CP group simulated in one process, masks of every kind, and the dense truth."""
+"""Helpers of the attention tests: a CP group simulated in one process, masks of every kind, and dense attention."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from tests.helpers.examples import examples
 
 settings.register_profile("deterministic", examples(100), derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
-torch.set_num_threads(1)  # ranks are threads, and tensors small
+torch.set_num_threads(1)  # ranks are threads, and tensors are small
 
 
 class Message(NamedTuple):
-    """A tensor's copy on the wire."""
+    """Copy of a tensor that travels between ranks."""
 
     shape: torch.Size
     dtype: torch.dtype
     content: torch.Tensor
-    """Its bytes."""
+    """Bytes of the tensor."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Message:
@@ -42,11 +42,11 @@ class Message(NamedTuple):
 
 
 Label = tuple[int, int, int]
-"""Sender, receiver, and how many messages these two had posted before."""
+"""Sender, receiver, and the number of messages that the sender posted to the receiver before."""
 
 
 class Network:
-    """Messages under way between the ranks of a simulated group."""
+    """Messages that travel between the ranks of a simulated group."""
 
     def __init__(self, size: int, patience: float):
         self.size = size
@@ -57,7 +57,7 @@ class Network:
 
     @property
     def time_left(self) -> float:
-        """Seconds until the ranks are given up."""
+        """Seconds until ranks that wait raise TimeoutError."""
         return max(0.0, self._deadline - time.monotonic())
 
     def send(self, label: Label, message: Message) -> None:
@@ -73,17 +73,17 @@ class Network:
             return self.messages.pop(label)
 
     def fail(self) -> None:
-        """Let nobody wait any longer."""
+        """Let all ranks that wait raise TimeoutError now."""
         with self._changed:
             self._failed = True
             self._changed.notify_all()
 
 
 class SimulatedExchange:
-    """One rank's end of a network that is as slow as an `Exchange` may be.
+    """Exchange of one rank over a network that delivers messages as late as an `Exchange` may.
 
-    A message leaves when its sender waits for it, and what is to be received is NaN until its receiver waits. So a
-    buffer that is changed before its send was waited for, or read before its receive was, shows.
+    A message leaves when its sender waits for it. A receive buffer is NaN until its receiver waits. Tests therefore
+    fail if a buffer is changed before its send was waited for, or read before its receive was waited for.
     """
 
     def __init__(self, network: Network, rank: int):
@@ -125,11 +125,19 @@ class SimulatedPending:
 
 
 def run(size: int, function: Callable[[SimulatedExchange], Any], patience: float = 120.0) -> list:
-    """What `function(exchange)` returns on each rank of a simulated group. Ranks are threads.
+    """Call `function(exchange)` on each rank of a simulated group, whose ranks are threads.
+
+    Args:
+        size: the number of ranks.
+        function: a function of the rank's exchange.
+        patience: the timeout in seconds.
+
+    Returns:
+        The result of each rank.
 
     Raises:
-        TimeoutError: if the ranks take longer than `patience` seconds; what a rank raises, the first to do so,
-        otherwise.
+        TimeoutError: if the ranks take longer than `patience` seconds.
+        Exception: the error of the first rank that raises one.
     """
     network = Network(size, patience)
     results: list = [None] * size
@@ -138,7 +146,7 @@ def run(size: int, function: Callable[[SimulatedExchange], Any], patience: float
     def work(rank: int) -> None:
         try:
             results[rank] = function(SimulatedExchange(network, rank))
-        except BaseException as error:  # which pytest's own are
+        except BaseException as error:  # pytest.fail() raises a BaseException
             errors.append(error)
             network.fail()
 
@@ -146,7 +154,7 @@ def run(size: int, function: Callable[[SimulatedExchange], Any], patience: float
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(network.time_left + 1)  # a rank that waits for a message gives up by itself
+        thread.join(network.time_left + 1)  # a rank that waits for a message raises by itself
     if errors:
         raise errors[0]
     if any(thread.is_alive() for thread in threads):
@@ -156,19 +164,19 @@ def run(size: int, function: Callable[[SimulatedExchange], Any], patience: float
 
 
 class Event(NamedTuple):
-    """What a rank did: "post" messages, "wait" for a post (by its number), or call a "kernel"."""
+    """Action of a rank: "post" messages, "wait" for a post (by its number), or call a "kernel"."""
 
     what: str
     post: int | None = None
 
 
 class Log:
-    """What a rank did and sent. `exchange` and `kernel` wrap those of a rank."""
+    """Log of the actions of a rank and the bytes that it sends. It wraps the exchange and the kernel of the rank."""
 
     def __init__(self):
         self.events: list[Event] = []
         self.sent: Counter[tuple[torch.dtype, int]] = Counter()
-        """Bytes by dtype and receiving rank."""
+        """Bytes sent, by dtype and receiving rank."""
 
     def exchange(self, exchange: SimulatedExchange) -> LoggedExchange:
         return LoggedExchange(exchange, self)
@@ -216,10 +224,10 @@ class LoggedKernel:
 
 
 class LiveBuffers(TorchDispatchMode):
-    """Counts the buffers alive at a time, views of one being one, whose rows have a given shape and dtype.
+    """Mode that counts the live buffers whose rows have a given shape and dtype. Views of a buffer count once.
 
-    It sees the tensors that its thread makes or touches while it is on. `most` is the largest number of buffers, and
-    `most_rows` of rows in them.
+    It sees the tensors that its thread makes or uses. `most` is the largest number of buffers at a time, and
+    `most_rows` is the largest number of rows in them.
     """
 
     def __init__(self, row: Sequence[int], dtype: torch.dtype):
@@ -244,7 +252,7 @@ class LiveBuffers(TorchDispatchMode):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Finds the elements of the largest tensor that its thread makes while it is on."""
+    """Mode that counts the elements of the largest tensor that its thread makes."""
 
     def __init__(self):
         super().__init__()
@@ -258,7 +266,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def allowed(mask: Mask) -> torch.Tensor:
-    """Which keys each query reads: `[B, S, S]`, a boolean matrix a row."""
+    """Compute the keys that each query reads, as booleans `[B, S, S]`."""
     document_of = torch.full((len(mask.rows), mask.length), -1)
     for row, documents in enumerate(mask.rows):
         for number, document in enumerate(documents):
@@ -282,7 +290,7 @@ def allowed(mask: Mask) -> torch.Tensor:
 
 
 def in_band(queries: int, keys: int, band: Band) -> torch.Tensor:
-    """Which keys of a tile each query reads: a boolean matrix."""
+    """Compute the keys of a tile that each query reads, as booleans `[queries, keys]`."""
     ahead = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
     inside = torch.ones(queries, keys, dtype=torch.bool)
     if band.left is not None:
@@ -302,10 +310,19 @@ def dense_attention(
     sinks: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, Q, H, D_v]`, and LSE `[B, Q, H]` without gradient, of the keys that `seen`, `[B, Q, K]`, says.
+    """Compute attention by its definition, in the dtype of the inputs.
 
-    The definition, in the dtype given. A query that sees nothing has output 0 and an LSE of -inf. Weights are
-    multiplied by `kept`, `[B, H, Q, K]`.
+    A query that reads no key has output 0 and an LSE of -inf.
+
+    Args:
+        query, key, value: `[B, Q, H, D]`, `[B, K, H_kv, D]` and `[B, K, H_kv, D_v]`.
+        seen: `[B, Q, K]`, True for the keys that a query reads.
+        scale, softcap: the scale and the softcap of scores.
+        sinks: `[H]`, the sinks.
+        kept: `[B, H, Q, K]`, factors of the weights, as of dropout.
+
+    Returns:
+        The output `[B, Q, H, D_v]`, and the LSE `[B, Q, H]` without gradient.
     """
     heads = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(heads, 2), value.repeat_interleave(heads, 2)
@@ -323,22 +340,22 @@ def dense_attention(
 
 
 def cut(edges: Sequence[int], length: int) -> tuple:
-    """The documents of one row that begin at these positions."""
+    """Make the documents of a row that is cut at these positions."""
     return from_cu_seqlens(torch.tensor([0, *edges, length]), length)
 
 
 def padded(visible: Sequence[bool]) -> tuple:
-    """The one document of a row that has padding where `visible` is False."""
+    """Make the single document of a row with padding where `visible` is False."""
     return from_attention_mask(torch.tensor([visible]))[0]
 
 
 SMALL = st.integers(1, 9)
-"""Group sizes for what is done on all ranks."""
+"""Group sizes of tests that run all ranks."""
 
 
 @st.composite
 def rows(draw, length: int) -> tuple:
-    """The documents of one row: cut anywhere, empty ones included, with padding anywhere, or both."""
+    """Draw the documents of a row: one document, several (even empty ones), padding anywhere, or both."""
     kind = draw(st.sampled_from(["whole", "cut", "padded", "cut and padded"]))
     edges = draw(st.lists(st.integers(0, length), max_size=12).map(sorted)) if "cut" in kind else ()
     if "padded" not in kind:
@@ -353,20 +370,20 @@ def rows(draw, length: int) -> tuple:
 
 
 def patterns(length: int) -> st.SearchStrategy[Pattern]:
-    """Patterns with windows and chunks of any size that matters, together and alone."""
+    """Build a strategy of patterns, with and without windows and chunks of all sizes up to the length."""
     size = st.none() | st.integers(1, length + 1)
     return st.builds(Pattern, st.booleans(), size, size)
 
 
 @st.composite
 def layouts(draw, max_length: int = 40, sizes: st.SearchStrategy[int] = SMALL) -> Layout:
-    """A layout of any kind."""
+    """Draw a layout of any fixed kind."""
     return FIXED_LAYOUTS[draw(st.sampled_from(sorted(FIXED_LAYOUTS)))](draw(st.integers(1, max_length)), draw(sizes))
 
 
 @st.composite
 def cases(draw, **kwargs) -> tuple[Layout, Mask]:
-    """A layout, and a mask of a few rows for it."""
+    """Draw a layout, and a mask of up to three rows for it."""
     layout = draw(layouts(**kwargs))
     documents = draw(st.lists(rows(layout.length), min_size=1, max_size=3))
     return layout, Mask(layout.length, tuple(documents), draw(patterns(layout.length)))

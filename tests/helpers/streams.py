@@ -1,10 +1,10 @@
-"""A data set without a length. Its module imports no more than it needs, since spawned workers import it."""
+"""Data set without a length. Its module imports little, since spawned workers import it."""
 
 from torch.utils.data import IterableDataset
 
 
 class Stream(IterableDataset):
-    """The numbers below 12."""
+    """Stream of the numbers below 12."""
 
     def __iter__(self):
         return iter(range(12))

@@ -1,4 +1,4 @@
-"""That the simulated group, and what watches it, would notice."""
+"""Tests of the simulated group, its log and its modes: they must find the errors that they are made for."""
 
 import threading
 
@@ -26,7 +26,7 @@ def test_a_simulated_group_waits_no_longer_than_it_should():
 
 
 def test_a_simulated_group_notices_misuse():
-    """A buffer overwritten too early, a message that nobody receives, one that does not fit; and reading too early."""
+    """Errors: a buffer overwritten too early, an unreceived message, a wrong shape, and a buffer read too early."""
 
     def exchanging(sent, received, meanwhile=lambda sent, received: None):
         def function(exchange):

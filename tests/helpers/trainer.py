@@ -1,4 +1,4 @@
-"""Tiny runs of the Trainer, on shards and whole."""
+"""Tiny runs of the Trainer, on shards and on whole sequences."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SAMPLES = 8
 
 
 def samples(count: int = SAMPLES) -> list[dict]:
-    """Documents of many lengths. The first has a single target, so that most ranks have none."""
+    """Make documents of many lengths. The first has a single target, so that most ranks have none."""
     return samples_of(9 + 7 * number for number in range(count))
 
 
 def samples_of(lengths: Iterable[int]) -> list[dict]:
-    """Documents of these lengths, of which the first has a single target."""
+    """Make documents of these lengths. The first has a single target."""
     made = []
     for number, length in enumerate(lengths):
         input_ids = tokens(1, length, seed=number)[0]
@@ -34,7 +34,7 @@ def samples_of(lengths: Iterable[int]) -> list[dict]:
 
 
 def padding_collator(rows: list[dict], side: str = "right") -> dict[str, torch.Tensor]:
-    """Rows padded to one length."""
+    """Pad rows to one length, and make the attention_mask."""
     longest = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     batch = {name: [] for name in fill}
@@ -83,7 +83,7 @@ def make_trainer(
     groups=None,
     **arguments,
 ):
-    """A Trainer of one process' kind (`STOCK`) or one that shards, with `kind` ranks a CP group."""
+    """Make a Trainer: Transformers' own if `kind` is `STOCK`, otherwise one with CP groups of `kind` ranks."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     groups = groups or (world if kind == STOCK else world // kind)
     arguments = {"gradient_accumulation_steps": 1, "max_steps": 4, "global_batch": 2, **arguments}
@@ -93,7 +93,7 @@ def make_trainer(
         per_device_eval_batch_size=1,
         logging_steps=1,
         learning_rate=0.1,
-        optim="sgd",  # Adam would make steps of full length of gradients that are nothing but rounding
+        optim="sgd",  # Adam would turn gradients that are rounding errors into full steps
         save_strategy=arguments.pop("save_strategy", "no"),
         report_to="none",
         disable_tqdm=True,
@@ -113,13 +113,13 @@ def make_trainer(
 
 
 def history(kind, folder, options) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step."""
+    """Train, and return loss and gradient norm of each step."""
     trainer = make_trainer(kind, folder, **options)
     trainer.train()
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def random_crops(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """What augmentations do: other lengths each time, drawn from torch's stream."""
+    """Crop each row to a random length, drawn from torch's generator, as data augmentation does."""
     kept = [int(torch.randint(5, len(row["input_ids"]) + 1, ())) for row in rows]
     return padding_collator([{name: value[:n] for name, value in row.items()} for row, n in zip(rows, kept)])

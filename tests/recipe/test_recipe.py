@@ -1,4 +1,4 @@
-"""Recipes: what they may say, what is refused and how, and the rows and reports that come of them."""
+"""Recipes: their schema, the refusal of mistakes, the rows they make, and the reports of runs."""
 
 from pathlib import Path
 
@@ -176,7 +176,7 @@ def test_shipped_recipes_load_and_shrink(name, tmp_path):
 
 
 def test_the_fsdp_recipe_configures_fsdp2():
-    # Here without a GPU, which bf16 and FSDP itself would ask for.
+    # `use_cpu` lets the arguments be built without a GPU, which bf16 and FSDP need otherwise.
     recipe = load_recipe(RECIPES / "qwen3_8b_fsdp2.yaml", ["training.use_cpu=true"])
     plugin = FullyShardedDataParallelPlugin(**recipe.training_arguments().fsdp_plugin_args)
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and plugin.activation_checkpointing
@@ -236,7 +236,7 @@ def test_a_dry_run_keeps_the_ways_to_communicate_of_the_layers_it_keeps(minimal)
 
 
 def test_a_dry_run_of_phi3_computes_a_loss(minimal):
-    """Its padding token, 32000, is none of a small vocabulary."""
+    """Run a small phi3, whose default padding token, 32000, is outside of its vocabulary."""
     recipe = load_recipe(minimal, ["model.type=phi3"])
     small, replaced = shrink(recipe, 1, "unused")
     assert replaced[0] == "model: a tiny phi3 with random weights, for phi3"
@@ -354,7 +354,7 @@ def test_packing_keeps_every_token_in_order(lengths, max_length):
     ]
     sizes = [sum(map(len, row)) for row in rows]
     assert all(size == max_length for size in sizes[:-1]) and all(0 < size <= max_length for size in sizes[-1:])
-    # A piece is of one document, and there are no more cuts than row ends ask for.
+    # A piece belongs to one document, and documents are cut at the ends of rows only.
     assert all(piece == list(range(piece[0], piece[0] + len(piece))) for row in rows for piece in row)
     assert sum(map(len, rows)) <= len(documents) + max(len(rows) - 1, 0)
 
@@ -393,7 +393,7 @@ def test_the_sizes_of_tensor_parallelism_are_checked_before_anything_starts(mini
     for overrides, message in (
         ([*sizes, "context_parallel.size=3"], r"size=3 does not divide the 4 data ranks"),
         (["distributed.fsdp_size=2", "context_parallel.sequence_parallel=true"], r"distributed\.tp_size is 1"),
-        ([*sizes, "training.fsdp=true"], r"training\.fsdp and 'distributed' both"),
+        ([*sizes, "training.fsdp=true"], r"training\.fsdp=True and 'distributed' both"),
         (["distributed.tp=2"], r"distributed\.tp: unknown key"),
     ):
         with pytest.raises(RecipeError, match=message):

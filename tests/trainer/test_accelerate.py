@@ -1,4 +1,4 @@
-"""CP beside what else divides a run: the Trainer's losses and gradient norms are those of one process."""
+"""CP together with DDP, FSDP2, HSDP and DeepSpeed: losses and gradient norms equal those of one process."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.helpers.models import needs_sharding_while_loading, some_labels, tiny
 from tests.helpers.trainer import STOCK, history, make_trainer
 
 WINDOWS = {"model_type": "gemma3_text", "collator": "packed", "gradient_accumulation_steps": 2}
-"""A model whose windows accelerate's own context parallelism refuses."""
+"""Model with sliding windows, which accelerate's own context parallelism refuses."""
 FSDP1 = {"FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 
 
 def sharded_history(size, folder, sizes, options) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step of a model in a folder that Transformers shards while loading it."""
+    """Train a model that Transformers shards while loading it, and return loss and gradient norm of each step."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="context_parallel", distributed_config=DistributedConfig(**sizes)
     )
@@ -62,7 +62,7 @@ def test_a_model_sharded_by_transformers(on_ranks, tmp_path, model_type, sizes):
 
 
 def launcher_environment(**sizes) -> dict[str, str]:
-    """What `accelerate launch --use_fsdp --fsdp_version 2 --use_parallelism_config --parallelism_config_...` sets."""
+    """Variables that `accelerate launch --use_fsdp --fsdp_version 2 --use_parallelism_config ...` sets."""
     environment = {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
@@ -75,7 +75,7 @@ def launcher_environment(**sizes) -> dict[str, str]:
 
 
 def launched(environment, function, *args):
-    """What a function returns in a process that accelerate's launcher gave these variables."""
+    """Call a function with the environment variables of accelerate's launcher, and return its result."""
     before = dict(os.environ)
     os.environ |= environment
     try:
@@ -86,7 +86,10 @@ def launched(environment, function, *args):
 
 
 def fsdp2_history(folder, size, options) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step under accelerate's FSDP2 with CP groups of 2, which `size` may leave out."""
+    """Train under accelerate's FSDP2 with CP groups of 2, and return loss and gradient norm of each step.
+
+    `size` is the size in the CP settings, which may be 1 so that accelerate's is taken.
+    """
     trainer = make_trainer(2, folder, **options, settings={"size": size})
     trainer.train()
     assert trainer.cp.size == 2 and trainer.accelerator.is_fsdp2 and isinstance(trainer.model_wrapped, FSDPModule)
@@ -109,7 +112,7 @@ def test_accelerates_fsdp2(on_ranks, tmp_path, ranks, sizes, size):
 
 
 def accelerate_launch(folder, *options) -> subprocess.CompletedProcess:
-    """Four processes of a script that trains, started as on a machine with GPUs."""
+    """Start four processes of a script that trains, as on a machine with GPUs."""
     script = folder / "script.py"
     script.write_text(
         "import json, os\n"
@@ -173,7 +176,7 @@ def refusal(function, *args) -> str:
 @pytest.mark.parametrize(
     ("environment", "size", "said"),
     [
-        (launcher_environment() | FSDP1, 2, "FSDP1 (fsdp_version=1) is not known to be exact"),
+        (launcher_environment() | FSDP1, 2, "FSDP1 (fsdp_version=1) has not been shown to be exact"),
         (
             launcher_environment(cp_size=2, dp_shard_size=2),
             4,
@@ -199,7 +202,7 @@ def test_ranks_that_ask_for_different_sizes_are_refused_alike(on_ranks):
 
 
 def zero_steps(stage: int, size: int) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses of steps by DeepSpeed's engine, each over one row a CP group, and the parameters after them."""
+    """Run steps of DeepSpeed's engine, each on one row per CP group, and return losses and final parameters."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.init_distributed("gloo")
@@ -228,7 +231,7 @@ def zero_steps(stage: int, size: int) -> tuple[list[float], list[torch.Tensor]]:
 
 
 def rows_of_groups(groups: int) -> tuple[list[dict[str, torch.Tensor]], int]:
-    """A row for each group, and the targets of all."""
+    """Make one row for each group, and count the targets of all rows."""
     rows = [{"input_ids": tokens(1, 37 + 4 * group, group)} for group in range(groups)]
     for group, row in enumerate(rows):
         row["labels"] = some_labels(row["input_ids"], group)
@@ -237,7 +240,10 @@ def rows_of_groups(groups: int) -> tuple[list[dict[str, torch.Tensor]], int]:
 
 @pytest.fixture
 def on_new_ranks():
-    """DeepSpeed keeps the process groups that it found first. It is compiled when first used, so they are patient."""
+    """Fixture of new ranks for DeepSpeed, which keeps the process groups that it found first.
+
+    Their timeout is long, because DeepSpeed compiles its extensions when they are first used.
+    """
     workers = WorkerPool(4, 900)
     yield workers
     workers.close()

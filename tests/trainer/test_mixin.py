@@ -1,4 +1,4 @@
-"""The Trainer on shards against Trainer on whole sequences: the same losses and gradient norms, step by step."""
+"""Trainer on shards against Trainer on whole sequences: the same losses and gradient norms, step by step."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ CASES = {
     "workers": {"dataloader_num_workers": 2},
 }
 DEPENDS_ON_GROUPS = ("left padding", "tokens not averaged", "a model that takes no loss keywords")
-"""Cases in which two data-parallel ranks differ from one process without CP already: they pad to other lengths, or
-their loss is by Trainer's rule the mean of what each rank sees. With two groups, two processes are the reference."""
+"""Cases in which two data-parallel ranks differ from one process even without CP.
+
+They pad to other lengths, or Trainer takes the mean of each rank's loss. With two groups, the reference is therefore
+two processes."""
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_batches_may_bring_labels_that_are_shifted_already(on_ranks, tmp_path, s
 
 def mean_loss_of_a_run(kind, folder, options) -> tuple[float, float]:
     trainer = make_trainer(kind, folder, max_steps=3, **options)
-    trainer.args.logging_steps = 2  # so that the last step is in no log
+    trainer.args.logging_steps = 2  # no log contains the last step
     return trainer.train().training_loss, trainer.state.log_history[-1]["train_loss"]
 
 
@@ -70,7 +72,11 @@ def test_the_mean_loss_of_a_run_is_that_of_one_process(on_ranks, tmp_path, setti
 
 
 def prepared_by_a_subclass(kind, folder, settings) -> tuple[list[float], float, np.ndarray, list[tuple]]:
-    """Losses, and shapes of what a subclass was given that prepares batches by masking labels, as for prompts."""
+    """Train a subclass whose `_prepare_inputs` masks labels, as for prompts.
+
+    Returns:
+        The losses, and the shapes of the inputs that the subclass was given.
+    """
     trainer = make_trainer(kind, folder, settings=settings)
     shapes = []
 
@@ -117,7 +123,7 @@ def history_with_an_infinite_loss(kind, folder, settings) -> list[float]:
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
             infinite = self.state.global_step == 1 and self.args.process_index == self.args.world_size - 1
-            return loss + float("inf") if infinite else loss  # whose gradient is the same
+            return loss + float("inf") if infinite else loss  # the gradient is unchanged
 
     trainer.__class__ = Overflowing
     trainer.train()
@@ -133,7 +139,7 @@ def test_an_infinite_loss_on_one_rank_is_left_out_of_logs_on_all(on_ranks, tmp_p
 
 
 def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.ndarray | None]:
-    """Evaluation loss, and predictions of 7 samples, which 2 groups do not divide."""
+    """Evaluate and predict 7 samples, which 2 groups do not share equally: the loss, predictions and labels."""
     trainer = make_trainer(kind, folder, collator=collator)
     data = samples(7)
     loss = None if collator == "no labels" else trainer.evaluate(data)["eval_loss"]
@@ -144,7 +150,7 @@ def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.nda
 @pytest.mark.parametrize("collator", ["right", "no labels"])
 def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path, collator):
     [(loss, logits, labels)] = on_ranks(1, evaluation, STOCK, tmp_path, collator)
-    # Trainer weighs data-parallel ranks' losses by tokens, not by samples, so two processes are the reference of two.
+    # Trainer weights the losses of data-parallel ranks by tokens, so the reference of two groups is two processes.
     loss_of_two = on_ranks(2, evaluation, STOCK, tmp_path, collator)[0][0]
     for ranks, size, expected_loss in ((2, 2, loss), (4, 2, loss_of_two), (3, 3, loss)):
         for found_loss, found_logits, found_labels in on_ranks(ranks, evaluation, size, tmp_path, collator):
@@ -230,7 +236,7 @@ def test_lora_is_exact(on_ranks, tmp_path):
 
 
 class BytesOnTheWire(TrainerCallback):
-    """Notes the dtypes of the messages of a run."""
+    """Callback that collects the dtypes of the messages of a run."""
 
     def __init__(self):
         self.dtypes = set()
@@ -257,7 +263,7 @@ def autocast_history(folder) -> tuple[list[tuple[float, float]], set[str]]:
 def test_autocast_sends_bfloat16(on_ranks, tmp_path):
     [expected] = on_ranks(1, history, STOCK, tmp_path, {"model_type": "qwen3", "bf16": True})
     for found, dtypes in on_ranks(2, autocast_history, tmp_path):
-        assert dtypes == {"torch.bfloat16", "torch.float32"}  # keys; and their gradients, which are sums over ranks
+        assert dtypes == {"torch.bfloat16", "torch.float32"}  # bfloat16 keys, and float32 sums of their gradients
         np.testing.assert_allclose(found, expected, rtol=3e-2)
 
 

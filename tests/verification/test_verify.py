@@ -1,4 +1,4 @@
-"""`verify`: it passes models that are exact, names the layer of those that are not, and leaves no trace."""
+"""Tests of `verify`: it accepts exact models, names the first layer that is not exact, and changes no state."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tests.helpers.models import context, tiny_model, tokens
 from tests.helpers.trainer import make_trainer
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-# Attention by the interface; experts; sinks; softcap and windows; a short convolution; linear attention; a state space
-# model; no causal mask; learned positions that are counted; score biases; several states a token; recurrences; and
-# attention that asks for the name of its implementation.
+# These types have: attention by the interface; experts; sinks; softcap and windows; a short convolution; linear
+# attention; a state space model; no causal mask; learned positions that are counted; score biases; several states per
+# token; recurrences; and attention that asks for the name of its implementation.
 TYPES = (
     "llama",
     "qwen3_moe",
@@ -102,7 +102,11 @@ WRAPPERS = {
 
 
 def wrapped_steps(wrapper: str, model_type: str) -> tuple[int, list[bool]]:
-    """How much was compared; and whether a step afterwards has the gradients that it has without, bit by bit."""
+    """Compute gradients of a model that was verified before, and of one that was not.
+
+    Returns:
+        The number of comparisons, and for each parameter True if both gradients are bitwise equal.
+    """
     grads = []
     cp = context()
     for verified in (True, False):
@@ -125,11 +129,11 @@ def test_wrapped_models_pass_and_train_as_if_nothing_had_been(on_ranks, wrapper,
         assert same and all(same)
 
 
-# What is wrong is named
+# Errors name the wrong layer
 
 
 class Wrong(ReferenceKernel):
-    """A kernel that scales scores by too much, or whose gradients of the keys are too large."""
+    """Kernel with a wrong scale of scores, or with gradients of the keys that are too large."""
 
     def __init__(self, scale: float = 1.0, gradient: float = 1.0):
         self._scale, self._gradient = scale, gradient
@@ -148,13 +152,13 @@ def one_token_short(module, attention_mask, kwargs, original=attention._pattern)
 
 
 def own_positions(rotary, forward):
-    """RoPE of the tokens' places on this rank."""
+    """RoPE by the index of each token on this rank instead of its position."""
     return lambda x, position_ids: forward(x, torch.arange(x.shape[1]).expand(len(position_ids), -1))
 
 
 @contextmanager
 def made_wrong(how: str):
-    """A model that is wrong, while the block is open."""
+    """Make a model that is wrong within the block."""
     with pytest.MonkeyPatch.context() as patch:
         if how == "window":
             model = tiny_model("mistral", "context_parallel", FLOAT32, sliding_window=6)
@@ -178,15 +182,15 @@ def made_wrong(how: str):
 
 
 WRONG = {
-    "window": "model.layers.1.self_attn is not exact on shards: of a packed batch, its output",
-    "convolution": "model.layers.0 is not exact on shards: of a packed batch, its output",
-    "state space": "model.layers.0 is not exact on shards: of a packed batch, its output",
-    "expert": "model.layers.0 is not exact on shards: of a packed batch, its output",
-    "positions": "model.decoder.layers.0 is not exact on shards: of a padded batch, its input",
-    "documents": "model.layers.0.self_attn is not exact on shards: of a packed batch, its output",
-    "scale": "model.layers.0.self_attn is not exact on shards: of a packed batch, its output",
-    "gradient": "model.layers.0.self_attn is not exact on shards: of a packed batch, its input gradient",
-    "RoPE": "model.layers.0.self_attn is not exact on shards: of a packed batch, its output",
+    "window": "model.layers.1.self_attn is not exact on shards: for a packed batch, its output",
+    "convolution": "model.layers.0 is not exact on shards: for a packed batch, its output",
+    "state space": "model.layers.0 is not exact on shards: for a packed batch, its output",
+    "expert": "model.layers.0 is not exact on shards: for a packed batch, its output",
+    "positions": "model.decoder.layers.0 is not exact on shards: for a padded batch, its input",
+    "documents": "model.layers.0.self_attn is not exact on shards: for a packed batch, its output",
+    "scale": "model.layers.0.self_attn is not exact on shards: for a packed batch, its output",
+    "gradient": "model.layers.0.self_attn is not exact on shards: for a packed batch, its input gradient",
+    "RoPE": "model.layers.0.self_attn is not exact on shards: for a packed batch, its output",
 }
 
 
@@ -228,11 +232,11 @@ def test_a_model_that_cp_shard_refuses_is_refused():
         hcp.verify(tiny_model("llama", "sdpa", FLOAT32), context())
 
 
-# It leaves no trace
+# State stays unchanged
 
 
 def state(model: torch.nn.Module) -> list:
-    """All that may not change, as something that compares by bits."""
+    """Copy all state that must not change, in a form that compares bit by bit."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors |= {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
     attributes = [
@@ -285,7 +289,7 @@ def test_weights_gradients_buffers_modes_and_random_numbers_stay(on_ranks, model
 
 
 class Steps(TrainerCallback):
-    """Counts what a Trainer does."""
+    """Callback that counts the steps of a Trainer."""
 
     def __init__(self):
         self.begun = 0
@@ -295,7 +299,7 @@ class Steps(TrainerCallback):
 
 
 def steps_of_a_trainer(folder, verified: bool, how: str | None, evaluate: bool = False) -> tuple[int, int, str]:
-    """Comparisons, steps, and the error of a run, right or wrong."""
+    """Train, and return the number of calls of `verify`, the number of steps, and the error message, if any."""
     steps, compared, message = Steps(), [], ""
 
     def counted(*args, original=mixin.verify):

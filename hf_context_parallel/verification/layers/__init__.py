@@ -1,1 +1,1 @@
-"""A model against itself, layer by layer."""
+"""Layer-by-layer comparison of a model on shards with the same model on whole sequences."""

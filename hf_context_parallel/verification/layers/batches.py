@@ -1,4 +1,4 @@
-"""The batches that a model is verified with: documents in a row, and rows with padding."""
+"""Batches of the self-check: a row of packed documents, and rows with padding."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ...planning import mask as masks
 from ...planning.balanced import padded_layout
 
 TOKENS_A_RANK = 16
-"""Of a row, at least."""
+"""Fewest tokens of a row, for each rank."""
 LONGEST = 1024
-"""Tokens of a row that is made long for the sake of a window."""
+"""Most tokens of a row that is made longer than the window of the model's attention."""
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "local_attention", "attention_window_size")
-"""The fields of configurations that limit how far attention reaches."""
+"""Fields of configurations that limit the distance of a query and the keys that it reads."""
 
 
 @dataclass
 class Batch:
-    """A batch as one process would give it to the model, and which of its tokens are this rank's.
+    """Whole batch, and the columns of it that this rank holds.
 
     Args:
-        kind: what it is called.
-        inputs: of `[B, S]`.
-        pieces: the columns that one process would give the model at a time: documents, or all.
+        kind: the name of the batch, `"packed"` or `"padded"`.
+        inputs: the inputs of one process, `[B, S]` each.
+        pieces: the columns that the model gets at a time on whole sequences: one document, or all columns.
         real: `[B, S]`, False at padding.
-        columns: `[S_local]`, those of this rank; with sequence parallelism, its share of the shard's.
+        columns: `[S_local]`, the columns of this rank's shard; with sequence parallelism, its share of them.
     """
 
     kind: str
@@ -42,12 +42,12 @@ class Batch:
     _drawn: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     def draw(self, like: torch.Tensor, piece: slice, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """Random numbers for each token of a piece, the same in every call; of some columns of the piece if given.
-
-        They are 0 at padding, whose outputs mean nothing.
+        """Draw random numbers for each token of a piece. Every call draws the same numbers, which are 0 at padding.
 
         Args:
-            like: `[B, S, ...]`, of the shape, dtype and device wanted.
+            like: `[B, S, ...]`, a tensor with the dtype, the device and the last dimensions of the result.
+            piece: the columns of the piece.
+            columns: columns within the piece to select; all if None.
         """
         shape = (*self.real.shape, *like.shape[2:])
         if shape not in self._drawn:
@@ -57,16 +57,16 @@ class Batch:
         return (numbers if columns is None else numbers[:, columns]).to(like)
 
     def mine(self, piece: slice) -> torch.Tensor:
-        """The columns of a piece that are this rank's, counted from its first."""
+        """Select the columns of a piece that this rank holds, counted from the first column of the piece."""
         inside = (self.columns >= piece.start) & (self.columns < piece.stop)
         return self.columns[inside] - piece.start
 
 
 def make_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Batch]:
-    """Several documents in a row; and two shorter rows with padding, one on the left and one on the right."""
+    """Make the batches: a row of three documents, and two shorter rows padded on the left and on the right."""
     inner = transformers_model(model)
     device = next(inner.parameters()).device
-    device = cp.groups.device if device.type == "meta" else device  # offloaded, and moved when they are used
+    device = cp.groups.device if device.type == "meta" else device  # offloaded weights move there when used
     short, long = _lengths(inner, cp)
 
     odd = long // 4 | 1
@@ -83,7 +83,7 @@ def make_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Batch]:
     ):
         dealt = [document for row in rows for document in row]
         columns = padded_layout(cp.config.layout, real.shape[1], cp.size, dealt).positions(cp.rank)
-        if cp.config.sequence_parallel:  # of which layers and mixers see a share
+        if cp.config.sequence_parallel:  # layers and mixers see this rank's share of the shard
             columns = columns[Shares(cp.groups.tensor, len(columns)).mine]
         inputs = {name: value.to(device) for name, value in inputs.items()}
         batches.append(Batch(kind, inputs, pieces, real.bool(), columns))
@@ -91,11 +91,11 @@ def make_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Batch]:
 
 
 def _lengths(model: PreTrainedModel, cp: ContextParallel) -> tuple[int, int]:
-    """Tokens of a row of which all ranks have some, and of one that the longest window that fits is half of."""
+    """Compute two lengths of rows: one that gives every rank tokens, and twice the longest window up to `LONGEST`."""
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in WINDOWS]
     doubled = [2 * window for window in windows if isinstance(window, int) and 0 < 2 * window <= LONGEST]
-    # So that all layouts deal rows as short as these, and sequence parallelism shards, without padding them.
+    # Multiples of this need no padding, neither by a layout nor by sequence parallelism.
     step = 2 * cp.size * (cp.groups.tensor.size if cp.config.sequence_parallel else 1)
     most = getattr(config, "max_position_embeddings", None) or LONGEST
     short = -(-TOKENS_A_RANK * cp.size // step) * step
@@ -104,7 +104,7 @@ def _lengths(model: PreTrainedModel, cp: ContextParallel) -> tuple[int, int]:
 
 
 def _tokens(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
-    """Random tokens `[rows, length]`, none of those that have a meaning of their own."""
+    """Draw random tokens `[rows, length]` without special tokens."""
     config = model.config.get_text_config()
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) or config.vocab_size
     named = [value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))]

@@ -1,4 +1,4 @@
-"""One module by itself: its hidden states among its arguments, its output, and its gradient."""
+"""Run of a single module: its hidden states among its arguments, its output, and the gradient of its input."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ INPUT, OUTPUT, GRADIENT = "input", "output", "input gradient"
 
 @contextmanager
 def stock_forwards(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Modules that see whole sequences find the names of stock attention in their configurations, as on a shard.
+    """Let modules read the name of Transformers' own attention in their configuration, as on a shard.
 
-    Some ask for the name. Elsewhere it stays ours, by which attention is heard of.
+    Some modules that see whole sequences ask for the name. For all others it stays `context_parallel`, so that calls
+    of attention are observed.
     """
     replacement = _StockForwards()
     try:
@@ -46,13 +47,19 @@ def run_alone(
     shape: tuple[int, int],
     weigh: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
-    """A module's output, and with `weigh` the gradient of its hidden states, for `weigh(output)` as the output's.
+    """Run a module alone, without its hooks, and return its output and the gradient of its hidden states.
 
-    The module's hooks stay out of it: its parameters are gathered, and its inputs as they should be.
+    Hooks are not needed, since they have already gathered its parameters and prepared its inputs.
 
     Args:
-        hidden: where its arguments have the hidden states; None if they do not.
+        module: the module.
+        args, kwargs: its arguments.
+        hidden: index or name of the argument that holds the hidden states, or None.
         shape: rows and tokens of its output.
+        weigh: a function of the output that returns the gradient of the output. Without it, no gradient is computed.
+
+    Returns:
+        The tensors by name, `OUTPUT` and `GRADIENT`, as far as there are any.
     """
     args, kwargs = tree_map(_detached, (args, kwargs))
     leaf = None
@@ -76,7 +83,10 @@ def _detached(leaf: Any) -> Any:
 
 
 def hidden_states(args: tuple, kwargs: dict[str, Any], shape: tuple[int, int]) -> int | str | None:
-    """Which argument is the hidden states, by its index or name: the first `[B, S, ...]`, or the one called so."""
+    """Find the argument that holds the hidden states, by its index or name.
+
+    It is the argument called `hidden_states`, or the first tensor `[B, S, ...]`. None if there is none.
+    """
     if _is_hidden(kwargs.get("hidden_states"), shape):
         return "hidden_states"
     places = (*enumerate(args), *kwargs.items())
@@ -89,7 +99,7 @@ def _is_hidden(value: Any, shape: tuple[int, int]) -> bool:
 
 
 def hidden_output(output: Any, shape: tuple[int, int]) -> torch.Tensor | None:
-    """The first of a module's outputs that is `[B, S, ...]`."""
+    """Return the first of a module's outputs that is `[B, S, ...]`, or None."""
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     return next((leaf for leaf in leaves if _is_hidden(leaf, shape)), None)
 
@@ -99,7 +109,7 @@ def take(args: tuple, kwargs: dict[str, Any], place: int | str) -> torch.Tensor:
 
 
 def replaced(args: tuple, kwargs: dict[str, Any], place: int | str, value: torch.Tensor) -> tuple[tuple, dict]:
-    """The arguments with another value in one place."""
+    """Return the arguments with another value in one place."""
     if isinstance(place, int):
         return (*args[:place], value, *args[place + 1 :]), kwargs
     return args, {**kwargs, place: value}

@@ -1,4 +1,4 @@
-"""The runs that are compared: on whole sequences, and on shards with the same inputs for each module."""
+"""Runs that are compared: on whole sequences, and on shards with the same inputs for each module."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from .batches import Batch
 from .modules import INPUT, OUTPUT, hidden_output, hidden_states, replaced, run_alone, stock_forwards, take
 
 MARGIN = 8.0
-"""Times the difference of two stock implementations that a shard may differ by."""
+"""Allowed difference of a shard, in units of the difference between two implementations of Transformers."""
 FLOOR = 8.0
-"""Times the dtype's epsilon, of the largest entry, that it always may."""
+"""Difference that is always allowed, in units of the dtype's epsilon times the largest entry."""
 MOST = 0.75
-"""Of the tokens of a mixture-of-experts layer: those that are compared. Others may take another route."""
+"""Share of the tokens that is compared in layers with experts. Other tokens may be routed to other experts."""
 ROUTED = re.compile(r".*(Expert|MoE|MOE|Moe|Router).*")
-"""The modules of such layers, by their classes' names."""
+"""Class names of the modules of layers with experts."""
 
 
 class Difference(NamedTuple):
-    """How far a layer on shards is from the layer on whole sequences, given the same inputs.
+    """Difference of a layer on shards from the layer on whole sequences, for the same inputs.
 
     Args:
-        layer: the module's name within the Transformers model.
-        tensor: which of its tensors: its input, its output, or the gradient of its input for a random gradient.
+        layer: the name of the module in the Transformers model.
+        tensor: the tensor that is compared: `"input"`, `"output"`, or `"input gradient"` for a random gradient of the
+            output.
         batch: `"packed"` or `"padded"`.
-        found: the largest difference on any rank, by the tensor's largest entry.
-        bound: the most that it may be.
+        found: the largest difference on any rank, relative to the largest entry of the tensor.
+        bound: the largest difference that rounding explains.
     """
 
     layer: str
@@ -51,13 +52,13 @@ class Difference(NamedTuple):
 
 @dataclass
 class _Record:
-    """A call of a module on whole sequences: this rank's share of what went in and came out.
+    """Record of a module's call on whole sequences: this rank's tokens of its input, output and input gradient.
 
     Args:
-        shares: by tensor, for each piece of the batch, `[B, S_piece_local, ...]`.
-        rounding: by tensor, for each piece, by how much each token's entries differ between two implementations.
+        shares: by tensor, this rank's tokens of each piece of the batch, `[B, S_piece_local, ...]`.
+        rounding: by tensor, for each piece, the difference between two implementations for each token, `[tokens]`.
         largest: by tensor, its largest entry.
-        epsilon: of the dtype that it is computed in.
+        epsilon: the epsilon of the dtype that the module computes in.
     """
 
     shares: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -66,16 +67,16 @@ class _Record:
     epsilon: float = 0.0
 
     def share(self, name: str) -> torch.Tensor | None:
-        """`[B, S_local, ...]`, or None if there is no such tensor."""
+        """Return this rank's tokens of a tensor, `[B, S_local, ...]`, or None if there is no such tensor."""
         return torch.cat(self.shares[name], dim=1) if name in self.shares else None
 
 
 class _Watch(ABC):
-    """A run of the model in which each mixer and each layer is looked at when it is done.
+    """Run of the model with hooks that inspect each mixer and each layer after its call.
 
     Args:
-        model: as the caller has it.
-        batch: what it is given.
+        model: the model, with its wrappers.
+        batch: the batch that it gets.
     """
 
     def __init__(self, model: torch.nn.Module, batch: Batch):
@@ -84,7 +85,7 @@ class _Watch(ABC):
         self.resharded = set(mixers(self.inner))
         hidden = {part for module in self.resharded for part in module.modules()} - self.resharded
         self.hidden = hidden
-        # What sees whole sequences is one thing, whatever is inside.
+        # A module that sees whole sequences is compared as a unit, without the modules inside.
         self.layers = [
             module
             for module in self.inner.modules()
@@ -94,7 +95,7 @@ class _Watch(ABC):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks that are there for a run."""
+        """Install the hooks for a run."""
         with ExitStack() as stack:
             hooks = [module.register_forward_pre_hook(self._begun, with_kwargs=True) for module in self.layers]
             hooks.append(register_module_forward_hook(self._done, with_kwargs=True))
@@ -108,7 +109,7 @@ class _Watch(ABC):
     def _done(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._busy or not self.is_watched(module):
             return
-        self._busy = True  # what runs inside of what is run again
+        self._busy = True  # hooks ignore the calls that `done` makes itself
         try:
             self.done(module, args, kwargs, output)
         finally:
@@ -116,19 +117,19 @@ class _Watch(ABC):
 
     @abstractmethod
     def is_watched(self, module: torch.nn.Module) -> bool:
-        """Whether `done` is to be called for a module."""
+        """Return True if `done` is to be called for a module."""
 
     @abstractmethod
     def begun(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Look at the arguments of a layer that begins; returns those that it gets instead, or None."""
+        """Inspect the arguments of a layer before its call, and return other arguments for it, or None."""
 
     @abstractmethod
     def done(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Look at a mixer or a layer that is done."""
+        """Inspect a mixer or a layer after its call."""
 
 
 class Whole(_Watch):
-    """The run on whole sequences, one document at a time, as one process would have it."""
+    """Run on whole sequences, one document at a time."""
 
     def __init__(self, model: torch.nn.Module, batch: Batch):
         super().__init__(model, batch)
@@ -136,7 +137,7 @@ class Whole(_Watch):
         self._records: dict[torch.nn.Module, list[_Record]] = {}
 
     def run(self) -> dict[torch.nn.Module, list[_Record]]:
-        """What each module did, call by call. Modules come in the order in which they were done."""
+        """Run the model, and return the records of each module's calls. Modules are in the order of their calls."""
         with self.watching(), heard_by(self._hear), stock_forwards(self.resharded):
             for piece in self.batch.pieces:
                 self._piece, self._begun_calls, self._done_calls = piece, {}, {}
@@ -145,7 +146,7 @@ class Whole(_Watch):
         return self._records
 
     def _inputs(self) -> dict[str, Any]:
-        """What the model is given of a piece: of what it may not take, what it takes."""
+        """Build the inputs of a piece, without `position_ids` and `use_cache` if the model does not accept them."""
         inputs = {name: value[:, self._piece] for name, value in self.batch.inputs.items()} | {"use_cache": False}
         refused = {"position_ids", "use_cache"} - set(accepted(self.inner, ("position_ids", "use_cache")))
         return {name: value for name, value in inputs.items() if name not in refused}
@@ -178,7 +179,7 @@ class Whole(_Watch):
         tensors = [*first.values()] if x is None else [*first.values(), x]
         record.epsilon = max([0.0, *(torch.finfo(tensor.dtype).eps for tensor in tensors)])
         if x is not None and (is_layer or module in self.resharded):
-            # These are the same code on a shard; what is before them may differ in its last bit.
+            # On a shard this module runs the same code, but its input may differ in the last bit.
             signs = self.batch.draw(x, self._piece).sign()
             args, kwargs = replaced(args, kwargs, hidden, x + record.epsilon * signs * x)
         with computed_otherwise():
@@ -196,7 +197,7 @@ class Whole(_Watch):
         return self.batch.draw(output, self._piece)
 
     def _record(self, module: torch.nn.Module, calls: dict[torch.nn.Module, int]) -> _Record:
-        """That of the call which this is."""
+        """Return the record of the present call, and count the call."""
         number = calls[module] = calls.get(module, -1) + 1
         records = self._records.setdefault(module, [])
         if number == len(records):
@@ -212,7 +213,7 @@ class Whole(_Watch):
 
 
 class Sharded(_Watch):
-    """The run on shards, in which each layer and each mixer gets what it got in the run on whole sequences."""
+    """Run on shards, in which each layer and each mixer gets the inputs of the run on whole sequences."""
 
     def __init__(self, model: torch.nn.Module, batch: Batch, records: dict[torch.nn.Module, list[_Record]]):
         super().__init__(model, batch)
@@ -224,15 +225,15 @@ class Sharded(_Watch):
         self._shape = len(batch.real), len(batch.columns)
 
     def run(self, cp: ContextParallel) -> list[Difference]:
-        """What differs on this rank."""
+        """Run the model, and return the differences on this rank."""
         with torch.no_grad(), cp.shard(self.batch.inputs, self.model) as local, self.watching():
             self.model(**local)
         for module, records in self._records.items():
             if self._done_calls.get(module, -1) + 1 != len(records):
                 raise RuntimeError(
-                    f"{self._names[module]} runs {len(records)} times of whole sequences and "
-                    f"{self._done_calls.get(module, -1) + 1} times of shards, so it cannot be compared. "
-                    "ContextParallelConfig(verify=False) trains without this comparison."
+                    f"{self._names[module]} is called {len(records)} times on whole sequences and "
+                    f"{self._done_calls.get(module, -1) + 1} times on shards, so it cannot be compared. Set "
+                    "ContextParallelConfig(verify=False) to train without this comparison."
                 )
         return self._differences
 
@@ -267,13 +268,14 @@ class Sharded(_Watch):
         records = self._records.get(module, [])
         if number >= len(records):
             raise RuntimeError(
-                f"{self._names[module]} runs more often of shards than of whole sequences, so it cannot be compared. "
-                "ContextParallelConfig(verify=False) trains without this comparison."
+                f"{self._names[module]} is called {number + 1} times on shards and {len(records)} times on whole "
+                "sequences, so it cannot be compared. Set ContextParallelConfig(verify=False) to train without this "
+                "comparison."
             )
         return records[number]
 
     def _compare(self, module: torch.nn.Module, record: _Record, found: Mapping[str, torch.Tensor | None]) -> None:
-        """Note by how much tensors of this shard differ from the whole's."""
+        """Record the differences of this shard's tensors from those on whole sequences."""
         real = self.batch.real[:, self.batch.columns]
         share = MOST if module in self.layers and _is_routed(module) else 1.0
         for name, tensor in found.items():
@@ -294,13 +296,13 @@ def _is_routed(module: torch.nn.Module) -> bool:
 
 
 def _by_token(found: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The largest difference of each token that is not padding: `[tokens]`."""
+    """Compute the largest difference of each token that is not padding, `[tokens]`."""
     real = real.to(found.device)
     return (found[real].double() - expected[real].double()).flatten(1).abs().amax(1)
 
 
 def _worst(errors: torch.Tensor, share: float) -> float:
-    """The largest of a share of the errors, the smallest ones."""
+    """Compute the largest of the smallest errors, of which `share` is the fraction that counts."""
     if not len(errors):
         return 0.0
     return float(errors.max() if share == 1.0 else errors.nan_to_num(nan=float("inf")).quantile(share))

@@ -1,1 +1,1 @@
-"""A tiny model of every type against itself."""
+"""Check of every model type by a tiny model of it, on shards against one process."""

@@ -1,4 +1,4 @@
-"""Whether a model is exact on shards: a tiny one of its type, sharded, against the same model on one process."""
+"""Check of a model type: a tiny model on shards against the same model on one process."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from ...integration.switches import allow_unchecked_models
 from .tiny import VOCABULARY, tiny_model
 
 DOCUMENTS = (11, 1, 2, 20, 7)
-"""Lengths of the documents of the packed batch."""
+"""Lengths of the documents in the packed batch."""
 AUXILIARY = "auxiliary loss"
-"""The kind of batch that is run with the router's loss, where a model has one."""
+"""Kind of batch that runs with the auxiliary loss of the router, for models that have one."""
 ONLY_FLOAT32 = {"inkling2_loop_text", "inkling2_text", "xglm"}
-"""The types that do not run in float64."""
+"""Types that do not run in float64."""
 
 
 class Errors(NamedTuple):
-    """The largest difference from one process, by the largest entry of the tensor."""
+    """Largest differences from one process, relative to the largest entry of the tensor."""
 
     loss: float
     gradients: float
     parameter: str
-    """The one whose gradient differs most."""
+    """Name of the parameter whose gradient differs most."""
 
 
 class Unrounded(TorchFunctionMode):
-    """Models compute in float64 throughout: what they bring to float32, such as norms and softmax, stays as it is.
+    """Mode in which casts to float32 become casts to float64, such as those of norms and softmax.
 
-    So what differs from one process is an error, and not the rounding of float32 that sums in another order make.
+    Every difference from one process is then an error, and not the rounding of float32 sums in another order.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -50,7 +50,7 @@ class Unrounded(TorchFunctionMode):
         if function is torch.Tensor.float:
             return args[0].double()
         is_cast = function in (torch.Tensor.to, torch.Tensor.type)
-        if is_cast:  # of integers and of float32 too, which are multiplied with what stays as it is
+        if is_cast:  # casts of all dtypes, since the results meet tensors that stay in float64
             args = args[:1] + tuple(torch.float64 if x is torch.float32 else x for x in args[1:])
         if is_cast or (args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64):
             kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
@@ -58,17 +58,17 @@ class Unrounded(TorchFunctionMode):
 
 
 def unrounded(config: PreTrainedConfig) -> AbstractContextManager:
-    """`Unrounded`, for a model that runs in float64."""
+    """Return `Unrounded()` for a model that runs in float64, else an empty context."""
     return Unrounded() if _dtype(config) == torch.float64 else nullcontext()
 
 
 def tolerance(config: PreTrainedConfig) -> float:
-    """The largest error of a model that is exact."""
+    """Return the largest error of a model that counts as exact."""
     return 1e-3 if config.model_type in ONLY_FLOAT32 else 1e-8
 
 
 def batches(config: PreTrainedConfig) -> dict[str, dict[str, torch.Tensor]]:
-    """A batch of each kind that matters for a model, with labels of some tokens."""
+    """Make a batch of each kind that matters for a model, with labels for some of its tokens."""
     random = torch.Generator().manual_seed(0)
 
     def tokens(rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -97,15 +97,18 @@ def batches(config: PreTrainedConfig) -> dict[str, dict[str, torch.Tensor]]:
 def errors(
     config: PreTrainedConfig, settings: dict[str, Any], tp_size: int = 1
 ) -> tuple[dict[str, Errors], dict[str, list[str]]]:
-    """On each rank of a group: for each kind of batch the errors, and for each class of modules how it was computed.
+    """Run a tiny model on all ranks of the world, and compare it with one process.
 
     Args:
-        config: of a tiny model.
-        settings: of `ContextParallelConfig`.
-        tp_size: the ranks that share each layer, by Transformers' tensor parallelism.
+        config: the configuration of the tiny model.
+        settings: keywords of `ContextParallelConfig`.
+        tp_size: the number of ranks that share each layer, by Transformers' tensor parallelism.
+
+    Returns:
+        The errors for each kind of batch, and for each class of modules the ways it was computed.
 
     Raises:
-        Exception: whatever keeps the model from running, a refusal included.
+        Exception: any error of the model's run, a refusal included.
     """
     size = dist.get_world_size() // tp_size if dist.is_initialized() else 1
     sharded = tiny_model(config, NAME, _dtype(config)) if tp_size == 1 else _tensor_parallel(config, size, tp_size)
@@ -121,7 +124,7 @@ def errors(
                 (loss if tp_size == 1 else loss * size).backward()  # FSDP2 takes the mean over the CP group
         for name, how in sharding.handled.items():
             handled.setdefault(name, set()).update(how)
-        referee = number % min(size, 2)  # the same ranks for groups of all sizes, since they keep their references
+        referee = number % min(size, 2)  # ranks 0 and 1 for all sizes, which cache their references
         is_referee = not dist.is_initialized() or dist.get_rank() == referee
         truth = _reference(pickle.dumps(config), kind) if is_referee else None
         found[kind] = _compare(cp, referee, truth, loss / tp_size, sharded)
@@ -129,7 +132,7 @@ def errors(
 
 
 def _tensor_parallel(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> PreTrainedModel:
-    """The tiny model, sharded by Transformers, which shards what it loads."""
+    """Make the tiny model and let Transformers shard it, which it does while loading."""
     whole = tiny_model(config, NAME, _dtype(config))
     model = type(whole).from_pretrained(
         None,
@@ -141,7 +144,7 @@ def _tensor_parallel(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> 
     )
     if _dtype(config) == torch.float64:
         model.set_experts_implementation("eager")
-    for name, module in whole.named_modules():  # loading makes some anew in float32, such as RoPE's frequencies
+    for name, module in whole.named_modules():  # loading recreates some in float32, such as RoPE's frequencies
         model.get_submodule(name)._buffers.update(module._buffers)
     return model
 
@@ -152,12 +155,12 @@ def _dtype(config: PreTrainedConfig) -> torch.dtype:
 
 @lru_cache(maxsize=8)
 def _reference(pickled_config: bytes, kind: str) -> tuple[torch.Tensor, list]:
-    """Loss and the parameters' gradients of one process, for a configuration (pickled, since it does not hash).
+    """Compute the loss and the gradients of all parameters on one process, each packed document alone.
 
-    Documents are run alone: that is what packing means.
+    The configuration is pickled, because it cannot be hashed.
     """
     config = pickle.loads(pickled_config)
-    # SDPA left softcaps out in earlier versions of Transformers.
+    # SDPA ignored softcaps in earlier versions of Transformers.
     attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
     model = tiny_model(config, attention, _dtype(config))
     model.config.output_router_logits = kind == AUXILIARY
@@ -172,9 +175,10 @@ def _reference(pickled_config: bytes, kind: str) -> tuple[torch.Tensor, list]:
 
 @contextmanager
 def finite_masks() -> Iterator[None]:
-    """Eager attention's masks have a finite stand-in for -inf in float64 too, as they have in other dtypes.
+    """Limit the masks of eager attention to the range of float32.
 
-    Its softmax is computed in float32, for which float64's is too large: a row of padding would become NaN.
+    Eager attention computes its softmax in float32, where the lowest float64 number is -inf. A row of padding would
+    then become NaN.
     """
     original = AttentionMaskInterface()["eager"]
 
@@ -190,7 +194,7 @@ def finite_masks() -> Iterator[None]:
 
 
 def _sum_of_parts(model: torch.nn.Module, parts: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """The mean over all parts' targets, from the model's own means over each."""
+    """Run the model on each part, and compute the mean loss over the targets of all parts, with its gradients."""
     shifted = model.config.model_type not in UNSHIFTED
     counts = [(part["labels"][:, int(shifted) :] != IGNORED).sum() for part in parts]
     total = torch.zeros((), dtype=torch.float64)
@@ -205,17 +209,25 @@ def _sum_of_parts(model: torch.nn.Module, parts: list[dict[str, torch.Tensor]]) 
 def _compare(
     cp: ContextParallel, referee: int, truth: tuple | None, loss: torch.Tensor, model: torch.nn.Module
 ) -> Errors:
-    """The errors of the ranks' sums, which the rank that has the truth finds and tells the others."""
+    """Sum loss and gradients over ranks on the referee, compare them there, and broadcast the errors.
+
+    Args:
+        cp: the CP group.
+        referee: the rank that has the reference.
+        truth: loss and gradients of one process on the referee, None on other ranks.
+        loss: this rank's loss.
+        model: the model, whose parameters have this rank's gradients.
+    """
     total = _summed(cp, loss.double(), referee)
     worst, name_of_worst = 0.0, ""
     for number, (name, parameter) in enumerate(model.named_parameters()):
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if cp.groups.tensor.size > 1:  # which FSDP2 has summed, so that every rank has all of it
+        if cp.groups.tensor.size > 1:  # FSDP2 has already summed it, on every rank
             grad = (grad.full_tensor() if isinstance(grad, DTensor) else grad) / dist.get_world_size()
         grad = _summed(cp, grad, referee)
         if truth is not None:
             error = _error(grad, truth[1][number])
-            if not error <= worst:  # NaN as well
+            if not error <= worst:  # true for NaN as well
                 worst, name_of_worst = error, name
     answer = [None if truth is None else Errors(_error(total, truth[0]), worst, name_of_worst)]
     if cp.size > 1:

@@ -1,4 +1,4 @@
-"""The command `hf-context-parallel check`: progress while it runs, and a table."""
+"""Command `hf-context-parallel check`, which shows progress and prints a table."""
 
 from __future__ import annotations
 
@@ -28,10 +28,19 @@ PAGE = Path("docs/models.md")
 def run_check(
     model: str | None, every: bool, ranks: str | None, comm_type: str, jobs: int | None, keep: bool, tp_size: int = 1
 ) -> int:
-    """Check one model, or all types, and print what was found.
+    """Check one model or all model types, and print a table of the findings.
+
+    Args:
+        model: a model type, a folder or a hub id; None with `every`.
+        every: check all causal language models of Transformers.
+        ranks: sizes of the CP groups, separated by commas. By default 2, 3 and 4.
+        comm_type: the `comm_type` of `ContextParallelConfig`.
+        jobs: models to check at a time. By default `default_jobs()`.
+        keep: write the findings into the package and its documentation.
+        tp_size: ranks of tensor parallelism.
 
     Returns:
-        The exit status: 0 if everything is exact or refused.
+        The exit status: 0 if everything is exact or refused, 1 if a model is wrong, 2 if an argument is.
     """
     problem = _mistake(model, every, ranks, comm_type, keep, tp_size)
     if problem:
@@ -62,22 +71,22 @@ def run_check(
 def _mistake(
     model: str | None, every: bool, ranks: str | None, comm_type: str, keep: bool, tp_size: int = 1
 ) -> str | None:
-    """What is wrong with the arguments, if anything."""
+    """Describe the first wrong argument, or return None."""
     if every == (model is not None):
-        return "give one MODEL_OR_TYPE, or --all."
+        return "MODEL_OR_TYPE and --all are both given or both missing. Give one MODEL_OR_TYPE, or --all."
     if ranks is not None and not all(size.strip().isdigit() and int(size) > 0 for size in ranks.split(",")):
-        return f"--ranks={ranks!r} must be numbers of processes with commas between them, such as 2,3,4."
+        return f"--ranks={ranks!r} is not a list of positive numbers. Give numbers separated by commas, such as 2,3,4."
     if comm_type not in COMM_TYPES:
-        return f"--comm={comm_type!r} is not one of {', '.join(COMM_TYPES)}."
+        return f"--comm={comm_type!r} is not one of {', '.join(COMM_TYPES)}. Give one of them."
     if tp_size > 1 and (ranks is not None or comm_type != "p2p"):
-        return f"--tp={tp_size} compares CP groups of 2 by p2p: leave --ranks and --comm out."
+        return f"--tp={tp_size} always compares CP groups of 2 by p2p. Leave --ranks and --comm out."
     if keep and not (every and PAGE.parent.is_dir()):
-        return f"--write goes with --all, in the project's folder: it writes {PAGE}."
+        return f"--write needs --all, and the project's folder to write {PAGE}. Add --all and change to that folder."
     return None
 
 
 def table(findings: list[Finding]) -> str:
-    """One line a model: its state, the largest error of each kind of batch, and how its modules are computed."""
+    """Format a table with a line for each model: state, largest error of each kind of batch, and ways of computing."""
     kinds = list(dict.fromkeys(kind for finding in findings for kind in finding.errors))
     rows = [
         [

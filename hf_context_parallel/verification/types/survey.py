@@ -1,4 +1,4 @@
-"""What is known of each model type: found by `check`, kept beside this file, shown in docs/models.md."""
+"""Survey of model types: findings of `check`, kept in models.json and shown in docs/models.md."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .check import Errors, errors, tolerance
 from .tiny import shrink, tiny_config
 
 TIMEOUT = 120
-"""Seconds that one model may take on one group."""
+"""Seconds that a model may take on a group of one size."""
 WITH_SEQUENCE_PARALLEL = " (sequence parallel)"
 GOOD = ("exact", "exact by resharding", "refused")
 
 
 @dataclass
 class Finding:
-    """What the check of one model found.
+    """Result of the check of one model.
 
     Args:
-        name: the type, or what was asked for.
-        state: "exact"; "exact by resharding", where modules see whole sequences; "refused"; or "wrong".
-        errors: the largest of loss and gradients, for each kind of batch.
-        handled: for each class of modules that mix tokens, how they were computed.
-        reason: why it was refused, or what went wrong.
+        name: the model type, or the folder or hub id that was checked.
+        state: "exact"; "exact by resharding" if modules see whole sequences; "refused"; or "wrong".
+        errors: for each kind of batch, the largest error of loss and gradients.
+        handled: for each class of modules that mix tokens, the ways it was computed.
+        reason: the reason of a refusal, or of a wrong result.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Finding:
 
 
 def model_types() -> list[str]:
-    """All causal language models of the installed Transformers."""
+    """List the types of all causal language models of the installed Transformers."""
     return sorted(causal_lm_classes())
 
 
 def configuration(model: str) -> PreTrainedConfig:
-    """The tiny configuration of a type, of a folder's model or of one of the hub."""
+    """Make the tiny configuration of a model type, or of a model in a folder or on the hub."""
     if model in causal_lm_classes():
         return tiny_config(model)
     return shrink(AutoConfig.from_pretrained(model))
@@ -66,12 +66,15 @@ def survey(
     report: Callable[[Finding], None],
     tp_size: int = 1,
 ) -> list[Finding]:
-    """The findings of several models, in their order; `report` hears of each as it comes.
+    """Check several models, and return their findings in the same order.
 
     Args:
+        models: model types, folders or hub ids.
         ranks: the sizes of the CP groups.
-        settings: further ones of `ContextParallelConfig`.
-        tp_size: the ranks that share each layer.
+        settings: further keywords of `ContextParallelConfig`.
+        jobs: models to check at a time.
+        report: a function that is called with each finding as soon as there is one.
+        tp_size: the number of ranks that share each layer.
     """
     pools = [WorkerPool(max(ranks) * tp_size, TIMEOUT) for _ in range(min(jobs, len(models)))]
     free = list(pools)
@@ -97,13 +100,13 @@ def survey(
 
 
 def examine(pool: WorkerPool, model: str, ranks: Sequence[int], settings: dict[str, Any], tp_size: int = 1) -> Finding:
-    """The finding of one model, on groups of each of these sizes. See `survey`."""
+    """Check one model on groups of each size in `ranks`; see `survey`."""
     if model in REFUSED:
         return Finding(model, "refused", reason=REFUSED[model])
     try:
         config = configuration(model)
-    except Exception as error:  # whatever a configuration's own checks raise
-        return Finding(model, "wrong", reason=f"no tiny model of it can be made: {last_line(error)}")
+    except Exception as error:  # the checks of a configuration raise errors of many kinds
+        return Finding(model, "wrong", reason=f"no tiny model of this type can be made: {last_line(error)}")
     if config.model_type in REFUSED:
         return Finding(model, "refused", reason=REFUSED[config.model_type])
     worst: dict[str, float] = {}
@@ -123,7 +126,7 @@ def examine(pool: WorkerPool, model: str, ranks: Sequence[int], settings: dict[s
 
 
 def survey_tensor_parallel(models: Sequence[str], tp_size: int, jobs: int, report: Callable) -> list[Finding]:
-    """The findings of the models that have a tensor-parallel plan, each without and with sequence parallelism."""
+    """Check the models that have a tensor-parallel plan, each without and with sequence parallelism."""
     planned = [model for model in models if _has_plan(model)]
     findings = []
     for sequence_parallel in (False, True):
@@ -131,7 +134,7 @@ def survey_tensor_parallel(models: Sequence[str], tp_size: int, jobs: int, repor
         findings.append(survey(planned, [2], settings, jobs, report, tp_size))
     for finding in findings[1]:
         finding.name += WITH_SEQUENCE_PARALLEL
-        if "sequence_parallel=True: " in finding.reason:  # its form is not known, and so it says
+        if "sequence_parallel=True: " in finding.reason:  # the model refuses it by itself
             finding.state = "refused"
     return [finding for both in zip(*findings) for finding in both]
 
@@ -144,7 +147,7 @@ def _has_plan(model: str) -> bool:
 
 
 def write_tensor_parallel(findings: Iterable[Finding], known: Path) -> None:
-    """Keep what was found of tensor parallelism as the package's knowledge."""
+    """Write the findings with tensor parallelism to the file of the package."""
     types: dict[str, dict[str, str]] = {}
     for finding in findings:
         name = finding.name.removesuffix(WITH_SEQUENCE_PARALLEL)
@@ -168,13 +171,13 @@ def _nan_first(value: float) -> tuple[bool, float]:
 
 
 def last_line(error: BaseException) -> str:
-    """What an error, or a worker's traceback, says in its end."""
+    """Return the last line of an error's message, which may hold a worker's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def write(findings: Iterable[Finding], known: Path, page: Path) -> None:
-    """Keep the findings of all types: as the package's knowledge, and as a page of the documentation."""
+    """Write the findings of all types to the file of the package, and as a page of the documentation."""
     kept = {finding.name: asdict(finding) for finding in findings}
     for finding in kept.values():
         del finding["name"]
@@ -187,7 +190,7 @@ def write(findings: Iterable[Finding], known: Path, page: Path) -> None:
 
 
 def bound(error: float) -> float:
-    """The power of ten that an error is below: rounding differs between machines."""
+    """Round an error up to a power of ten, since rounding differs between machines."""
     power = 1e-15
     while power < error:
         power = float(f"{power * 10:.0e}")
@@ -195,7 +198,7 @@ def bound(error: float) -> float:
 
 
 def page_of(content: dict) -> str:
-    """docs/models.md."""
+    """Build the text of docs/models.md."""
     types = content["types"]
     counts = {state: sum(finding["state"] == state for finding in types.values()) for state in GOOD}
     kinds = list(dict.fromkeys(kind for finding in types.values() for kind in finding["errors"]))
@@ -211,14 +214,15 @@ def page_of(content: dict) -> str:
             + ", ".join(f"{count} {state}" for state, count in counts.items())
             + ".",
             "",
-            "Made by `hf-context-parallel check --all --write`: a tiny model of each type with random weights, in",
-            "float64, on groups of 2, 3 and 4 processes against the same model with stock attention on one process,",
-            "each document of a packed batch alone. The numbers bound the largest difference of the loss and of every",
-            "parameter's gradient, by the largest entry of the tensor.",
+            "This page is made by `hf-context-parallel check --all --write`. A tiny model of each type, with random",
+            "weights in float64, runs on groups of 2, 3 and 4 processes. It is compared with the same model on one",
+            "process, with Transformers' own attention and each document of a packed batch alone. The numbers bound",
+            "the largest difference of the loss and of every parameter's gradient, relative to the largest entry of",
+            "the tensor.",
             "",
-            "- **exact**: attention is a ring; other mixers, if any, deal their heads or exchange halos.",
+            "- **exact**: attention is a ring; other mixers, if any, share their heads or exchange halos.",
             "- **exact by resharding**: the modules marked *whole sequences* see each sequence whole, on one rank.",
-            "- **refused**: running on a shard raises the reason.",
+            "- **refused**: a model of this type raises the reason when it runs on shards.",
             "",
             tabulate(rows, ["type", "state", *kinds, "how"], tablefmt="github"),
             "",
@@ -231,12 +235,15 @@ def _shown(error: float | None) -> str:
 
 
 def how(finding: dict) -> str:
-    """How the modules of a type are computed, or why it is refused."""
+    """Describe the ways in which the modules of a type are computed, or the reason of its refusal."""
     if finding["reason"]:
         return finding["reason"]
     return "; ".join(f"{name}: {', '.join(ways)}" for name, ways in sorted(finding["handled"].items()))
 
 
 def default_jobs() -> int:
-    """How many models are checked at a time: ranks wait for each other, so more than there are cores for."""
+    """Return the number of models to check at a time: half the number of cores, but at least 2.
+
+    These models have more ranks than there are cores, since ranks often wait for each other.
+    """
     return max(2, (os.cpu_count() or 2) // 2)

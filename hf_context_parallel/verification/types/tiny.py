@@ -1,8 +1,8 @@
-"""Tiny models of all causal language models of Transformers, with random weights that are the same in every process.
+"""Tiny models of all causal language model types, with random weights that are the same in every process.
 
-A configuration is shrunk by the names that configurations share: widths, heads, ranks, experts, windows and so on
-become small, layers become few but one of each kind stays, and everything else (activations, norms, biases, kind of
-RoPE, tying) is left as it is. Types whose fields depend on one another in a way of their own are in `_OWN`.
+A configuration is shrunk by the field names that configurations share. Widths, heads, ranks, experts, windows and so
+on become small. Few layers are kept, but at least one of each kind. Everything else (activations, norms, biases, kind
+of RoPE, tied weights) stays unchanged. Types whose fields depend on each other in other ways are listed in `_OWN`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _LAYERS = 4
 
 
 def _by_name(names_of: dict[int, str]) -> dict[str, int]:
-    """The number that each name is listed under."""
+    """Map each name to the number that it is listed under."""
     return {name: number for number, names in names_of.items() for name in names.split()}
 
 
-# The most that a field of one of these names may be. Smaller values stay, and so does None.
+# Largest values of the fields with these names. Smaller values and None stay.
 _AT_MOST = _by_name(
     {
         _POSITIONS: """
@@ -65,10 +65,11 @@ _AT_MOST = _by_name(
         """,
     }
 )
-# The tokenizer's ids, whatever the value was.
+# These fields become the number of the tokenizer's ids, whatever the value was.
 _VOCABULARIES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
 _EXPERTS = _by_name({4: "num_experts n_routed_experts num_local_experts moe_num_experts"})
-# What the ranks of tensor parallelism share, for one or two of them; more have as much more. Heads stay as wide.
+# Largest values of fields that tensor-parallel ranks share, for up to two ranks. They grow with the number of ranks,
+# so that heads keep their width.
 _SHARED_AT_MOST = _by_name(
     {
         64: "mamba_d_ssm",
@@ -84,9 +85,9 @@ _SHARED_AT_MOST = _by_name(
         2: "linear_num_key_heads",
     }
 )
-# The same, and where there are several, one for each of the ranks at least.
+# The same for key/value heads. If there are several, there is at least one for each rank.
 _KEY_VALUE_HEADS = _by_name({2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads"})
-# The same, whatever the value was: other sizes are parts or multiples of these.
+# These fields always get the value, even if it is larger, because other sizes are parts or multiples of them.
 _SHARED = _by_name(
     {
         32: """
@@ -113,7 +114,7 @@ _DEPTHS = (
     "num_encoder_layers",
     "num_decoder_layers",
 )
-# Lists of the indices of the layers that are of one kind.
+# Fields that list the indices of the layers of one kind.
 _INDICES = (
     "attn_layer_indices",
     "full_attn_idxs",
@@ -123,7 +124,7 @@ _INDICES = (
     "moe_layers",
     "local_layer_ids",
 )
-# What a type needs beside the names above.
+# Fields that a type needs in addition to the names above.
 _OWN: dict[str, dict[str, Any]] = {
     "dory": {
         "num_hidden_layers": 4,
@@ -132,7 +133,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "n_recurrent_layers": 2,
         "n_output_layers": 1,
     },
-    "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},  # of one stack, and multiplied from there
+    "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},  # of one stack; the model multiplies them
     "inkling2_loop_text": {
         "num_hidden_layers": 4,
         "layer_types": ["hybrid_sliding", "hybrid"] * 2,
@@ -156,7 +157,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "number_of_conv_states": 3,
     },
     "recurrent_gemma": {"num_hidden_layers": 2, "block_types": ["recurrent", "attention"]},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},  # which would ask for one length only
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},  # axial positions would allow one length only
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {
         "num_hidden_layers": 4,
@@ -164,7 +165,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3],
     },
 }
-# What the default configurations of some types lack.
+# Fields that the default configurations of some types lack.
 _HALF_SLIDING = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7}
 _HEAD = {"head_dim": 128}
 _INDEXER = {
@@ -190,8 +191,8 @@ UNSTATED: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "xmod": {"default_language": "en_XX"},
 }
-"""What the default configuration of a type does not say, and a model cannot be built or run without."""
-# Where the default configuration of a type has not all kinds of layers that the type can have.
+"""Fields that a model needs and that the default configuration of its type lacks."""
+# Fields for types whose default configuration does not have all kinds of layers that the type can have.
 _KINDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "dots1": _HALF_SLIDING,
@@ -217,25 +218,25 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 
 class _Limits(NamedTuple):
-    """The least and the most that the fields of a small configuration may be, by their names."""
+    """Smallest and largest values of the fields of a small configuration, by their names."""
 
     least: dict[str, int]
     most: dict[str, int]
 
     def applied(self, name: str, value: float) -> float:
-        """The value of a field of this name, no larger and no smaller than it may be."""
+        """Limit the value of a field."""
         small = min(value, self.most.get(name, value))
         return max(small, self.least.get(name, small))
 
 
 def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
-    """The configuration of a model of this type that fits anywhere, as `check` runs it. See `shrink`."""
+    """Make the configuration of a tiny model of this type, as `check` runs it; see `shrink`."""
     values = {**UNSTATED.get(model_type, {}), **_KINDS.get(model_type, {})}
     return shrink(AutoConfig.for_model(model_type, **values), **changes)
 
 
 def shrink(config: PreTrainedConfig, **changes) -> PreTrainedConfig:
-    """A small configuration of the same architecture, without dropout; `changes` are fields to set beside."""
+    """Make a small configuration of the same architecture, without dropout. `changes` are fields to set afterwards."""
     small = _shrunk(config.to_dict(), _limits(VOCABULARY, tensor_ranks=1, expert_ranks=1))
     return type(config).from_dict({**_without_randomness(small), **changes})
 
@@ -243,12 +244,14 @@ def shrink(config: PreTrainedConfig, **changes) -> PreTrainedConfig:
 def with_small_sizes(
     config: PreTrainedConfig, vocabulary: int, tensor_ranks: int, expert_ranks: int
 ) -> PreTrainedConfig:
-    """A small configuration of the same architecture, with all else as it is.
+    """Make a small configuration of the same architecture, with dropout and all other fields unchanged.
 
     Args:
-        vocabulary: how many ids the tokenizer has.
-        tensor_ranks: the ranks that share each layer. They divide its heads, of which there are as many at least.
-        expert_ranks: the ranks that share the experts of a layer. They divide these, where there are as many.
+        config: the full configuration.
+        vocabulary: the number of the tokenizer's ids.
+        tensor_ranks: the number of ranks that share each layer. It divides the number of heads.
+        expert_ranks: the number of ranks that share the experts of a layer. It divides the number of experts, if the
+            model has as many.
     """
     return type(config).from_dict(_shrunk(config.to_dict(), _limits(vocabulary, tensor_ranks, expert_ranks)))
 
@@ -256,16 +259,16 @@ def with_small_sizes(
 def tiny_model(
     config: PreTrainedConfig, attn_implementation: str | None, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> PreTrainedModel:
-    """A model of this configuration, the same for every value of `attn_implementation`.
+    """Make a model with random weights, which are the same for every value of `attn_implementation`.
 
-    Weights are spread out, so that attention is not uniform and norms and biases are not those of a fresh model.
+    Noise is added to the weights, so that attention is not uniform, and norms and biases differ from 1 and 0.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = copy.deepcopy(config)  # a model keeps its configuration and writes the implementation there
+        config = copy.deepcopy(config)  # the model writes the implementation into it
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
         if dtype == torch.float64:
-            model.set_experts_implementation("eager")  # the default, a grouped matrix product, does not take float64
+            model.set_experts_implementation("eager")  # the default, a grouped product, has no float64
         model.to(dtype)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -274,7 +277,7 @@ def tiny_model(
 
 
 def _limits(vocabulary: int, tensor_ranks: int, expert_ranks: int) -> _Limits:
-    """What `with_small_sizes` keeps to."""
+    """Compute the limits that `with_small_sizes` applies."""
 
     def shared(sizes: dict[str, int]) -> dict[str, int]:
         return {name: size * max(2, tensor_ranks) // 2 for name, size in sizes.items()}
@@ -289,7 +292,7 @@ def _limits(vocabulary: int, tensor_ranks: int, expert_ranks: int) -> _Limits:
 
 
 def _without_randomness(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration, and of those within it, without dropout and jitter."""
+    """Set dropout and jitter to 0 in the fields of a configuration and of the configurations within it."""
     still = {}
     for name, value in fields.items():
         if isinstance(value, dict) and "model_type" in value:
@@ -301,7 +304,7 @@ def _without_randomness(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shrunk(fields: dict[str, Any], limits: _Limits) -> dict[str, Any]:
-    """The fields of a configuration, or of one within it, made small."""
+    """Shrink the fields of a configuration, or of one within it."""
     layers = _kept_layers(fields)
     small = {name: _small(name, value, fields, layers, limits) for name, value in fields.items()}
     if fields.get("num_kv_shared_layers"):
@@ -333,11 +336,11 @@ def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int], lim
         return min(value, len(layers))
     if name in ("head_dim", "qk_head_dim", "swa_head_dim"):
         return _head_dim(value, fields)
-    if name in _KEY_VALUE_HEADS and value == 1:  # all queries share it, on however many ranks they are
+    if name in _KEY_VALUE_HEADS and value == 1:  # one head for all queries, for any number of ranks
         return 1
-    if name == "num_key_value_heads" and "kv_lora_rank" in fields:  # latent attention gives every query its keys
+    if name == "num_key_value_heads" and "kv_lora_rank" in fields:  # latent attention: keys for every query head
         return min(value, limits.most["num_attention_heads"])
-    if name == "index_n_heads" and value == fields.get("num_key_value_heads"):  # one for each
+    if name == "index_n_heads" and value == fields.get("num_key_value_heads"):  # one for each key/value head
         return limits.applied("num_key_value_heads", value)
     if name == "attention_hidden_size":  # a multiple of the hidden size
         return limits.most["hidden_size"] * (value // fields["hidden_size"])
@@ -347,19 +350,19 @@ def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int], lim
 
 
 def _depth(fields: dict[str, Any]) -> int:
-    """The number of layers, of the deeper half where there are two."""
+    """Find the number of layers; for an encoder and a decoder, the larger one."""
     depths = [fields[name] for name in _DEPTHS if isinstance(fields.get(name), int)]
-    if not depths and isinstance(fields.get("layers_block_type"), list):  # which counts them by itself
+    if not depths and isinstance(fields.get("layers_block_type"), list):  # a list of all layers
         depths = [len(fields["layers_block_type"])]
     return max(depths, default=0)
 
 
 def _kept_layers(fields: dict[str, Any]) -> list[int]:
-    """Two layers at least, and of each kind that any of the lists of layers knows at least one."""
+    """Choose the layers to keep: at least two, and at least one of each kind that the lists of layers name."""
     depth = _depth(fields)
     kinds: list[set] = [set() for _ in range(depth)]
     for layer in range(depth):
-        if fields.get("num_kv_shared_layers"):  # the last ones take keys and values from an earlier one of their type
+        if fields.get("num_kv_shared_layers"):  # the last layers reuse earlier keys and values
             kinds[layer].add((layer >= _unshared(fields), fields["layer_types"][layer]))
         for name, value in fields.items():
             if name in _INDICES and value is not None:
@@ -378,12 +381,12 @@ def _kept_layers(fields: dict[str, Any]) -> list[int]:
 
 
 def _unshared(fields: dict[str, Any]) -> int:
-    """The number of layers that make their own keys and values."""
+    """Compute the number of layers that make their own keys and values."""
     return _depth(fields) - fields["num_kv_shared_layers"]
 
 
 def _head_dim(value: int, fields: dict[str, Any]) -> int:
-    """A head of a width that stands in the same relation to the other widths as `value` does."""
+    """Compute the size of a small head that fits the other small sizes as `value` fits the full ones."""
     rope, nope = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
     if rope is not None and nope is not None:
         small_rope, small_nope = min(rope, _AT_MOST["qk_rope_head_dim"]), min(nope, _AT_MOST["qk_nope_head_dim"])
@@ -394,15 +397,15 @@ def _head_dim(value: int, fields: dict[str, Any]) -> int:
 
 
 def _small_rope(parameters: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """RoPE of the same kind: of as many frequencies as small heads have, scaled from within the small range."""
+    """Shrink the parameters of RoPE to the frequencies of small heads and to a small range of positions."""
     small = {}
     for name, value in parameters.items():
-        if isinstance(value, dict):  # of one kind of layers
+        if isinstance(value, dict):  # parameters of one kind of layers
             value = _small_rope(value, fields)
         elif isinstance(value, (list, tuple)):
             head = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
             share = _head_dim(head, fields) / head
-            if name == "mrope_section":  # which together are all frequencies
+            if name == "mrope_section":  # its sections add up to all frequencies
                 total = int(sum(value) * share)
                 value = [int(section * share) for section in value]
                 value[0] += total - sum(value)
@@ -415,7 +418,7 @@ def _small_rope(parameters: dict[str, Any], fields: dict[str, Any]) -> dict[str,
 
 
 def _in_proportion(override: dict[str, Any], fields: dict[str, Any], limits: _Limits) -> dict[str, Any]:
-    """What one layer has other than the rest, made as much smaller as the rest is."""
+    """Shrink the fields in which one layer differs, in the same proportion as those of the other layers."""
     small = {}
     for name, value in override.items():
         small[name] = max(1, _small(name, fields[name], fields, [], limits) * value // fields[name])

@@ -135,7 +135,7 @@ def test_lengths_of_keys_alone_are_refused():
 
 def test_three_axes_of_positions_say_what_to_do():
     with (
-        pytest.raises(ValueError, match=r"have 2 dimensions\. Of text alone the axes of M-RoPE are the same: leave"),
+        pytest.raises(ValueError, match=r"have 2 dimensions\. For text alone all axes of M-RoPE are equal: leave"),
         context().shard({**labelled(), "position_ids": torch.arange(19).expand(3, 2, 19)}),
     ):
         pass

@@ -1,4 +1,4 @@
-"""The check of model types, what it has found, and that it would notice."""
+"""Check of model types: its findings, and errors that it must find."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ SAMPLE = {
     "nemotron_h": (2,),  # Mamba 2
     "lfm2": (4,),  # short convolutions
     "bloom": (3,),  # ALiBi
-    "gptj": (2,),  # an attention class of its own
+    "gptj": (2,),  # has its own attention class
     "opt": (3,),  # positions counted from the mask
     "whisper": (2,),  # labels that are not shifted
     "deepseek_v32": (3,),  # picks its keys
-    "xlnet": (3,),  # whole
+    "xlnet": (3,),  # sees whole sequences
     "git": (2,),
 }
-"""Types of every kind, and the groups that they are checked on."""
+"""Types of every kind, and the sizes of the CP groups that they are checked on."""
 
 
 def needing_marks(types: dict[str, str]) -> list:
-    """Parameters, each of a model type, with what the type needs."""
+    """Make test parameters of model types, with the marks that each type needs."""
     return [
         pytest.param(name, marks=needs_chunks_of_documents if model_type == "llama4_text" else ())
         for name, model_type in types.items()
@@ -67,7 +67,7 @@ def test_every_type_is_known_and_few_are_refused():
 @pytest.mark.exhaustive
 @needs_transformers("5.23", "the table lists the types of Transformers 5.23")
 def test_what_is_known_as_exact_is_not_refused():
-    """As a user has it: by the class's own configuration, whose type may be another than the table's."""
+    """Build models as a user does, by the class's own configuration, whose type may differ from that in the table."""
     exact = [name for name, finding in known_states().items() if finding["state"] != "refused"]
     with torch.device("meta"):
         for name in exact:
@@ -173,7 +173,7 @@ def test_a_folder_is_checked_by_its_configuration(on_ranks, tmp_path):
         (("llama", True, "2", "p2p", None, False), "or --all"),
         (("llama", False, "two", "p2p", None, False), "--ranks='two'"),
         (("llama", False, "2", "ring", None, False), "--comm='ring' is not one of p2p"),
-        (("llama", False, "2", "p2p", None, True), "--write goes with --all"),
+        (("llama", False, "2", "p2p", None, True), "--write needs --all"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, message, capsys):
