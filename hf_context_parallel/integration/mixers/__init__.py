@@ -1,1 +1,1 @@
-"""Modules that mix tokens otherwise than by attention."""
+"""Mixers: modules that mix tokens otherwise than by the attention interface."""
