@@ -33,7 +33,7 @@ SEES_WHOLE = re.compile(
     # attention that picks its keys, or biases their scores
     r"|(AXK2|DeepseekV32|DeepseekV4|Dots3NoteText|GlmMoeDsa|HYV4|MiniMaxM3VL\w*|Doge|Inkling|Inkling2\w*)Attention"
 )
-"""Class names of modules that mix tokens otherwise than by the attention interface."""
+"""Class names of modules that mix tokens by other means than the attention interface."""
 
 NO_INTERFACE = re.compile(r"(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention")
 """Class names of attention modules that do not use the attention interface in all versions of Transformers."""
@@ -146,7 +146,7 @@ def is_called(kind: type, pattern: re.Pattern) -> bool:
 
 
 def sees_whole(kind: type[torch.nn.Module]) -> bool:
-    """Return whether a class of modules mixes tokens otherwise than by the attention interface."""
+    """Return whether a class of modules mixes tokens by other means than the attention interface."""
     return is_called(kind, SEES_WHOLE) or (is_called(kind, NO_INTERFACE) and not asks_interface(kind))
 
 

@@ -1,1 +1,1 @@
-"""Mixers: modules that mix tokens otherwise than by the attention interface."""
+"""Mixers: modules that mix tokens by other means than the attention interface."""

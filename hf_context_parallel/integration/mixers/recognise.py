@@ -20,7 +20,7 @@ def is_native(module: torch.nn.Module) -> bool:
 
 
 def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the modules that mix tokens otherwise than by the attention interface. None is inside another."""
+    """Return the modules that mix tokens by other means than the attention interface. None is inside another."""
     if isinstance(model, PreTrainedModel) and model.config.model_type in WHOLE_MODELS:
         decoder = model.get_decoder()
         return [model.base_model if decoder is model else decoder]
