@@ -81,9 +81,9 @@ def refuse_part(module: PreTrainedModel, passed: PreTrainedModel) -> None:
     """
     if any(part is module for part in passed.modules()):
         raise ValueError(
-            f"{type(module).__name__} runs by itself, and cp.shard was given labels and the {type(passed).__name__} "
-            "that it is a part of, whose loss would not be checked. Call it as model(**local) and not by its forward, "
-            "or pass the part to cp.shard and leave the labels out."
+            f"{type(module).__name__} runs by itself in the block of a {type(passed).__name__} with labels, and the "
+            "loss of that model would not be checked. Call it as model(**local) and not by its forward, or pass the "
+            "part to cp.shard and leave the labels out."
         )
 
 
