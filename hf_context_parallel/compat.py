@@ -1,6 +1,6 @@
-"""Names of Transformers that it does not document, and what differs between its versions from 5.17 on.
+"""Undocumented names of Transformers, and differences between its versions from 5.17 on.
 
-Nothing is looked up on import. A version that lacks a name refuses what needs it, and nothing else.
+Nothing is looked up on import. If a version lacks a name, only the model types that need it are refused.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def lookup(module: str, name: str, needed_by: str) -> Any:
-    """The object that a module of Transformers has under an undocumented name.
+    """Look up an undocumented name of Transformers.
 
     Args:
-        module: below `transformers`.
-        needed_by: what cannot be computed without it, for the message.
+        module: path of the module below `transformers`.
+        name: the name in this module.
+        needed_by: subject of the message, such as a model type that cannot run without it.
 
     Raises:
         ValueError: if the installed version does not have it.
@@ -38,55 +39,55 @@ def lookup(module: str, name: str, needed_by: str) -> Any:
 
 
 def causal_lm_classes() -> dict[str, str]:
-    """For each model type, the name of the class that `AutoModelForCausalLM` makes of it."""
+    """Return the class names that `AutoModelForCausalLM` chooses from, by model type."""
     return lookup("models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "every model type")
 
 
 @functools.cache
 def base_class_names() -> frozenset[str]:
-    """The names of the classes that `AutoModel` chooses from."""
+    """Return the class names that `AutoModel` chooses from."""
     by_type = lookup("models.auto.modeling_auto", "MODEL_MAPPING_NAMES", "every model type")
     several = ((names,) if isinstance(names, str) else names for names in by_type.values())
     return frozenset(name for names in several for name in names)
 
 
 def causal_lm_loss() -> Callable:
-    """The loss function that causal language models have unless they bring one of their own."""
+    """Return the default loss function of causal language models."""
     return lookup("loss.loss_utils", "ForCausalLMLoss", "the loss of every model type")
 
 
 def mask_piece(name: str) -> Callable:
-    """One of the functions that Transformers puts masks together from."""
+    """Return one of the functions from which Transformers builds masks."""
     return lookup("masking_utils", name, "a model type that sees whole sequences")
 
 
 def chunks_count_from_documents() -> bool:
-    """Whether chunked attention counts its chunks from each packed document's first token: from 5.18 on."""
+    """Return whether chunked attention counts chunks from the start of each packed document, as from 5.18 on."""
     return hasattr(importlib.import_module("transformers.masking_utils"), "remap_positions_for_packed_sequence")
 
 
 def bloom_alibi() -> Callable:
-    """The function that makes Bloom's score biases of a padding mask."""
+    """Return the function that makes the score biases of Bloom from a padding mask."""
     return lookup("models.bloom.modeling_bloom", "build_alibi_tensor", "model type 'bloom'")
 
 
 def attention_name(config: PreTrainedConfig) -> str | None:
-    """The value of `attn_implementation` that a configuration was given."""
+    """Return the value of `attn_implementation` of a configuration."""
     return getattr(config, "_attn_implementation", None)
 
 
 def set_attention_name(config: PreTrainedConfig, name: str) -> None:
-    """Give this configuration alone another `attn_implementation`, and none of its parts."""
+    """Set the `attn_implementation` of a configuration, and not of the configurations inside it."""
     config._attn_implementation_internal = name
 
 
 def default_attention(model_class: type[PreTrainedModel]) -> str:
-    """`"sdpa"` or `"eager"`: the attention that Transformers chooses for a class."""
+    """Return `"sdpa"` or `"eager"`: the default attention of Transformers for a model class."""
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def asks_interface(module_class: type[torch.nn.Module]) -> bool:
-    """Whether a module's forward looks its attention up in the interface: GPT-J and CodeGen do from 5.24 on."""
+    """Return whether the forward of a module uses the attention interface. GPT-J and CodeGen do from 5.24 on."""
     forward = inspect.unwrap(module_class.forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
@@ -94,14 +95,15 @@ def asks_interface(module_class: type[torch.nn.Module]) -> bool:
 def add_to_attention_tables(
     name: str, known: Callable[[type], bool], refuse: Callable[[PreTrainedConfig, str], Exception]
 ) -> None:
-    """Enter `name` in the tables by which some model types choose the class of their attention.
+    """Add `name` to the tables from which some model types choose the class of their attention.
 
-    Such a type asks no interface. Its tables are filled when a model of it is made with `name`: in the constructor
-    that all models share, since Transformers has no hook before the layers are made.
+    Such a type does not use the attention interface. Its tables are filled when a model is made with `name`. That is
+    done in the constructor that all models share, since Transformers has no hook before the layers are made.
 
     Args:
-        known: whether the class of a table's eager attention may be taken for `name` as well.
-        refuse: makes the error of any other table, of the configuration and the table's name.
+        name: the value of `attn_implementation`.
+        known: returns whether the eager attention class of a table may be used for `name` too.
+        refuse: makes the error for any other table, from the configuration and the name of the table.
     """
     original = PreTrainedModel.__init__
 

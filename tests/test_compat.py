@@ -1,4 +1,4 @@
-"""What the package asks of other packages: on import what they document, and the rest where it is needed."""
+"""Imports from other packages: documented names on import, and undocumented ones where they are needed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DOCUMENTED = {
     "transformers",
     "transformers.utils",
 }
-"""Their modules whose public names have a place in their documentation."""
+"""Modules of other packages whose public names are documented."""
 
 
 def undocumented(node: ast.AST) -> Iterator[str]:
-    """The undocumented names that a statement imports from other packages."""
+    """Yield the undocumented names that a statement imports from other packages."""
     if isinstance(node, ast.Import):
         found = [(alias.name, "") for alias in node.names]
     elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -43,7 +43,7 @@ def undocumented(node: ast.AST) -> Iterator[str]:
 
 
 def test_undocumented_names_are_imported_nowhere():
-    """Not in functions either, where `compat.lookup` says what lacks them."""
+    """Check imports inside functions too: `compat.lookup` is to be used there, as its error names the missing name."""
     found = {
         f"{path.relative_to(PACKAGE)}: {name}"
         for path in PACKAGE.rglob("*.py")

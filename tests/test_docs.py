@@ -299,3 +299,39 @@ def test_the_translation_has_the_same_code_and_numbers():
         )
     )
     assert python[0] == python[1] and sorted(lines[0]) == sorted(lines[1]) and table[0] == table[1]
+
+
+FOREIGN = {"docs/comparison.md": "\n## torch"}
+"""Pages that name files of other projects, each with the heading from which on they do."""
+
+FILE = re.compile(r"(?<![\w./-])[\w./-]*\w\.(?:py|md|json|jsonl|yaml|png|toml|cfg)\b")
+FOLDER = re.compile(r"(?<![\w./-])(?:hf_context_parallel|tests|benchmarks|docs|recipes|examples)/[\w./-]*")
+
+
+def named_files(page: Path) -> set[str]:
+    """Return the paths of files and folders that a page names, in text, links and code."""
+    text = page.read_text(encoding="utf-8")
+    text = text.split(FOREIGN.get(str(page.relative_to(ROOT)), "\0"))[0]
+    text = re.sub(r"https?://\S+", "", text)
+    return {path.rstrip("./") for path in {*FILE.findall(text), *FOLDER.findall(text)}}
+
+
+@cache
+def project_paths() -> list[str]:
+    """List the files and folders of the project, from its root, each between slashes."""
+    tops = [ROOT / name for name in ("hf_context_parallel", "tests", "benchmarks", "docs", "recipes", "examples")]
+    found = [*ROOT.glob("*.*"), *tops, *(path for top in tops for path in top.rglob("*"))]
+    return [f"/{path.relative_to(ROOT).as_posix()}/" for path in found]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_pages_name_exist(name):
+    """A page may name a file from the root, from its own folder, or by the end of its path."""
+    page = ROOT / name
+    wanted = named_files(page) - {"config.json"}  # a file of models of the hub
+    missing = {
+        path
+        for path in wanted
+        if not (page.parent / path).exists() and not any(one.endswith(f"/{path}/") for one in project_paths())
+    }
+    assert not missing

@@ -1,1 +1,1 @@
-"""Transformers' models on shards."""
+"""Integration with Transformers: models that run on shards."""

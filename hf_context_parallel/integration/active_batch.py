@@ -1,8 +1,7 @@
-"""The batch that is being computed: all that patches and the attention function need of it.
+"""The active batch: the shard, the group and the strategies that patches and the attention function look up.
 
-Transformers gives the attention function and the mask function the tensors of a layer and no batch, so the batch is
-found here. It is entered and left in one place, by `ShardedBatch`; batches nest, as when evaluation runs inside
-training.
+Transformers passes the tensors of a layer to the attention function and the mask function, and no batch. They find the
+batch here. `ShardedBatch` alone enters and leaves it. Batches nest: evaluation may run inside a training step.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from ..planning.mask import Pattern, layer_type
 
 
 class ActiveBatch:
-    """A shard, and the group that computes with it.
+    """A shard, and the CP group that computes the whole batch.
 
     Args:
-        shard: this rank's share of the batch.
-        group: the ranks that have the other shares.
+        shard: the tokens of the batch that this rank holds.
+        group: the ranks that hold all shards.
     """
 
     def __init__(self, shard: Shard, group: CPGroup):
         self.shard, self.group = shard, group
         self.handled: dict[str, set[str]] = {}
-        """For each class of modules that mix tokens: how they were computed."""
+        """Class names of modules that mix tokens, each with the ways in which they were computed."""
         self.strategies: dict[tuple, Strategy] = {}
-        """Those of the layers so far, by pattern, communication type and ranks of a subgroup."""
+        """Strategies of the layers so far, by pattern, communication type and size of a subgroup."""
         self._choices: dict[tuple, Choice] = {}
         self._closed = False
 
@@ -44,10 +43,10 @@ class ActiveBatch:
         self.handled.setdefault(type(module).__name__, set()).add(how)
 
     def strategy(self, module: torch.nn.Module, pattern: Pattern, shape: Shape, device: torch.device) -> Strategy:
-        """What this rank computes and moves in a layer; made for the first of its kind.
+        """Return the strategy of a layer. Layers with the same pattern, shapes and communication type share one.
 
         Raises:
-            ValueError: if the configuration says nothing of such a layer.
+            ValueError: if the configuration names no communication type for such a layer.
         """
         shard = self.shard
         comm_type = self.group.config.comm_type_of(layer_type(pattern), getattr(module, "layer_idx", None))
@@ -61,71 +60,77 @@ class ActiveBatch:
 
     @cached_property
     def indices(self) -> torch.Tensor:
-        """`[B, S_local]`, where each token stands in its row; in its document, where rows are packed."""
+        """Index of each token in its row, `[B, S_local]`. Where rows are packed it is the index in the document."""
         shard = self.shard
         rows = shard.rows if shard.packed else ((),) * shard.batch_size
         return positions_in_documents(rows, shard.layout.length)[:, shard.layout.positions(shard.rank)]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S_local, ...]` as `[B, S, ...]` in the original order, on every rank. Differentiable.
+        """Gather `[B, S_local, ...]` to `[B, S, ...]` in the original order, on every rank. Differentiable.
 
         Raises:
-            ValueError: if the tensor's first two dimensions are not the shard's; on this rank alone, so that the
-                others wait for it.
+            ValueError: if the first two dimensions of the tensor are not those of the shard. Only this rank raises,
+                and the others wait for it.
         """
         shard, expected = self.shard, self.shard.local_shape
         if tuple(x.shape[:2]) != expected:
             raise ValueError(
-                f"cp.gather() takes a tensor that begins with {expected}, this shard's; got {tuple(x.shape)}."
+                f"cp.gather() got a tensor of shape {tuple(x.shape)}, and this shard has rows and tokens {expected}. "
+                f"Pass a tensor whose shape begins with {expected}."
             )
         return gather_sequence(x, shard.layout, shard.length, self.group.groups.group)
 
     def close(self) -> None:
-        """Compute no more gradients."""
+        """Refuse backward from now on."""
         self._closed = True
 
     def check_backward(self) -> None:
-        """Raise unless this batch's gradients can be computed now."""
+        """Raise unless the gradients of this batch can be computed now."""
         if self._closed:
             raise RuntimeError(
-                "backward of a sharded batch after leaving it: call backward() inside `with cp.shard(...)`."
+                "backward of a sharded batch ran after its block was left. Call backward() inside "
+                "`with cp.shard(...)`."
             )
         if active_batch() is not self:
             raise RuntimeError(
-                "backward of a sharded batch inside another one's `with cp.shard(...)`: leave the inner one first."
+                "backward of a sharded batch ran inside the block of another batch. Before backward() of the outer "
+                "batch, leave the inner one first."
             )
 
 
-# Not a context variable: on CUDA, backward (and with it the recomputation of gradient checkpointing) runs in a thread
-# of autograd's own, which sees no other thread's.
+# This is not a context variable. On CUDA, backward runs in a thread of autograd, which does not see the context
+# variables of another thread. The recomputation of gradient checkpointing runs there too.
 _open: list[ActiveBatch | None] = []
 
 
 def active_batch() -> ActiveBatch | None:
-    """The innermost batch that has been entered and not left."""
+    """Return the innermost batch that has been entered and not left, or None."""
     return _open[-1] if _open else None
 
 
 def enter(batch: ActiveBatch) -> None:
+    """Make a batch the innermost one."""
     _open.append(batch)
 
 
 def leave(batch: ActiveBatch) -> None:
-    """Close the innermost batch.
+    """Close a batch, which must be the innermost one.
 
     Raises:
-        RuntimeError: if it is not this one.
+        RuntimeError: if another batch was entered later and has not been left.
     """
     batch.close()
     if _open[-1] is not batch:
         _open.remove(batch)
-        raise RuntimeError("sharded batches must be left in the reverse of the order in which they were entered.")
+        raise RuntimeError(
+            "a sharded batch was left before one that was entered later. Leave the batch that was entered last first."
+        )
     _open.pop()
 
 
 @contextmanager
 def no_batch() -> Iterator[None]:
-    """What runs meanwhile is not sharded: attention is what it would be without us."""
+    """Compute without an active batch: attention is that of Transformers."""
     _open.append(None)
     try:
         yield

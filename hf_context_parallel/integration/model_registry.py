@@ -1,4 +1,4 @@
-"""Which models are exact on shards, and what their modules need for it."""
+"""Registry of model types: their state (exact or refused), and the modules that need more than attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 NAME = "context_parallel"
 """The value of `attn_implementation` that this package registers."""
 TEXT_ALONE = {"": NAME, "text_config": NAME, "vision_config": "sdpa"}
-"""The value for a composite model whose text is sharded and whose vision tower is not."""
+"""The value of `attn_implementation` for a composite model whose text is sharded and whose vision tower is not."""
 
 SEES_WHOLE = re.compile(
     # state space, linear attention, recurrences
@@ -33,22 +33,25 @@ SEES_WHOLE = re.compile(
     # attention that picks its keys, or biases their scores
     r"|(AXK2|DeepseekV32|DeepseekV4|Dots3NoteText|GlmMoeDsa|HYV4|MiniMaxM3VL\w*|Doge|Inkling|Inkling2\w*)Attention"
 )
-"""The modules that mix tokens otherwise than by the attention interface, by their classes' names."""
+"""Class names of modules that mix tokens by other means than the attention interface."""
 
 NO_INTERFACE = re.compile(r"(Bloom|CodeGen|Falcon|GPTNeoSelf|GPTNeoXJapanese|GPTJ|Mpt|XGLM)Attention")
-"""The attentions that no interface reaches in some version of Transformers or in all, by their classes' names."""
+"""Class names of attention modules that do not use the attention interface in all versions of Transformers."""
 
 ATTENDS_TO_LAYERS = re.compile(r"Inkling2(Loop)?(Block|Message)AttentionResidual")
-"""The modules that ask the attention interface for each token by itself, with earlier layers in the place of keys."""
+"""Class names of modules in which each token attends to earlier layers instead of other tokens.
+
+They call the attention interface with the outputs of earlier layers as keys.
+"""
 
 SHORT_CONVOLUTIONS = re.compile(r"\w+ShortConv")
-"""Those of them that carry no state along the sequence, and no other module of their layer sees whole sequences."""
+"""Class names of convolutions without a state, in layers where no other module sees whole sequences."""
 
 MAKES_POSITIONS = re.compile(
     r"OPTLearnedPositionalEmbedding"
     r"|(Camembert|Data2VecText|Roberta|RobertaPreLayerNorm|XLMRoberta|XLMRobertaXL|Xmod)\w*Embeddings"
 )
-"""The modules that count positions from the first token, or the first that is not padding, that they see."""
+"""Class names of modules that count positions themselves, from the first token or the first one after padding."""
 
 WHOLE_MODELS = {
     "bart",
@@ -75,7 +78,10 @@ WHOLE_MODELS = {
     "xlm",
     "xlnet",
 }
-"""The types whose whole model sees whole sequences: it mixes tokens or makes positions between its modules."""
+"""Model types that are computed on whole sequences altogether.
+
+Their code between modules mixes tokens or makes positions.
+"""
 
 DEPENDS_ON_ATTN_NAME = {
     "axk2",
@@ -87,7 +93,7 @@ DEPENDS_ON_ATTN_NAME = {
     "hy_v4",
     "minimax_m3_vl_text",
 }
-"""The types whose layers compute something else where their attention is not called by one of Transformers' names."""
+"""Model types whose layers compute something else if the name of their attention is not one of Transformers."""
 
 UNSHIFTED = {
     "bart",
@@ -105,7 +111,7 @@ UNSHIFTED = {
     "xlm",
     "xlnet",
 }
-"""The types whose loss compares each token's logits with its own label and not with the next one's."""
+"""Model types whose loss compares the logits of a token with the label of that token, and not of the next one."""
 
 _NOT_BUILT = "AutoModelForCausalLM cannot build it from its configuration, so that it was not tested"
 _DRAFTS = "it drafts for another model, whose keys and values it takes, and cannot be trained alone"
@@ -113,66 +119,69 @@ REFUSED = {
     "gemma3n": "its vision tower needs the timm package, so that it was not tested; its text, gemma3n_text, is exact",
     "gemma4_assistant": _DRAFTS,
     "gemma4_unified_assistant": _DRAFTS,
-    "git": "it needs images, whose tokens come before the text's and are in no shard",
+    "git": "it needs images, and image tokens come before the text and belong to no shard",
     "musicgen": _NOT_BUILT,
     "musicgen_melody": _NOT_BUILT,
     "prophetnet": "it predicts several tokens at a time, and its loss is not a sum over a shard's tokens",
 }
-"""The types that are not exact on shards, and why."""
+"""Model types that are not exact on shards, each with the reason."""
 
 KNOWN = Path(__file__).parent.parent / "models.json"
-"""What `hf-context-parallel check --all --write` has found of each type."""
+"""File with the result of every model type, which `hf-context-parallel check --all --write` makes."""
 
 KNOWN_TENSOR_PARALLEL = KNOWN.with_name("tensor_parallel.json")
-"""What `hf-context-parallel check --all --tp 2 --write` has found of each type that has a tensor-parallel plan."""
+"""File with the result of every model type that has a tensor-parallel plan.
+
+`hf-context-parallel check --all --tp 2 --write` makes it.
+"""
 
 CHECKED_AS = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
-"""Types of the configurations that causal language models of other types have."""
+"""Model types of text configurations, each with the type of the causal language model that was checked."""
 
 
 @cache
 def is_called(kind: type, pattern: re.Pattern) -> bool:
-    """Whether a class, or one that it is derived from, has such a name: FSDP2 derives classes of its own."""
+    """Return whether the name of a class, or of one of its bases, matches. FSDP2 derives a class for each module."""
     return any(pattern.fullmatch(parent.__name__) for parent in kind.__mro__)
 
 
 def sees_whole(kind: type[torch.nn.Module]) -> bool:
-    """Whether a class of modules mixes tokens otherwise than by the attention interface."""
+    """Return whether a class of modules mixes tokens by other means than the attention interface."""
     return is_called(kind, SEES_WHOLE) or (is_called(kind, NO_INTERFACE) and not asks_interface(kind))
 
 
 def attends_to_layers(module: torch.nn.Module) -> bool:
-    """Whether what a module asks the attention interface for mixes no tokens."""
+    """Return whether a module calls the attention interface without mixing tokens."""
     return is_called(type(module), ATTENDS_TO_LAYERS)
 
 
 @cache
 def known_states() -> dict[str, dict]:
-    """For each model type that was checked, what was found."""
+    """Read the results of all model types that were checked, by type."""
     if not KNOWN.exists():
         return {}
     content = json.loads(KNOWN.read_text())
     if Version(content["transformers"]).release[:2] != Version(transformers.__version__).release[:2]:
         logger.warning(
-            f"Models were compared with one process in Transformers {content['transformers']}, and "
-            f"{transformers.__version__} is installed. `hf-context-parallel check TYPE` compares one with that."
+            f"Model types were compared with one process in Transformers {content['transformers']}, and "
+            f"{transformers.__version__} is installed. Run `hf-context-parallel check TYPE` to compare yours."
         )
     return content["types"]
 
 
 @cache
 def known_tensor_parallel() -> dict[str, dict]:
-    """For each model type that was checked with tensor parallelism, what was found."""
+    """Read the results of all model types that were checked with tensor parallelism, by type."""
     return json.loads(KNOWN_TENSOR_PARALLEL.read_text())["types"] if KNOWN_TENSOR_PARALLEL.exists() else {}
 
 
 LEARNED_POSITIONS = re.compile(r"(.*\.)?(wpe|embed_positions|position_embeddings?)")
-"""What models call the embedding of positions that they have learned."""
+"""Names of the modules that hold learned position embeddings."""
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """How many positions a model has learned embeddings of; None if it has none."""
-    # A vision tower inside of the decoder has positions of its own, and fewer.
+    """Return the number of positions that a model has learned embeddings of, or None."""
+    # A vision tower inside the decoder has learned positions too, but fewer of them.
     least = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
     for name, module in model.get_decoder().named_modules():
         is_of_positions = isinstance(module, torch.nn.Embedding) and LEARNED_POSITIONS.fullmatch(name)
@@ -183,7 +192,7 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 
 
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The outermost Transformers model within what wraps it.
+    """Return the outermost Transformers model inside a wrapper such as DDP.
 
     Raises:
         ValueError: if there is none.
@@ -192,6 +201,6 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel):
             return module
     raise ValueError(
-        f"{type(model).__name__} holds no Transformers model, and only those can be sharded. Pass one, or call "
-        "cp.attention in a model of your own."
+        f"{type(model).__name__} holds no Transformers model, and no other model can be sharded. Pass a Transformers "
+        "model, or call cp.attention in your own model."
     )

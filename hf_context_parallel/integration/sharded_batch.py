@@ -1,4 +1,4 @@
-"""A batch while it is computed: its share of this rank, and the checks of the model that runs with it."""
+"""The `with` block of `cp.shard`: it checks the batch and the model, and replaces the modules that need it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from .tensor_parallel.sequence_parallel import SequenceParallel
 
 
 class ShardedBatch(AbstractContextManager):
-    """`with` block in which the model computes with one rank's share of a batch; see `ContextParallel.shard`."""
+    """`with` block in which a model computes the shard of this rank; see `ContextParallel.shard`."""
 
     def __init__(self, group: CPGroup, batch: Mapping[str, Any], model: torch.nn.Module | None):
         self._group = group
         self._batch = batch
         self._model = model
         self._passed: PreTrainedModel | None = None
-        """The Transformers model in what was passed."""
+        """The Transformers model inside the model that was passed."""
         self._entered = False
         self._active: ActiveBatch
         self._positions: torch.Tensor
@@ -53,17 +53,17 @@ class ShardedBatch(AbstractContextManager):
 
     @property
     def shard(self) -> Shard:
-        """What this rank knows of the batch, once it is entered."""
+        """The shard of this rank, once the block is entered."""
         return self._active.shard
 
     @property
     def handled(self) -> dict[str, set[str]]:
-        """For each class of modules that mix tokens: how they were computed."""
+        """Class names of modules that mix tokens, each with the ways in which they were computed."""
         return self._active.handled
 
     def __enter__(self) -> dict[str, Any]:
         if self._entered:
-            raise RuntimeError("this sharded batch was entered before: call cp.shard(batch) again for another pass.")
+            raise RuntimeError("this sharded batch was entered before. For another pass, call cp.shard(batch) again.")
         self._entered = True
         self._failure_report = FailureReport()
         compared = []
@@ -83,7 +83,7 @@ class ShardedBatch(AbstractContextManager):
             self._failure_report.explain(failure, self._failure_report.block - 1)
             raise
         except ValueError as refusal:
-            self._failure_report.publish(refusal)  # to other groups, which go on and will wait for this one
+            self._failure_report.publish(refusal)  # for other groups: they go on, and then wait for this one
             raise
         self._active, self._positions = ActiveBatch(local.pop(SHARD), self._group), local["position_ids"]
         self._whole = WholeSequences(self._active)
@@ -117,16 +117,16 @@ class ShardedBatch(AbstractContextManager):
             self._failure_report.publish(error)
 
     def _check(self, model: torch.nn.Module) -> None:
-        """Refuse a model that would not be exact, or that the configuration does not fit."""
+        """Refuse a model that would not be exact, or does not fit the configuration."""
         check_model(model)
         check_parallelism(model, self._group)
         config = transformers_model(model).config.get_text_config()
         self._group.config.check_layers(
             getattr(config, "num_hidden_layers", None)
-        )  # a few have stacks of several names
+        )  # a few types have several stacks of layers, under other names
 
     def _local(self) -> dict[str, Any]:
-        """The batch as this rank's share of it, whether it came whole or from the collator."""
+        """Return the shard of this rank. The batch is whole, or the collator has sharded it."""
         rank, size = self._group.rank, self._group.size
         if SHARD not in self._batch:
             return shard_batch(self._batch, self._group.config, rank)
@@ -134,14 +134,14 @@ class ShardedBatch(AbstractContextManager):
         shard = local[SHARD]
         if (shard.rank, shard.layout.size) != (rank, size):
             raise ValueError(
-                f"the batch was sharded for rank {shard.rank} of {shard.layout.size} and this is rank "
-                f"{rank} of {size}: give the collator cp.config and cp.rank."
+                f"the batch was sharded for rank {shard.rank} of {shard.layout.size}, and this is rank "
+                f"{rank} of {size}. Give the collator cp.config and cp.rank."
             )
         return local
 
     @torch.compiler.disable
     def _before(self, module: torch.nn.Module, _) -> None:
-        """Check the model that is about to run: the outermost, whether or not it was passed to `shard`."""
+        """Check the outermost model before it runs, and replace modules. It may not be the one passed to `shard`."""
         if isinstance(module, PreTrainedModel) and active_batch() is self._active and self._running is None:
             if self._passed is not None and self._passed is not module and self.shard.has_targets:
                 refuse_part(module, self._passed)
@@ -164,7 +164,7 @@ class ShardedBatch(AbstractContextManager):
 
     @torch.compiler.disable
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Check what a model that was passed to `shard` is given, before what a rank sees depends on its share."""
+        """Check the inputs of the model that was passed to `shard`, while all ranks still see the same."""
         if active_batch() is self._active and self._running is module:
             given = by_name(module.forward, args, kwargs)
             if given.get("attention_mask") is not None:
@@ -173,10 +173,10 @@ class ShardedBatch(AbstractContextManager):
 
     @torch.compiler.disable
     def _after(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
-        """Check what the model was given and that it used our attention; there is no output if it raised.
+        """Check the inputs of the model, and that it used our attention. A model that raised has no output.
 
         Returns:
-            The output with another loss, where the model's own is not a sum over tokens.
+            The output with a corrected loss, where the model does not compute a sum over tokens; else None.
         """
         if module is not self._running:
             return None
@@ -186,14 +186,14 @@ class ShardedBatch(AbstractContextManager):
             return None
         if not self.handled:
             raise RuntimeError(
-                f"a model ran on a shard, but none of its attention layers used {NAME!r}: each rank attended to its "
-                f"own shard alone, and the result is wrong. Load the model with attn_implementation={NAME!r}."
+                f"{type(module).__name__} ran on a shard, and none of its attention layers used {NAME!r}, so each "
+                f"rank attended to its own shard alone. Load the model with attn_implementation={NAME!r}."
             )
         given = by_name(module.forward, args, kwargs)
         check_inputs(module, given, self._positions, self._group)
         corrected = corrected_loss(module, output, given, self.shard)
         output = output if corrected is None else corrected
-        # Reentrant checkpointing builds its graph in backward, when it is too late to tell which batch it is of.
+        # Reentrant checkpointing builds its graph in backward. Then it is too late to find its batch.
         for tensor in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(self._check_hook)

@@ -1,4 +1,4 @@
-"""Switches that change what runs outside of a batch, or whether it may run in one: for comparisons."""
+"""Switches for comparisons: they admit unchecked model types, or change how models run outside of a batch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 @dataclass
 class Switches:
-    """All that is on. Outside of the blocks below nothing is.
+    """State of all switches. They are off outside of the blocks below.
 
     Args:
-        unchecked_models: model types run that are not known to be exact.
-        stock_attn_name: layers that ask for the name of their attention are told that of Transformers' own.
-        other_attention: outside of a batch, attention is computed in the other way that Transformers has.
-        listeners: called with each layer whose attention is computed outside of a batch.
+        unchecked_models: run model types that have not been found exact.
+        stock_attn_name: report the name of a Transformers attention to layers that ask for the name of theirs.
+        other_attention: outside of a batch, compute attention with the other implementation of Transformers.
+        listeners: functions called with each layer whose attention is computed outside of a batch.
     """
 
     unchecked_models: bool = False
@@ -40,24 +40,27 @@ def _on(name: str) -> Iterator[None]:
 
 
 def allow_unchecked_models() -> AbstractContextManager[None]:
-    """Run types that are not known to be exact: to find out."""
+    """Run model types that have not been found exact, so that they can be compared."""
     return _on("unchecked_models")
 
 
 def report_stock_attn_name() -> AbstractContextManager[None]:
-    """Models that ask for the name of their attention run outside of a batch: the layers that ask are told stock's."""
+    """Report the name of a Transformers attention to layers that ask, so that their models run outside of a batch."""
     return _on("stock_attn_name")
 
 
 def computed_otherwise() -> AbstractContextManager[None]:
-    """Outside of a batch, attention is meanwhile computed in the other way that Transformers has: where that would be
-    SDPA, the class's eager function; where that is all there is, the same in a wider dtype."""
+    """Compute attention outside of a batch with the other implementation of Transformers.
+
+    In place of SDPA it is the eager function of the class. In place of the eager function it is the same function in a
+    wider dtype.
+    """
     return _on("other_attention")
 
 
 @contextmanager
 def heard_by(listener: Callable[[torch.nn.Module], None]) -> Iterator[None]:
-    """Call `listener(module)` for each layer whose attention is computed outside of a batch meanwhile."""
+    """Call `listener(module)` for each layer whose attention is computed outside of a batch in this block."""
     switches.listeners.append(listener)
     try:
         yield

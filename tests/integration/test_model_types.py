@@ -1,4 +1,4 @@
-"""Models of every supported type, sharded, against the same model whole: loss, logits, and every gradient."""
+"""Models of every supported type on shards, against the same model on one process: loss, logits, every gradient."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ BATCHES = {
 
 
 def errors_of_a_model(model_type: str, names: list[str], options: dict) -> dict[str, tuple[float, float, float]]:
-    """For each batch: how far loss, logits and gradients are from the whole model's, by the tensors' largest entry."""
+    """Compute, for each batch, the errors of loss, logits and gradients, relative to the largest entry of a tensor."""
     cp = context(**options)
     whole, sharded = tiny_model(model_type, None), tiny_model(model_type, "context_parallel")
     errors = {}
@@ -110,7 +110,7 @@ def test_other_group_sizes_and_layouts_are_exact(on_ranks, ranks, layout):
 
 
 def errors_of_a_balanced_model(model_type: str) -> tuple[dict, bool]:
-    """Errors with chunks as small as they can be, and whether any batch was dealt otherwise than in zigzag."""
+    """Compute errors with the smallest chunks, and whether any batch had another layout than zigzag."""
     dealt = []
 
     def noting(*how):
@@ -127,7 +127,7 @@ def errors_of_a_balanced_model(model_type: str) -> tuple[dict, bool]:
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "bloom"])
 def test_a_balanced_layout_is_exact(on_ranks, model_type):
-    """With windows; with convolutions and scans; and where sequences are whole."""
+    """The balanced layout is exact with windows, with convolutions and scans, and on whole sequences."""
     for found, otherwise in on_ranks(3, errors_of_a_balanced_model, model_type):
         assert otherwise
         assert all(max(of_kind.loss, of_kind.gradients) < 1e-9 for of_kind in found.values()), found
@@ -146,7 +146,7 @@ def test_a_balanced_layout_is_exact(on_ranks, model_type):
     ids=str,
 )
 def test_other_ways_to_communicate_are_exact(on_ranks, ranks, comm_type):
-    """In a model with windows in every other layer, sinks, and fewer key heads than query heads."""
+    """The model has windows in every other layer, sinks, and fewer key heads than query heads."""
     for found, _ in on_ranks(ranks, checks.errors, tiny_config("gpt_oss"), {"comm_type": comm_type}):
         assert all(max(of_kind.loss, of_kind.gradients) < 1e-9 for of_kind in found.values()), found
 

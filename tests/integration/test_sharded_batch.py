@@ -1,4 +1,4 @@
-"""`cp.shard`, `cp.gather` and what they refuse, on real process groups."""
+"""Tests of `cp.shard` and `cp.gather`, and of their refusals, on real process groups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.models import (
     tokens,
 )
 
-# What a batch becomes
+# Batches of all kinds
 
 
 def inputs_of_a_shard() -> dict:
@@ -57,7 +57,7 @@ def test_a_shard_has_what_the_model_needs_and_is_padded_inside(on_ranks):
 
 
 def embedded_errors() -> tuple[float, float]:
-    """How far loss and input gradients are when the batch is embeddings."""
+    """Compute the errors of loss and input gradients of a batch with `inputs_embeds`."""
     cp, batch = context(), labelled()
     whole, sharded = tiny_model("llama", None), tiny_model("llama", "context_parallel")
     embeds = [model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_() for model in (whole, sharded)]
@@ -75,7 +75,7 @@ def test_embeddings_can_be_sharded_and_get_their_gradients(on_ranks):
 
 
 def cu_seqlens_errors() -> float:
-    """Documents given as cumulative lengths, with positions and without, against those given as positions alone."""
+    """Compare documents given by cumulative lengths, with and without positions, with documents given by positions."""
     cp, lengths = context(), (5, 1, 8)
     batch = labelled(1, sum(lengths))
     model = tiny_model("gpt2", "context_parallel")
@@ -97,7 +97,7 @@ def test_documents_may_be_given_by_cumulative_lengths(on_ranks):
 
 
 def gather_errors(dtype: torch.dtype) -> tuple[float, float]:
-    """Outputs in order; and the gradient of a loss of gathered outputs, which every rank computes and divides by N."""
+    """Gather outputs in order, and compute the gradient of a loss of them. Every rank divides its loss by N."""
     cp, batch = context(), labelled(2, 11)
     weight = torch.randn(2, 11, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
     whole = torch.randn(2, 11, 3, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
@@ -132,7 +132,7 @@ def test_gather_outside_of_shard_says_where_it_belongs():
 
 
 def ddp_errors() -> float:
-    """DDP averages: losses multiplied by the ranks give the sum's gradients."""
+    """DDP takes the mean of gradients: a loss times the number of ranks gives the sum of them."""
     cp, batch = context(), labelled()
     whole, sharded = tiny_model("qwen2", None), DistributedDataParallel(tiny_model("qwen2", "context_parallel"))
     whole(**batch, use_cache=False).loss.backward()
@@ -146,7 +146,7 @@ def test_a_model_wrapped_by_ddp_is_exact(on_ranks):
 
 
 def nested_errors(checkpointing: dict | None) -> float:
-    """Evaluation of another batch, of another length, between a batch's forward and its backward."""
+    """Evaluate another batch, of another length, between forward and backward of a batch."""
     cp, batch, other = context(), labelled(), labelled(1, 7, seed=5)
     whole, sharded = tiny_model("llama", None), tiny_model("llama", "context_parallel")
     if checkpointing is not None:
@@ -193,7 +193,7 @@ def test_a_block_is_entered_once():
 
 
 def test_training_goes_on_unsharded_after_a_shard():
-    """Recomputation outside is only wrong for what ran inside."""
+    """Recomputation outside of a batch is refused only for layers that ran inside of one."""
     cp, batch, model = context(), labelled(), tiny_model("llama", "context_parallel")
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.train()
@@ -305,7 +305,7 @@ def test_settings_are_validated_where_they_are_written(values, message):
 
 
 def refused_model(change: str):
-    """A model, sharded, that cannot be exact."""
+    """Make a model that cannot be exact on shards."""
     scaled = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     changes = {
         "a refused type": ("prophetnet", {}),
@@ -318,7 +318,7 @@ def refused_model(change: str):
     config = tiny.tiny_config(model_type, **values)
     if model_type == "bart":
         return AutoModel.from_config(config, attn_implementation="context_parallel")
-    if model_type == "git":  # whose attention knows no name of ours
+    if model_type == "git":  # its attention does not accept our name
         return tiny.tiny_model(config, None, torch.float32).train()
     return tiny.tiny_model(config, "context_parallel", torch.float32).train()
 
@@ -335,7 +335,7 @@ def refused_model(change: str):
 )
 @pytest.mark.parametrize("told", [True, False])
 def test_models_that_would_not_be_exact_are_refused_by_name(change, message, told):
-    """Whether the model is passed to `shard` or only shows itself when it runs."""
+    """A model is refused when it is passed to `shard`, and when it runs without having been passed."""
     model = refused_model(change)
     batch = {**labelled(1, 10), "position_ids": document_positions(6, 4)}
     with pytest.raises(ValueError, match=message), context().shard(batch, model if told else None) as local:
@@ -381,7 +381,7 @@ def test_every_model_in_a_block_is_checked():
 
 
 def test_backward_of_two_batches_at_once_is_refused():
-    """Reentrant checkpointing, whose graph is made in backward."""
+    """Backward of two batches is refused under reentrant checkpointing, whose graph is made in backward."""
     cp, model = context(), tiny_model("llama", "context_parallel")
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.train()
@@ -413,7 +413,7 @@ def test_prefix_tuning_is_refused():
 
 
 def collator_errors() -> float:
-    """What the collator yields is what `shard` makes of the whole batch."""
+    """The collator yields the shard that `shard` makes of the whole batch."""
     import pickle
 
     cp, batch = context(), labelled()

@@ -1,1 +1,1 @@
-"""What of a model, its inputs and its weights is refused on shards."""
+"""Checks that refuse a model, inputs or weights that would not be exact on shards."""

@@ -1,4 +1,4 @@
-"""What PEFT's tuners do to a model, and what of it a shard would change."""
+"""Check of PEFT tuners: those that change the loss, or draw random weights, are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import torch
 
 RANDOM_WEIGHTS = ("rank_dropout", "module_dropout", "monteclora_config")
-"""Options by which weights are random: ranks draw on their own, and would compute one sequence with different ones."""
+"""Options that make weights random. Each rank would draw other weights for the same sequence."""
 
 
 def check_tuners(model: torch.nn.Module) -> None:
@@ -16,7 +16,7 @@ def check_tuners(model: torch.nn.Module) -> None:
     Raises:
         ValueError: naming the tuner or its option.
     """
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # which is there if any of its tuners is
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # imported by every tuner
     if tuners is None:
         return
     for part in model.modules():
@@ -24,14 +24,14 @@ def check_tuners(model: torch.nn.Module) -> None:
             continue
         if type(part).forward is not tuners.BaseTuner.forward:  # AdaLoRA adds a term of the weights to the loss
             raise ValueError(
-                f"{type(part).__name__} does more than calling the model: each rank would add it to its shard's loss, "
-                "and it would count once a rank. Take another tuner, such as LoRA."
+                f"{type(part).__name__} does more than calling the model: each rank would add a term to the loss of "
+                "its shard, so the sum would count it once for each rank. Take another tuner, such as LoRA."
             )
         for name, config in part.peft_config.items():
             for option in RANDOM_WEIGHTS:
                 value = getattr(config, option, None)
                 if model.training and value:
                     raise ValueError(
-                        f"the adapter {name!r} has {option}={value!r}, which makes weights random, on each rank "
-                        "others. Leave it out."
+                        f"the adapter {name!r} has {option}={value!r}, which draws random weights, and other ones on "
+                        f"each rank. Leave {option} out."
                     )

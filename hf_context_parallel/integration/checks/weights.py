@@ -1,4 +1,4 @@
-"""A few of a model's weights, by which ranks find out that theirs are not the same."""
+"""Comparison of a sample of the weights between ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from ...distributed.mesh import Ranks
 PARAMETERS = 16
 ELEMENTS = 16
 ROUNDING = 16
-"""How many units of rounding, of a parameter's largest element, ranks may be apart: they may sum gradients in other
-orders."""
+"""Allowed difference between ranks, in units of rounding of the largest sampled element of a parameter.
+
+Ranks may sum gradients in different orders, so weights may differ by rounding.
+"""
 
 
 def sampled_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Some of a model's parameters, and some of those that are trained. Which ones goes by their order alone.
+    """Return some parameters of a model, and some of those that are trained. Their order alone decides which.
 
-    None where FSDP1 wraps any, as each rank has its own part then.
+    The list is empty where FSDP1 wraps a module, since each rank then holds its own part.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return []
@@ -30,10 +32,10 @@ def sampled_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def weights_differ(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> bool:
-    """Whether some elements of parameters differ between ranks by more than rounding does: the same answer on all.
+    """Return whether elements of parameters differ between ranks by more than rounding. All ranks get the same answer.
 
-    Every rank must call this, with as many parameters. Left out is what a rank has of its own or elsewhere: DTensors
-    and other kinds of tensors, the empty parameters of DeepSpeed's ZeRO-3, and those on `meta`.
+    Every rank must call this, with the same number of parameters. Parameters that are not whole on this rank are left
+    out: DTensors and other subclasses of tensors, the empty parameters of ZeRO-3 in DeepSpeed, and those on `meta`.
     """
     if not parameters:
         return False
@@ -47,11 +49,11 @@ def weights_differ(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> bo
 
 
 def _sample(parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor:
-    """`[ELEMENTS]` in float64: elements of the parameter's last row, and NaN for those that are not here."""
+    """Return `[ELEMENTS]` in float64: elements of the last row of the parameter, and NaN for missing ones."""
     sample = torch.full((ELEMENTS,), float("nan"), dtype=torch.float64, device=device)
     weights = parameter.data
     if type(weights) is torch.Tensor and not weights.is_meta and not weights.is_complex() and weights.numel():
-        while weights.dim() > 1:  # no copy is made of a whole weight, whatever its strides and dtype
+        while weights.dim() > 1:  # so that no whole weight is copied, whatever its strides and dtype
             weights = weights[-1]
         elements = _spread(weights.reshape(-1), ELEMENTS)
         sample[: len(elements)] = elements.to(device, torch.float64)
@@ -59,6 +61,6 @@ def _sample(parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor
 
 
 def _spread(items, most: int):
-    """At most so many of a list or a vector, at equal distances and the last among them."""
+    """Return at most `most` items of a list or a vector, at equal distances, with the last among them."""
     step = -(-len(items) // most) or 1
     return items[(len(items) - 1) % step :: step]

@@ -1,1 +1,1 @@
-"""The attention and mask functions that Transformers calls, and what its own would do."""
+"""Attention and mask functions that Transformers calls, and the stock functions outside of a batch."""

@@ -1,4 +1,4 @@
-"""The attention function that Transformers calls for `attn_implementation="context_parallel"`."""
+"""Attention function that Transformers calls for `attn_implementation="context_parallel"`."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ HARMLESS = {
     "sliding_window",
     "use_cache",
 }
-"""Keywords that attention functions are passed and that do not change what they compute, given the mask."""
+"""Keyword arguments that do not change the result of an attention function, once the mask is given."""
 
 
 def register() -> None:
-    """Tell Transformers of the attention function."""
+    """Register the attention function with Transformers."""
     AttentionInterface.register(NAME, context_parallel_attention)
     add_to_attention_tables(NAME, sees_whole, _no_entry)
 
 
 def _no_entry(config: PreTrainedConfig, table: str) -> ValueError:
     return ValueError(
-        f"model type {config.model_type!r} is refused: it chooses its attention by its own {table}, where "
-        f"{NAME!r} is not known to be exact. Load it with attn_implementation='eager', or, where it is one part of a "
-        f"composite model, give each part its own, as attn_implementation={TEXT_ALONE}."
+        f"model type {config.model_type!r} is refused: it chooses its attention from its own {table}, for which "
+        f"{NAME!r} has not been found exact. Load it with attn_implementation='eager', or, if it is a part of a "
+        f"composite model, give each part its own attention: attn_implementation={TEXT_ALONE}."
     )
 
 
@@ -56,18 +56,24 @@ def context_parallel_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of one layer: of the current batch's shard, or outside of one as Transformers would compute it.
+    """Compute the attention of one layer for the shard of the active batch.
+
+    Without an active batch it is the attention that Transformers would compute.
 
     Args:
         query: `[B, H, S, D]`.
         key, value: `[B, H_kv, S, D]` and `[B, H_kv, S, D_v]`.
-        s_aux: sinks, `[H]`.
+        attention_mask: the mask that our mask function has made, or None.
+        scaling: factor of the scores; None for `D ** -0.5`.
+        dropout: probability with which a weight is dropped.
+        softcap: bound of the scores, or None.
+        s_aux: sinks, `[H]`, or None.
 
     Returns:
-        `[B, S, H, D_v]`, and None for the weights.
+        `[B, S, H, D_v]`, and None in the place of the weights.
 
     Raises:
-        ValueError: for anything that would not be exact.
+        ValueError: for arguments with which attention on shards would not be exact.
     """
     batch = active_batch()
     if batch is None or attends_to_layers(module):
@@ -88,10 +94,12 @@ def context_parallel_attention(
 
 
 def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:
-    """Which keys a layer reads. The mask says it, as with SDPA, which goes by no other keyword.
+    """Return the pattern of keys that a layer reads.
+
+    The mask decides, as in SDPA, which ignores keywords such as `sliding_window`.
 
     Raises:
-        ValueError: if a layer asks for something that a shard cannot give exactly.
+        ValueError: if the mask and the keywords contradict each other, or either is unknown.
     """
     layer = type(module).__name__
     for name, value in kwargs.items():
@@ -99,28 +107,28 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
         if name not in HARMLESS and not off:
             raise ValueError(
                 f"{layer} asks for {name}={value if isinstance(value, (int, float, str)) else type(value).__name__}, "
-                "which context-parallel attention does not know and will not ignore. Call the model outside cp.shard."
+                "which context-parallel attention does not know. Call the model outside cp.shard."
             )
     if isinstance(attention_mask, PlannedMask):
         pattern = attention_mask.pattern
         window = kwargs.get("sliding_window")
         if window is not None and pattern.sliding_window not in (window, window + 1):  # some count the token itself
             raise ValueError(
-                f"{layer} asks for sliding_window={window} and its mask has {pattern.sliding_window}: SDPA goes by "
-                "the mask and flash attention by the keyword. Call the model outside cp.shard."
+                f"{layer} asks for sliding_window={window} and its mask has {pattern.sliding_window}: SDPA would use "
+                "the mask, and flash attention the keyword. Call the model outside cp.shard."
             )
         if kwargs.get("is_causal") is False and pattern.causal:
             raise ValueError(f"{layer} is not causal and its mask is. Call the model outside cp.shard.")
         return pattern
     if attention_mask is not None:
         raise ValueError(
-            f"{layer} was given an attention mask of shape {tuple(attention_mask.shape)}: masks made by the caller "
-            "cannot be sharded. Give the batch to cp.shard with a 2-D attention_mask or with packed position_ids."
+            f"{layer} was given an attention mask of shape {tuple(attention_mask.shape)}, and a mask tensor cannot be "
+            "sharded. Give the batch to cp.shard with a 2-D attention_mask or with packed position_ids."
         )
     if kwargs.get("sliding_window") is not None:
         raise ValueError(
-            f"{layer} asks for sliding_window={kwargs['sliding_window']} without a mask that has it, so that SDPA "
-            "would ignore it and flash attention not. Call the model outside cp.shard."
+            f"{layer} asks for sliding_window={kwargs['sliding_window']} without a mask: SDPA would ignore the "
+            "window, and flash attention would use it. Call the model outside cp.shard."
         )
     causal = kwargs.get("is_causal")
     return Pattern(causal=getattr(module, "is_causal", True) if causal is None else causal)
@@ -132,8 +140,8 @@ def _check_lengths(batch: ActiveBatch, query: torch.Tensor, key: torch.Tensor) -
         found = (tensor.shape[0], tensor.shape[2])
         if found != expected:
             raise ValueError(
-                f"a layer has {found[0]} rows of {found[1]} {name} where the shard has {expected[0]} of "
-                f"{expected[1]}. Prompt and prefix tuning, generate() and caches add tokens that no shard holds, and "
-                "are not supported in cp.shard. A vision tower, or another part that does not see the text, needs its "
-                f"own attention: attn_implementation={TEXT_ALONE}."
+                f"a layer has {found[0]} rows of {found[1]} {name}, and the shard has {expected[0]} rows of "
+                f"{expected[1]}: prompt and prefix tuning, generate() and caches add tokens that no shard holds. Run "
+                "them outside cp.shard, and give a vision tower, or another part that does not see the text, its own "
+                f"attention: attn_implementation={TEXT_ALONE}."
             )

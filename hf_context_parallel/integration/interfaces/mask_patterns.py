@@ -1,4 +1,4 @@
-"""The patterns that Transformers' mask functions describe."""
+"""Reading of Transformers' mask functions: the pattern that each describes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from ...planning.mask import Pattern
 
 
 def read_pattern(function, model_type: str, text_only: bool = True) -> Pattern:
-    """The pattern that one of Transformers' mask functions describes, documents and padding aside.
+    """Return the pattern that a mask function of Transformers describes. Documents and padding are ignored.
 
     Args:
-        text_only: whether all tokens of the whole batch, of which a rank sees its shard, are text's.
+        function: a function of batch, head, query and key indices, which may join others.
+        model_type: name of the model type, for messages.
+        text_only: whether all tokens of the whole batch are text. A rank sees its shard alone, so it is told.
 
     Raises:
-        ValueError: naming the piece that is not known.
+        ValueError: naming the function that is not known.
     """
     name = function.__qualname__
     inside = inspect.getclosurevars(function).nonlocals
@@ -29,7 +31,7 @@ def read_pattern(function, model_type: str, text_only: bool = True) -> Pattern:
     if name == "causal_mask_function":
         return Pattern(causal=True)
     if name == "sliding_window_overlay.<locals>.inner_mask":
-        return Pattern(causal=False, sliding_window=inside["sliding_window"])  # causal is what it is laid over
+        return Pattern(causal=False, sliding_window=inside["sliding_window"])  # it is joined with a causal function
     if name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
         return Pattern(causal=False, sliding_window=inside["sliding_window"] + 1)  # it counts distance, not tokens
     if name == "_bidirectional_window_overlay.<locals>.inner_mask":
@@ -37,40 +39,44 @@ def read_pattern(function, model_type: str, text_only: bool = True) -> Pattern:
     if name == "chunked_overlay.<locals>.inner_mask":
         return Pattern(causal=False, chunk_size=inside["chunk_size"])
     if name in ("bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"):
-        return Pattern(causal=False)  # a shard cannot tell a packed row's documents; they are in the plan
+        return Pattern(causal=False)  # the plan has the documents of packed rows, which a shard does not show
     if _reads_nothing(function) and bool(function()):
         return Pattern(causal=False)
     raise ValueError(
-        f"{model_type!r} masks attention by {name!r}, and it is not known how that is sharded. Known are causal, "
-        "bidirectional, sliding-window and chunked masks. Call the model outside cp.shard."
+        f"{model_type!r} masks attention by {name!r}, and only causal, bidirectional, sliding-window and chunked "
+        "masks can be sharded. Call the model outside cp.shard."
     )
 
 
 def _both(patterns: list[Pattern], model_type: str) -> Pattern:
-    """What all of them let a token read."""
+    """Return the pattern of the keys that all of the patterns admit."""
     windows = [x.sliding_window for x in patterns if x.sliding_window is not None]
     sizes = [x.chunk_size for x in patterns if x.chunk_size is not None]
     if len(set(sizes)) > 1:
         raise ValueError(
-            f"{model_type!r} lets a token read what chunks of {sizes} tokens both say, and it is not known how that "
-            "is sharded. Call the model outside cp.shard."
+            f"{model_type!r} masks attention by chunks of several sizes at once, {sizes}, and only chunks of one size "
+            "can be sharded. Call the model outside cp.shard."
         )
     return Pattern(any(x.causal for x in patterns), min(windows, default=None), min(sizes, default=None))
 
 
 def _either(patterns: list[Pattern], model_type: str) -> Pattern:
-    """What any of them lets a token read, if that is one of them."""
+    """Return the one pattern that admits every key that any of them admits.
+
+    Raises:
+        ValueError: if none of the patterns contains all others.
+    """
     for widest in patterns:
         if all(_contains(widest, other) for other in patterns):
             return widest
     raise ValueError(
-        f"{model_type!r} lets a token read what either of {patterns} says, and it is not known how that is sharded. "
-        "Call the model outside cp.shard."
+        f"{model_type!r} masks attention by the union of {patterns}, none of which contains all others, and such a "
+        "mask cannot be sharded. Call the model outside cp.shard."
     )
 
 
 def _contains(wide: Pattern, narrow: Pattern) -> bool:
-    """Whether a token reads in one pattern all that it reads in the other."""
+    """Return whether the pattern `wide` admits every key that `narrow` admits."""
     window = wide.sliding_window
     return (
         (not wide.causal or narrow.causal)
@@ -80,14 +86,14 @@ def _contains(wide: Pattern, narrow: Pattern) -> bool:
 
 
 def _is_text_only(function) -> bool:
-    """Whether a mask function is that of blocks of tokens, such as an image's, and there is none in this shard."""
+    """Return whether a mask function joins blocks of tokens, such as those of images, and the shard has no block."""
     if function.__qualname__ != "blockwise_overlay.<locals>.inner_mask":
         return False
     return bool((inspect.getclosurevars(function).nonlocals["block_sequence_ids"] < 0).all())
 
 
 def _reads_nothing(function) -> bool:
-    """Whether a function of any arguments looks at none of them."""
+    """Return whether a function takes any arguments and uses none of them."""
     code = function.__code__
     return code.co_argcount == 0 and not any(
         step.opname.startswith("LOAD_FAST") or step.opname == "LOAD_DEREF" for step in dis.get_instructions(code)

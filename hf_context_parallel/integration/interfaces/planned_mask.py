@@ -1,4 +1,4 @@
-"""What a layer gets as its attention mask on a shard."""
+"""The object that a layer gets as its attention mask on a shard."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ from ...planning.mask import Pattern
 
 
 class _NotATensor(ValueError, AttributeError):
-    """Both, so that `hasattr` says no and everything else stops with the message."""
+    """Error of a layer that uses its mask as a tensor.
+
+    It is an `AttributeError` so that `hasattr` returns False, and a `ValueError` so that any other use is refused.
+    """
 
 
 class PlannedMask:
-    """What a layer gets as its attention mask on a shard, and hands to our attention: the pattern that it wants."""
+    """Attention mask of a layer on a shard: the pattern that the layer passes on to our attention.
+
+    Args:
+        pattern: the keys that a token of the layer reads, apart from documents and padding.
+        config: the configuration of the model.
+        options: the keywords `allow_is_...` that Transformers gave for the mask.
+        dtype: dtype to which the layer has cast the mask, or None.
+    """
 
     def __init__(
         self, pattern: Pattern, config: PreTrainedConfig, options: dict[str, Any], dtype: torch.dtype | None = None
@@ -26,14 +36,14 @@ class PlannedMask:
         self.options = options
 
     def to(self, *args, **kwargs) -> PlannedMask:
-        """Itself, to be in another dtype when it is a tensor."""
+        """Return the mask with a dtype, for when it becomes a tensor. A device is ignored."""
         dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), self.dtype)
         return PlannedMask(self.pattern, self.config, self.options, dtype)
 
     def _refuse(self, use: str):
         raise _NotATensor(
-            f"{self.config.model_type!r} computes with its attention mask itself ({use}), which on a shard is a plan "
-            "and no matrix. Call the model outside cp.shard."
+            f"{self.config.model_type!r} computes with its attention mask itself ({use}), which is no tensor on a "
+            "shard. Call the model outside cp.shard."
         )
 
     def __getattr__(self, name: str):

@@ -1,4 +1,4 @@
-"""What Transformers would compute: attention and masks outside of a shard."""
+"""Stock attention: the attention and the masks of Transformers, for code outside of a batch and whole sequences."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from ..switches import switches
 from .planned_mask import PlannedMask
 
 ran_sharded = weakref.WeakSet()
-"""The modules whose last forward pass was of a shard: their recomputation must be too."""
+"""Modules whose last forward ran on a shard. Gradient checkpointing must recompute them on that shard."""
 
 
 def unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs):
-    """What the implementation that Transformers would choose for this class computes."""
+    """Compute attention with the implementation that Transformers would choose for the class of the model.
+
+    Raises:
+        RuntimeError: if a layer that ran on a shard is recomputed after its batch was left.
+    """
     if torch._C._current_graph_task_id() != -1:  # inside a backward pass, so a recomputation
         if module in ran_sharded:
             raise RuntimeError(
-                "gradient checkpointing recomputes a layer of a sharded batch after leaving it: call backward() "
-                "inside `with cp.shard(...)`."
+                f"gradient checkpointing recomputes a {type(module).__name__} of a sharded batch after its block was "
+                "left. Call backward() inside `with cp.shard(...)`."
             )
     else:
         ran_sharded.discard(module)
@@ -45,13 +49,19 @@ def unsharded_attention(module, query, key, value, attention_mask, scaling, drop
 
 
 def _eager(module: torch.nn.Module) -> Callable | None:
-    """The eager attention function beside a module's class, or beside one that it is derived from, as FSDP2's are."""
+    """Return the eager attention function in the file of the class of a module, or of a base of it.
+
+    FSDP2 derives a class for each module, so bases are searched too. None if there is no such function.
+    """
     files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
     return next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
 
 
 def _additive(module, query, key, attention_mask, kwargs) -> torch.Tensor:
-    """What eager attention adds to the scores, where SDPA gets this mask, or none and is causal by itself."""
+    """Turn a mask for SDPA into the tensor that eager attention adds to the scores.
+
+    Without a mask, SDPA is causal if the layer is.
+    """
     if attention_mask is None:
         attention_mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
         causal = kwargs.get("is_causal")
@@ -65,7 +75,7 @@ def _additive(module, query, key, attention_mask, kwargs) -> torch.Tensor:
 
 
 def _widened(function: Callable) -> Callable:
-    """An attention function that computes in float32, or float64 where it is given that or float32."""
+    """Make an attention function compute in a wider dtype: float64 for float32 and float64, else float32."""
 
     def wide(module, query, *args, **kwargs):
         dtype = torch.float64 if query.dtype in (torch.float32, torch.float64) else torch.float32
@@ -83,14 +93,17 @@ def _widened(function: Callable) -> Callable:
 def whole_mask(
     mask: PlannedMask, rows: int, length: int, padding: torch.Tensor | None, like: torch.Tensor
 ) -> torch.Tensor | None:
-    """What the model's own attention would have been given for whole sequences in the place of a shard's mask.
+    """Make the mask tensor that stock attention gets for whole sequences, in the place of a `PlannedMask`.
 
     Args:
-        padding: `[rows, length]`, 0 at padding, or None for none.
-        like: a tensor of the dtype and device that the model computes in.
+        mask: the mask that the module was given on the shard.
+        rows, length: shape of the whole sequences.
+        padding: `[rows, length]`, 0 at padding, or None.
+        like: a tensor with the dtype and device of the computation.
     """
     padding = None if padding is None else padding.to(like.device).bool()
-    # A row without padding would have no mask, and some models' attention is another one then: not so in its batch.
+    # For rows without padding Transformers may skip the mask, and some models then compute another attention. In a
+    # batch with padding it makes the mask for all rows, so here it must not be skipped either.
     options = mask.options if padding is None else dict.fromkeys(mask.options, False)
     causal, window, chunk = mask.pattern
     parts = [mask_piece("causal_mask_function" if causal else "bidirectional_mask_function")]
@@ -117,16 +130,17 @@ def whole_mask(
         **options,
     )
     if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
-        # Softmax is computed in float32, where the least of float64 is -inf and a row of padding NaN.
+        # Softmax is computed in float32. There the least float64 becomes -inf, and a row of padding becomes NaN.
         made = made.clamp(min=torch.finfo(torch.float32).min)
     return made if made is None or mask.dtype is None else made.to(mask.dtype)
 
 
 @contextmanager
 def stock_attention(module: torch.nn.Module) -> Iterator[None]:
-    """The configurations of a module's parts name the attention that they would have without us.
+    """Give the configurations inside a module the name of their stock attention, in this block.
 
-    Some layers ask for the name: those that pick their keys put that into the mask for Transformers' own alone.
+    Some layers ask for the name. Layers that pick their keys write the choice into the mask only if the name is one of
+    Transformers.
     """
     configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
     ours = [config for config in configs.values() if attention_name(config) == NAME]
@@ -143,7 +157,7 @@ def stock_attention(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _model_of(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
-    """A model that is made of this configuration, which may be a part of a composite one that Transformers maps."""
+    """Return a model class with this configuration class, or None. It may be a part of a composite model."""
     kinds = list(PreTrainedModel.__subclasses__())
     for kind in kinds:
         if getattr(kind, "config_class", None) is config_class:
@@ -154,16 +168,16 @@ def _model_of(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | N
 
 @cache
 def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
-    """`"sdpa"` or `"eager"`: what Transformers chooses for a model of this configuration when nothing is asked for.
+    """Return `"sdpa"` or `"eager"`: the default attention of Transformers for a model of this configuration.
 
     Raises:
-        ValueError: if Transformers knows no model of it.
+        ValueError: if Transformers has no model of this configuration.
     """
     model_class = MODEL_MAPPING.get(config_class, None) or _model_of(config_class)
     if model_class is None:
         raise ValueError(
-            f"which attention {config_class.__name__} has outside cp.shard is not known, since Transformers maps "
-            "no model to it. Load the model with attn_implementation='sdpa' or 'eager' where it is not sharded."
+            f"Transformers maps no model to {config_class.__name__}, so its attention outside cp.shard is not known. "
+            "Load the model with attn_implementation='sdpa' or 'eager' where it is not sharded."
         )
     if isinstance(model_class, tuple):
         model_class = model_class[0]

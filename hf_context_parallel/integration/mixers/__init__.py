@@ -1,1 +1,1 @@
-"""Modules that mix tokens otherwise than by attention."""
+"""Mixers: modules that mix tokens by other means than the attention interface."""

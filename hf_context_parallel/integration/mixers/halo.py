@@ -1,9 +1,9 @@
-"""A short convolution of a shard: each stretch of a rank's tokens behind those that come before it in its sequence.
+"""Halo exchange for a causal convolution of a shard.
 
-A causal convolution of width K reads the K - 1 tokens before each. Those that a rank does not hold are its halo, and
-travel to it from their owners. The stretches are laid one after another, each behind K - 1 tokens of its own (0 before
-a sequence begins, which is also what a convolution pads with), so that one call convolves them all and sequences do
-not see each other.
+A causal convolution of width K reads the K - 1 tokens before each token. Some of them may lie on other ranks. These
+are the halo, and their owners send them. A stretch is a run of consecutive tokens on one rank. All stretches are laid
+one after another in one row, each with its K - 1 earlier tokens in front. Before the start of a sequence these are
+zeros, with which a convolution pads too. So one call convolves all stretches, and no sequence sees another.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .resharding import Piece, all_to_all, linear, pieces, ranges, scattered, se
 
 
 class Halo:
-    """The exchange that puts tokens of other ranks before this rank's, and its reverse.
+    """Exchange that puts the halo before each stretch of this rank, and its reverse.
 
     Args:
-        shard: the batch as this rank has it.
-        width: the most tokens before a stretch.
-        group: of the shard's ranks.
+        shard: the shard of this rank.
+        width: number of tokens before each stretch: K - 1.
+        group: process group of the CP group; None for one rank.
     """
 
     def __init__(self, shard: Shard, width: int, group: dist.ProcessGroup | None, device: torch.device):
@@ -30,7 +30,7 @@ class Halo:
         sent: list[list[Piece]] = [[] for _ in range(size)]  # by reader
         received: list[list[tuple[int, int]]] = [[] for _ in range(size)]  # by owner: slot and length
         own: list[tuple[int, int, int]] = []  # token, slot and length
-        slots = 1  # of 0, so that a rank without tokens has something to convolve
+        slots = 1  # the first slot stays 0, so that a rank without tokens has something to convolve
         for sequence in sequences(shard):
             before: list[Piece] = []
             for piece in pieces(shard.layout, sequence):
@@ -57,11 +57,11 @@ class Halo:
         self._tokens, self._places = ranges(tokens, lengths).to(device), ranges(places, lengths).to(device)
 
     def extended(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S_local, C]` as stretches behind their halos, one after another: `[1, T, C]`."""
+        """Lay out `[B, S_local, C]` as stretches, each with its halo in front: `[1, T, C]`."""
         return linear(self._extended, self._gathered, x)[0]
 
     def trimmed(self, x: torch.Tensor) -> torch.Tensor:
-        """`[1, T, C]` back as `[B, S_local, C]`, without the halos: 0 where a token is in no sequence."""
+        """Bring `[1, T, C]` back to `[B, S_local, C]`, without the halos. Tokens of no sequence are 0."""
         return linear(self._trimmed, self._placed, x)[0]
 
     def _extended(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -85,7 +85,11 @@ class Halo:
 
 
 def _last(before: list[Piece], width: int) -> list[Piece]:
-    """The last `width` tokens of these pieces of a sequence, from its first token on, as pieces."""
+    """Return the last `width` tokens of a sequence as pieces.
+
+    Args:
+        before: pieces of the sequence in order, from its first token on.
+    """
     parts: list[Piece] = []
     for piece in reversed(before):
         length = min(piece.length, width)

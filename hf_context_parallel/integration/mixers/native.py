@@ -1,8 +1,8 @@
-"""Mixers of which each rank computes its share: their forward runs on the shard as it is.
+"""Native mixers: the forward of the module runs on the shard, and each rank computes its share.
 
-What mixes tokens in there are functions that it finds by name (see `token_functions`), and these are replaced while it
-runs: a convolution reads the tokens before the shard's from their owners (see `halo`), and a scan runs along whole
-sequences, each rank with some of the heads (see `scan_heads`).
+Such a forward mixes tokens only by functions that it looks up by name (see `token_functions`). These functions are
+replaced while it runs. A convolution gets the tokens before the shard from their owners (see `halo`). A scan runs
+along whole sequences, on each rank for some of the heads (see `scan_heads`).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ NOT_OF_MIXERS = frozenset(
         "shift_labels",
     }
 )
-"""What models hand to all of their layers, and mixers have no use for."""
+"""Arguments that models pass to all of their layers, and that mixers do not use."""
 
 
 class NativeMixers(ModulePatch):
     """Runs mixers on shards while a batch is open.
 
     Args:
-        whole: computes the calls of which it is not known how to share them.
+        whole: computes calls that the ranks cannot share, on whole sequences.
     """
 
     def __init__(self, batch: ActiveBatch, whole: WholeSequences):
@@ -53,10 +53,10 @@ class NativeMixers(ModulePatch):
 
     @torch.compiler.disable
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
-        """What `forward` returns of this rank's tokens, with those of the other ranks seen where it looks for them.
+        """Run `forward` on the tokens of this rank. Its convolutions and scans see the tokens of the other ranks.
 
         Raises:
-            RuntimeError: if it does not call the functions that it was to call.
+            RuntimeError: if it does not call the functions that were found in its code.
         """
         if active_batch() is not self._batch:
             return forward(*args, **kwargs)
@@ -72,25 +72,25 @@ class NativeMixers(ModulePatch):
             output = forward(**arguments)
         if missed := called - reached:
             raise RuntimeError(
-                f"{type(module).__name__} was to call {', '.join(sorted(missed))} and did not, as if its forward had "
-                "been replaced by another library: tokens of other ranks were not seen. Leave its forward alone."
+                f"the forward of {type(module).__name__} did not call {', '.join(sorted(missed))}, so that it saw no "
+                "tokens of other ranks. If another library replaces this forward, switch that off."
             )
         return output
 
     @contextmanager
     def _replacing(self, names: dict[str, Any], called: set[str], turn: int) -> Iterator[set[str]]:
-        """Other functions under these names meanwhile; yields those that were called.
+        """Replace the functions under these names inside the block, and yield the set of those that were called.
 
-        Modules look them up anew in each call, so that recomputation, which calls a module again, needs no more.
+        Modules look up the names in each call. Recomputation calls the module again, and so finds them too.
         """
         originals = {name: names[name] for name in called}
-        reached = {FUSED}  # it is called in training alone
+        reached = {FUSED}  # a mixer calls it in training only
 
         def replaced(name: str) -> Callable:
             def function(*args, **kwargs):
                 reached.add(name)
                 if name == FUSED:
-                    return None  # there is no kernel for it
+                    return None  # as if its kernel were not installed
                 if name == CONVOLUTION:
                     return self._convolve(originals[name], args, kwargs)
                 return self._scan(originals[name], name, turn, args, kwargs)
@@ -104,7 +104,7 @@ class NativeMixers(ModulePatch):
             names.update(originals)
 
     def _padding(self, device: torch.device) -> torch.Tensor | None:
-        """`[B, S_local]`, 0 at padding; None if the batch has none."""
+        """Return the padding mask of the shard, `[B, S_local]`, 0 at padding. None if the batch has no padding."""
         if device not in self._paddings:
             shard = self._batch.shard
             padding = shard.padding
@@ -115,10 +115,10 @@ class NativeMixers(ModulePatch):
         return self._paddings[device]
 
     def _convolve(self, original: Callable, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """`original`, which convolves `[B, C, S_local]`, with what comes before the shard's tokens.
+        """Call the convolution `original` of `[B, C, S_local]` with the halo of the shard.
 
         Raises:
-            ValueError: if it is given what it is not known how to share.
+            ValueError: if it is given an unknown argument.
         """
         given = _named(CONVOLUTION, CONVOLUTION_ARGUMENTS, args, kwargs)
         _refuse_unknown(CONVOLUTION, given, CONVOLUTION_ARGUMENTS)
@@ -129,10 +129,10 @@ class NativeMixers(ModulePatch):
         return halo.trimmed(original(*args, **kwargs).transpose(1, 2)).transpose(1, 2)
 
     def _scan(self, original: Callable, name: str, turn: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """`original` along whole sequences, of this rank's heads.
+        """Call the scan `original` along whole sequences, for the heads of this rank.
 
         Raises:
-            ValueError: if it is given what it is not known how to share, such as a state to begin with.
+            ValueError: if it is given an unknown argument, such as an initial state.
         """
         scan = SCANS[name]
         given = _named(name, scan.positional, args, kwargs)
@@ -159,8 +159,9 @@ class NativeMixers(ModulePatch):
             outputs.append(_first(returned).flatten(0, 1))
             begin = end
         if not mine:
-            # A few of its own tokens and a head, of which nothing is kept: so the rank knows what the others send, all
-            # parameters have gradients on all ranks, and backward enters the same exchanges.
+            # A rank without heads runs one head of a few of its own tokens, and drops the result. So it learns the
+            # dtype and shape of the output, all parameters have gradients on all ranks, and backward enters the same
+            # exchanges.
             few = {key: x[:1, :3, :1] for key, x in by_token.items()}
             returned = computed(few, range(1))
             outputs.append(_of_no_heads(_first(returned), list(whole.values())))
@@ -178,12 +179,15 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _named(function: str, positional: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name.
+    """Return the arguments of a call by name.
 
-    Not by the function's signature: the names are those of Transformers, and a kernel in its place may have others.
+    The names are those that Transformers uses. A kernel in the place of its function may have another signature.
     """
     if len(args) > len(positional):
-        raise ValueError(f"{function} was given {len(args)} arguments by position, and {len(positional)} are known.")
+        raise ValueError(
+            f"{function} was given {len(args)} arguments by position, and {len(positional)} are known. Call the model "
+            "outside cp.shard."
+        )
     return {**dict(zip(positional, args)), **kwargs}
 
 
@@ -191,15 +195,15 @@ def _refuse_unknown(function: str, given: dict[str, Any], known: tuple[str, ...]
     unknown = sorted(name for name, value in given.items() if name not in known and not _is_nothing(value))
     if unknown:
         raise ValueError(
-            f"{function} was given {', '.join(unknown)}, and it is not known how that is shared by the ranks. Call "
-            "the model outside cp.shard."
+            f"{function} was given {', '.join(unknown)}, which this package cannot share among ranks. Call the model "
+            "outside cp.shard."
         )
 
 
 def _with(
     changes: Mapping[str, Any], positional: tuple[str, ...], args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a call with other values for some, each given as it was: by position or by name."""
+    """Change some arguments of a call. Each is still passed as it was, by position or by name."""
     by_position = positional[: len(args)]
     args = tuple(changes.get(name, value) for name, value in zip(by_position, args))
     return args, kwargs | {name: value for name, value in changes.items() if name not in by_position}
@@ -210,6 +214,9 @@ def _first(returned: Any) -> torch.Tensor:
 
 
 def _of_no_heads(output: torch.Tensor, whole: list[torch.Tensor]) -> torch.Tensor:
-    """`[T, 0, ...]`, as if it were made of `output`, `[B, S, H, ...]`, and of `whole`, `[T, 0, ...]`."""
+    """Return an empty `[T, 0, ...]` that depends on `output`, `[B, S, H, ...]`, and on `whole`, `[T, 0, ...]`.
+
+    Backward passes through both with zero gradients.
+    """
     nothing = output[:0].sum() + sum(x.sum() for x in whole)
     return output.new_zeros(whole[0].shape[0], 0, *output.shape[3:]) + nothing.to(output.dtype)

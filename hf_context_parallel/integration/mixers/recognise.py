@@ -1,4 +1,4 @@
-"""Which modules mix tokens otherwise than by the attention interface, and in which way."""
+"""Recognition of mixers, and of those that can run natively."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .token_functions import CONVOLUTION, SCANS, token_functions
 
 
 def is_native(module: torch.nn.Module) -> bool:
-    """Whether a mixer mixes tokens by functions that it is known how to share, and by nothing else.
+    """Return whether a mixer can run natively: it mixes tokens only by functions that ranks can share.
 
-    Of such a one each rank computes its share; the others have to see whole sequences.
+    All other mixers see whole sequences.
     """
     called = token_functions(module)
-    # Where a state is carried along, the function that does it must be one of them, too.
+    # A mixer that carries a state along the sequence must do so by a known scan.
     return CONVOLUTION in called and (bool(called & SCANS.keys()) or is_called(type(module), SHORT_CONVOLUTIONS))
 
 
 def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that mix tokens otherwise than by the attention interface, none of them inside another."""
+    """Return the modules that mix tokens by other means than the attention interface. None is inside another."""
     if isinstance(model, PreTrainedModel) and model.config.model_type in WHOLE_MODELS:
         decoder = model.get_decoder()
         return [model.base_model if decoder is model else decoder]
@@ -35,5 +35,5 @@ def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def makes_positions(module: torch.nn.Module) -> bool:
-    """Whether a module, or a whole model, makes positions of its own unless it is given some."""
+    """Return whether a module or a whole model makes its own positions when it is given none."""
     return isinstance(module, PreTrainedModel) or is_called(type(module), MAKES_POSITIONS)

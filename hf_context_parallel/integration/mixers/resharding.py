@@ -1,11 +1,10 @@
-"""Whole sequences for a while: tokens travel from where the layout puts them to ranks that hold sequences whole.
+"""Resharding: an exchange that turns shards into whole sequences, and back.
 
-Some modules mix tokens by themselves: states that run along the sequence, convolutions, attention that no interface
-reaches. For the duration of such a module the sequences are dealt to the ranks, each to one, and afterwards its output
-returns to the shards. Every token is in one place at a time, so no work is repeated, and the gradient of the way there
-is the way back.
+Some modules mix tokens themselves: state spaces, convolutions, attention that does not use the interface. For such a
+module each sequence is dealt to one rank, which gets all its tokens. The output of the module returns to the shards.
+Every token is on one rank at a time, so no work is repeated. The gradient of each exchange is its reverse.
 
-A sequence is a row, or a document where rows are packed: what the module would see were it alone.
+A sequence is a row, or one document of a packed row.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ...planning.layout import Layout
 
 
 class Sequence(NamedTuple):
-    """Positions `[start, stop)` of a row."""
+    """A sequence: positions `[start, stop)` of a row."""
 
     row: int
     start: int
@@ -35,7 +34,7 @@ class Sequence(NamedTuple):
 
 
 def sequences(shard: Shard) -> list[Sequence]:
-    """The sequences of a batch: documents of packed rows, else rows with their padding."""
+    """List the sequences of a batch: documents of packed rows, else rows with their padding."""
     if not shard.packed:
         return [Sequence(row, 0, shard.length) for row in range(shard.batch_size)]
     return [
@@ -46,11 +45,13 @@ def sequences(shard: Shard) -> list[Sequence]:
 
 
 class Piece(NamedTuple):
-    """Tokens of one sequence that lie next to each other on a rank.
+    """Consecutive tokens of one sequence that lie side by side on one rank.
 
     Args:
-        token: the number of the first there, in rows laid one after another.
-        place: its number in the sequence.
+        rank: the rank that holds them.
+        token: index of the first token on that rank, `row * local_length + index in the row`.
+        place: index of the first token in the sequence.
+        length: number of tokens.
     """
 
     rank: int
@@ -60,24 +61,29 @@ class Piece(NamedTuple):
 
 
 def pieces(layout: Layout, sequence: Sequence) -> Iterator[Piece]:
-    """Where a sequence lies, from its first token to its last."""
+    """Yield the pieces of a sequence in order, with the ranks that hold them."""
     for rank, index, position, length in layout.pieces(sequence.start, sequence.stop):
         yield Piece(rank, sequence.row * layout.local_length(rank) + index, position - sequence.start, length)
 
 
 def ranges(starts: list[int], lengths: list[int]) -> torch.Tensor:
-    """`start, ..., start + length - 1` for each, one after another."""
+    """Concatenate the ranges `start, ..., start + length - 1`."""
     first, count = torch.tensor(starts, dtype=torch.long), torch.tensor(lengths, dtype=torch.long)
     before = count.cumsum(0) - count
     return torch.arange(sum(lengths)) + (first - before).repeat_interleave(count)
 
 
 def deal(lengths: list[int], size: int, turn: int) -> list[int]:
-    """For each length the rank that gets it: the longest first, to the rank with the least so far.
+    """Deal sequences to ranks, longest first, each to the rank with the fewest tokens so far.
 
     Args:
-        turn: the rank that comes first among equals. Modules take turns, so that what they keep for backward is
-            spread even where there is one sequence.
+        lengths: number of tokens of each sequence.
+        size: number of ranks.
+        turn: the rank that comes first among equals. It differs from module to module, so that activations saved for
+            backward are spread over the ranks even if there is one sequence only.
+
+    Returns:
+        The rank of each sequence.
     """
     owners, load = [0] * len(lengths), [0] * size
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
@@ -88,14 +94,14 @@ def deal(lengths: list[int], size: int, turn: int) -> list[int]:
 
 
 class Resharding:
-    """The exchange that makes sequences whole, and its reverse.
+    """Exchange that turns shards into whole sequences, and its reverse.
+
+    The attribute `mine` lists the sequences that this rank gets, shortest first.
 
     Args:
-        shard: the batch as this rank has it.
+        shard: the shard of this rank.
         turn: see `deal`.
-        group: of the shard's ranks.
-
-    `mine` are the sequences that this rank gets, shortest first.
+        group: process group of the CP group; None for one rank.
     """
 
     def __init__(self, shard: Shard, turn: int, group: dist.ProcessGroup | None, device: torch.device):
@@ -115,11 +121,11 @@ class Resharding:
         self._order = self._reverse.argsort()
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S_local, ...]` as the tokens of this rank's sequences, one sequence after another: `[T, ...]`."""
+        """Exchange `[B, S_local, ...]` for the tokens of `mine`, one sequence after another: `[T, ...]`."""
         return linear(self._whole, self._sharded, x)[0]
 
     def sharded(self, x: torch.Tensor) -> torch.Tensor:
-        """`[T, ...]` back as `[B, S_local, ...]`: 0 where a token is in no sequence."""
+        """Return `[T, ...]` to the shards, `[B, S_local, ...]`. Tokens of no sequence are 0."""
         return linear(self._sharded, self._whole, x)[0]
 
     def _whole(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -136,9 +142,11 @@ class Resharding:
 
 
 def held(shard: Shard, wanted: list[Sequence]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What each rank holds of these sequences: the tokens' numbers there, and their places among those of all of them.
+    """Locate the tokens of these sequences on every rank, in the order of the sequences.
 
-    A rank's tokens are in the order of the sequences.
+    Returns:
+        For each rank two index vectors: the tokens on that rank, and their places when all sequences are laid one
+        after another.
     """
     found: list[list[tuple[int, int, int]]] = [[] for _ in range(shard.layout.size)]
     before = 0
@@ -154,23 +162,23 @@ def held(shard: Shard, wanted: list[Sequence]) -> list[tuple[torch.Tensor, torch
 
 
 def scattered(shard: Shard, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """A rank's rows `[len(tokens), ...]` as `[B, S_local, ...]`: each where its token is, and 0 elsewhere."""
+    """Scatter rows `[len(tokens), ...]` to their tokens in `[B, S_local, ...]`, which is 0 elsewhere."""
     whole = rows.new_zeros(math.prod(shard.local_shape), *rows.shape[1:])
     return whole.index_copy_(0, tokens, rows).unflatten(0, shard.local_shape)
 
 
 Map = Callable[..., list[torch.Tensor]]
-"""Tensors to tensors."""
+"""A function from tensors to a list of tensors."""
 
 
 def linear(there: Map, back: Map, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """`there(*tensors)`, of which the gradient is `back(*gradients)`.
+    """Compute `there(*tensors)`, whose gradient is `back(*gradients)`.
 
-    What is exchanged together is one node of the graph: the order of several in backward would not be certain, and all
-    ranks have to enter the same exchanges in the same order.
+    Tensors that are exchanged together are one node of the graph. With several nodes the order of exchanges in
+    backward could differ between ranks, and then ranks would wait for each other.
 
     Args:
-        there, back: linear maps, each the other's transpose.
+        there, back: two linear maps. Each is the transpose of the other.
     """
     return list(_Linear.apply(there, back, *tensors))
 
@@ -190,7 +198,7 @@ class _Linear(torch.autograd.Function):
 def all_to_all(
     rows: torch.Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Rows to the ranks of a group, `sends[r]` of them to rank r, for `receives[r]` from there."""
+    """Send `sends[r]` rows to each rank r of a group, and receive `receives[r]` rows from it. None is one rank."""
     if group is None:
         return rows
     result = rows.new_empty(sum(receives), *rows.shape[1:])

@@ -1,7 +1,8 @@
-"""Whole sequences of some heads: what runs along a sequence, head by head, shares its work by head.
+"""Exchange of tokens for heads, for scans.
 
-Each rank gets all tokens of its share of the heads, in place of all heads of its share of the tokens. All tensors of a
-kind travel together, and results return the other way.
+A scan runs along the sequence, for each head by itself. So ranks share its work by heads. Each rank holds all heads of
+its own tokens, and gets all tokens of its own heads. All tensors of a scan travel in one exchange. Outputs return in
+the reverse one.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from .resharding import held, linear, sequences
 
 
 class Heads:
-    """The exchange that gives each rank whole sequences of some heads, and its reverse.
+    """Exchange that gives each rank whole sequences of some heads, and its reverse.
+
+    The attribute `sequences` lists all sequences of the batch, shortest first.
 
     Args:
-        shard: the batch as this rank has it.
-        exchange: the messages of the shard's ranks.
-
-    `sequences` are all of the batch's, shortest first.
+        shard: the shard of this rank.
+        exchange: the messages of the CP group.
     """
 
     def __init__(self, shard: Shard, exchange: Exchange):
@@ -43,11 +44,14 @@ class Heads:
         )
 
     def whole(self, tensors: Sequence[torch.Tensor], shares: Sequence[range]) -> list[torch.Tensor]:
-        """Each `[B, S_local, H, ...]` as the tokens of all sequences, one sequence after another: `[T, h, ...]`.
+        """Exchange each `[B, S_local, H, ...]` for the tokens of all sequences, one after another: `[T, h, ...]`.
 
         Args:
-            shares: for each rank, which heads of the first tensor go there. Of tensors with fewer heads it gets those
-                that they share, for each of its own where its heads would not share them equally.
+            tensors: the first has the most heads. The others may have fewer: several heads of the first then read one
+                of theirs.
+            shares: heads of the first tensor that each rank gets. It also gets the heads of the other tensors that
+                these read. Such a head is repeated for each reader, if the heads of the rank would not share it
+                equally.
         """
         ratios = [tensors[0].shape[2] // x.shape[2] for x in tensors]
         dealt = [grouped_heads(shares, ratio) for ratio in ratios]
@@ -62,10 +66,11 @@ class Heads:
         return [x if read is None else x.index_select(1, read) for x, read in zip(whole, reads)]
 
     def sharded(self, x: torch.Tensor, shares: Sequence[range]) -> torch.Tensor:
-        """`[T, h, ...]` back as `[B, S_local, H, ...]`: 0 where a token is in no sequence.
+        """Return `[T, h, ...]` to the shards, `[B, S_local, H, ...]`. Tokens of no sequence are 0.
 
         Args:
-            shares: for each rank the heads that it comes with.
+            x: the output of the scan for the heads of this rank.
+            shares: heads that each rank has computed.
         """
         total = sum(map(len, shares))
         (local,) = linear(
@@ -77,5 +82,5 @@ class Heads:
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """`[T, H, ...]` as `[T, H, D]`."""
+    """Reshape `[T, H, ...]` to `[T, H, D]`."""
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)

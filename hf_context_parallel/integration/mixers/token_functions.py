@@ -1,7 +1,7 @@
-"""The functions by which Transformers' mixers mix tokens, and how they take their tensors.
+"""Functions by which mixers of Transformers mix tokens, and the shapes of their arguments.
 
-A mixer looks them up by name in its module, whether the name stands for Transformers' own or for a kernel of another
-package. All else that it does, it does token by token.
+A mixer looks them up by name in its module. The name may stand for a function of Transformers or for a kernel of
+another package. Everything else in such a mixer is computed token by token.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Scan(NamedTuple):
     """A function that carries a state along the sequence, for each head by itself.
 
     Args:
-        positional: the names of the arguments that come by position.
-        by_head: those of `[B, S, H, ...]`; the first returned has this shape as well.
-        by_group: those of `[B, S, G, ...]`, each of which H / G heads in a row read.
-        per_head: parameters of `[H, ...]`.
-        options: what is the same for all heads.
+        positional: names of the arguments that may be passed by position, in order.
+        by_head: names of tensors `[B, S, H, ...]`. The first output has this shape too.
+        by_group: names of tensors `[B, S, G, ...]`. H / G consecutive heads read one of the G groups.
+        per_head: names of parameters `[H, ...]`.
+        options: names of arguments that are the same for all heads.
     """
 
     positional: tuple[str, ...]
@@ -51,14 +51,14 @@ SCANS = {
     "chunk_kimi_delta_attention": DELTA_RULE,
     "mamba2_chunk_scan": STATE_SPACE,
 }
-"""The scans by name."""
+"""Known scans by name."""
 
 CONVOLUTION = "causal_conv1d_fn"
-"""The causal convolution of `[B, C, S]` by weights of `[C, K]`."""
+"""Name of the causal convolution of `[B, C, S]` by weights `[C, K]`."""
 CONVOLUTION_ARGUMENTS = ("hidden_states", "weight", "bias", "activation")
 
 FUSED = "mamba2_split_conv1d_scan_combined"
-"""All of a mixer in one kernel. Where there is none it returns None, and the mixer goes on with the others."""
+"""Name of a kernel that computes a whole mixer. If it returns None, the mixer calls the other functions."""
 
 
 BY_TOKEN = "apply_mask_to_padding_states"
@@ -70,22 +70,25 @@ DECODING = frozenset(
         "torch_recurrent_gated_delta_rule",
     }
 )
-"""What takes the place of the others when there is a cache, which there is not on a shard."""
+"""Functions that a mixer calls when it has a cache. On a shard it has none."""
 
 
 @cache
 def _globals_of(code: CodeType) -> frozenset[str]:
-    """The names that code looks up in its module, read once: mixers ask in every call.
+    """Return the global names that code looks up. The result is cached, as mixers ask for it in every call.
 
-    Not `co_names`, which has attributes as well: older versions of Transformers call `self.causal_conv1d_fn`.
+    `co_names` would hold attributes too, and older versions of Transformers call `self.causal_conv1d_fn`.
     """
     return frozenset(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
 
 
 def token_functions(module: torch.nn.Module) -> set[str]:
-    """Which of these functions a module's forward calls by name; none if it calls others, which might mix tokens."""
+    """Return the known functions that the forward of a module calls by name.
+
+    The set is empty if the forward calls any other function, since that might mix tokens.
+    """
     forward = inspect.unwrap(type(module).forward)
-    if not inspect.isfunction(forward):  # compiled, say
+    if not inspect.isfunction(forward):  # a compiled forward, for instance
         return set()
     functions = {name for name in _globals_of(forward.__code__) if callable(forward.__globals__.get(name))}
     known = functions & {*SCANS, CONVOLUTION, FUSED}

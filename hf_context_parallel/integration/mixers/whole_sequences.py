@@ -1,8 +1,8 @@
-"""Modules of a model that see whole sequences: their forward is replaced for as long as a sharded batch is open.
+"""Modules that see whole sequences: their forward is replaced while a sharded batch is open.
 
-A hook would not do, since a rank calls the module once for the sequences of each length. What a module is given by
-token is resharded (see `reshard`), and so is what it returns; its attention mask is the one that the sequences would
-have if they were alone.
+Arguments that hold a value for each token are resharded (see `resharding`), and so are the outputs. The attention mask
+is that of the whole sequences. A forward hook would not do, since a rank calls the module once for each length of
+sequence.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from .recognise import makes_positions
 from .resharding import Resharding, Sequence
 
 PADDING_MASKS = {"attention_mask", "conv_mask", "conv"}
-"""The arguments by which modules are told of padding; none of it reaches them on a shard."""
+"""Names of arguments that hold a padding mask. Modules get None for them on a shard."""
 
 
 class _Call(NamedTuple):
-    """Sequences of one length that a module is called with at a time: `tokens` of what this rank has of all its own.
+    """One call of a module, with sequences of one length.
 
-    Without sequences it is a call of some tokens of this rank's, of which nothing is kept: so all parameters have
-    gradients on all ranks, and all ranks enter the same collectives.
+    A call without sequences takes a few tokens of this rank, and its result is dropped. It is made on a rank that has
+    no sequence. So all parameters have gradients on all ranks, and all ranks enter the same collectives.
 
     Args:
-        shape: rows and their length.
+        sequences: the rows of the call.
+        tokens: their range among the tokens of all sequences of this rank.
+        shape: number of rows, and tokens of each.
     """
 
     sequences: list[Sequence]
@@ -53,7 +55,7 @@ class WholeSequences(ModulePatch):
 
     @torch.compiler.disable
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
-        """What `forward` returns of whole sequences, as shards."""
+        """Run `forward` on whole sequences, and return its outputs as shards."""
         turn %= self._batch.group.size
         self._batch.note(module, "whole sequences")
         parameters = inspect.signature(forward).parameters
@@ -75,7 +77,7 @@ class WholeSequences(ModulePatch):
                 output = forward(**arguments)
             if isinstance(
                 output, ModelOutput
-            ):  # a whole model's, whose other tensors may look as if they were by token
+            ):  # of a whole model; its other tensors may look as if they had a value for each token
                 output = type(output)(last_hidden_state=output.last_hidden_state)
             outputs, output_form = tree_flatten(output)
             outputs = [_rows(leaf, call) for leaf in outputs]
@@ -91,12 +93,12 @@ class WholeSequences(ModulePatch):
         return tree_unflatten(output, output_form)
 
     def _arguments(self, module, parameters, leaves: list, given: dict[int, torch.Tensor], form, call: _Call) -> dict:
-        """What a module is called with for the sequences of `call`.
+        """Build the arguments of the module for the sequences of `call`.
 
         Args:
-            parameters: of its forward, by name.
-            leaves, form: the arguments that it was given on the shard.
-            given: what replaces those of them that are by token, by their index.
+            parameters: parameters of its forward, by name.
+            leaves, form: arguments that the module was given on the shard, flattened.
+            given: resharded tensors, by the index of the leaf that they replace.
         """
         padding = self._padding(call)
         like = next((tensor for tensor in given.values() if tensor.is_floating_point()), None)
@@ -106,9 +108,9 @@ class WholeSequences(ModulePatch):
         ]
         arguments = tree_unflatten(here, form)
         positions = arguments.get("position_ids")
-        if makes_positions(module) and not self._batch.shard.positioned:  # of what it sees, which is all now
+        if makes_positions(module) and not self._batch.shard.positioned:  # it counts them itself on whole sequences
             arguments |= dict.fromkeys(arguments.keys() & {"position_ids"})
-        elif not call.sequences and positions is not None:  # some look at how far they go
+        elif not call.sequences and positions is not None:  # some modules read the largest position
             arguments["position_ids"] = torch.arange(call.shape[1], device=positions.device)[None]
         for name, value in arguments.items():
             made = MADE_BY_MODEL.get((type(module).__name__, name))
@@ -135,7 +137,7 @@ class WholeSequences(ModulePatch):
         return self._reshardings[turn, device]
 
     def _padding(self, call: _Call) -> torch.Tensor | None:
-        """The 2-D padding mask of a call's rows; None where the batch has no padding."""
+        """Return the padding mask of the rows of a call, `[rows, length]`. None if the batch has no padding."""
         padding = self._batch.shard.padding
         if padding is None:
             return None
@@ -155,21 +157,21 @@ def _calls(mine: list[Sequence], local_length: int) -> Iterator[_Call]:
 
 
 def _rows(leaf: Any, call: _Call) -> Any:
-    """What a module returned by token, as `[T, ...]`; None in the place of other tensors.
+    """Flatten an output `[B, S, D]` of a module to `[T, D]`, and replace other tensors by None.
 
-    That is `[B, S, D]`. What has other dimensions, such as weights or a pooled row, may look like it by chance.
+    A tensor with other dimensions, such as attention weights or a pooled row, may match the shape by chance.
     """
     if not _is_computed(leaf):
         return leaf
     rows, length = call.shape
     if leaf.dim() != 3 or leaf.shape[:2] not in ((rows, length), (1, length)):
-        return None  # what needs it will say so
-    by_token = leaf.expand(rows, -1, -1).flatten(0, 1)  # positions may be the same for every row
+        return None  # code that needs the tensor fails on None
+    by_token = leaf.expand(rows, -1, -1).flatten(0, 1)  # position embeddings may have one row for all
     return by_token if call.sequences else by_token[:0]
 
 
 def _with_padding(mask: Any, padding: torch.Tensor | None) -> Any:
-    """What a module gets for a mask: the padding where it would get that or nothing, in a dictionary of masks too."""
+    """Replace a 2-D mask, or None, by the padding mask of the whole sequences. `mask` may be a dictionary of masks."""
     if isinstance(mask, dict):
         return {name: _with_padding(x, padding) if name in PADDING_MASKS else x for name, x in mask.items()}
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
@@ -178,12 +180,12 @@ def _with_padding(mask: Any, padding: torch.Tensor | None) -> Any:
 
 
 def _is_computed(leaf: Any) -> bool:
-    """Whether it is a tensor, and not a module's own parameter."""
+    """Return whether an output is a tensor, but not a parameter of the module."""
     return isinstance(leaf, torch.Tensor) and not isinstance(leaf, torch.nn.Parameter)
 
 
 def _tied(leaf: Any, whole: list[torch.Tensor]) -> Any:
-    """`leaf`, of no rows, as if it were made of `whole`, of no rows either: backward has to go there on every rank."""
+    """Make the empty `leaf` depend on the empty tensors `whole`, so that backward reaches them on every rank."""
     if not _is_computed(leaf) or not leaf.requires_grad:
         return leaf
     return leaf + sum(tensor.sum() for tensor in whole if tensor.requires_grad)
@@ -192,9 +194,12 @@ def _tied(leaf: Any, whole: list[torch.Tensor]) -> Any:
 def _together(
     move: Callable[[torch.Tensor], torch.Tensor], tensors: list[torch.Tensor], leading: int
 ) -> list[torch.Tensor]:
-    """`move` of each tensor, whose first `leading` dimensions are the tokens', in one exchange for all of a kind.
+    """Apply `move` to all tensors, in one exchange for each dtype and need of gradients.
 
-    The order of several exchanges in backward would not be certain.
+    With more exchanges than that, their order in backward could differ between ranks.
+
+    Args:
+        leading: number of leading dimensions that count tokens.
     """
     moved: list[torch.Tensor] = [None] * len(tensors)
     kinds: dict[tuple, list[int]] = {}

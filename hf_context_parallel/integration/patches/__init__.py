@@ -1,1 +1,1 @@
-"""What modules compute on a shard in the place of what they would."""
+"""Patches: replacements for modules and losses that would not be exact on a shard."""

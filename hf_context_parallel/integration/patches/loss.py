@@ -1,4 +1,4 @@
-"""What models add to, or do instead of, the sum over tokens that a shard's loss is."""
+"""Losses that are no sum over the tokens of a shard, and their correction."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..model_registry import UNSHIFTED
 from .module_patch import by_name
 
 BALANCING = "load_balancing_loss_func"
-"""The function that Transformers' mixtures of experts compute their auxiliary loss with."""
+"""Name of the function by which mixtures of experts in Transformers compute their auxiliary loss."""
 
 
 class BalancingLoss:
-    """Gives a mixture of experts' auxiliary loss the router's logits of the whole batch, for as long as it runs.
+    """Block in which the auxiliary loss of a mixture of experts is computed on the whole batch.
 
-    The loss is a product of means over tokens, so the ranks' values do not add up to it. Each rank computes it whole
-    and counts 1/N of it. Models call a function of their module by name, so there it is replaced.
+    This loss is a product of means over tokens, so the values of the shards do not add up to it. Each of N ranks
+    gathers the router logits, computes the loss of the whole batch, and returns 1/N of it. Models look the function up
+    by name in their module, so it is replaced there.
     """
 
     def __init__(self, batch: ActiveBatch, model: PreTrainedModel):
@@ -41,7 +42,7 @@ class BalancingLoss:
             self._names[BALANCING] = self._original
 
     def _of_whole_batch(self, *args, **kwargs):
-        given = by_name(self._original, args, kwargs)  # Doge's takes more than others'
+        given = by_name(self._original, args, kwargs)  # the function of Doge takes more arguments
         router = given["gate_logits"]
         if not isinstance(router, (tuple, list)):
             return self._original(**given)
@@ -57,10 +58,16 @@ class BalancingLoss:
 
 
 def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any], shard: Shard) -> Any:
-    """The output with the loss that adds up to one process's, or None if it has that.
+    """Replace the loss of an output, so that the losses of the ranks add up to the loss of one process.
 
     Args:
-        given: what the model's forward was given, by name.
+        given: arguments of the forward of the model, by name.
+
+    Returns:
+        The output with the corrected loss, or None where the loss is right already.
+
+    Raises:
+        ValueError: if the loss cannot be corrected with these arguments.
     """
     config = model.config
     if given.get("labels") is None:
@@ -68,8 +75,8 @@ def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any]
     if not isinstance(output, Mapping):
         if config.model_type in UNSHIFTED or getattr(config, "z_loss_coefficient", 0):
             raise ValueError(
-                f"return_dict=False: the loss of a {config.model_type} is a mean over its shard, and is put right in "
-                "the output's 'loss'. Leave return_dict out, or set it to True."
+                f"return_dict=False: the loss of a {config.model_type} is a mean over its shard, and can be corrected "
+                "only in an output with the key 'loss'. Leave return_dict out, or set it to True."
             )
         return None
     logits = output["logits"]
@@ -82,10 +89,10 @@ def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any]
     elif getattr(config, "z_loss_coefficient", 0):
         if shard.padding is not None:
             raise ValueError(
-                f"z_loss_coefficient={config.z_loss_coefficient} is a mean over all logits, and those of padding are "
-                "not what they would be on one process. Set it to 0, or pack the batch instead of padding it."
+                f"z_loss_coefficient={config.z_loss_coefficient} weights a mean over all logits, and the logits of "
+                "padding differ from those of one process. Set it to 0, or pack the batch instead of padding it."
             )
-        # The model has added the mean over its shard of what is to be a mean over the batch.
+        # The model has added the mean over its shard. It is replaced by this shard's share of the mean over the batch.
         squares = logits.logsumexp(dim=-1).to(output["loss"].dtype).pow(2)
         real = shard.layout.positions(shard.rank).to(logits.device) < shard.length
         mean = squares[:, real].sum() / (shard.batch_size * shard.length)

@@ -1,4 +1,4 @@
-"""Modules whose forward is another one for as long as a sharded batch is open."""
+"""Replacement of the forward of modules while a sharded batch is open."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ import torch
 
 
 class ModulePatch(ABC):
-    """Runs modules in its own way until it is told to restore them."""
+    """Replaces the forward of modules by its method `run`, until `restore`."""
 
     def __init__(self) -> None:
         self._replaced: dict[torch.nn.Module, Callable | None] = {}
 
     @abstractmethod
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
-        """What `module` returns while it is replaced.
+        """Run a replaced module.
 
         Args:
-            forward: its own.
-            turn: how many modules were replaced before it.
+            forward: the forward of the module without the replacement.
+            turn: number of modules that were replaced before this one.
         """
 
     def replace(self, module: torch.nn.Module) -> None:
-        """Run `module` in this way until `restore`; once is enough, however often its model is called."""
+        """Replace the forward of a module until `restore`. A second call for the same module does nothing."""
         if module in self._replaced:
             return
-        before = vars(module).get("forward")  # another library's, or that of a batch which this one is nested in
+        before = vars(module).get("forward")  # of another library, or of an outer batch
         module.forward = partial(self.run, module, own_forward(module), len(self._replaced))
         self._replaced[module] = before
 
     def restore(self) -> None:
+        """Give all modules their former forward again."""
         for module, before in self._replaced.items():
             if before is None:
-                del module.forward  # the class's shows again
+                del module.forward  # so that the forward of the class is used
             else:
                 module.forward = before
         self._replaced.clear()
 
 
 def own_forward(module: torch.nn.Module) -> Callable:
-    """What a module computes where no batch is open: its forward, behind what replaces it."""
+    """Return the forward of a module without the replacements of any batch."""
     forward = module.forward
     while isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), ModulePatch):
         forward = forward.args[1]
@@ -52,7 +53,7 @@ def own_forward(module: torch.nn.Module) -> Callable:
 
 
 def by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, all by name."""
+    """Return all arguments of a call by name."""
     signature = inspect.signature(function)
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():

@@ -1,4 +1,4 @@
-"""Positions that a module counts itself, from the first token it is given: on a shard, from the wrong one."""
+"""Correction of positions that a module counts itself, from the first token of its shard."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from ..active_batch import ActiveBatch
 
 
 def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ActiveBatch) -> torch.Tensor:
-    """The query with a factor for each token's index in its row, where the layer has put one for that on this rank.
+    """Correct the attention temperature of Llama 4, which depends on the index of a token in its row.
 
-    Llama 4 raises the temperature of layers without RoPE with the index, whatever `position_ids` say.
+    Layers without RoPE multiply the query by a factor of this index, and do not use `position_ids`. On a shard they
+    take the index on the rank. Queries of other layers are returned as they are.
 
     Args:
         query: `[B, H, S_local, D]`.
-        batch: the current one.
+        batch: the active batch.
     """
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
@@ -29,18 +30,18 @@ def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ActiveB
 
 
 def _bloom_alibi(module: torch.nn.Module, of_shard: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """The score biases of whole rows, which Bloom makes once for all layers: `[B * H, 1, S]`."""
+    """Make the score biases of whole rows for Bloom, `[B * H, 1, S]`. The model makes them once for all layers."""
     return bloom_alibi()(padding.to(of_shard.device), module.num_heads, of_shard.dtype)
 
 
 def _ids_without_padding(module: torch.nn.Module, input_ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """The tokens of whole rows that Qwen 4's n-grams are made of, which end a segment at padding: `[B, S]`."""
+    """Make the tokens of whole rows for the n-grams of Qwen 4, `[B, S]`. Padding ends a segment of n-grams."""
     end = module.ple_embedding.eos_token_id
     return torch.where(padding.to(input_ids.device).bool(), input_ids, end)
 
 
 def _distances(module: torch.nn.Module, of_shard: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """The distance of each query from each key of whole rows, which Inkling 2 makes once for all layers: `[S, S]`."""
+    """Make the distances of queries from keys for Inkling 2, `[S, S]`. The model makes them once for all layers."""
     index = torch.arange(padding.shape[1], device=of_shard.device)
     return index[:, None] - index[None, :]
 
@@ -53,7 +54,8 @@ MADE_BY_MODEL = {
     ("Inkling2LoopSlidingAttention", "relative_distance"): _distances,
     ("Qwen4ExpTextPLELayer", "input_ids"): _ids_without_padding,
 }
-"""By class and argument: what makes for whole sequences what the model has made, of a shard, for all layers.
+"""Functions that make an argument of a module again for whole sequences, by class name and argument.
 
-It takes the module, the argument as it is (resharded where it is by token), and `[B, S]`, 0 at padding.
+The model has made the argument from a shard, once for all layers. A function takes the module, the argument (resharded
+if it holds a value for each token), and the padding mask `[B, S]`, 0 at padding.
 """

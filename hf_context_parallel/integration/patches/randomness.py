@@ -1,9 +1,10 @@
-"""Random numbers of a rank's own while it computes its shard.
+"""Random streams: each rank draws its own random numbers while it computes its shard.
 
-Ranks are seeded alike, as Trainer does it, so that what is to be the same on all of them is. Dropout is not: the same
-entries of different tokens would be dropped. So each rank draws from a stream of its own for as long as a batch is
-open, seeded from the one that they share, which goes on afterwards as if one number had been drawn from it. Ranks of a
-tensor-parallel group have the same tokens and draw alike, unless sequence parallelism divides those too.
+The Trainer seeds all ranks alike, so that weights and samples are the same on all of them. Dropout must differ: with
+one stream, ranks would drop the same entries of different tokens. So each rank has its own stream while a batch is
+open. Its seed comes from the shared stream and the rank. The shared stream goes on afterwards as if one number had
+been drawn from it. Ranks of a tensor-parallel group hold the same tokens and draw alike, unless sequence parallelism
+divides these tokens too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from ...distributed.mesh import Ranks
 
 @contextmanager
 def own_stream(group: CPGroup) -> Iterator[None]:
-    """Draw from a stream of this rank's, on the CPU and on the current GPU. It needs none where it always has all
-    tokens; where it has them for now, the ranks that it shares a stream with later may draw more or less meanwhile."""
+    """Draw from the stream of this rank in this block, on the CPU and on the current GPU.
+
+    A rank that always holds all tokens keeps the shared stream. A group that has one rank only for now does not: other
+    ranks may draw more or fewer numbers, and the shared stream must stay the same for the larger group.
+    """
     tensor_rank = group.groups.tensor.rank if group.config.sequence_parallel else 0
     if group.size == group.first_size == 1 and not group.config.sequence_parallel:
         yield
@@ -37,8 +41,10 @@ def own_stream(group: CPGroup) -> Iterator[None]:
 
 
 def share_streams(ranks: Ranks) -> None:
-    """Let all ranks go on with the random numbers of the first: Python's, NumPy's and torch's, on the CPU and the GPU.
-    Every rank must call this."""
+    """Copy the random state of the first rank to all ranks: Python, NumPy and torch, on the CPU and the GPU.
+
+    Every rank must call this.
+    """
     cuda = torch.cuda.is_available()
     states = [
         random.getstate(),

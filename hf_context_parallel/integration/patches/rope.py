@@ -1,7 +1,7 @@
-"""RoPE whose frequencies depend on the longest position of a sequence, of which a shard may hold none.
+"""RoPE whose frequencies depend on the length of a sequence, which a shard does not show.
 
 Dynamic NTK and LongRoPE choose their frequencies by the largest position that they are given. Here they are given one
-more: the largest of the batch, or of the document where rows are packed.
+more position: the largest of the batch, or of the document where rows are packed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .module_patch import ModulePatch
 
 
 def follows_length(module: torch.nn.Module) -> bool:
-    """Whether a module makes RoPE of frequencies that depend on the length."""
+    """Return whether a module computes RoPE with frequencies that depend on the length."""
     kinds = getattr(module, "rope_type", None)
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
 
 
 class RopeByLength(ModulePatch):
-    """Gives such modules the lengths of what this rank's tokens are part of, while a batch is open."""
+    """Gives RoPE modules the lengths of the whole rows or documents, while a batch is open."""
 
     def __init__(self, batch: ActiveBatch):
         super().__init__()
@@ -40,14 +40,14 @@ class RopeByLength(ModulePatch):
         position_ids: torch.Tensor,
         layer_type: str | None = None,
     ) -> Any:
-        """The module's frequencies at `position_ids`, `[B, S_local]`, as one process would make them."""
+        """Compute the frequencies at `position_ids`, `[B, S_local]`, as one process would."""
         options = {} if layer_type is None else {"layer_type": layer_type}
         kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
         lengths = _same_frequencies(module, kind, layer_type, self._batch.shard)
         result = None
         for length in lengths.unique().tolist():
             last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
-            # Those of longer documents would be the largest; what is made of them here is not kept.
+            # Positions of longer documents would be the largest, so they are clamped. Their results are not kept.
             part = forward(x, torch.cat([position_ids.clamp(max=length - 1), last], dim=-1), **options)
             part = tree_map(lambda tensor: tensor[..., :-1, :], part)
             chosen = (lengths == length)[..., None].to(x.device)
@@ -62,21 +62,21 @@ def _where(chosen: torch.Tensor, new: Any, old: Any) -> Any:
 
 
 def _same_frequencies(module, kind: str, layer_type: str | None, shard: Shard) -> torch.Tensor:
-    """The shard's `lengths`, with those made one that the module makes the same frequencies for.
+    """Return the `lengths` of the shard, where lengths with the same frequencies are replaced by one of them.
 
     Raises:
-        ValueError: on all ranks, if documents' frequencies would depend on which document was seen before.
+        ValueError: on all ranks, if the frequencies of a document would depend on the documents before it.
     """
     lengths = shard.lengths
     parameters = module.config.rope_parameters if layer_type is None else module.config.rope_parameters[layer_type]
     original = parameters.get("original_max_position_embeddings") or module.original_max_seq_len
-    if kind == "longrope":  # which has two sets of them
+    if kind == "longrope":  # it has two sets of frequencies
         long = lengths > original
         return torch.where(long, lengths.max(), lengths.clamp(max=original))
     if len(shard.all_lengths) > 1 and max(shard.all_lengths) > original:
         raise ValueError(
-            f"rope_type={kind!r} remembers the longest sequence that it has seen, so that what it does to packed "
-            f"documents of more than {original} tokens depends on their order. Do not pack, or use another rope_type, "
-            "such as 'yarn' or 'longrope'."
+            f"rope_type={kind!r} remembers the longest sequence that it has seen, so its result for packed documents "
+            f"of more than {original} tokens depends on their order. Do not pack, or use another rope_type, such as "
+            "'yarn' or 'longrope'."
         )
     return lengths

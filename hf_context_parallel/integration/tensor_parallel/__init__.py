@@ -1,1 +1,1 @@
-"""Tensor parallelism as Transformers applies it, beside context parallelism."""
+"""Context parallelism combined with the tensor parallelism of Transformers."""

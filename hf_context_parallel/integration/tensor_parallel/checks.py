@@ -1,4 +1,4 @@
-"""Tensor parallelism as Transformers applies it to a model: what of it is exact beside context parallelism."""
+"""Checks of a model that Transformers has sharded by tensor parallelism."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .plan_styles import styles_of
 from .sequence_parallel import parts
 
 KEYS = ("k_proj", "qkv_proj", "query_key_value")
-"""The layers that make keys, by their names: what they make is cut up by heads."""
+"""Ends of the names of layers that make keys. Their outputs are sharded by heads."""
 
 
 def check_parallelism(model: torch.nn.Module, group: CPGroup) -> None:
-    """Refuse a model that Transformers has sharded in a way that is not exact, or not as the group's mesh says.
+    """Refuse a model whose sharding by Transformers is not exact, or does not fit the mesh of the group.
 
     Raises:
         ValueError: naming the setting, and what to do.
@@ -29,7 +29,7 @@ def check_parallelism(model: torch.nn.Module, group: CPGroup) -> None:
     if group.config.sequence_parallel and tp_size == 1:
         raise ValueError(
             "sequence_parallel=True shards activations over the ranks of tensor parallelism, and "
-            f"{type(inner).__name__} was loaded without it. Load it with "
+            f"{type(inner).__name__} was loaded without tensor parallelism. Load it with "
             "distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), or leave sequence_parallel off."
         )
     if asked is not None and getattr(asked, "enable_sequence_parallel", False) and not group.config.sequence_parallel:
@@ -39,8 +39,8 @@ def check_parallelism(model: torch.nn.Module, group: CPGroup) -> None:
         )
     if getattr(asked, "pp_size", None) not in (None, 1):
         raise ValueError(
-            f"pp_size={asked.pp_size}: with pipeline parallelism a rank runs some of the layers, and neither the loss "
-            "nor backward are known to be exact on shards. Take pp_size=1."
+            f"pp_size={asked.pp_size}: with pipeline parallelism a rank runs some of the layers, and loss and "
+            "backward have not been found exact on shards. Take pp_size=1."
         )
     if tp_size == 1:
         return
@@ -48,8 +48,8 @@ def check_parallelism(model: torch.nn.Module, group: CPGroup) -> None:
     _check_heads(inner, tp_size)
     if getattr(asked, "tp_plan", None) not in (None, "auto"):
         raise ValueError(
-            f"tp_plan={asked.tp_plan}: what has been compared with one process is the plan that Transformers has for "
-            f"{inner.config.model_type!r}. Leave tp_plan out."
+            f"tp_plan={asked.tp_plan}: only the plan that Transformers has for {inner.config.model_type!r} has been "
+            "compared with one process. Leave tp_plan out."
         )
     if group.config.sequence_parallel:
         parts(inner)
@@ -62,14 +62,14 @@ def _check_mesh(model: PreTrainedModel, tp_size: int, group: CPGroup) -> None:
     theirs = dist.get_process_group_ranks(mesh.get_group("tp"))
     if tensor.size == 1 or dist.get_process_group_ranks(tensor.group) != theirs:
         raise ValueError(
-            f"the model is tensor-parallel (tp_size={tp_size}), and this ContextParallel was made without its mesh: "
-            "its groups cut across the model's. Make it with "
+            f"the model is tensor-parallel (tp_size={tp_size}), and this ContextParallel was made without the mesh of "
+            "the model, so that their groups do not match. Make it with "
             "ContextParallel(config, mesh=hf_context_parallel.mesh_of(model))."
         )
 
 
 def _check_heads(model: PreTrainedModel, tp_size: int) -> None:
-    """Heads that the ranks do not divide would be cut in two."""
+    """Refuse numbers of heads that the TP size does not divide, as some heads would be cut in two."""
     names = {module: name for name, module in model.named_modules()}
     styles = styles_of(model)
     if not any(style == "colwise" and names[module].endswith(KEYS) for module, style in styles.items()):
@@ -88,16 +88,16 @@ def check_tensor_parallel_type(name: str, sequence_parallel: bool) -> None:
     """Refuse a model type that has not been found exact with tensor parallelism.
 
     Raises:
-        ValueError: with what was found of it.
+        ValueError: with the reason, and what to do.
     """
     name = CHECKED_AS.get(name, name)
     found = known_tensor_parallel().get(name, {})
     if switches.unchecked_models or found.get("sequence_parallel" if sequence_parallel else "state") == "exact":
         return
     what = "sequence_parallel=True" if found.get("state") == "exact" else "tensor parallelism (tp_size > 1)"
-    reason = found.get("reason") or "it has not been found to be that of one process"
+    reason = found.get("reason") or "it has not been compared with one process, or was not found exact"
     raise ValueError(
         f"model type {name!r} is refused with {what}: {reason}. "
-        f"`hf-context-parallel check {name} --tp 2` compares it. "
-        f"{'Leave sequence_parallel off' if found.get('state') == 'exact' else 'Load it with tp_size=1'}."
+        f"{'Leave sequence_parallel off' if found.get('state') == 'exact' else 'Load it with tp_size=1'}, or run "
+        f"`hf-context-parallel check {name} --tp 2` to compare it."
     )

@@ -1,4 +1,4 @@
-"""The styles that a model's tensor-parallel plan gives to its modules."""
+"""Styles of modules in the tensor-parallel plan of a model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 
 def styles_of(model: PreTrainedModel) -> dict[torch.nn.Module, str]:
-    """The modules that the model's tensor-parallel plan names, or of which it names a parameter, each with its style.
+    """Return the modules that the tensor-parallel plan of a model names, each with its style.
 
-    Of these, the style of a parameter is what counts.
+    The plan may name a module or one of its parameters. If it names both, the style of the parameter counts.
     """
     plan, styles = dict(model.tp_plan or {}), {}
     for name, module in model.named_modules():

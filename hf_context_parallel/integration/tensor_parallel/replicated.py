@@ -1,7 +1,8 @@
-"""Parameters that all ranks of a tensor-parallel group hold, and of whose gradient each has a share.
+"""Replicated parameters: all ranks of a tensor-parallel group hold them, and each computes a part of their gradients.
 
-Transformers sums such gradients where they have been accumulated, and so sums those of earlier micro-batches again.
-Here they are summed where they are made, which is right however they are accumulated and whoever shards them.
+Transformers sums such a gradient after it has been accumulated, and so sums the gradients of earlier micro-batches
+again. Here each gradient is summed in backward, before it is accumulated. That is right for any accumulation, and
+whether or not FSDP shards the parameters.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from ..patches.module_patch import ModulePatch
 
 SUMMED = "replicated_with_grad_allreduce"
-"""The style of these modules in Transformers' plans, such as norms of heads."""
+"""The style of modules with replicated parameters in the plans of Transformers, such as norms of heads."""
 
 
 class SumGradients(torch.autograd.Function):
-    """A parameter, whose gradient is summed over a group."""
+    """Identity of a parameter. Backward sums the gradient over a group."""
 
     @staticmethod
     def forward(ctx, parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -38,7 +39,7 @@ class SumGradients(torch.autograd.Function):
 
 @contextmanager
 def summed_gradients(module: torch.nn.Module, group: dist.ProcessGroup) -> Iterator[None]:
-    """What a module computes meanwhile has its own parameters' gradients summed over a group."""
+    """Sum the gradients of the parameters of a module itself over a group, for calls inside this block."""
     parameters = dict(module.named_parameters(recurse=False))
     for name, parameter in parameters.items():
         module._parameters[name] = SumGradients.apply(parameter, group)
@@ -49,7 +50,7 @@ def summed_gradients(module: torch.nn.Module, group: dist.ProcessGroup) -> Itera
 
 
 class ReplicatedParameters(ModulePatch):
-    """Sums the gradients of a model's replicated parameters in the place of Transformers, until it is told to stop.
+    """Sums the gradients of replicated parameters in the place of Transformers, until `restore`.
 
     Args:
         group: the tensor-parallel group.
@@ -60,9 +61,9 @@ class ReplicatedParameters(ModulePatch):
         self._group = group
 
     def replace_all(self, styles: Mapping[torch.nn.Module, str]) -> None:
-        """Replace the modules that a plan has so; see `styles_of`."""
+        """Replace the modules whose style in the plan is `SUMMED`; see `styles_of`."""
         for module, style in styles.items():
-            if style == SUMMED and "forward" in vars(module):  # before 5.20, it is a hook that sums
+            if style == SUMMED and "forward" in vars(module):  # before 5.20 a hook sums
                 self.replace(module)
 
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
@@ -71,8 +72,9 @@ class ReplicatedParameters(ModulePatch):
             if any("ReplicatedWithGradAllReduce" in getattr(hook, "__qualname__", "") for hook in hooks.values()):
                 raise ValueError(
                     f"{type(module).__name__} has been trained outside of cp.shard, and Transformers would now sum "
-                    "its gradients over the tensor-parallel ranks a second time. Load the model anew, and train it "
+                    "its gradients over the tensor-parallel ranks a second time. Load the model again, and train it "
                     "inside of cp.shard only."
                 )
+        # Transformers has put a forward on the instance, which adds that hook. So the forward of the class is called.
         with summed_gradients(module, self._group):
-            return type(module).forward(module, *args, **kwargs)  # without Transformers' own, which adds that hook
+            return type(module).forward(module, *args, **kwargs)

@@ -1,8 +1,8 @@
-"""Sequence parallelism: between tensor-parallel regions, each rank of a TP group has its share of the shard's tokens.
+"""Sequence parallelism: between tensor-parallel regions, each rank of a TP group holds a part of the shard's tokens.
 
-Regions are the modules of a decoder layer that hold column- and row-wise layers: attention and MLP. What a region is
-given is gathered, and what its row-wise layer returns is reduce-scattered; norms and residuals in between are computed
-of a share. All of it for as long as a batch is open: outside, the model runs as Transformers sharded it.
+A region is a module of a decoder layer that holds column-wise and row-wise layers: attention or MLP. The input of a
+region is gathered, and the output of its row-wise layer is reduce-scattered. Norms and residuals in between are
+computed on the part. Modules are replaced while a batch is open. Outside, the model runs as Transformers sharded it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from .replicated import SUMMED, SumGradients, summed_gradients
 
 FIRST, LAST, REGION, COLUMN, ROW, NORM = "first layer", "last norm", "region", "column-wise", "row-wise", "norm"
 INSIDE = {"colwise", "rowwise", SUMMED}
-"""The styles of a plan that a region may have; of the last, Transformers sums the parameters' gradients."""
+"""Styles that modules of a region may have in the plan."""
 NAMED_NORM = re.compile(r"\w*(LayerNorm|RMSNorm)\w*")
-"""Modules that compute token by token with weights that all ranks hold, by their classes' names."""
+"""Class names of norms: modules that compute token by token with weights that all ranks hold."""
 
 
 class Shares:
-    """How a shard's tokens are divided among the ranks of a TP group: into equal parts, the last ones padded.
+    """Division of the tokens of a shard among the ranks of a TP group: equal parts, padded at the end.
 
     Args:
         ranks: the TP group.
-        length: the tokens of a row of the shard.
+        length: number of tokens in a row of the shard.
     """
 
     def __init__(self, ranks: Ranks, length: int):
@@ -45,23 +45,23 @@ class Shares:
 
     @property
     def mine(self) -> slice:
-        """The tokens of this rank's part; fewer than `part`, or none, where it ends with padding."""
+        """Range of the tokens of this rank. The last ranks may have fewer than `part`, or none."""
         begin = min(self._ranks.rank * self.part, self.length)
         return slice(begin, min(begin + self.part, self.length))
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part `[B, part, D]` of `[B, length, D]`."""
+        """Return the part of this rank, `[B, part, D]`, of `[B, length, D]`."""
         return self._parts(x)[self._ranks.rank]
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
-        """All ranks' parts as `[B, length, D]`."""
+        """Gather the parts of all ranks to `[B, length, D]`."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self._ranks.size)]
         dist.all_gather(parts, x, group=self._ranks.group)
         return torch.cat(parts, dim=1)[:, : self.length]
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the sum over the ranks of their `[B, length, D]`."""
+        """Sum `[B, length, D]` over the ranks, and return the part of this rank: a reduce-scatter."""
         parts = self._parts(x)
         result = torch.empty_like(parts[0])
         dist.reduce_scatter(result, parts, group=self._ranks.group)
@@ -73,7 +73,7 @@ class Shares:
 
 
 class _Move(torch.autograd.Function):
-    """One of the moves of `Shares`, and in backward the one that is its transpose where it is used."""
+    """Apply one method of `Shares` in forward, and another in backward."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, there: Callable, back: Callable) -> torch.Tensor:
@@ -87,7 +87,7 @@ class _Move(torch.autograd.Function):
 
 
 class SequenceParallel(ModulePatch):
-    """Runs a model's layers on shares of the tokens while a batch is open."""
+    """Runs the layers of a model on parts of the tokens while a batch is open."""
 
     def __init__(self, batch: ActiveBatch):
         super().__init__()
@@ -95,10 +95,10 @@ class SequenceParallel(ModulePatch):
         self._runs: dict[torch.nn.Module, Callable] = {}
 
     def replace_parts(self, model: PreTrainedModel) -> None:
-        """Replace every module of the model that has a part in it.
+        """Replace every module of the model that takes part in sequence parallelism.
 
         Raises:
-            ValueError: if the model is not of the form that is known to be exact.
+            ValueError: if the model does not have the form that `parts` requires.
         """
         self._ranks = self._batch.group.groups.tensor
         shard = self._batch.shard
@@ -120,11 +120,11 @@ class SequenceParallel(ModulePatch):
         return self._runs[module](module, forward, args, kwargs)
 
     def _first(self, module, forward, args, kwargs):
-        """The first layer, which is given all tokens."""
+        """Run the first layer. It is given all tokens, and gets the part of this rank."""
         return _with_hidden(forward, args, kwargs, self._shares.cut, self._shares.join)
 
     def _region(self, module, forward, args, kwargs):
-        """Its ranks' gradients are of their own heads and columns, so their sum is its input's."""
+        """Run a region on all tokens. Each rank computes the gradient of its heads and columns, so they are summed."""
         return _with_hidden(forward, args, kwargs, self._shares.join, self._shares.sum)
 
     def _column(self, module, forward, args, kwargs):
@@ -141,12 +141,12 @@ class SequenceParallel(ModulePatch):
             return forward(*args, **kwargs)
 
     def _last(self, module, forward, args, kwargs):
-        """The norm after the layers: what comes then is the same on all ranks, and so is its gradient."""
+        """Run the norm after the layers, and gather its output. All ranks then compute the same, with one gradient."""
         return _Move.apply(self._norm(module, forward, args, kwargs), self._shares.join, self._shares.cut)
 
 
 def _with_hidden(forward: Callable, args: tuple, kwargs: dict[str, Any], there: Callable, back: Callable) -> Any:
-    """`forward` with its hidden states, the first argument or the one called so, moved."""
+    """Call `forward` with moved hidden states: the argument `hidden_states`, or the first one."""
     if "hidden_states" in kwargs:
         return forward(*args, **{**kwargs, "hidden_states": _Move.apply(kwargs["hidden_states"], there, back)})
     return forward(_Move.apply(args[0], there, back), *args[1:], **kwargs)
@@ -157,10 +157,10 @@ def _local(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def parts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str]]:
-    """The modules that have a part in sequence parallelism, each with which.
+    """List the modules that take part in sequence parallelism, each with its part, such as `REGION`.
 
     Raises:
-        ValueError: naming what in the model, or in its tensor-parallel plan, is not known to be exact.
+        ValueError: naming the module of the model, or the entry of its plan, that does not fit.
     """
     styles = styles_of(model)
     decoder = model.base_model if model.get_decoder() is model else model.get_decoder()
@@ -221,12 +221,12 @@ def _has_parameters(module: torch.nn.Module) -> bool:
 
 
 def _name(module: torch.nn.Module) -> str:
-    return type(module).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    return type(module).__name__.removeprefix("FSDP")  # fully_shard puts this prefix before the name
 
 
 def _refusal(model: PreTrainedModel, what: str) -> ValueError:
     return ValueError(
-        f"sequence_parallel=True: {_name(model)} has {what}. Exact are decoders of an embedding, layers and a "
-        "norm, whose layers hold norms and regions of 'colwise' and 'rowwise' layers. Leave sequence_parallel off; "
-        "tensor parallelism alone needs none of this."
+        f"sequence_parallel=True: {_name(model)} has {what}, and only decoders of an embedding, layers and a norm, "
+        "whose layers hold norms and regions of 'colwise' and 'rowwise' layers, are exact. Leave sequence_parallel "
+        "off: tensor parallelism alone does not need this form."
     )

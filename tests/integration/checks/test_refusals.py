@@ -1,4 +1,4 @@
-"""What runs without an error and would give other numbers, or have ranks wait for each other, is refused."""
+"""Refusals of models and inputs that would give wrong numbers without an error, or leave ranks waiting."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_forward_patched_on_the_class_is_refused(monkeypatch):
 
 
 def test_a_forward_that_is_only_wrapped_is_not():
-    """As accelerate wraps it for autocast."""
+    """A forward that accelerate has wrapped for autocast is accepted."""
     from accelerate.utils.operations import convert_outputs_to_fp32
 
     model = tiny_model("llama", "context_parallel")
@@ -148,7 +148,7 @@ def test_a_model_that_compares_tokens_with_their_own_labels_needs_those():
 
 
 def message_of(case: str) -> str:
-    """What a rank raises on batches that only some ranks would fail on by themselves."""
+    """Return the error of this rank for a batch that only some ranks would fail on."""
     cp, batch, kind = context(), labelled(), "llama"
     if case == "a block":
         kind = "gemma3"
@@ -224,7 +224,7 @@ def test_other_errors_arrive_with_their_type(on_ranks):
 
 @pytest.mark.parametrize("model_type", ["gemma3", "gemma4", "llama4", "mllama"])
 def test_the_dictionary_that_refusals_recommend_runs(model_type):
-    """As does the one that names the text alone, where the model has a vision tower."""
+    """The dictionary runs with its entry for the whole model, and without it where there is a vision tower."""
     config = tiny.tiny_config(model_type)
     for chosen in [TEXT_ALONE] + [{k: v for k, v in TEXT_ALONE.items() if k}] * (model_type in ("gemma3", "gemma4")):
         names = {"", *config.sub_configs}

@@ -1,4 +1,4 @@
-"""What is read of Transformers' mask functions, against the masks that Transformers makes of them."""
+"""Patterns read from the mask functions of Transformers, against the mask tensors that it makes of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PACKED = torch.cat([torch.arange(n) for n in (9, 1, 14)])[None].expand(2, -1)
 
 
 def masks_of(kind: str, **batch) -> tuple[torch.Tensor, Pattern]:
-    """Transformers' own mask, and what is read of the function that describes it."""
+    """Return the mask tensor of Transformers, and the pattern that is read from its mask function."""
     name, arguments, _ = KINDS[kind]
     described = []
 

@@ -1,4 +1,4 @@
-"""Outside `cp.shard`, a model loaded with our attention is the model that Transformers would have loaded."""
+"""Models outside of `cp.shard`: with our attention loaded, they compute as Transformers would have loaded them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TYPES = {
 
 
 def pair(model_type: str):
-    """The model as Transformers would load it, and with our attention."""
+    """Make the model with the default attention of Transformers, and with ours."""
     return [
         tiny_model(model_type, how, torch.float32, **TYPES[model_type]).eval() for how in (None, "context_parallel")
     ]
@@ -77,7 +77,7 @@ def test_a_configuration_that_transformers_does_not_know_says_what_to_do():
 
 
 def test_a_composite_model_can_keep_its_vision_tower_on_sdpa():
-    """The dictionary that our refusals recommend is one that Transformers takes."""
+    """Transformers accepts the dictionary that our refusals recommend."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -92,7 +92,7 @@ def test_a_composite_model_can_keep_its_vision_tower_on_sdpa():
 
 @pytest.mark.parametrize("model_type", ["falcon", "deepseek_v32", "minimax_m3_vl_text"])
 def test_a_model_that_asks_for_the_name_of_its_attention_is_not_run_by_ours(model_type):
-    """Outside of a block it would silently compute something else."""
+    """Types that ask for the name of their attention would silently compute something else outside of a block."""
     model, stock = tiny_model(model_type, "context_parallel"), tiny_model(model_type, None)
     batch = {"input_ids": tokens(1, 12), "use_cache": False}
     with pytest.raises(ValueError, match="asks what its attention is called"):

@@ -1,4 +1,4 @@
-"""Mixers of which each rank computes its share: geometry alone, then models of each family against one process."""
+"""Native mixers: the exchanges alone, then models of each family against one process."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ FEW_HEADS = {
     "qwen3_next": {"linear_num_value_heads": 2, "linear_num_key_heads": 1},
     "nemotron_h": {"mamba_num_heads": 2, "n_groups": 1},
 }
-"""Fewer than ranks, and groups of them that ranks share."""
+"""Fewer heads than ranks, in groups that several ranks share."""
 
 
 class Ranks:
-    """A group simulated by threads: what `all_to_all` of each rank sends, the others get."""
+    """A process group simulated by threads, with an `all_to_all` between them."""
 
     def __init__(self, size: int):
         self.size = size
@@ -60,7 +60,7 @@ class Ranks:
         return torch.cat(received).clone()
 
     def __call__(self, function: Callable[[int], object]) -> list:
-        """What `function(rank)` returns on each."""
+        """Return the results of `function(rank)` for all ranks."""
         results: list = [None] * self.size
 
         def run(rank: int) -> None:
@@ -84,7 +84,7 @@ class Ranks:
 
 @st.composite
 def shards(draw) -> list[Shard]:
-    """The shards of a batch: rows of one sequence, or of documents, some of a single token."""
+    """Draw the shards of a batch: rows of one sequence, or packed rows, with some documents of a single token."""
     size, layout = draw(st.integers(1, 5)), draw(st.sampled_from(["zigzag", "contiguous"]))
     if draw(st.booleans()):
         positions = document_positions(*draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)))
@@ -96,7 +96,7 @@ def shards(draw) -> list[Shard]:
 
 
 def local_part(x: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """A rank's tokens of `[B, S, ...]`, with the layout's padding, which must not matter."""
+    """Return the tokens of a rank of `[B, S, ...]`. The padding of the layout is large, and must not matter."""
     padding = torch.full((x.shape[0], shard.layout.length - shard.length, *x.shape[2:]), 1e3, dtype=x.dtype)
     return torch.cat([x, padding], dim=1).index_select(1, shard.layout.positions(shard.rank))
 
@@ -106,10 +106,10 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def assert_same_on_shards(every: list[Shard], tensors: list[torch.Tensor], shared: list[torch.Tensor], compute, truth):
-    """`compute(rank, local tensors, shared)` on all ranks is `truth(tensors, shared)`, as are all gradients.
+    """Assert that `compute(rank, local tensors, shared)` on all ranks gives `truth(tensors, shared)`, with gradients.
 
     Args:
-        shared: parameters, whose gradients add up over the ranks.
+        shared: parameters, whose gradients are summed over the ranks.
     """
     expected = truth(tensors, shared)
     weights = random(*expected.shape)
@@ -249,7 +249,7 @@ def test_checkpointing_changes_nothing(on_ranks, model_type, reentrant):
 
 
 def shapes_given(model_type: str, function: str, batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
-    """The shape of the first argument of every call of a modeling file's function, on a shard."""
+    """Return the shape of the first argument in every call of a function of the modeling file, on a shard."""
     model = tiny_model(tiny_config(model_type), NAME)
     modeling, cp = importlib.import_module(type(model).__module__), context()
     original, seen = getattr(modeling, function), []
@@ -359,7 +359,7 @@ def torch_chunk_gated_delta_rule(query, key, value, g, beta, **options):
 
 
 class OwnMixer(torch.nn.Module):
-    """Calls a scan with options of its own."""
+    """A mixer that calls a scan with the given options."""
 
     def __init__(self, **options):
         super().__init__()

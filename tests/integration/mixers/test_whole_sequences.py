@@ -23,7 +23,7 @@ def batch_of(rows: int = 1, length: int = 30, **others) -> dict[str, torch.Tenso
 
 
 def loss_and_gradients(model, batch, cp, prepare=lambda model: model) -> list[torch.Tensor]:
-    """The sums over the ranks of the loss and of every gradient."""
+    """Compute the loss and every gradient, summed over the ranks."""
     model.zero_grad(set_to_none=True)
     run = prepare(model)
     with cp.shard(batch, run) as local:
@@ -67,7 +67,7 @@ def test_recomputation_is_resharded_too(on_ranks, model_type, reentrant):
 
 
 def adapter_difference(model_type: str) -> float:
-    """LoRA on all linear layers, against the same on one process."""
+    """Compare LoRA on all linear layers with the same on one process."""
     cp, batch = context(), batch_of(2, 23)
     adapters = []
     for attention in ("context_parallel", "eager"):
@@ -116,7 +116,12 @@ def test_forwards_are_a_models_own_again_after_a_block():
 
 
 def perturbed(model_type: str) -> tuple[float, float, float]:
-    """How far outputs of documents 1 and 2, and the gradients of document 2's embeddings, move with a token of 1."""
+    """Change a token of document 1, and return how far outputs and gradients move.
+
+    Returns:
+        Largest changes of the outputs of document 1, of the outputs of the others, and of the gradients of all
+        embeddings for a loss of document 2.
+    """
     cp, positions = context(), document_positions(13, 9, 8)
     model = tiny_model(tiny_config(model_type), "context_parallel")
     ids = tokens(1, 30)
@@ -145,7 +150,7 @@ def perturbed(model_type: str) -> tuple[float, float, float]:
     ],
 )
 def test_a_document_does_not_notice_another(on_ranks, model_type):
-    """No bit of it moves; in a mixture of experts, only rounding, since tokens are computed in other places."""
+    """No bit of other documents changes. With experts rounding does, since tokens are computed in other places."""
     for first, others, gradients in on_ranks(3, perturbed, model_type):
         assert first > 1e-4
         bound = 1e-9 if model_type in ("llama4_text", "qwen3_next") else 0.0
@@ -156,7 +161,7 @@ def test_a_document_does_not_notice_another(on_ranks, model_type):
 
 
 def dropped_entries(seed: int) -> tuple[list, list[float]]:
-    """Which entries of the first dropout are 0 on this rank, twice; and the shared stream's next number after each."""
+    """Return twice which entries of the first dropout are 0 on this rank, and the next number of the shared stream."""
     cp = context()
     model = tiny_model(tiny_config("gpt2", embd_pdrop=0.5), "context_parallel").train()
     patterns, following = [], []
@@ -196,7 +201,7 @@ def test_recomputation_drops_the_same(on_ranks, reentrant):
 
 
 def mean_losses_with_dropout() -> tuple[float, float, float]:
-    """Mean losses of 200 seeds on shards and of 200 on one process, and the standard error of their difference."""
+    """Compute mean losses of 200 seeds on shards and 200 on one process, and the standard error of the difference."""
     changes = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.3}
     cp, batch = context(), batch_of(1, 24)
     sharded, whole = (tiny_model(tiny_config("gpt2", **changes), x).train() for x in ("context_parallel", None))
@@ -222,7 +227,7 @@ def test_dropout_is_that_of_one_process_in_distribution(on_ranks):
 
 
 def data_parallel_difference(model_type: str) -> float:
-    """DDP over the ranks of the group, against no wrapper."""
+    """Compare DDP over the ranks of the group with no wrapper."""
     from torch.nn.parallel import DistributedDataParallel
 
     cp, batch = context(), batch_of(1, 26)
@@ -240,12 +245,12 @@ def data_parallel_difference(model_type: str) -> float:
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "mamba", "mamba2"])
 def test_a_data_parallel_model_is_exact(on_ranks, model_type):
-    """Sinks' gradients, and those of modules that one rank alone computes, are averaged as they should be."""
+    """DDP averages the gradients of sinks, and of modules that one rank alone computes, like all others."""
     assert max(on_ranks(3, data_parallel_difference, model_type)) < 1e-12
 
 
 def fully_sharded_difference(model_type: str) -> float:
-    """FSDP2 over the ranks of the group, against no wrapper."""
+    """Compare FSDP2 over the ranks of the group with no wrapper."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -270,11 +275,11 @@ def test_a_fully_sharded_model_is_exact(on_ranks, model_type):
     assert max(on_ranks(2, fully_sharded_difference, model_type)) < 1e-12
 
 
-# What depends on more than the shard
+# Positions and losses that depend on more than the shard
 
 
 def loss_with_offset(model_type: str) -> float:
-    """Positions that do not begin at 0."""
+    """Compare loss and gradients with one process for positions that do not begin at 0."""
     cp, batch = context(), batch_of(2, 37)
     batch["position_ids"] = torch.arange(50, 87).expand(2, -1).clone()
     found = loss_and_gradients(tiny_model(tiny_config(model_type), "context_parallel"), batch, cp)
@@ -287,7 +292,7 @@ def loss_with_offset(model_type: str) -> float:
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "llama", "bloom"])
 def test_positions_need_not_begin_at_0(on_ranks, model_type):
-    """Llama 4's temperature goes by a token's index, its RoPE by its position."""
+    """Llama 4 computes its temperature from the index of a token, and RoPE from its position."""
     assert max(on_ranks(2, loss_with_offset, model_type)) < 2e-6  # norms and softmax compute in float32
 
 
@@ -315,7 +320,7 @@ def refusal_of_generating() -> str:
 
 
 def test_generating_inside_of_a_batch_is_refused_on_every_rank(on_ranks):
-    """Of 13 tokens one rank alone has padding, and so a mask that is not of ones."""
+    """Generation is refused with 13 tokens, where one rank alone has padding and so a mask that is not all ones."""
     assert all("outside the block" in told for told in on_ranks(2, refusal_of_generating))
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism beside context parallelism: a model on T x C (x D) ranks is the model on one."""
+"""Tensor and context parallelism together: a model on T x C (x D) ranks computes the same as on one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def tensor_parallel_model(folder, attention="context_parallel", dtype=torch.float64, **sizes):
-    """The model in the folder, sharded."""
+    """Load the model in the folder, sharded."""
     config = DistributedConfig(**sizes)
     return AutoModelForCausalLM.from_pretrained(
         folder, distributed_config=config, attn_implementation=attention, dtype=dtype
@@ -61,7 +61,7 @@ def sharded(folder, size, dtype, settings, sizes) -> tuple[float, dict[str, torc
 
 
 def saved(folder, model_type: str, dtype=torch.float32, **changes) -> Path:
-    """A folder with the model, which Transformers shards as it loads it."""
+    """Save a model in a folder, from which Transformers loads it sharded."""
     tiny_model(model_type, None, dtype, **{**HEADS, **changes}).save_pretrained(folder / model_type)
     return folder / model_type
 
@@ -100,10 +100,10 @@ def test_sinks_and_experts_are_sharded_too(on_ranks, tmp_path, model_type):
 
 
 def trained(kind, folder, model_type, settings, sizes, options) -> list[tuple[float, float]]:
-    """The losses and gradient norms of a Trainer's steps, with `kind` ranks a CP group."""
+    """Train with `kind` ranks in a CP group, and return the loss and gradient norm of every step."""
     model = tensor_parallel_model(folder / model_type, dtype=torch.float32, **sizes)
     groups = dist.get_world_size() // sizes["tp_size"] // kind
-    # Trainer's batch size is a CP group's; make_trainer counts the ranks of all.
+    # The batch size of the Trainer is that of a CP group; make_trainer counts all ranks.
     trainer = make_trainer(kind, folder, model=model, settings=settings, groups=groups, **options)
     trainer.train()
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
@@ -131,7 +131,7 @@ def test_trainer_gives_the_losses_and_gradient_norms_of_one_process(on_ranks, tm
 
 
 def evaluation(kind, folder, sizes) -> tuple[float, np.ndarray]:
-    """Evaluation loss, and predictions of 3 samples."""
+    """Return the evaluation loss, and predictions of 3 samples."""
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
     if kind != STOCK:
         model = tensor_parallel_model(folder / "llama", dtype=torch.float32, **sizes)
@@ -150,7 +150,7 @@ def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path):
 
 
 def shapes(folder, sequence_parallel) -> tuple[set[int], int, torch.Tensor, torch.Tensor]:
-    """Tokens that norms see, bytes that a layer saves for backward outside of its regions, and the gathered logits."""
+    """Return the tokens that norms see, the bytes that a layer saves outside of regions, and the gathered logits."""
     model = tensor_parallel_model(folder, dtype=torch.float32, **TP_CP)
     settings = hcp.ContextParallelConfig(size=2, sequence_parallel=sequence_parallel)
     cp = hcp.ContextParallel(settings, hcp.mesh_of(model))
@@ -190,7 +190,7 @@ def test_sequence_parallelism_divides_what_norms_see_and_save_by_the_tp_size(on_
 
 
 def drawn(folder, sequence_parallel) -> float:
-    """A random number drawn while a training model runs."""
+    """Return a random number drawn while a model is trained."""
     model = tensor_parallel_model(folder, dtype=torch.float32, **TP_CP).train()
     settings = hcp.ContextParallelConfig(size=2, sequence_parallel=sequence_parallel)
     cp = hcp.ContextParallel(settings, hcp.mesh_of(model))
@@ -204,7 +204,7 @@ def drawn(folder, sequence_parallel) -> float:
 
 def test_dropout_is_the_same_where_tokens_are_and_differs_where_they_do(on_ranks, tmp_path):
     folder = saved(tmp_path, "llama")
-    # Ranks 0 and 1 are a TP group, which has the same tokens unless they are divided too.
+    # Ranks 0 and 1 are a TP group, whose ranks hold the same tokens, unless sequence parallelism divides them.
     first, second, third, fourth = on_ranks(4, drawn, folder, False)
     assert first == second and third == fourth and first != third
     assert len(set(on_ranks(4, drawn, folder, True))) == 4
