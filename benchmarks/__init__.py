@@ -1,1 +1,4 @@
-"""What context parallelism costs, measured. Each module is a command: `python -m benchmarks.attention --help`."""
+"""Measurements of the cost of context parallelism.
+
+Each module is a command: `python -m benchmarks.attention --help`.
+"""

@@ -1,23 +1,25 @@
-"""One causal attention layer, forward and backward, on the ranks of a CP group.
+"""Benchmark of one causal attention layer, forward and backward, on the ranks of a CP group.
 
     python -m benchmarks.attention --ranks 2,4 --tokens 4096,8192,16384 --dtypes float32,bfloat16
 
-Batches are one document of each length, and in the first dtype packed ones and a window of `PACKED` tokens. Ranks are
-processes that talk over gloo and have one torch thread each. Timed, interleaved, over the same CPU kernel:
+Batches are one document of each length. In the first dtype they are also packed documents and a window, of `PACKED`
+tokens. Ranks are processes with one torch thread each, connected by gloo. Variants are timed in turns, over the same
+CPU kernel:
 
     ideal         the kernel calls of an equal share of the arithmetic, 1/N of the heads of the whole batch, and
                   nothing else: no messages, no merging, no copies
     share         the kernel calls of a rank's own part in p2p, and nothing else
     p2p, all_gather, a2a, a2a+p2p (in pairs)
-                  `attention` by each strategy in the layout `balanced`, made before, as a model's layers call it. That
-                  which `auto` chooses is marked.
+                  `attention` by each strategy in the layout `balanced`, as layers of a model call it. Layouts and
+                  plans are made before. The strategy that `auto` chooses is marked.
     one process   the whole batch on one process that has as many threads as there are ranks
-    ...           others', where they take the case: pip install --no-deps ring-flash-attn axolotl-ringmaster; torch
-                  has its own
+    ...           other packages, if they support the case: pip install --no-deps ring-flash-attn axolotl-ringmaster;
+                  and the ring of torch
 
-A run lasts from the first rank's start to the last rank's end. Efficiency is ideal's time over a variant's, round by
-round. Before anything is timed, outputs and gradients are compared with the one process's. While runs are timed the C
-library keeps what they free, as GPUs' allocators do: else a run also pays for taking its memory from the system anew.
+A run lasts from the start of the first rank to the end of the last rank. Efficiency is the time of ideal over the time
+of a variant in the same round. Before anything is timed, outputs and gradients are compared with those of one process.
+While runs are timed, the C library keeps freed memory, as the allocators of GPUs do. Otherwise a run would also take
+the time to get memory from the system anew.
 """
 
 from __future__ import annotations
@@ -57,18 +59,18 @@ from hf_context_parallel.trainer.memory import PeakMemory
 from . import peers, report
 from .peers import Layer, MissingPeer, Run, UnsuitablePeer
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of a tensor's largest entry
-PACKED_AIM = 0.9  # efficiency of what auto chooses, on packed batches
-SHARE_AIMS = {(2, 4096): 0.96, (2, 16384): 0.98}  # share's time over auto's, by ranks and tokens of one document
-PEER_AIM = 0.005  # how far auto's efficiency may lie below the best peer's on one document
-CHOICE_AIM = 1.03  # the time of what auto chooses, over that of the best of ours
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative to the largest entry of a tensor
+PACKED_AIM = 0.9  # efficiency of the choice of auto, on packed batches
+SHARE_AIMS = {(2, 4096): 0.96, (2, 16384): 0.98}  # time of share over that of auto, by ranks and tokens
+PEER_AIM = 0.005  # most by which auto may be less efficient than the best peer on one document
+CHOICE_AIM = 1.03  # most that the choice of auto may take, over the best of our strategies
 PACKED = 8192  # tokens of packed batches and windows
 WINDOW = 1024
 OVERSUBSCRIBED_TOKENS = 8192  # the longest sequence timed by default with more ranks than cores
 
 
 class Case(NamedTuple):
-    """What is timed. `tokens` is of the whole batch, `batch` one of `BATCHES`."""
+    """Case to be timed. `tokens` counts the whole batch, and `batch` is one of `BATCHES`."""
 
     ranks: int
     batch: str
@@ -80,13 +82,13 @@ class Case(NamedTuple):
 
 
 def long_tail(tokens: int) -> list[int]:
-    """Log-normal lengths (sigma 1), in no order: a few documents have most of the tokens."""
+    """Log-normal lengths (sigma 1) in random order. A few documents have most of the tokens."""
     shares = torch.randn(16, generator=torch.Generator().manual_seed(3)).exp()
     lengths = [int(tokens * share / shares.sum()) // 16 * 16 for share in shares[1:]]
     return [tokens - sum(lengths), *lengths]
 
 
-# Lengths are multiples of 16, since others pad documents to multiples of twice the ranks and we do not.
+# Lengths are multiples of 16, since other packages pad documents to multiples of twice the number of ranks.
 BATCHES: dict[str, tuple[Callable[[int], list[int]], int | None]] = {
     "one document": (lambda tokens: [tokens], None),
     "four documents": (lambda tokens: [tokens * share // 16 for share in (3, 6, 2, 5)], None),
@@ -94,11 +96,11 @@ BATCHES: dict[str, tuple[Callable[[int], list[int]], int | None]] = {
     "tiny documents": (lambda tokens: [16, 32, 48] * (tokens // 96) + [tokens % 96] * (tokens % 96 > 0), None),
     "window": (lambda tokens: [tokens], WINDOW),
 }
-"""For each batch, its documents' lengths and the layer's window."""
+"""Lengths of the documents of each batch, and the window of the layer."""
 
 
 def ideal(layer: Layer) -> Run:
-    """An equal share of the arithmetic: 1/N of the heads, of which nobody but the machine asks anything."""
+    """Make a run of an equal share of the arithmetic: 1/N of the heads, without messages or copies."""
     size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
     query, key, value, grad_output = (tensor.chunk(size, dim=1)[rank].contiguous() for tensor in layer.whole)
     calls = _calls_of_one(layer)
@@ -115,7 +117,7 @@ def ideal(layer: Layer) -> Run:
 
 
 def share(layer: Layer) -> Run:
-    """This rank's tiles in p2p, on keys that are there."""
+    """Make a run of this rank's tiles in p2p, with keys that are already there."""
     size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
     layout = dealt(layer.mask, size)
     query, key, _, grad_output = (tensor[layout.positions(rank)] for tensor in layer.whole)
@@ -136,7 +138,7 @@ def share(layer: Layer) -> Run:
 
 
 def _calls_of_one(layer: Layer):
-    """The kernel calls of one process that has the whole batch."""
+    """Kernel calls of one process that has the whole batch."""
     return build_own_plan(zigzag(layer.mask.length, 1), layer.mask, 0).steps[0].calls
 
 
@@ -144,7 +146,7 @@ def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
     def build(layer: Layer) -> Run:
         size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
         if comm_type == "a2a+p2p" and size < 4:
-            raise UnsuitablePeer("there are no subgroups of two ranks in two")
+            raise UnsuitablePeer("two ranks cannot be divided into subgroups of two")
         layout = dealt(layer.mask, size)
         strategy = build_strategy(comm_type, inner(size), layout, layer.mask, rank)
         inputs = [tensor[layout.positions(rank)].requires_grad_() for tensor in layer.whole[:3]]
@@ -162,7 +164,7 @@ def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
 
 
 def one_process(layer: Layer) -> Run:
-    """Rank 0 computes, and the others have nothing to do."""
+    """Make a run in which rank 0 computes, and the other ranks are idle."""
     if dist.get_rank(layer.group):
         return lambda: ()
     *inputs, grad_output = layer.whole
@@ -203,7 +205,7 @@ VARIANTS = {"ideal": ideal, "share": share, **OURS, "one process": one_process, 
 
 
 def build_layer(case: Case) -> Layer:
-    """The layer, with the same random numbers on every rank."""
+    """Build the layer, with the same random numbers on every rank."""
     generator = torch.Generator().manual_seed(0)
     heads = (case.heads, case.key_heads, case.key_heads, case.heads)
     dtype = getattr(torch, case.dtype)
@@ -218,7 +220,7 @@ def build_mask(case: Case) -> Mask:
 
 
 def chosen(case: Case, cores: int) -> str:
-    """What `comm_type="auto"` chooses on a machine of so many cores."""
+    """Strategy that `comm_type="auto"` chooses on a machine with `cores` cores."""
     config = ContextParallelConfig(size=case.ranks, comm_type="auto", a2a_size=2 if case.ranks == 4 else None)
     shape = Shape(case.heads, case.key_heads, case.head_dim, case.head_dim, getattr(torch, case.dtype))
     machine, mask = machine_of(torch.device("cpu"), case.ranks, cores), build_mask(case)
@@ -226,12 +228,12 @@ def chosen(case: Case, cores: int) -> str:
 
 
 def dealt(mask: Mask, size: int) -> Layout:
-    """The layout of ours: zigzag for one document."""
+    """Layout of our variants: balanced, which is zigzag for one document."""
     return balanced(mask.length, size, mask.rows[0])
 
 
 def build_runs(layer: Layer, variants: list[str]) -> tuple[dict[str, Run], list[str]]:
-    """The variants by name, and why others are absent."""
+    """Build the variants by name, and list the reasons why others are absent."""
     runs, absent = {}, []
     for name in variants:
         try:
@@ -244,7 +246,7 @@ def build_runs(layer: Layer, variants: list[str]) -> tuple[dict[str, Run], list[
 
 
 def verify(case: Case, layer: Layer, runs: dict[str, Run]) -> None:
-    """Runs every variant once, and compares with what one process computes.
+    """Run every variant once, and compare its results with those of one process.
 
     Raises:
         AssertionError: naming the variant and the tensor that differ.
@@ -255,7 +257,7 @@ def verify(case: Case, layer: Layer, runs: dict[str, Run]) -> None:
     for tensor in expected:
         dist.broadcast(tensor, 0)
     for name, run in runs.items():
-        # One process has nothing to be compared with, and on other ranks nothing at all.
+        # One process is the reference, and has no results on other ranks.
         results = () if name == "one process" else run()
         for what, result, whole in zip(("output", "dq", "dk", "dv"), results, expected):
             error = (result - whole[run.positions]).abs().max() / whole.abs().max()
@@ -263,9 +265,9 @@ def verify(case: Case, layer: Layer, runs: dict[str, Run]) -> None:
 
 
 def measure(run: Run) -> float:
-    """Seconds from the first rank's start to the last rank's end."""
+    """Measure the seconds from the start of the first rank to the end of the last rank."""
     dist.barrier()
-    start = time.monotonic()  # one clock for all processes of a machine
+    start = time.monotonic()  # it is one clock for all processes of a machine
     run()
     times = torch.tensor([-start, time.monotonic()], dtype=torch.float64)
     dist.all_reduce(times, dist.ReduceOp.MAX)
@@ -273,7 +275,7 @@ def measure(run: Run) -> float:
 
 
 def measure_memory(run: Run) -> float | None:
-    """MiB above the start at most, of the rank that needs most; None where it cannot be measured."""
+    """Measure the peak memory in MiB above the start, on the rank that needs most. None if it cannot be measured."""
     memory = PeakMemory(torch.device("cpu"))
     dist.barrier()
     memory.start()
@@ -284,15 +286,15 @@ def measure_memory(run: Run) -> float | None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep all that this process frees, of blocks up to the largest that it can keep; nothing elsewhere."""
+    """Make glibc keep memory that this process frees, in blocks up to its limit. Other libraries are left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: do not map what is smaller apart
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return no memory
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: use mmap only for larger blocks
 
 
 def check_case(case: Case, variants: list[str], progress: tqdm) -> dict[str, Any]:
-    """Compares the variants with the one process; what is absent and the peak memory of others."""
+    """Compare the variants with one process. Return the absent ones, and the peak memory of the others."""
     progress.set_description(f"{described(case)}: verifying")
     layer = build_layer(case)
     runs, absent = build_runs(layer, variants)
@@ -301,14 +303,14 @@ def check_case(case: Case, variants: list[str], progress: tqdm) -> dict[str, Any
 
 
 def time_case(case: Case, variants: list[str], rounds: int, progress: tqdm) -> dict[str, list[float]]:
-    """Seconds of each round, by variant."""
+    """Measure the seconds of each round, by variant."""
     progress.set_description(described(case))
     runs, _ = build_runs(build_layer(case), variants)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        run()  # so that the first round finds memory as the others do
+        run()  # so that the first round finds the same memory as the others
     for number in range(rounds):
-        # In another order each round, the same on every rank: what a run leaves in caches hits no variant more often.
+        # The order differs by round and is the same on every rank, so that caches favour no variant.
         for name in random.Random(number).sample(list(runs), len(runs)):
             seconds[name].append(measure(runs[name]))
         progress.update()
@@ -320,13 +322,13 @@ def described(case: Case) -> str:
 
 
 def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder: str) -> None:
-    """One rank, which goes through the cases with the others. Rank 0 writes what comes out."""
+    """Run all cases on one rank. Rank 0 writes the results."""
     torch.set_num_threads(1)
     size = cases[0].ranks
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     with tqdm(total=len(cases) * rounds, unit="round", disable=rank > 0) as progress:
         checked = [check_case(case, variants, progress) for case in cases]
-        keep_freed_memory()  # after the peaks were measured, which are above what is there before
+        keep_freed_memory()  # after peaks were measured, which count from the memory at the start
         results = [
             {
                 "case": case._asdict(),
@@ -342,19 +344,19 @@ def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder:
 
 
 def run_ranks(cases: list[Case], variants: list[str], rounds: int) -> list[dict[str, Any]]:
-    """The results of cases that have the same number of ranks."""
+    """Results of the cases with the same number of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (cases, variants, rounds, folder), nprocs=cases[0].ranks)
         return json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
 
 
 def efficiency(result: dict[str, Any], variant: str) -> tuple[float, float, float]:
-    """Quartiles over rounds of ideal's time over the variant's."""
+    """Quartiles over the rounds of the time of ideal over that of the variant."""
     return _quartiles(a / b for a, b in zip(result["seconds"]["ideal"], result["seconds"][variant]))
 
 
 def rows(result: dict[str, Any]):
-    """A table row a variant."""
+    """Table rows, one for each variant."""
     case = Case(**result["case"])
     for name, seconds in result["seconds"].items():
         low, middle, high = (1000 * value for value in _quartiles(seconds))
@@ -373,12 +375,12 @@ def rows(result: dict[str, Any]):
 
 
 def verdicts(result: dict[str, Any]):
-    """How auto's choice did against the others of ours, the peers and the aim, a sentence each."""
+    """Sentences that compare the choice of auto with our other strategies, the peers and the aim."""
     case, auto, seconds = Case(**result["case"]), result["auto"], result["seconds"]
     where = f"{described(case)}:"
 
     def against(other: str) -> tuple[float, float, float]:
-        """Quartiles of another's time over that of auto's choice."""
+        """Quartiles of the time of another variant over that of the choice of auto."""
         return _quartiles(a / b for a, b in zip(seconds[other], seconds[auto]))
 
     best = min((name for name in OURS if name in seconds), key=lambda name: against(name)[1])
@@ -451,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(folder: Path, machine: dict[str, Any], results: list[dict[str, Any]], left_out: list[Case]) -> None:
-    """The page and the numbers of a run."""
+    """Write the page and the numbers of a run."""
     headers = ["ranks", "batch", "tokens", "dtype", "variant", "ms", "efficiency", "peak MiB a rank"]
     table = report.table(headers, [row for result in results for row in rows(result)])
     notes = [sentence for result in results for sentence in verdicts(result)]

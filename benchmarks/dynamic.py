@@ -1,20 +1,20 @@
-"""Dynamic context parallelism against static: samples of long-tailed lengths, 1K to 16K tokens, log-normal.
+"""Benchmark of dynamic against static context parallelism, on samples of log-normal lengths, 1K to 16K tokens.
 
     python -m benchmarks.dynamic
 
-**Measured**, on two CPU processes over gloo: a small Qwen3 under DDP, forward and backward of the same global batches,
-static CP (one sample a run, split over both ranks) and dynamic in turns. **Counted**, at four ranks: pairs and tokens
-that each rank computes, and what it waits. **Simulated**, on nodes of 8 H100s with
+**Measured**, on two CPU processes over gloo: forward and backward of a small Qwen3 under DDP. The same global batches
+run in turns with static CP (one sample a run, split over both ranks) and with dynamic CP. **Counted**, at four ranks:
+pairs and tokens that each rank computes, and the work that it waits for. **Simulated**, on nodes of 8 H100s with
 `hf_context_parallel.planning.machine`: an 8B Llama at 8, 64 and 1,024 ranks, for
 
     one by one    static CP of 8 ranks, one sample a run
     packed        static CP of 8 ranks, each group's samples packed in the order in which they came
     greedy        Megatron-LM's rule (`hf_context_parallel/dynamic/megatron_rule.py`), in groups of up to all ranks
     ours          `hf_context_parallel.dynamic.schedule`
-    most          if every rank computed its share of pairs and tokens and nothing else, without a wait: a bound
+    most          an upper bound: every rank computes its share of pairs and tokens, and never waits
 
-Where ranks keep whole weights they wait only for the ranks of their group; where FSDP2 shards weights over a node,
-which are gathered for every run, they wait for the node's. All wait for all at the end of a step.
+If ranks keep whole weights, they wait only for the ranks of their group. If FSDP2 shards weights over a node, weights
+are gathered for every run, and ranks wait for all ranks of their node. At the end of a step all ranks wait for all.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ TIMEOUT = 3600
 
 
 def long_tailed(samples: int, seed: int, scale: int = 1) -> list[int]:
-    """Log-normal lengths with a median of 3,000 tokens, from 1K to 16K; all divided by `scale`."""
+    """Draw log-normal lengths with a median of 3,000 tokens, from 1K to 16K, all divided by `scale`."""
     draws = np.random.default_rng(seed).lognormal(np.log(3000), 0.8, samples)
     return (np.clip(draws, SHORTEST, LONGEST) // scale).astype(int).tolist()
 
 
 def waiting_for_nodes(schedule: Schedule) -> float:
-    """What a schedule takes where ranks wait for those of their node in every round."""
+    """Seconds of a schedule if ranks wait for the ranks of their node in every round."""
     by_node = schedule.work.reshape(len(schedule.rounds), -1, min(NODE, schedule.ranks))
     return float(by_node.max(axis=2).sum(axis=0).max())
 
@@ -70,9 +70,9 @@ def waiting_for_nodes(schedule: Schedule) -> float:
 def stages_of_greedy_rule(
     lengths: Sequence[int], ranks: int, most: int, costs: Costs, node: int = 1
 ) -> list[np.ndarray]:
-    """What each of `node` ranks takes for a stage of the greedy rule.
+    """Seconds of each of `node` ranks for a stage of the greedy rule.
 
-    A group runs its samples one after another. Where a node's ranks wait for each other, their nth runs take as long
+    A group runs its samples one after another. If the ranks of a node wait for each other, their nth runs take as long
     as the slowest of them.
     """
     found = []
@@ -91,7 +91,10 @@ def stages_of_greedy_rule(
 
 
 def simulated(ranks: int, most: int, samples: int, steps: int) -> dict[str, Any]:
-    """Tokens a second of each way, for `samples` a rank in a global batch, and the seconds that ours is planned in."""
+    """Simulate the tokens a second of each way, and measure the seconds of planning ours.
+
+    A global batch has `samples` samples for each rank.
+    """
     rates: dict[str, dict[str, list[float]]] = {}
     idle, planning = [], []
     for setting, sharded in SETTINGS.items():
@@ -134,8 +137,11 @@ def simulated(ranks: int, most: int, samples: int, steps: int) -> dict[str, Any]
 
 
 def counted(ranks: int, extent: int, most: int, samples: int, shape: Any) -> dict[str, dict[str, Any]]:
-    """Each rank's work, in floating-point operations, and how much it waits: with whole weights in each run for the
-    ranks of its group, and for all in the end; with sharded weights for all in each run."""
+    """Count the work of each rank, in floating-point operations, and the work that it waits for.
+
+    With whole weights, a rank waits in each run for the ranks of its group, and for all ranks at the end. With sharded
+    weights, it waits in each run for all ranks.
+    """
     lengths = long_tailed(samples, seed=1)
     found: dict[str, dict[str, Any]] = {}
     for setting, sharded in SETTINGS.items():
@@ -171,7 +177,7 @@ def _counted(schedule: Schedule, work: Costs) -> dict[str, Any]:
 
 
 def small_config() -> Any:
-    """A Qwen3 small enough for 16K tokens on a core."""
+    """Config of a Qwen3 that is small enough for 16K tokens on a core."""
     return AutoConfig.for_model(
         "qwen3",
         vocab_size=384,
@@ -185,7 +191,7 @@ def small_config() -> Any:
 
 
 def measured(most: int, samples: int, batches: int, rounds: int, scale: int) -> list[dict[str, list[float]]]:
-    """Seconds of global batches, each run several times by static CP and dynamically in turns, on each rank alike."""
+    """Measure the seconds of global batches, with static and dynamic CP in turns. All ranks return the same."""
     torch.manual_seed(0)
     size = dist.get_world_size()
     settings = {"size": size, "dynamic": True, "max_tokens_per_rank": most}
@@ -201,7 +207,7 @@ def measured(most: int, samples: int, batches: int, rounds: int, scale: int) -> 
         return [(round.size, round.batch) for round in scheduler.rounds(batch)]
 
     def step(runs, batch) -> tuple[float, float]:
-        """Seconds, and the norm of the gradients."""
+        """Measure the seconds of a step, and the norm of the gradients."""
         dist.barrier()
         begin = time.perf_counter()
         targets = sum(sample["labels"].shape[1] - 1 for sample in batch)
@@ -231,7 +237,7 @@ def measured(most: int, samples: int, batches: int, rounds: int, scale: int) -> 
             norms = {}
             for way in list(ways)[:: -1 if turn % 2 else 1]:
                 seconds, norms[way] = step(ways[way], batch)
-                if turn:  # the first is for warming up
+                if turn:  # the first turn warms up
                     taken[way].append(seconds)
             if abs(norms["dynamic"] / norms["one by one"] - 1) > 1e-4:
                 raise AssertionError(f"gradient norms differ: {norms}")
@@ -240,7 +246,7 @@ def measured(most: int, samples: int, batches: int, rounds: int, scale: int) -> 
 
 
 def plot(counted_work: dict[str, Any], simulations: list[dict[str, Any]]) -> Figure:
-    """Left, what four ranks do and when; right, tokens a second by simulation, as multiples of static CP's."""
+    """Draw the times of the work of four ranks (left), and simulated tokens a second over static CP (right)."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subfigures(1, 2)
     setting = "weights sharded over a node"
@@ -279,17 +285,17 @@ def plot(counted_work: dict[str, Any], simulations: list[dict[str, Any]]) -> Fig
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=report.comma_separated(int), default=[8, 64, 1024], help="simulated")
+    parser.add_argument("--ranks", type=report.comma_separated(int), default=[8, 64, 1024], help="numbers of ranks")
     parser.add_argument("--most", type=report.comma_separated(int), default=[2048, 4096, 8192], help="tokens a rank")
     parser.add_argument("--steps", type=int, default=5, help="global batches that are simulated")
-    parser.add_argument("--samples", type=int, default=4, help="a rank and global batch")
+    parser.add_argument("--samples", type=int, default=4, help="samples for each rank in a global batch")
     parser.add_argument("--batches", type=int, default=4, help="global batches that are measured")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement")
     parser.add_argument("--scale", type=int, default=1, help="divides the lengths that are measured")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for dynamic.md, .png and .json")
     options = parser.parse_args(arguments)
 
-    here = importlib.import_module("benchmarks.dynamic")  # under the name by which the workers find it
+    here = importlib.import_module("benchmarks.dynamic")  # under the name by which workers import it
     workers = WorkerPool(2, TIMEOUT)
     try:
         holds = LONGEST // 2 // options.scale

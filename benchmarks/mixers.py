@@ -1,16 +1,16 @@
-"""One mixer that is not attention, forward and backward, on two ranks.
+"""Benchmark of one mixer other than attention, forward and backward, on two ranks.
 
     python -m benchmarks.mixers --tokens 2048,4096
 
-Ranks are processes that talk over gloo and have one torch thread each. Timed, interleaved, of one sequence:
+Ranks are processes with one torch thread each, connected by gloo. Variants are timed in turns on one sequence:
 
-    one process       the whole sequence on one rank, while the other has nothing to do
+    one process       the whole sequence on one rank, while the other is idle
     whole sequences   the mixer sees the whole sequence on one of the ranks, and its output returns to the shards
     native            each rank convolves its own tokens, with a halo, and scans its share of the heads
     halves            each rank has half of the tokens for a sequence of its own: the same work without messages
 
 A run lasts from the first rank's start to the last rank's end. Before anything is timed, outputs and gradients are
-compared with the one process's.
+compared with those of one process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hf_context_parallel.integration.mixers.whole_sequences import WholeSequence
 from . import report
 
 RANKS = 2
-TOLERANCE = 1e-4  # of a tensor's largest entry
+TOLERANCE = 1e-4  # relative to the largest entry of a tensor
 TIMEOUT = 600
 _COMMON = {"vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 512, "intermediate_size": 64}
 MIXERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -78,7 +78,7 @@ Run = Callable[[], list[torch.Tensor]]
 
 
 def build(name: str) -> tuple[torch.nn.Module, int]:
-    """A mixer, the same on every rank, and the width of what it takes."""
+    """Build a mixer, the same on every rank, and return it with the width of its input."""
     model_type, kind, sizes = MIXERS[name]
     config: PreTrainedConfig = AutoConfig.for_model(model_type, **{**_COMMON, **sizes})
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def passes(mixer: torch.nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -
 
 
 def measure(name: str, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """For each variant the seconds of each round, on every rank the same.
+    """Measure the seconds of each round for each variant. The results are the same on every rank.
 
     Raises:
         ValueError: if a variant's results are not those of one process.
@@ -135,7 +135,7 @@ def measure(name: str, tokens: int, rounds: int) -> dict[str, list[float]]:
 
 def _check(variant: str, found: list[torch.Tensor], expected: list[torch.Tensor], positions: torch.Tensor) -> None:
     for index, (mine, truth) in enumerate(zip(found, expected)):
-        if index < 2:  # by token; of parameters the ranks have shares
+        if index < 2:  # these are by token; ranks have shares of parameter gradients
             truth = truth[:, positions]
         else:
             dist.all_reduce(mine)
@@ -145,7 +145,7 @@ def _check(variant: str, found: list[torch.Tensor], expected: list[torch.Tensor]
 
 
 def page(results: list[tuple[str, int, dict[str, list[float]]]]) -> str:
-    """The table: milliseconds of each variant, and its time over that of native, round by round."""
+    """Table of the milliseconds of each variant, and of its time over that of native by round."""
     rows = []
     for name, tokens, seconds in results:
         times = [f"{1000 * median(seconds[variant]):.0f}" for variant in VARIANTS]
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
-    here = importlib.import_module("benchmarks.mixers")  # under the name by which the workers find it
+    here = importlib.import_module("benchmarks.mixers")  # under the name by which workers import it
     workers = WorkerPool(RANKS, TIMEOUT)
     results, data = [], []
     for name in options.mixers:

@@ -1,6 +1,6 @@
-"""What others wrote, driven over our kernel, so that what differs is the communication alone.
+"""Adapters of other packages, run over our kernel, so that only the communication differs.
 
-Each gets the tokens in the layout that it wants: a run tells the positions that this rank has.
+Each package gets the tokens in its own layout. A run names the positions that this rank holds.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class MissingPeer(Exception):
-    """A peer that is not installed. The message says how to get it."""
+    """Error for a peer that is not installed. The message says how to get it."""
 
 
 class UnsuitablePeer(Exception):
-    """A peer that does not take the case."""
+    """Error for a peer that does not support the case."""
 
 
 class Layer(NamedTuple):
-    """A case: queries, keys and values `[S, H, D]` and the gradient of the output, of the whole batch."""
+    """Layer of a case: queries, keys, values `[S, H, D]` and the gradient of the output, of the whole batch."""
 
     whole: list[torch.Tensor]
     mask: Mask
@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """Of the documents."""
+        """Lengths of the documents."""
         return [document[-1][1] - document[0][0] for document in self.mask.rows[0]]
 
     @property
@@ -58,7 +58,7 @@ Run = Callable[[], tuple[torch.Tensor, ...]]
 
 
 def _run(layer: Layer, positions: torch.Tensor, function: Callable[..., torch.Tensor]) -> Run:
-    """A run of `function(query, key, value)`, differentiable, for `[T, H, D]`."""
+    """Make a run of the differentiable `function(query, key, value)` for `[T, H, D]`."""
     inputs = [tensor[positions].requires_grad_() for tensor in layer.whole[:3]]
     grad_output = layer.whole[3][positions]
 
@@ -80,11 +80,11 @@ def _contiguous(layer: Layer) -> torch.Tensor:
 
 def _one_document_only(layer: Layer) -> None:
     if len(layer.lengths) > 1 or layer.window is not None:
-        raise UnsuitablePeer("it takes one document without a window")
+        raise UnsuitablePeer("it takes only one document without a window")
 
 
 def ring_flash_attn_zigzag(layer: Layer) -> Run:
-    """ring-flash-attn's zigzag ring, for inputs `[1, T, H, D]`."""
+    """Zigzag ring of ring-flash-attn, for inputs `[1, T, H, D]`."""
     _one_document_only(layer)
     function = _import_ring_flash_attn(layer.kernel).zigzag_ring_flash_attn_func
     how = {"softmax_scale": layer.scores.scale, "causal": True, "group": layer.group}
@@ -92,14 +92,14 @@ def ring_flash_attn_zigzag(layer: Layer) -> Run:
 
 
 def ring_flash_attn_zigzag_varlen(layer: Layer) -> Run:
-    """The same of packed documents, each of which is dealt to the ranks in zigzag."""
+    """Zigzag ring of ring-flash-attn for packed documents, each of which is dealt in zigzag."""
     if layer.window is not None or len(layer.lengths) == 1:
-        raise UnsuitablePeer("it takes no windows, and of one document it is the other")
+        raise UnsuitablePeer("it takes no windows, and for one document it equals the other zigzag ring")
     function = _import_ring_flash_attn(layer.kernel).zigzag_ring_flash_attn_varlen_func
     size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
     starts = [document[0][0] for document in layer.mask.rows[0]]
     if any(length % (2 * size) for length in layer.lengths):
-        raise UnsuitablePeer("it takes documents whose length twice the ranks divides")
+        raise UnsuitablePeer("it takes only documents whose length is a multiple of twice the number of ranks")
     positions = torch.cat([start + zigzag(n, size).positions(rank) for start, n in zip(starts, layer.lengths)])
     cu_seqlens = torch.tensor([0, *layer.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32) // size
     how = {"softmax_scale": layer.scores.scale, "causal": True, "group": layer.group}
@@ -108,7 +108,7 @@ def ring_flash_attn_zigzag_varlen(layer: Layer) -> Run:
 
 
 def ring_flash_attn_llama3(layer: Layer) -> Run:
-    """ring-flash-attn's all-gather (as Llama 3 was trained), for contiguous tokens, all heads at once."""
+    """All-gather of ring-flash-attn (as in the training of Llama 3), for contiguous tokens, all heads at once."""
     package = _import_ring_flash_attn(layer.kernel)
     edges = torch.tensor([0, *layer.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
@@ -121,18 +121,19 @@ def ring_flash_attn_llama3(layer: Layer) -> Run:
 
 
 def ringmaster_ulysses(layer: Layer) -> Run:
-    """axolotl-ringmaster's Ulysses: its exchanges around our kernel, fused as it fuses them.
+    """Ulysses of axolotl-ringmaster: its exchanges around our kernel, fused as in that package.
 
-    On gloo it gathers everything and keeps a part; it is given the exchange that it makes on NCCL, which gloo has too.
+    On gloo the package gathers all tensors and keeps a part. Here it gets the all-to-all that it uses on NCCL, which
+    gloo supports too.
     """
     try:
         comm = importlib.import_module("ringmaster.comm")
     except ImportError as error:
-        raise MissingPeer("axolotl-ringmaster is not installed: pip install axolotl-ringmaster --no-deps") from error
+        raise MissingPeer("ringmaster is not installed. Run: pip install axolotl-ringmaster --no-deps") from error
     comm.dist = _module("dist", **{**vars(dist), "get_backend": lambda group: "nccl"})
     size = dist.get_world_size(layer.group)
     if layer.whole[1].shape[1] % size:
-        raise UnsuitablePeer("it takes key heads that the ranks divide")
+        raise UnsuitablePeer("it takes only numbers of key heads that are multiples of the number of ranks")
     calls = build_own_plan(zigzag(layer.mask.length, 1), layer.mask, 0).steps[0].calls
 
     def function(query, key, value):
@@ -149,7 +150,7 @@ def ringmaster_ulysses(layer: Layer) -> Run:
 
 
 class _OneRank(torch.autograd.Function):
-    """Attention of whole sequences by the kernel, `[S, H, D]`."""
+    """Attention of whole sequences `[S, H, D]`, computed by the kernel."""
 
     @staticmethod
     def forward(ctx, query, key, value, layer, calls):
@@ -174,19 +175,19 @@ class _OneRank(torch.autograd.Function):
 
 
 def _put(target: torch.Tensor, runs, rows: torch.Tensor) -> None:
-    """The rows to these ranges of the target's."""
+    """Copy rows to these ranges of the target."""
     for part, (start, stop) in zip(rows.split([stop - start for start, stop in runs]), runs):
         target[start:stop] = part
 
 
 def torch_ring(layer: Layer) -> Run:
-    """The ring of torch.distributed's experimental context parallelism, for inputs `[1, H, T, D]`."""
+    """Ring of torch.distributed's experimental context parallelism, for inputs `[1, H, T, D]`."""
     _one_document_only(layer)
     try:
         ring = importlib.import_module("torch.distributed.tensor.experimental._context_parallel._attention")
         ring_forward, ring_backward = ring._templated_ring_attention, ring._templated_ring_attention_backward
     except (ImportError, AttributeError) as error:
-        raise MissingPeer(f"torch {torch.__version__} has no ring attention where torch 2.13 has it") from error
+        raise MissingPeer(f"torch {torch.__version__} has no known ring attention. Install torch 2.13") from error
     positions = _zigzag(layer)
     query, key, value, grad_output = (_heads_first(x[positions]).contiguous() for x in layer.whole)
 
@@ -211,7 +212,7 @@ def torch_ring(layer: Layer) -> Run:
 
 
 def versions() -> str:
-    """The peers' versions, as far as they are here."""
+    """Versions of the peers that are installed."""
     found = []
     for name in ("ring-flash-attn", "axolotl-ringmaster"):
         try:
@@ -222,7 +223,7 @@ def versions() -> str:
 
 
 def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
-    """The package, with `kernel` where it imports flash-attn's functions."""
+    """Import the package, with `kernel` in place of flash-attn's functions."""
 
     def forward(q, k, v, softmax_scale, causal, **unused):
         output, lse = _forward(kernel, q[0], k[0], v[0], causal, softmax_scale)
@@ -231,9 +232,9 @@ def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
     def backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal, **unused):
         grads = _backward(kernel, dout[0], q[0], k[0], v[0], out[0], softmax_lse[0].T, causal, softmax_scale)
         for buffer, grad in zip((dq, dk, dv), grads):
-            buffer[0].copy_(grad)  # flash-attn writes where it is told; torch's CPU operator cannot
+            buffer[0].copy_(grad)  # flash-attn writes into given buffers; torch's CPU operator cannot
 
-    # Whether a window is passed as one argument is asked of the signature.
+    # The package looks in the signature to see if a window is one argument.
     def varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size=(-1, -1), **unused):
         tiles = _tiles(cu_seqlens_q, cu_seqlens_k, causal, window_size)
         output, lse = kernel.forward(q, k, v, tiles, Scores(softmax_scale))
@@ -252,7 +253,7 @@ def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
         _flash_attn_varlen_forward=varlen_forward,
         _flash_attn_varlen_backward=varlen_backward,
     )
-    # The adapters, which nobody needs here, import names that Transformers 5 no longer has.
+    # The adapters are not needed here, and import names that Transformers 5 no longer has.
     adapters = _module("ring_flash_attn.adapters", substitute_hf_flash_attn=None, update_ring_flash_attn_params=None)
     stand_ins = {module.__name__: module for module in (_module("flash_attn"), interface, adapters)}
     originals = {name: sys.modules.get(name) for name in stand_ins}
@@ -261,8 +262,8 @@ def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
         package = importlib.import_module("ring_flash_attn")
         rings = [importlib.import_module(f"ring_flash_attn.zigzag_ring_flash_attn{kind}") for kind in ("", "_varlen")]
     except ModuleNotFoundError as error:
-        raise MissingPeer("ring-flash-attn is not installed: pip install ring-flash-attn --no-deps") from error
-    finally:  # or others would take the stand-ins for flash-attn
+        raise MissingPeer("ring-flash-attn is not installed. Run: pip install ring-flash-attn --no-deps") from error
+    finally:  # else other packages would take the stand-ins for flash-attn
         for name, module in originals.items():
             if module is None:
                 del sys.modules[name]
@@ -276,10 +277,11 @@ def _import_ring_flash_attn(kernel: Kernel) -> ModuleType:
 
 
 class _Buffer(torch.Tensor):
-    """What ring-flash-attn's zigzag has gradients written to, again and again.
+    """Gradient buffer that the zigzag ring of ring-flash-attn reuses at each step.
 
-    It keeps the first as `buffer.to(torch.float32)`. Of float32 inputs, which flash-attn does not take, that is the
-    buffer itself, and the next step would overwrite it: so it is a copy here, as it is of bfloat16 ones.
+    The package keeps the first gradient as `buffer.to(torch.float32)`. For float32 inputs, which flash-attn does not
+    support, that is the buffer itself, and the next step would overwrite it. So `to` makes a copy here, as it does for
+    bfloat16.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -295,19 +297,19 @@ def _module(name: str, **contents) -> ModuleType:
 
 
 def _forward(kernel: Kernel, query, key, value, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[Q, H, D]` in the dtype of `query`, as a flash-attention function returns it, and LSE `[Q, H]`."""
+    """Compute the output `[Q, H, D]` in the dtype of `query`, as flash-attention does, and the LSE `[Q, H]`."""
     output, lse = kernel.forward(query, key, value, _tile(query, key, causal), Scores(scale))
     return output.to(query.dtype), lse
 
 
 def _backward(kernel: Kernel, grad_output, query, key, value, output, lse, causal: bool, scale: float) -> Gradients:
-    """The gradients in the dtype of `query`."""
+    """Compute the gradients in the dtype of `query`."""
     grads = kernel.backward(grad_output, query, key, value, output, lse, _tile(query, key, causal), Scores(scale))
     return tuple(grad.to(query.dtype) for grad in grads)
 
 
 def _tiles(cu_queries: torch.Tensor, cu_keys: torch.Tensor, causal: bool, window_size) -> Segments:
-    """The segments that cumulative lengths say, bottom-right aligned as flash-attn's are."""
+    """Make segments of cumulative lengths, aligned at the bottom right as in flash-attn."""
     queries, keys = (tuple(zip(edges[:-1], edges[1:])) for edges in (cu_queries.tolist(), cu_keys.tolist()))
     left = None if window_size[0] < 0 else window_size[0]
     return Segments(queries, keys, Band(left, 0 if causal else None))
@@ -318,10 +320,10 @@ def _tile(query: torch.Tensor, key: torch.Tensor, causal: bool) -> Segments:
 
 
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
-    """`[T, H, D]` as `[1, H, T, D]`."""
+    """View `[T, H, D]` as `[1, H, T, D]`."""
     return tensor.transpose(0, 1)[None]
 
 
 def _tokens_first(tensor: torch.Tensor) -> torch.Tensor:
-    """`[1, H, T, D]` as `[T, H, D]`."""
+    """View `[1, H, T, D]` as `[T, H, D]`."""
     return tensor[0].transpose(0, 1)

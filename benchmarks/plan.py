@@ -1,10 +1,10 @@
-"""What each way of context parallelism sends, how evenly it shares work, and how fast it could be: by counts alone.
+"""Estimates, from counts alone, of the traffic, balance and speed of each way of context parallelism.
 
     python -m benchmarks.plan --ranks 2,8,32,128,1024 --tokens 8K,128K,1M,8M
 
 A layer of Llama-3-8B's attention (32 heads, 8 key heads of 128, bfloat16), causal, forward and backward, on the nodes
-that `hf_context_parallel.planning.machine.H100_NODE` describes. Efficiency is the time of the arithmetic alone, shared
-perfectly, over the time of the slowest rank.
+of `hf_context_parallel.planning.machine.H100_NODE`. Efficiency is the time of the arithmetic alone, divided equally,
+over the time of the slowest rank.
 
     p2p, all_gather, a2a, a2a+p2p, auto     ours, zigzag over the whole row; a2a+p2p in the best subgroups
     balanced, auto          ours, tokens dealt by `hf_context_parallel.planning.balanced`
@@ -14,8 +14,8 @@ perfectly, over the time of the slowest rank.
                             (ring-flash-attn)
     Ulysses                 heads dealt equally, all tokens exchanged, keys replicated where they have fewer heads
 
-The peers are given the benefit of the doubt: kernels that are as fast on short pieces as on long ones, one kernel call
-a step, one fused exchange of heads, messages that hide behind computing as fully as ours, and collectives that use all
+For peers the assumptions are favourable. Their kernels are as fast on short pieces as on long ones, with one call a
+step. They have one fused exchange of heads. Computing hides their messages as fully as ours. Their collectives use all
 links of a node at once.
 """
 
@@ -60,7 +60,7 @@ LEAST = 256
 
 
 class Batch(NamedTuple):
-    """Lengths of documents, in the order of the row, and a window."""
+    """Lengths of the documents in the order of the row, and a window."""
 
     documents: list[int]
     window: int | None = None
@@ -72,12 +72,12 @@ class Batch(NamedTuple):
 
 
 def _four(length: int) -> list[int]:
-    """Of 40, 30, 20 and 10 hundredths."""
+    """Lengths of four documents: 40, 30, 20 and 10 hundredths of the row."""
     return np.diff(np.rint(np.array([0, 0.4, 0.7, 0.9, 1]) * length).astype(int)).tolist()
 
 
 def _many(length: int) -> list[int]:
-    """400 short ones, log-normal with sigma 0.5."""
+    """Lengths of 400 short documents, log-normal with sigma 0.5."""
     ends = np.random.default_rng(0).lognormal(sigma=0.5, size=400).cumsum()
     return np.diff(np.rint(ends / ends[-1] * length).astype(int), prepend=0).tolist()
 
@@ -92,13 +92,13 @@ BATCHES: dict[str, Callable[[int], Batch]] = {
 
 
 class Result(NamedTuple):
-    """Of one way to compute a batch.
+    """Result of one way to compute a batch.
 
     Args:
-        efficiency: the arithmetic alone, shared perfectly, over the slowest rank's time.
-        work: the largest rank's pairs over the mean of what the batch takes.
-        megabytes: sent by a rank for a layer, forward and backward, on average.
-        how: the strategy, where it was chosen.
+        efficiency: time of the arithmetic alone, divided equally, over the time of the slowest rank.
+        work: pairs of the busiest rank over the mean pairs of the batch.
+        megabytes: megabytes that a rank sends for a layer on average, forward and backward.
+        how: the strategy, if it was chosen.
     """
 
     efficiency: float
@@ -108,7 +108,7 @@ class Result(NamedTuple):
 
 
 def ours(batch: Batch, layout: Layout) -> dict[str, list[Share]]:
-    """Each rank's share by each strategy."""
+    """Work and traffic of each rank, by each strategy."""
     mask = batch.mask()
     here = workload(layout, mask)
     found = {}
@@ -119,32 +119,32 @@ def ours(batch: Batch, layout: Layout) -> dict[str, list[Share]]:
 
 
 def zigzag_by_document(batch: Batch, size: int) -> list[Share] | None:
-    """Windows are refused by such rings."""
+    """Work and traffic of a zigzag ring by document. Such rings refuse windows."""
     if batch.window is not None:
         return None
     padded = [-(-length // (2 * size)) * 2 * size for length in batch.documents]
     tokens = sum(padded) // size
     work = sum(length * (length + 1) // 2 for length in padded) // size * SHAPE.heads
     keys, gradients = tokens * (size - 1), tokens * size
-    # With the keys of a rank before it, all of a rank's queries are merged, and half of them with those of one after.
+    # All queries of a rank are merged for keys of an earlier rank, and half of them for keys of a later rank.
     rows = (rank * tokens + (size - 1 - rank) * tokens // 2 for rank in range(size))
     return [ring_of_keys(work, size, keys, gradients, merged, SHAPE, size > MACHINE.node) for merged in rows]
 
 
 def llama3(batch: Batch, size: int) -> list[Share]:
-    """Gradients are reduced in the dtype of the keys."""
+    """Work and traffic of the all-gather of Llama 3. Gradients are reduced in the dtype of the keys."""
     mask = batch.mask()
     own = mask.length / size * SHAPE.key_heads * (SHAPE.query_dim + SHAPE.value_dim) * SHAPE.dtype.itemsize
     sent = 3 * own * (size - 1)
     far = sent / MACHINE.node if size > MACHINE.node else 0.0
     traffic = Traffic(sent - far, far, 3 * (size - 1))
-    # Its own keys are read and written to the others, in both passes, as in our all_gather.
+    # The rank copies its own keys to the others in both passes, as in our all_gather.
     pairs = workload(contiguous(mask.length, size), mask).pairs
     return [Share(computed * SHAPE.heads, 1, 4 * own, traffic) for computed in pairs]
 
 
 def ulysses(batch: Batch, size: int) -> list[Share] | None:
-    """Heads must divide."""
+    """Work and traffic of Ulysses, for which the ranks must divide the heads."""
     if SHAPE.heads % size:
         return None
     mask = batch.mask()
@@ -158,7 +158,7 @@ def ulysses(batch: Batch, size: int) -> list[Share] | None:
 
 
 def judged(found: list[Share], pairs: int, how: str = "") -> Result:
-    """Shares of all ranks as a result, for a batch of so many pairs."""
+    """Result of the shares of all ranks, for a batch of `pairs` pairs."""
     mean = pairs * SHAPE.heads / len(found)
     ideal = (1 + BACKWARD) * attention_flops(mean, 1, SHAPE.query_dim, SHAPE.value_dim) / MACHINE.attention
     slowest = max(share.seconds(SHAPE, MACHINE).total for share in found)
@@ -167,7 +167,7 @@ def judged(found: list[Share], pairs: int, how: str = "") -> Result:
 
 
 def count(batch: Batch, size: int) -> dict[str, Result | None]:
-    """For each way, what it comes to; None where it does not take the batch or the ranks."""
+    """Result of each way, or None if it does not support the batch or the number of ranks."""
     mask = batch.mask()
     pairs = sum(workload(contiguous(mask.length, 1), mask).pairs)
     by_zigzag = {name: judged(found, pairs, name) for name, found in ours(batch, zigzag(mask.length, size)).items()}
@@ -189,7 +189,7 @@ Results = dict[str, dict[int, dict[int, dict[str, Result | None]]]]
 
 
 def plot(results: Results) -> Figure:
-    """A column a batch, a row a length: efficiency by ranks; ours in full, peers dashed."""
+    """Draw efficiency by ranks, with a column for each batch and a row for each length. Peers are dashed."""
     lengths = list(next(iter(results.values())))
     figure = Figure(figsize=(3.2 * len(results), 2.4 * len(lengths)), layout="constrained")
     axes = figure.subplots(len(lengths), len(results), sharex=True, sharey=True, squeeze=False)
@@ -216,7 +216,7 @@ def plot(results: Results) -> Figure:
 
 
 def _short(tokens: int) -> str:
-    """131072 as 128K."""
+    """Format 131072 as 128K."""
     for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
         if tokens % unit == 0:
             return f"{tokens // unit}{name}"
@@ -224,13 +224,13 @@ def _short(tokens: int) -> str:
 
 
 def _tokens(text: str) -> int:
-    """128K as 131072."""
+    """Parse 128K as 131072."""
     units = {"K": 1 << 10, "M": 1 << 20}
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
 
 
 def sections(results: Results) -> list[str]:
-    """For each batch a table of efficiencies, and one of work and bytes."""
+    """Sections of the page: for each batch a table of efficiencies, and one of work and bytes."""
     found = []
     for name, by_tokens in results.items():
         cases = [(tokens, ranks, ways) for tokens, by_ranks in by_tokens.items() for ranks, ways in by_ranks.items()]

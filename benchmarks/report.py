@@ -1,4 +1,4 @@
-"""What every benchmark leaves behind: a page for people (`.md`) and the numbers for programs (`.json`)."""
+"""Reports of benchmarks: a page to read (`.md`) and the numbers for programs (`.json`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers of this run depend on."""
+    """Properties of the machine and versions on which the numbers of a run depend."""
     facts = {
         "CPU": _cpu_model(),
         "cores": os.cpu_count(),
@@ -29,18 +29,18 @@ def machine() -> dict[str, Any]:
 
 
 def described(facts: dict[str, Any]) -> str:
-    """The machine in a sentence."""
+    """Description of the machine in a sentence."""
     return ", ".join(f"{key} {value}" for key, value in facts.items()) + "."
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table. Cells are shown as they are given."""
+    """Format a Markdown table. Cells are written as they are given."""
     numeric = ["left" if isinstance(cell, str) and not cell[:1].isdigit() else "right" for cell in rows[0]]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=numeric)
 
 
 def write(folder: Path, name: str, title: str, text: str, data: dict[str, Any]) -> None:
-    """Writes `name.md` and `name.json` into `folder`, and shows the page."""
+    """Write `name.md` and `name.json` into `folder`, and print the page."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     page = folder / f"{name}.md"
@@ -49,12 +49,12 @@ def write(folder: Path, name: str, title: str, text: str, data: dict[str, Any]) 
 
 
 def comma_separated(convert=str):
-    """An argparse type: `"2,4"` as a list of `convert`'s values."""
+    """Argparse type that turns `"2,4"` into a list of `convert`'s values."""
     return lambda text: [convert(part) for part in text.split(",")]
 
 
 def _cpu_model() -> str:
-    """The processor's name as Linux gives it; elsewhere its architecture."""
+    """Name of the processor on Linux; its architecture on other systems."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -13,30 +13,30 @@ import torch
 from hf_context_parallel.distributed.messages import Message, Pending
 
 Result = TypeVar("Result")
-PATIENCE = 120  # seconds until a message that nobody sent is an error
+PATIENCE = 120  # seconds after which a message that nobody sent is an error
 
 
 class ThreadGroup:
-    """A group whose ranks are threads, for results.
+    """Group whose ranks are threads of one process. It checks results, not speed.
 
-    On CUDA, each rank's kernels are on a stream of its own, and messages are as NCCL's process group does them: on
-    another, from the sender's memory into the receiver's, with nothing but events between the streams. So memory that
-    is used or freed too early shows.
+    On CUDA, the kernels of each rank run on a stream of their own. Messages run on another stream, as with NCCL's
+    process group. They copy from the sender's memory to the receiver's, and only events order the streams. So memory
+    that is used or freed too early changes the results.
 
     Args:
-        delay: cycles of the device that each message takes on top, so that what does not wait for it is early.
-        apart: False puts everything on one stream, where nothing can be early.
+        delay: additional cycles of the device for each message, so that work that does not wait for it is early.
+        apart: False puts everything on one stream, where no work can be early.
     """
 
     def __init__(self, size: int, delay: int = 0, apart: bool = True):
         self._size, self._delay, self._apart = size, delay, apart
 
     def run(self, work: Callable[[int, ThreadExchange], Result]) -> list[Result]:
-        """What `work(rank, exchange)` returns for each rank, all running at once."""
-        messages: dict[tuple[int, int, int], Future] = {}  # by sender, receiver and number
+        """Run `work(rank, exchange)` on all ranks at once, and return the results."""
+        messages: dict[tuple[int, int, int], Future] = {}  # keyed by sender, receiver and number
 
         def start(rank):
-            # Backward must run in the rank's own thread: in autograd's, one a device, ranks would wait for each other.
+            # Backward must run in the thread of the rank. In autograd's one thread for each device, ranks would block.
             own = _own_stream() if self._apart else nullcontext()
             with torch.autograd.set_multithreading_enabled(False), own:
                 return work(rank, ThreadExchange(rank, messages, self._delay, self._apart))
@@ -47,7 +47,7 @@ class ThreadGroup:
 
 @contextmanager
 def _own_stream():
-    """On CUDA, a stream for what a thread queues, after all that was queued before and before all that will be."""
+    """Use a stream of its own for a thread on CUDA, ordered after all earlier and before all later work."""
     if not torch.cuda.is_available():
         yield
         return
@@ -58,7 +58,7 @@ def _own_stream():
 
 
 class ThreadExchange:
-    """One rank's messages to the other threads of a group."""
+    """Messages of one rank to the other threads of a group."""
 
     def __init__(self, rank: int, messages: dict[tuple[int, int, int], Future], delay: int, apart: bool = True):
         self._rank = rank
@@ -77,13 +77,13 @@ class ThreadExchange:
         return Pending(works, [tensor for _, tensor in (*sends, *receives)])
 
     def _next(self, sender: int, receiver: int) -> Future:
-        """The next message between two ranks, which either of them may ask for first."""
+        """Next message between two ranks. Either of them may ask for it first."""
         self._posted[sender, receiver] += 1
         return self._messages.setdefault((sender, receiver, self._posted[sender, receiver]), Future())
 
 
 class _Network:
-    """On CUDA a stream that copies when what it copies is ready; elsewhere copies are made at once."""
+    """Stream on CUDA that copies each message when it is ready. On other devices messages are copied at once."""
 
     def __init__(self, delay: int = 0, apart: bool = True):
         self._delay, self._apart = delay, apart
@@ -91,11 +91,11 @@ class _Network:
 
     @staticmethod
     def ready(tensor: torch.Tensor) -> torch.cuda.Event | None:
-        """What the current stream has queued till now."""
+        """Event after all work that the current stream has queued so far."""
         return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, *ready: torch.cuda.Event) -> torch.cuda.Event | None:
-        """Copy when all is ready; what says that it is done."""
+        """Copy a message when both sides are ready, and return the event of its end."""
         if not target.is_cuda:
             target.copy_(source)
             return None
@@ -112,7 +112,7 @@ class _Network:
 
 
 class _Done:
-    """Something that the current stream waits for."""
+    """Operation that the current stream waits for."""
 
     def __init__(self, event: torch.cuda.Event | None):
         self._event = event
@@ -123,7 +123,7 @@ class _Done:
 
 
 class _Arrival:
-    """A message to be copied into `tensor`."""
+    """Message to be copied into `tensor`."""
 
     def __init__(self, message: Future, tensor: torch.Tensor, ready: torch.cuda.Event | None, network: _Network):
         self._message, self._tensor, self._ready, self._network = message, tensor, ready, network
@@ -136,7 +136,7 @@ class _Arrival:
 
 
 class _Departure:
-    """A message that its receiver copies. A rank waits for those that arrive first, as others wait for that."""
+    """Message that its receiver copies. A rank waits for arrivals first, since other ranks wait for those."""
 
     def __init__(self, taken: Future):
         self._taken = taken
@@ -146,11 +146,11 @@ class _Departure:
 
 
 class PreparedExchange:
-    """Messages that are already there, for timing one rank without any other.
+    """Messages that are already there, to time one rank without other ranks.
 
-    Every message is the beginning of `stock`, `[tokens, ...]`: the numbers are wrong, and as fast to compute with as
-    the right ones. On CUDA they are copied on a stream of their own, beside the kernels, at the speed of the device's
-    memory and with no multiprocessors taken for long: what overlaps here is the most that can.
+    Each message is the beginning of `stock`, `[tokens, ...]`. Its values are wrong, but computing with them takes the
+    same time. On CUDA messages are copied on a stream of their own, beside the kernels, at the speed of the device's
+    memory. They occupy no multiprocessor for long. So the overlap that is measured here is the best possible.
     """
 
     def __init__(self, stock: torch.Tensor):
@@ -165,7 +165,7 @@ class PreparedExchange:
         return Pending(works, [tensor for _, tensor in (*sends, *receives)])
 
     def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As many elements of the stock as `tensor` has. It is made longer, once, where it has fewer."""
+        """Take as many elements of the stock as `tensor` has. The stock is enlarged if it has fewer."""
         if tensor.numel() > self._stock.numel():
             self._stock = self._stock.repeat(-(-tensor.numel() // self._stock.numel()))
         return self._stock[: tensor.numel()].view(tensor.shape)

@@ -1,13 +1,13 @@
-"""When one layer's kernels run and when its messages travel, on every rank: a profile, and a picture of it.
+"""Profile and picture of one layer: the times of its kernels and messages on every rank.
 
     python -m benchmarks.trace --ranks 4 --tokens 8192 --comm-types p2p,all_gather,a2a,a2a+p2p
     python -m benchmarks.trace --device cuda --dtype bfloat16 --tokens 131072 --heads 32 --kv-heads 8 --head-dim 128
 
-On CPU, ranks are processes that talk over gloo. When a message arrives nobody can see there, so it is drawn from when
-it was posted until it had been waited for. On one GPU, ranks run one after another, with messages that are copied on a
-stream of their own, as those of NCCL are; kernels and copies are drawn as the device did them.
+On CPU, ranks are processes connected by gloo. The arrival of a message cannot be observed there. So a message is drawn
+from the time it was posted to the end of waiting for it. On one GPU, ranks run one after another. Their messages are
+copied on a stream of their own, as with NCCL. Kernels and copies are drawn at their times on the device.
 
-Of some rounds the shortest is shown. `--traces` keeps the profiles, for Perfetto or chrome://tracing.
+The picture shows the shortest of several rounds. `--traces` keeps the profiles, for Perfetto or chrome://tracing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hf_context_parallel.planning.plan import Plan
 from . import report
 from .simulation import PreparedExchange
 
-WARM_UP = 2  # rounds before those that are profiled
+WARM_UP = 2  # rounds before the profiled ones
 INNER = {"p2p": lambda size: 1, "all_gather": lambda size: 1, "a2a": lambda size: size, "a2a+p2p": lambda size: 2}
 """For each way to communicate, how many of a number of ranks exchange heads."""
 HEADS = ("to heads", "to tokens")
@@ -72,7 +72,7 @@ SENDS = {"send": ("wait", "keys"), "send sums": ("wait sums", "gradients")}
 
 
 class Range(NamedTuple):
-    """A range of a profile, in microseconds. `what` is of a `step` of a `direction`; heads are of none."""
+    """Range of a profile, in microseconds. `what` is of a `step` of a `direction`. Exchanges of heads have no step."""
 
     direction: str
     step: int | None
@@ -82,7 +82,7 @@ class Range(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """Something that is drawn, in milliseconds. `row` is "compute", or what travels."""
+    """Bar of the picture, in milliseconds. `row` is "compute", or the name of the messages."""
 
     direction: str
     row: str
@@ -98,7 +98,7 @@ def strategy_of(options: argparse.Namespace, comm_type: str, rank: int) -> Strat
 
 
 def posted(plan: Plan) -> set[tuple[str, int]]:
-    """In which ranges, by what they are and their step, a rank posts anything."""
+    """Ranges, by name and step, in which a rank posts messages."""
     posts = set()
     for number, (before, step) in enumerate(zip((None, *plan.steps), (*plan.steps, None))):
         after = plan.steps[number + 1] if number + 1 < len(plan.steps) else None
@@ -111,7 +111,7 @@ def posted(plan: Plan) -> set[tuple[str, int]]:
 
 
 def layer(options: argparse.Namespace, comm_type: str, rank: int, exchange: Exchange | None) -> Callable[[], None]:
-    """Forward and backward of the layer on one rank. Without an exchange, its messages are there already."""
+    """Forward and backward of the layer on one rank. Without an exchange, messages are prepared before."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     strategy = strategy_of(options, comm_type, rank)
     heads = (options.heads, options.kv_heads, options.kv_heads)
@@ -127,7 +127,7 @@ def layer(options: argparse.Namespace, comm_type: str, rank: int, exchange: Exch
     }
 
     def run():
-        # Backward in this thread, so that the profile has the round's range around it.
+        # Backward runs in this thread, so that the range of the round contains it.
         with torch.autograd.set_multithreading_enabled(False):
             torch.autograd.grad(attention(*inputs, **settings), inputs, grad_output)
 
@@ -135,7 +135,7 @@ def layer(options: argparse.Namespace, comm_type: str, rank: int, exchange: Exch
 
 
 def profiled(run: Callable[[], None], rounds: int, device: str, path: Path) -> None:
-    """Writes the profile of some rounds to `path`."""
+    """Write the profile of some rounds to `path`."""
     for _ in range(WARM_UP):
         run()
     cuda = device == "cuda"
@@ -151,7 +151,7 @@ def profiled(run: Callable[[], None], rounds: int, device: str, path: Path) -> N
 
 
 def work(rank: int, options: argparse.Namespace, folder: str) -> None:
-    """One rank of a gloo group."""
+    """Run one rank of a gloo group."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks)
     for comm_type in options.comm_types:
@@ -161,7 +161,7 @@ def work(rank: int, options: argparse.Namespace, folder: str) -> None:
 
 
 def profile_all(options: argparse.Namespace, folder: str) -> None:
-    """Writes every rank's profile of every way to communicate into `folder`."""
+    """Write the profile of every rank and strategy into `folder`."""
     if options.device == "cpu":
         torch.multiprocessing.spawn(work, (options, folder), nprocs=options.ranks)
         return
@@ -176,10 +176,10 @@ def _path(folder: str | Path, comm_type: str, rank: int) -> Path:
 
 
 def read_rounds(path: Path, device: str) -> dict[int, list[Range]]:
-    """The ranges of each round. On CUDA, as the device did what was queued in them.
+    """Read the ranges of each round. On CUDA their times are those of the device.
 
-    A round begins when the host begins it and ends when the next one does, before which the host has waited for the
-    device: on CUDA a range has no time of its own but that of what was queued in it and in no range within it.
+    A round begins when the host begins it. It ends when the next round begins, and before that the host waits for the
+    device. On CUDA, the time of a range is that of the work queued in it, without the work queued in ranges within it.
     """
     with gzip.open(path) as file:
         trace = json.load(file)
@@ -205,7 +205,7 @@ def read_rounds(path: Path, device: str) -> dict[int, list[Range]]:
 
 
 def shortest(by_rank: list[dict[int, list[Range]]], together: bool) -> list[list[Range]]:
-    """Each rank's ranges of the shortest round, from its start: everybody's, or each rank's own."""
+    """Ranges of the shortest round of each rank, from its start: one round for all ranks, or one for each rank."""
 
     def length(rank_rounds: list[list[Range]]) -> float:
         ranges = [r for rank in rank_rounds for r in rank]
@@ -224,7 +224,7 @@ def shortest(by_rank: list[dict[int, list[Range]]], together: bool) -> list[list
 
 
 def bars(ranges: list[Range], posts: set[tuple[str, int]], device: str) -> list[Bar]:
-    """What is drawn of one rank, which posts something in the ranges `posts`."""
+    """Bars of one rank, which posts messages in the ranges `posts`."""
     drawn = []
     waits = {(r.direction, r.step, r.what): r.end for r in ranges}
 
@@ -245,7 +245,7 @@ def bars(ranges: list[Range], posts: set[tuple[str, int]], device: str) -> list[
 
 
 def plot(results: dict[str, list[list[Bar]]], title: str) -> Figure:
-    """A panel a way to communicate, two rows a rank: what it computes, and what travels meanwhile."""
+    """Draw a panel for each strategy, with two rows for each rank: its kernels, and its messages."""
     ranks = len(next(iter(results.values())))
     figure = Figure(figsize=(15, 1.2 + len(results) * (0.7 + 0.62 * ranks)), layout="constrained")
     panels = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
@@ -281,7 +281,7 @@ def plot(results: dict[str, list[list[Bar]]], title: str) -> Figure:
 
 
 def table(results: dict[str, list[list[Bar]]], device: str) -> str:
-    """Milliseconds of each kind on the ranks' streams of kernels, and how much of what travels nothing waits for."""
+    """Table of the milliseconds of each kind on the ranks' kernel streams, and of the hidden part of messages."""
     rows = []
     for comm_type, by_rank in results.items():
         for rank, drawn in enumerate(by_rank):
@@ -291,7 +291,7 @@ def table(results: dict[str, list[list[Bar]]], device: str) -> str:
             whole = max(bar.end for bar in drawn) - min(bar.start for bar in drawn)
             kinds = ("kernels", "merging", "adding gradients", "posting", "waiting")
             shown = [f"{spent[True, kind]:.1f}" for kind in kinds]
-            if device == "cuda":  # where a wait is nothing that the device does, so it is when it computes nothing
+            if device == "cuda":  # waiting is no work of the device there, so it is the time without kernels
                 computing = [bar for bar in drawn if bar.row == "compute" and bar.kind != "waiting"]
                 spent[True, "waiting"] = whole - total(union((bar.start, bar.end) for bar in computing))
             waiting = spent[True, "waiting"] / whole
@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--comm-types", type=report.comma_separated(), default=list(INNER))
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=8192, help="of the whole sequence")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the whole sequence")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)

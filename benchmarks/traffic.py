@@ -1,16 +1,17 @@
-"""What travels for one layer, by the way it is sent: counted, without a process.
+"""Counts of the tokens that travel for one layer, by the way of sending them. No process is started.
 
     python -m benchmarks.traffic --ranks 2,3,4,8,16,32,64
 
-Tokens whose keys and values travel in a forward pass, and whose key and value gradients travel in a backward pass
-(those in float32, twice the bytes of bfloat16 keys), under zigzag and a causal mask, as multiples of the need: once
-for each rank that reads a token and does not hold it. Inter-node traffic is what crosses nodes of 8 ranks.
+Counts are of tokens whose keys/values travel in a forward pass, and of tokens whose key/value gradients travel in a
+backward pass. Gradients are float32, with twice the bytes of bfloat16 keys. The layout is zigzag, the mask causal.
+Counts are multiples of the need: a token is needed once by each rank that reads it and does not hold it. Inter-node
+traffic crosses nodes of 8 ranks.
 
-    untrimmed ring      from rank r to r - 1, everything all the way; gradients once round, as in the usual rings
-    trimmed ring        from rank r to r - 1, a token dropped once nobody further on reads it; gradients one step
-                        behind, and home from the last reader
-    owner to readers    straight to each reader, and each reader's gradients straight back
-    ours                what `hf_context_parallel.planning.plan` plans
+    untrimmed ring      from rank r to r - 1, all keys all the way; gradients once around, as in usual rings
+    trimmed ring        from rank r to r - 1, a token dropped when no further rank reads it; gradients one step
+                        behind, and back to the owner from the last reader
+    owner to readers    straight to each reader, and gradients straight back from each reader
+    ours                the plans of `hf_context_parallel.planning.plan`
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NODE = 8  # ranks
 
 
 class Traffic(NamedTuple):
-    """Tokens that travel: keys and gradients, in all and between nodes."""
+    """Tokens that travel, of keys and of gradients, in all and between nodes."""
 
     keys: int
     gradients: int
@@ -48,12 +49,12 @@ def one_document(length: int) -> list[int]:
 
 
 def equal_documents(length: int) -> list[int]:
-    """10 of them, whose edges are not those of chunks: at 4 ranks, 8 chunks."""
+    """Lengths of 10 documents, whose edges are not edges of chunks (8 chunks at 4 ranks)."""
     return np.diff(np.rint(np.linspace(0, length, 11)).astype(int)).tolist()
 
 
 def long_tailed_documents(length: int) -> list[int]:
-    """64 documents whose lengths are log-normal with sigma 1.5."""
+    """Lengths of 64 documents, log-normal with sigma 1.5."""
     shares = np.random.default_rng(0).lognormal(sigma=1.5, size=64).cumsum()
     return np.diff(np.rint(shares / shares[-1] * length).astype(int), prepend=0).tolist()
 
@@ -66,8 +67,10 @@ CORPORA = {
 
 
 class Reads:
-    """Who reads what, token by token, without the plan: `readers[d, t]` says if the rank d before token t's owner
-    reads it, for d from 0 to size - 1."""
+    """Readers of each token, found without a plan.
+
+    `readers[d, t]` is True if the rank that is d before the owner of token t reads it, for d from 0 to size - 1.
+    """
 
     def __init__(self, layout: Layout, documents: list[int]):
         self.size = layout.size
@@ -83,7 +86,7 @@ class Reads:
         self.readers = last[ranks, document] > positions
 
     def need(self) -> int:
-        """Tokens, each once for every reader that does not hold it."""
+        """Count each token once for every reader that does not hold it."""
         return int(self.readers[1:].sum())
 
     def untrimmed_ring(self) -> Traffic:
@@ -100,8 +103,10 @@ class Reads:
         return Traffic(self.need(), self.need(), between, between)
 
     def _ring(self, hops: np.ndarray, round_trip: bool) -> Traffic:
-        """Traffic of tokens that go `hops` ranks down the ring. Their gradients start at the owner (`round_trip`) or
-        at the first reader; they end at the owner."""
+        """Traffic of tokens that travel `hops` ranks down the ring.
+
+        Gradients start at the owner (`round_trip`) or at the first reader, and end at the owner.
+        """
         crossings = np.zeros(len(hops), dtype=int)
         first = self._between(self.owner, self.owner - 1) & (hops > 0)
         for hop in range(self.size - 1):
@@ -112,12 +117,12 @@ class Reads:
         return Traffic(*(int(tokens.sum()) for tokens in (hops, gradients, crossings, gradients_between)))
 
     def _between(self, sender: np.ndarray, receiver: np.ndarray) -> np.ndarray:
-        """If two ranks, taken modulo the size, are on different nodes."""
+        """Return True if two ranks, taken modulo the size, are on different nodes."""
         return sender % self.size // NODE != receiver % self.size // NODE
 
 
 def planned(layout: Layout, documents: list[int]) -> Traffic:
-    """What the plans of all ranks send."""
+    """Traffic of the plans of all ranks."""
     edges = np.cumsum([0, *documents]).tolist()
     row = tuple(((start, stop),) for start, stop in zip(edges, edges[1:]) if start < stop)
     counts = np.zeros((2, 2), dtype=int)
@@ -130,7 +135,7 @@ def planned(layout: Layout, documents: list[int]) -> Traffic:
 
 
 def count(layout: Layout, documents: list[int]) -> dict[str, dict[str, float]]:
-    """For each way of sending, what travels as multiples of the need."""
+    """Count the traffic of each way of sending, in multiples of the need."""
     reads = Reads(layout, documents)
     ways = {
         "untrimmed ring": reads.untrimmed_ring(),
@@ -145,7 +150,7 @@ def count(layout: Layout, documents: list[int]) -> dict[str, dict[str, float]]:
 
 
 def plot(results: dict[str, dict[int, dict[str, dict[str, float]]]]) -> Figure:
-    """A column a corpus: above, what travels in all, and below, between nodes; gradients dotted."""
+    """Draw a column for each corpus: all traffic above, traffic between nodes below, gradients dotted."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, len(results), sharex=True, squeeze=False)
     for column, (corpus, by_ranks) in enumerate(results.items()):
@@ -171,7 +176,7 @@ def plot(results: dict[str, dict[int, dict[str, dict[str, float]]]]) -> Figure:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=report.comma_separated(int), default=[2, 3, 4, 8, 16, 32, 64])
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens a rank")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a rank")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for traffic.md, .png and .json")
     options = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""What a user can ask for, validated where it is written."""
+"""Settings of context parallelism, and their validation."""
 
 from __future__ import annotations
 
@@ -15,39 +15,43 @@ KERNELS = ("auto", "cpu", "torch", "flash_attn", "reference")
 
 @dataclass(frozen=True)
 class ContextParallelConfig:
-    """How the sequence is split over the ranks of a context-parallel (CP) group, and how keys travel.
+    """Settings of context parallelism (CP): the split of sequences over the ranks of a group, and the strategy.
 
     Args:
         size: ranks in a CP group. Each holds 1/size of every sequence. It must divide the world size.
-        comm_type: how keys and values reach the queries. `"p2p"`: a ring, overlapped with computing. `"all_gather"`:
-            all that a rank reads at once. `"a2a"`: queries, keys and values by head instead of by token (Ulysses).
-            `"a2a+p2p"`: the latter among `a2a_size` neighbouring ranks and a ring of such subgroups. `"auto"`: the
-            one that is estimated to be fastest, batch by batch. Or a list with one of these a layer, or a mapping
-            from layer types (`full_attention`, `sliding_attention`, `chunked_attention`) to them, all that a model
-            has. It never changes what is computed.
-        a2a_size: ranks that exchange heads under `"a2a+p2p"`; it divides `size`. None: as many as divide both the key
-            heads and `size`, so that no key goes to two of them.
-        layout: which tokens a rank holds. `"zigzag"`: chunks r and 2 * size - 1 - r of 2 * size, so that every
-            rank has the same share of a causal mask of one document. `"balanced"`: as many chunks as it takes, dealt
-            so that every rank has the same share of the batch's documents; zigzag where there is one, or where
-            ranks hold fewer than 2,048 tokens.
+        comm_type: the strategy, by which keys/values reach the queries. It never changes what is computed.
+            `"p2p"`: a ring, overlapped with computing.
+            `"all_gather"`: all keys/values that a rank reads arrive at once.
+            `"a2a"`: queries, keys and values are exchanged, so that a rank has all tokens of some heads (Ulysses).
+            `"a2a+p2p"`: a2a among `a2a_size` neighbouring ranks, and a ring of such subgroups.
+            `"auto"`: for each batch, the strategy that is estimated to be fastest.
+            A list gives one of these for each layer. A mapping gives one for each layer type of the model
+            (`full_attention`, `sliding_attention`, `chunked_attention`).
+        a2a_size: number of ranks that exchange heads under `"a2a+p2p"`. It divides `size`. None is the largest number
+            that divides both the key heads and `size`, so that no key goes to two ranks of a subgroup.
+        layout: the tokens that rank r holds.
+            `"zigzag"`: chunks r and 2 * size - 1 - r of 2 * size, so that all ranks have equal work for one causal
+            document.
+            `"balanced"`: more and finer chunks, dealt so that all ranks have nearly equal work for the documents of
+            the batch. It is zigzag for one document, or if ranks hold fewer than 2,048 tokens.
             `"contiguous"`: chunk r of size.
-        kernel: what computes attention on one rank. `"auto"` takes the best that is present: `"flash_attn"` (the
-            flash-attn package), `"torch"` (PyTorch's own CUDA flash attention) or `"cpu"` (PyTorch's CPU flash
-            attention). `"cudnn"` is cuDNN's by PyTorch for long documents, and `"torch"` for all else: the fastest on
-            Hopper where lengths repeat, since each new length costs up to a second. `"reference"` is plain PyTorch,
-            for any dtype and device, and keeps a matrix of scores.
-        check_batch: compare a checksum of each batch, and of some of the model's weights, between the ranks of a CP
-            group before the model runs, and look for tokens outside of its vocabulary. The other local checks and the
-            exchange of their outcome stay on when it is off.
-        verify: before the first step, the Trainer compares the model on shards with the model on whole sequences, and
-            stops where a layer differs by more than rounding does; see `verify`.
-        sequence_parallel: with tensor parallelism, between its regions (norms, residuals, their dropout) each rank of
-            a tensor-parallel group computes and keeps its share of the tokens only, as in Megatron-LM.
-        dynamic: the Trainer deals the samples of a global batch to groups of `size` ranks and fewer, so that short
-            ones need not be split as long ones are.
-        max_tokens_per_rank: the most tokens that a rank holds then, packed; a sample fits where the ranks of a group
-            hold it together.
+        kernel: the kernel that computes attention on one rank.
+            `"auto"`: the best that can be used of `"flash_attn"` (the flash-attn package), `"torch"` (PyTorch's own
+            CUDA flash attention) and `"cpu"` (PyTorch's CPU flash attention).
+            `"cudnn"`: attention of cuDNN for long documents, and `"torch"` otherwise. It is the fastest on Hopper if
+            lengths repeat, since each new length takes up to a second.
+            `"reference"`: plain PyTorch, for any dtype and device, with a matrix of scores in memory.
+        check_batch: True to compare a checksum of each batch, and of some weights of the model, between the ranks of a
+            CP group before the model runs, and to look for tokens outside of the vocabulary. Other local checks and
+            the exchange of their outcome are always on.
+        verify: True to let the Trainer compare the model on shards with the model on whole sequences before the first
+            step. It stops if a layer differs by more than rounding; see `verify`.
+        sequence_parallel: True to shard activations between the regions of tensor parallelism (norms, residuals,
+            their dropout) over the ranks of a tensor-parallel group, by tokens, as in Megatron-LM.
+        dynamic: True to let the Trainer deal the samples of a global batch to groups of `size` ranks and fewer, so
+            that short samples are split less than long ones.
+        max_tokens_per_rank: largest number of packed tokens that a rank holds with `dynamic`. A sample must fit on the
+            ranks of a group together.
 
     Raises:
         ValueError: if a value is out of range or not among those listed.
@@ -66,30 +70,30 @@ class ContextParallelConfig:
 
     def __post_init__(self) -> None:
         if not _is_count(self.size):
-            raise ValueError(f"size={self.size!r}: the number of ranks in a CP group must be an integer of 1 or more.")
+            raise ValueError(f"size={self.size!r} is not a number of ranks. Give an integer of 1 or more.")
         self._check_comm_type()
         if self.a2a_size is not None and (not _is_count(self.a2a_size) or self.size % self.a2a_size):
             raise ValueError(
-                f"a2a_size={self.a2a_size!r} must divide size={self.size}: "
+                f"a2a_size={self.a2a_size!r} does not divide size={self.size}. Give one of "
                 f"{', '.join(str(n) for n in range(1, self.size + 1) if self.size % n == 0)}, or None."
             )
         for field, allowed in (("layout", LAYOUTS), ("kernel", KERNELS)):
             _check_choice(field, getattr(self, field), allowed)
         for field in ("check_batch", "verify", "sequence_parallel", "dynamic"):
             if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field}={getattr(self, field)!r} must be true or false.")
+                raise ValueError(f"{field}={getattr(self, field)!r} is not a bool. Give true or false.")
         most = self.max_tokens_per_rank
         if most is not None and (not _is_count(most) or most < 2):
-            raise ValueError(f"max_tokens_per_rank={most!r} must be a number of tokens, 2 or more.")
+            raise ValueError(f"max_tokens_per_rank={most!r} is not a number of tokens. Give an integer of 2 or more.")
         if self.dynamic != (most is not None):
             raise ValueError(
-                f"dynamic={self.dynamic} with max_tokens_per_rank={most}: groups are chosen by the tokens that a rank "
-                "can hold, and by nothing else. Set both, or neither."
+                f"dynamic={self.dynamic} does not go with max_tokens_per_rank={most}, since groups are chosen by the "
+                "tokens that a rank can hold. Set both, or neither."
             )
         if self.dynamic and self.layout == "balanced":
             raise ValueError(
-                "layout='balanced' pads rows by their documents, so that dynamic=True could not tell which of them a "
-                "rank can hold. Take layout='zigzag' or 'contiguous'."
+                "layout='balanced' pads rows by their documents, so dynamic=True cannot tell which samples a rank can "
+                "hold. Set layout='zigzag' or 'contiguous'."
             )
 
     def _check_comm_type(self) -> None:
@@ -105,14 +109,14 @@ class ContextParallelConfig:
             check_comm_type(self.comm_type)
 
     def comm_type_of(self, layer_type: str, layer: int | None) -> str:
-        """How keys travel in a layer.
+        """Strategy of a layer.
 
         Args:
             layer_type: one of `LAYER_TYPES`.
-            layer: its number in the model, if it has one.
+            layer: number of the layer in the model, or None if it has none.
 
         Raises:
-            ValueError: if `comm_type` says nothing of such a layer.
+            ValueError: if `comm_type` does not name a strategy for such a layer.
         """
         if isinstance(self.comm_type, str):
             return self.comm_type
@@ -120,48 +124,48 @@ class ContextParallelConfig:
             if layer_type in self.comm_type:
                 return self.comm_type[layer_type]
             raise ValueError(
-                f"comm_type says nothing of {layer_type} layers, and the model has one: it names "
-                f"{', '.join(self.comm_type) or 'none'}. Add {layer_type!r} to it."
+                f"comm_type names {', '.join(self.comm_type) or 'no layer type'}, but the model has a {layer_type} "
+                f"layer. Add {layer_type!r} to it."
             )
         if layer is None:
             raise ValueError(
-                f"comm_type is a list of {len(self.comm_type)} entries, one a layer, and this attention does not know "
-                "which layer it is of. Give one comm_type for all, or a mapping from layer types."
+                f"comm_type lists {len(self.comm_type)} entries, one for each layer, but this attention has no layer "
+                "number. Give one comm_type for all layers, or a mapping from layer types."
             )
         self.check_layers(max(layer + 1, len(self.comm_type)))
         return self.comm_type[layer]
 
     def of_size(self, size: int) -> ContextParallelConfig:
-        """The same for groups of another size, with the subgroups that are left of `a2a_size`.
+        """Settings for groups of another size. `a2a_size` becomes its greatest common divisor with `size`.
 
         Raises:
-            ValueError: if `size` is no number of ranks.
+            ValueError: if `size` is not a number of ranks.
         """
         inner = self.a2a_size
         return replace(self, size=size, a2a_size=math.gcd(inner, size) if inner and _is_count(size) else None)
 
     def check_layers(self, layers: int | None) -> None:
-        """Refuse a list of another length than a model's layers.
+        """Refuse a list in `comm_type` that has more or fewer entries than the model has layers.
 
         Raises:
-            ValueError: naming both.
+            ValueError: naming both numbers.
         """
         listed = isinstance(self.comm_type, tuple)
         if listed and len(self.comm_type) != layers:
             raise ValueError(
-                f"comm_type lists {len(self.comm_type)} entries and the model has {layers} layers: give one for each."
+                f"comm_type lists {len(self.comm_type)} entries, but the model has {layers} layers. Give one for each."
             )
 
 
 def refuse(cases: Iterable[tuple[object, str]], message: str) -> None:
-    """Refuse the first of the cases that is so.
+    """Refuse the first case that holds.
 
     Args:
-        cases: whether it is so, and what is said of it.
-        message: the error, with `{}` in the place of that.
+        cases: a condition, and the words for it, of each case.
+        message: the error message, with `{}` in the place of the words.
 
     Raises:
-        ValueError: if any is.
+        ValueError: if any case holds.
     """
     for wrong, what in cases:
         if wrong:
@@ -169,10 +173,10 @@ def refuse(cases: Iterable[tuple[object, str]], message: str) -> None:
 
 
 def check_comm_type(value: object) -> None:
-    """Refuse what does not name a way for keys to travel.
+    """Refuse a value that is not the name of a strategy.
 
     Raises:
-        ValueError: naming it, and those that there are.
+        ValueError: naming the value, and the strategies.
     """
     _check_choice("comm_type", value, COMM_TYPES)
 

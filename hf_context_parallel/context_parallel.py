@@ -1,4 +1,4 @@
-"""`ContextParallel`: what a training loop holds."""
+"""`ContextParallel`: the object through which a training loop uses context parallelism."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from .planning.balanced import make_layout
 
 
 class ContextParallel:
-    """This process's part in context parallelism: its group, its shards of batches, its attention.
-
-    Args:
-        config: the settings.
-        mesh: where CP groups lie. Without one they are `config.size` consecutive ranks of the world; with one, its
-            `cp` dimension, or `config.size` consecutive ranks along its data dimension (`fsdp`, `dp_shard`, `dp`).
+    """Context parallelism of this process: its CP group, its shards of batches, and attention over the group.
 
     Every process of the world makes one, with the same arguments.
 
+    Args:
+        config: the settings.
+        mesh: the mesh that CP groups are made of. A group is its `cp` dimension, or `config.size` consecutive ranks
+            along its data dimension (`fsdp`, `dp_shard`, `dp`). Without a mesh, a group is `config.size` consecutive
+            ranks of the world.
+
     Raises:
-        ValueError: on every rank alike, if the sizes do not divide, ranks ask for different settings,
-            torch.distributed is not initialised, or the kernel is not here.
+        ValueError: on all ranks, if the sizes do not divide, ranks ask for different settings, torch.distributed is
+            not initialised, or the kernel cannot be used.
 
     Example:
 
@@ -48,9 +49,9 @@ class ContextParallel:
     """
 
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
-        # Making groups is collective, so ranks that want different ones must learn of it before.
+        # Making groups is collective, so ranks must find out before it that they ask for different groups.
         with collective(world(), "settings or meshes", "Give every process the same ones.") as notes:
-            if config.kernel != "auto":  # which is chosen by where the tensors are
+            if config.kernel != "auto":  # "auto" is chosen later, by the device of the tensors
                 named_kernel(config.kernel)
             names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
             notes.fingerprint = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
@@ -58,8 +59,8 @@ class ContextParallel:
         sizes = notes.numbers
         if (odd := odd_rank(sizes)) is not None:
             raise ValueError(
-                f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}: all ranks must "
-                "ask for the same. Give every process the same settings."
+                f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}. "
+                "Give every process the same settings."
             )
         self.made_with, self.mesh = config, mesh
         self._logged: set[tuple[str, str, int]] = set()
@@ -77,46 +78,46 @@ class ContextParallel:
 
     @property
     def config(self) -> ContextParallelConfig:
-        """The settings, with the size that is in use."""
+        """Settings, with the size that is in use."""
         return self.group.config
 
     @property
     def groups(self) -> Groups:
-        """The process groups around this rank."""
+        """Process groups around this rank."""
         return self.group.groups
 
     @property
     def exchange(self) -> Exchange:
-        """The messages of the CP group."""
+        """Messages of the CP group."""
         return self.group.exchange
 
     @property
     def rank(self) -> int:
-        """This process's rank in its CP group."""
+        """Rank of this process in its CP group."""
         return self.groups.rank
 
     @property
     def size(self) -> int:
-        """The ranks of a CP group."""
+        """Number of ranks of a CP group."""
         return self.groups.size
 
     def resize(self, size: int) -> None:
-        """Split what follows over groups of `size` ranks. Every process of the world must call this alike.
+        """Use CP groups of `size` ranks from now on. Every process of the world must call this with the same size.
 
-        Layouts, plans, positions and losses follow. Data loaders that were prepared go on dealing samples to the
-        groups that they were prepared for. The groups of a size are made once.
+        Later layouts, plans, positions and losses are for the new groups. Data loaders that are already prepared still
+        deal samples to the groups that they were prepared for. The groups of each size are made only once.
 
         Args:
-            size: a divisor of the ranks that CP may divide: the world's, or those along the mesh's `cp` or data
-                dimension.
+            size: ranks of a group. It divides the number of ranks of the world, or of the ranks along the `cp` or data
+                dimension of the mesh.
 
         Raises:
-            ValueError: on every rank alike, if sizes differ or do not divide, or a batch is open on any rank.
+            ValueError: on all ranks, if sizes differ or do not divide, or a batch is active on any rank.
         """
         with collective(world()) as notes:
             if active_batch() is not None:
                 raise ValueError(
-                    f"the CP size cannot change from {self.size} to {size} while a batch is open: leave "
+                    f"the CP size cannot change from {self.size} to {size} while a batch is open. Leave "
                     "`with cp.shard(...)` first."
                 )
             config, notes.number = self.made_with.of_size(size), size
@@ -132,11 +133,11 @@ class ContextParallel:
 
     @contextmanager
     def using(self, size: int) -> Iterator[ContextParallel]:
-        """`resize` for a `with` block; leaving it, also by an exception, returns to the size before.
+        """Use CP groups of `size` ranks in a `with` block, as `resize` does. The size before is restored after it.
 
         Raises:
-            ValueError: as `resize` does.
-            RuntimeError: on leaving while a batch is open, which would go on with other groups than it was shared by.
+            ValueError: as in `resize`.
+            RuntimeError: on leaving, if a batch that was sharded in the block is still active.
         """
         before = self.size
         self.resize(size)
@@ -146,13 +147,13 @@ class ContextParallel:
             batch = active_batch()
             if batch is not None and batch.group is self.group:
                 raise RuntimeError(
-                    f"leaving `with cp.using({size})` while a batch is open that was sharded in it: leave "
+                    f"leaving `with cp.using({size})` while a batch is open that was sharded in it. Leave "
                     "`with cp.shard(...)` first."
                 )
             self.switch(before)
 
     def switch(self, size: int) -> None:
-        """Go on with groups that `resize` has made before, without asking the other ranks, which may be on others."""
+        """Use groups that `resize` has made before. Other ranks are not asked, and may use groups of another size."""
         self.group = self._made[size]
 
     def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
@@ -160,58 +161,59 @@ class ContextParallel:
         self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._logged)
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:
-        """This rank's share of a batch, for a `with` block that covers the model's forward and backward.
+        """Shard a batch for a `with` block that contains the forward and backward of the model.
 
-        Losses and parameters' gradients, *summed* over the CP group, equal those of one process with stock attention
-        and `use_cache=False`; of packed rows, those of each document alone, which stock models do not all keep apart.
+        *Summed* over the CP group, the losses and the gradients of parameters equal those of one process with the
+        attention of Transformers and `use_cache=False`. With packed rows, they equal those of each document alone. Not
+        all models of Transformers keep packed documents apart.
 
         Args:
-            batch: the whole batch, the same on every rank of the group, as one process would give it to the model; or
-                what `ContextParallelDataCollator` yields. See `data.shard_batch` for what it may hold.
-            model: the model that is going to run, so that a model that would not be exact, or whose weights are not
-                the same on all ranks, is refused at once.
+            batch: the whole batch, as one process would give it to the model, and the same on all ranks of the group.
+                Or a batch of `ContextParallelDataCollator`. See `data.shard_batch` for its contents.
+            model: the model that is going to run. If it is given, a model that would not be exact, or whose weights
+                differ between ranks, is refused on entering.
 
         Returns:
-            A context manager that yields the model's inputs, to be entered once. `labels` and `shift_labels` are
-            both shifted: a token's is the next one's. Blocks for different batches nest. Outputs at padded positions
-            are unspecified. Call the model itself and not its `forward`: what runs is checked as it is called.
+            A context manager that yields the inputs of the model. It can be entered once. Both `labels` and
+            `shift_labels` are shifted: the label of a token is the next token. Blocks for different batches may be
+            nested. Outputs at padded positions are unspecified. Call the model itself and not its `forward`, since the
+            check of the model runs in the call.
 
         Raises:
-            ValueError: on entering, with the same message on all ranks of the group, if a rank's batch or model cannot
-                be exact, or batches, models or a sample of their weights differ.
-            RuntimeError: on entering twice; on running backward, or gradient checkpointing's recomputation, after
-                leaving; on leaving after a model ran without its attention being sharded.
+            ValueError: on entering, with the same message on all ranks of the group, if the batch or model of a rank
+                cannot be exact, or if batches, models or a sample of their weights differ.
+            RuntimeError: on entering twice; on backward, or recomputation by gradient checkpointing, after leaving; on
+                leaving after a model ran without sharded attention.
         """
         return ShardedBatch(self.group, batch, model)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S_local, ...]` of the current batch as `[B, S, ...]` in the original order, on every rank.
+        """Gather `[B, S_local, ...]` of the active batch to `[B, S, ...]` on every rank, in the original order.
 
-        Differentiable. The objective is the sum of the ranks' losses, so the backward sums the ranks' gradients. A
-        loss that every rank computes of gathered tensors is N times in that sum: divide it by `cp.size`.
+        It is differentiable. The objective is the sum of the losses of all ranks, so the backward sums the gradients
+        of all ranks. If every rank computes the same loss of gathered tensors, that sum counts it `cp.size` times.
+        Divide such a loss by `cp.size`.
 
         Raises:
             RuntimeError: outside `cp.shard`.
-            ValueError: if the tensor's first two dimensions are not the shard's; on this rank alone, so that the
-                others wait for it.
+            ValueError: if the first two dimensions of the tensor are not those of the shard. Only this rank raises it,
+                and the other ranks wait for it.
         """
         batch = active_batch()
         if batch is None or batch.group is not self.group:
-            raise RuntimeError(
-                "cp.gather() restores the order of the current batch: call it inside `with cp.shard(...)`."
-            )
+            raise RuntimeError("cp.gather() was called without an active batch. Call it inside `with cp.shard(...)`.")
         return batch.gather(x)
 
     def positions(self, seq_len: int, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-        """The positions of a sequence of `seq_len` tokens that this rank holds, in local order.
+        """List the positions of a sequence of `seq_len` tokens that this rank holds, in local order.
 
-        These are the tokens that `attention` takes. Where the layout does not divide `seq_len`, ranks hold different
-        numbers of tokens; `shard` pads instead, so that all hold equally many.
+        These are the tokens that `attention` takes. If the number of chunks does not divide `seq_len`, ranks hold
+        different numbers of tokens. (`shard` pads instead, so that all ranks hold equally many.)
 
         Args:
-            seq_len: tokens of the sequence.
-            cu_seqlens: `[documents + 1]`, cumulative lengths of the sequence's documents, which the layout `balanced`
-                goes by.
+            seq_len: number of tokens of the sequence.
+            cu_seqlens: `[documents + 1]`, cumulative lengths of the documents of the sequence. The layout `balanced`
+                depends on them.
 
         Returns:
             `[S_local]`, ascending, on the CPU.
@@ -240,32 +242,32 @@ class ContextParallel:
         deterministic: bool = False,
         comm_type: str | None = None,
     ) -> torch.Tensor:
-        """Attention over a sequence that the group holds together. Differentiable.
+        """Compute attention over a sequence that the ranks of the group hold together. It is differentiable.
 
         Args:
             q: `[B, H, S_local, D]`, the tokens that `positions` lists.
             k, v: `[B, H_kv, S_local, D]` and `[B, H_kv, S_local, D_v]`, with H_kv dividing H.
-            causal: a token reads itself and what comes before it; otherwise, all of its document.
-            sliding_window: of these, only those less than this many positions away: of a causal window of w a token
-                reads itself and the w - 1 before it.
-            chunk_size: of these, only those in its own chunk: documents are cut into chunks of this many positions,
-                from their first token on.
-            softcap: c, where scores s become c * tanh(s / c).
-            sinks: `[H]`, a score a head that every query has beside those of its keys, with a value of 0. Its gradient
-                is of this rank's queries, to be summed over the ranks as any parameter's.
-            scale: what scores are multiplied with, D ** -0.5 unless given.
+            causal: a token reads itself and the tokens before it. Otherwise, it reads all tokens of its document.
+            sliding_window: a token reads only those of them that are less than this many positions away. With a causal
+                window of w, a token reads itself and the w - 1 tokens before it.
+            chunk_size: a token reads only those of them that lie in its own chunk. Documents are cut into chunks of
+                this many positions, from their first token on.
+            softcap: c, by which scores s become c * tanh(s / c).
+            sinks: `[H]`, one more score for each head, which every query has, with a value of 0. Its gradient is over
+                the queries of this rank. Sum it over the ranks, as for any parameter.
+            scale: factor of the scores; D ** -0.5 unless given.
             cu_seqlens: `[documents + 1]`, cumulative lengths of the documents of every row.
-            attention_mask: `[B, S]` of the whole sequence, 0 at padding, which is neither read nor reads.
-            dropout_p: the probability that a weight is left out. Which ones is drawn from torch's default generator
-                (the CPU's), so its seed decides; ranks leave out different ones though they are seeded alike.
-            deterministic: the same bits from the same tensors, with kernels that are otherwise not.
-            comm_type: how keys travel, where the configuration's is not meant; see `ContextParallelConfig`.
+            attention_mask: `[B, S]` of the whole sequence, 0 at padding. Padding neither reads nor is read.
+            dropout_p: probability that a weight is dropped. The seed is drawn from torch's default generator on the
+                CPU. Ranks drop different weights even if they have the same seed.
+            deterministic: True for the same bits from the same tensors, also with kernels that do not guarantee it.
+            comm_type: strategy of this call, in place of the one in the settings; see `ContextParallelConfig`.
 
         Returns:
-            `[B, H, S_local, D_v]`; 0 for tokens that read nothing.
+            `[B, H, S_local, D_v]`; 0 for tokens that read no key.
 
         Raises:
-            ValueError: on every rank alike, if lengths, heads, dtypes or options do not fit, before any key moves.
+            ValueError: on all ranks, before any key travels, if lengths, heads, dtypes or options do not fit.
         """
         return functional.attention(
             self.group,
@@ -284,5 +286,5 @@ class ContextParallel:
         )
 
     def prepare_data_loader(self, loader: DataLoader) -> DataLoader:
-        """The loader, dealing every CP group its own samples, and all ranks of a group the same ones."""
+        """Prepare a data loader: each CP group reads samples of its own, and all ranks of a group read the same."""
         return prepare_data_loader(loader, self.groups)

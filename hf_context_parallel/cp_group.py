@@ -1,4 +1,4 @@
-"""`CPGroup`: the ranks that share a sequence, their settings, and how they compute attention together."""
+"""`CPGroup`: ranks that share sequences, with their settings, messages, kernel and choice of strategy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionCall(NamedTuple):
-    """The tensors of a layer in one dtype, the kernel that takes them, and the scores that it makes."""
+    """Tensors of a layer in one dtype, the kernel that computes them, and the rule for scores."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -36,19 +36,19 @@ class AttentionCall(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """The heads, dims and dtype of the layer."""
+        """Heads, head dims and dtype of the layer."""
         return Shape.of(self.query, self.key, self.value)
 
 
 @dataclass(frozen=True)
 class CPGroup:
-    """A group of ranks that share sequences. Another size is another group.
+    """Group of ranks that share sequences. Its size is fixed.
 
     Args:
-        config: the settings, whose size is that of this group.
+        config: the settings. Their size is the size of this group.
         groups: the process groups around this rank.
         exchange: the messages of the group.
-        first_size: the size that its `ContextParallel` was made with, before any `resize`.
+        first_size: the size that the `ContextParallel` was made with, before any `resize`.
     """
 
     config: ContextParallelConfig
@@ -56,33 +56,34 @@ class CPGroup:
     exchange: Exchange
     first_size: int
     _logged: set[tuple[str, str, int]] = field(default_factory=set, compare=False, repr=False)
-    """The choices of `auto` that were logged."""
+    """Choices of `auto` that were logged."""
 
     @property
     def rank(self) -> int:
-        """This process's rank in the group."""
+        """Rank of this process in the group."""
         return self.groups.rank
 
     @property
     def size(self) -> int:
-        """The ranks of the group."""
+        """Number of ranks of the group."""
         return self.groups.size
 
     def kernel(self, device: torch.device) -> Kernel:
-        """The kernel that computes attention on a device.
+        """Kernel that computes attention on a device.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no kernel for the device.
         """
         return choose_kernel(self.config.kernel, device.type)
 
     def choice(self, comm_type: str, layout: Layout, mask: Mask, shape: Shape, device: torch.device) -> Choice:
-        """How a layer's keys travel, where `comm_type` may be `"auto"`. Each new choice is logged with its reason.
+        """Choose the strategy of a layer. Each new choice of `"auto"` is logged with its reason.
 
         Args:
             comm_type: one of `COMM_TYPES`.
-            layout, mask, shape: of the whole sequence, and of the heads of the layer.
-            device: whose rates estimates are made with.
+            layout, mask: layout and mask of the whole batch.
+            shape: heads, head dims and dtype of the layer.
+            device: device whose rates are used in estimates.
         """
         machine = machine_of(device, self.groups.node, self.groups.cores)
         choice = choose(self.config, comm_type, layout, mask, shape, machine)
@@ -104,20 +105,20 @@ class CPGroup:
         dropout_p: float,
         deterministic: bool,
     ) -> AttentionCall:
-        """A call of attention, before anything travels. Dropout's seed is drawn here.
+        """Prepare a call of attention, before anything travels. The seed of dropout is drawn here.
 
         Args:
             query: `[B, H, S_local, D]`.
             key, value: `[B, H_kv, S_local, D]` and `[B, H_kv, S_local, D_v]`.
 
         Raises:
-            ValueError: if the kernel does not take the tensors, or cannot make such scores.
+            ValueError: if the kernel does not support the tensors or the scores.
         """
         query, key, value = one_dtype(query, key, value)
         scores = make_scores(query, scale, softcap, dropout_p, deterministic)
         kernel = self.kernel(query.device)
         check_kernel(kernel, query, value, scores)
-        # Ranks of a tensor-parallel group may draw alike, and their heads are not the same ones.
+        # Ranks of a tensor-parallel group may draw the same seed, but they hold different heads.
         scores = scores._replace(seed=seed_of(scores.seed, self.groups.tensor.rank))
         return AttentionCall(query, key, value, kernel, scores)
 
@@ -128,11 +129,11 @@ class CPGroup:
         sinks: torch.Tensor | None = None,
         guard: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """Attention of this rank's queries to the keys of the group: `[B, S_local, H, D_v]`.
+        """Compute attention of this rank's queries to the keys of the group: `[B, S_local, H, D_v]`.
 
         Args:
-            sinks: `[H]`, a score a head beside those of the keys, whose value is 0.
-            guard: called before backward; raises if the gradients cannot be computed.
+            sinks: `[H]`, one more score for each head, with a value of 0.
+            guard: function called before backward. It raises if the gradients cannot be computed.
         """
         return attend(
             call.query,

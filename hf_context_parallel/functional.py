@@ -1,4 +1,4 @@
-"""Attention over sequences that a group holds together, for models of one's own: see `ContextParallel.attention`."""
+"""Attention over sequences that a CP group holds, for custom models. See `ContextParallel.attention`."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ def attention(
     deterministic: bool,
     comm_type: str | None,
 ) -> torch.Tensor:
-    """Attention of this rank's queries to the keys of the group. Arguments are those of `ContextParallel.attention`.
+    """Compute attention of this rank's queries to the keys of the group.
+
+    Other arguments are those of `ContextParallel.attention`.
 
     Args:
-        pattern: causal or not, window and chunk.
+        pattern: causal or not, window and chunk size.
 
     Returns:
-        `[B, H, S_local, D_v]`; 0 for tokens that read nothing.
+        `[B, H, S_local, D_v]`; 0 for tokens that read no key.
 
     Raises:
-        ValueError: on every rank alike, if lengths, heads, dtypes or options do not fit, before any key moves.
+        ValueError: on all ranks, before any key travels, if lengths, heads, dtypes or options do not fit.
     """
     settings = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-    with collective(group.groups, "arguments", "cp.attention needs the same on all.") as notes:
+    with collective(group.groups, "arguments", "Call cp.attention with the same ones on all ranks.") as notes:
         if cu_seqlens is None and attention_mask is None:
             _refuse_documents_unsaid(group)
         _check_heads(q, k, v, sinks)
@@ -56,7 +58,7 @@ def attention(
             check_comm_type(comm_type)
         options = shapes, pattern, call.scores._replace(seed=0), sinks is None, comm_type
         notes.fingerprint = fingerprint({"options": options, **settings})
-    # From here on all ranks know the same, so what one of them refuses all of them refuse.
+    # From here on all ranks have the same data, so they all refuse or none does.
     layout, mask = _whole(group, q.shape[0], notes.numbers, pattern, cu_seqlens, attention_mask)
     choice = group.choice(comm_type, layout, mask, call.shape, q.device)
     strategy = build_strategy(*choice[:2], layout, mask, group.rank)
@@ -71,22 +73,24 @@ def _whole(
     cu_seqlens: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
 ) -> tuple[Layout, masks.Mask]:
-    """The layout and the mask of one call of `attention`, for ranks that hold `lengths` tokens."""
+    """Make the layout and the mask of one call of `attention`, for ranks that hold `lengths` tokens."""
     documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, sum(lengths))
     layout = make_layout(group.config.layout, sum(lengths), group.size, documents)
     expected = [layout.local_length(rank) for rank in range(group.size)]
     if lengths != expected:
         raise ValueError(
-            f"the ranks' queries have {lengths} tokens, {layout.length} in all; of a sequence that long the "
-            f"{group.config.layout} layout deals them {expected}. Give each rank the tokens that "
+            f"the queries of the ranks have {lengths} tokens, but the {group.config.layout} layout of a sequence of "
+            f"{layout.length} tokens deals them {expected}. Give each rank the tokens that "
             f"cp.positions({layout.length}, cu_seqlens) lists."
         )
     if cu_seqlens is not None and attention_mask is not None:
-        raise ValueError("cu_seqlens and attention_mask exclude each other: give padding a document of its own.")
+        raise ValueError(
+            "cu_seqlens and attention_mask exclude each other. Give cu_seqlens alone, with padding as a document."
+        )
     if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, layout.length):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be of the whole sequence, "
-            f"{(batch_size, layout.length)}."
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but the whole batch has "
+            f"{(batch_size, layout.length)}. Give the mask of the whole sequence."
         )
     if attention_mask is not None:
         rows = masks.from_attention_mask(attention_mask)
@@ -98,32 +102,33 @@ def _whole(
 
 
 def _refuse_documents_unsaid(group: CPGroup) -> None:
-    """Refuse attention over what looks like one document while a batch with others, or with padding, is open."""
+    """Refuse attention without documents while a batch that has several documents or padding is open."""
     batch = active_batch()
     if batch is None or batch.group is not group:
         return
     shard = batch.shard
     if shard.packed or shard.padding is not None or shard.layout.length != shard.length:
         raise ValueError(
-            "cp.attention() does not go by the batch that is open, which has several documents or padding (its rows "
-            f"of {shard.length} tokens are filled up to {shard.layout.length}): say them by cu_seqlens or "
-            "attention_mask, of the whole row, or call it outside of cp.shard."
+            "cp.attention() ignores the active batch, which has several documents or padding (its rows of "
+            f"{shard.length} tokens are padded to {shard.layout.length}). Give cu_seqlens or attention_mask of the "
+            "whole row, or call cp.attention() outside of cp.shard."
         )
 
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:
-    """Refuse shapes that do not make attention."""
+    """Refuse tensors whose shapes do not fit together."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}.")
+            raise ValueError(f"{name} is of type {type(tensor).__name__}. Give a tensor.")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"q, k and v must be [B, H, S_local, D]; got {shapes}.")
+        raise ValueError(f"q, k and v have shapes {shapes}. Give tensors [B, H, S_local, D].")
     if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
-        raise ValueError(f"q, k and v must have the same rows and tokens; got {shapes}.")
+        raise ValueError(f"q, k and v differ in rows or tokens: {shapes}. Give all three the same.")
     if not k.shape[1] == v.shape[1] > 0 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"k and v must have as many heads, a number that divides q's, and q and k the same head dim; got {shapes}."
+            f"the heads of q, k and v do not fit together: {shapes}. Give k and v equally many heads, a divisor of "
+            "q's number of heads, and give q and k the same head dim."
         )
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        raise ValueError(f"sinks must be one score for each of q's {q.shape[1]} heads; got {tuple(sinks.shape)}.")
+        raise ValueError(f"sinks has shape {tuple(sinks.shape)}. Give one score for each of q's {q.shape[1]} heads.")

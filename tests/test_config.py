@@ -18,12 +18,12 @@ def test_layers_have_their_own():
     by_type = ContextParallelConfig(size=2, comm_type={"sliding_attention": "p2p", "full_attention": "a2a"})
     assert by_type.comm_type_of("sliding_attention", 7) == "p2p"
     for wrong, message in (
-        (lambda: config.check_layers(3), "lists 2 entries and the model has 3 layers"),
-        (lambda: config.comm_type_of("full_attention", None), "does not know which layer"),
+        (lambda: config.check_layers(3), "lists 2 entries, but the model has 3 layers"),
+        (lambda: config.comm_type_of("full_attention", None), "this attention has no layer number"),
         (lambda: by_type.comm_type_of("chunked_attention", 0), "Add 'chunked_attention'"),
         (lambda: ContextParallelConfig(size=2, comm_type=["ring"]), r"comm_type\[0\]='ring' is not one of"),
         (lambda: ContextParallelConfig(comm_type={"full_atention": "p2p"}), "Did you mean 'full_attention'"),
-        (lambda: ContextParallelConfig(size=4, a2a_size=3), "a2a_size=3 must divide size=4: 1, 2, 4"),
+        (lambda: ContextParallelConfig(size=4, a2a_size=3), "a2a_size=3 does not divide size=4. Give one of 1, 2, 4"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()

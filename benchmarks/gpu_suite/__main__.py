@@ -40,7 +40,7 @@ SLOWER = 5
 
 
 def run_item(name: str, options: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
-    """Run one item in a process of its own; yield its results, the last of which says how it ended."""
+    """Run one item in a process of its own, and yield its results. The last one says how the item ended."""
     results = options.output / "gpu_suite.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--item", name, "--device", options.device]
     command += ["--output", str(options.output)]
@@ -70,7 +70,7 @@ def run_here(name: str, options: argparse.Namespace) -> None:
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """Markdown: the checks that failed, then a table an item."""
+    """Format a Markdown page: the checks that failed, then a table for each item."""
     checked = [result for result in results if "right" in result]
     wrong = [result for result in checked if not result["right"]]
     parts = [f"{len(checked) - len(wrong)} of {len(checked)} checks passed."]
@@ -84,7 +84,7 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def shown(result: dict[str, Any]) -> str:
-    """One result as a line."""
+    """Format one result as a line."""
     rest = {key: value for key, value in result.items() if key not in ("item", "what", "right")}
     verdict = {True: "", False: "**WRONG** "}[result.get("right", True)]
     numbers = ", ".join(
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--items", type=report.comma_separated(), default=list(ITEMS))
-    parser.add_argument("--item", choices=ITEMS, help="run this one in this process")
+    parser.add_argument("--item", choices=ITEMS, help="run only this item, in this process")
     parser.add_argument("--output", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():

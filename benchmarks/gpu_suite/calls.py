@@ -1,4 +1,4 @@
-"""Kernel calls against the reference kernel in float32: outputs, LSE, and gradients given a global LSE."""
+"""Comparison of kernel calls with the reference kernel in float32: outputs, LSE, and gradients given a global LSE."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BANDS = {
 
 
 def segments_of(name: str, small: bool) -> list[tuple[int, int]]:
-    """Lengths of query and key ranges. No query range is longer than its keys: every query must read one."""
+    """Draw lengths of query and key ranges. No query range is longer than its keys, so each query reads a key."""
     random = Random(0)
     if name == "one":
         return [(61, 93)] if small else [(1000, 1500)]
@@ -60,7 +60,7 @@ def segments_of(name: str, small: bool) -> list[tuple[int, int]]:
 
 
 def segments(name: str, band: Band, small: bool) -> Segments:
-    """The ranges one after another, with a gap of two tokens after each."""
+    """Place ranges one after another, with a gap of two tokens after each."""
     lengths = segments_of(name, small)
     sides = []
     for side in zip(*lengths):
@@ -96,7 +96,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
                 if not error <= worst.get(what, (-1.0,))[0]:
                     worst[what] = error, case
                 limit = LSE if what == "lse" else ROW if what.endswith("row") else ALL
-                if not error <= limit:  # so that a NaN is no success
+                if not error <= limit:  # so that a NaN counts as a failure
                     failed.append({"what": f"{kernel.name}, {case}", "right": False, what: error})
         yield from failed
         for what, (error, case) in worst.items():
@@ -106,7 +106,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def compare(kernel: Kernel, reference: Kernel, call: Segments, heads: Heads, device: torch.device) -> dict[str, float]:
-    """Errors of outputs, LSE and gradients of one call. Backward gets the output and LSE over more keys than these."""
+    """Measure the errors of output, LSE and gradients of one call. Backward gets an LSE over further keys too."""
     query, key, value, other_key, other_value, grad = _tensors(call, heads, device)
     scores = Scores(heads.query_dim**-0.5)
     exact = [tensor.float() for tensor in (query, key, value)]
@@ -119,7 +119,7 @@ def compare(kernel: Kernel, reference: Kernel, call: Segments, heads: Heads, dev
     other = reference.forward(exact[0], other_key.float(), other_value.float(), every, scores)
     merge_(whole, whole_lse, call.query_runs, *other)
     gradients = kernel.backward(grad, query, key, value, whole.to(query.dtype), whole_lse, call, scores)
-    rounded = whole.to(query.dtype).float()  # as the kernel got it
+    rounded = whole.to(query.dtype).float()  # as the kernel gets it
     truth = reference.backward(grad.float(), *exact, rounded, whole_lse, call, scores)
     for what, got, want in zip(("dq", "dk", "dv"), gradients, truth):
         found |= {f"{what} {k}": v for k, v in errors(got, want).items()}
@@ -127,7 +127,7 @@ def compare(kernel: Kernel, reference: Kernel, call: Segments, heads: Heads, dev
 
 
 def determinism(kernel: Kernel, call: Segments, device: torch.device) -> dict[str, Any]:
-    """Whether `deterministic=True` gives the same bits twice."""
+    """Check that `deterministic=True` gives the same bits twice."""
     query, key, value, *_, grad = _tensors(call, HEADS[6], device)
     scores = Scores(128**-0.5, deterministic=True)
     whole, lse = begin(len(query), call.query_runs, *kernel.forward(query, key, value, call, scores), torch.float32)
@@ -137,7 +137,7 @@ def determinism(kernel: Kernel, call: Segments, device: torch.device) -> dict[st
 
 
 def _tensors(call: Segments, heads: Heads, device: torch.device) -> list[torch.Tensor]:
-    """Query, key, value, other keys and values, and the output's gradient; keys and values as views of one buffer."""
+    """Make query, key, value, further keys/values, and the output's gradient. Keys/values are views of a buffer."""
     torch.manual_seed(0)
     tokens, keys = call.queries[-1][1] + 2, call.keys[-1][1] + 2
 

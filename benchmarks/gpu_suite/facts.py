@@ -1,4 +1,4 @@
-"""The machine: versions, and the rates of its memory and its matrix products."""
+"""Facts about the machine: versions, and the rates of its memory and its matrix products."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
 def _found(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the package around it
+    except ModuleNotFoundError:  # the package that contains the module is missing
         return False

@@ -1,6 +1,6 @@
-"""FlashAttention-4, which this package does not call yet: whether it could serve it, and how fast it is.
+"""Checks and speed of FlashAttention-4, which this package does not call yet.
 
-To serve, a kernel gives an LSE, and its backward takes an output and an LSE over more keys than its own. Both are
+A usable kernel returns an LSE, and its backward takes an output and an LSE over more keys than its own. Both are
 compared with the reference kernel in float32.
 """
 
@@ -27,7 +27,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def forward(query, key, value, band: Band) -> tuple[Tensors, tuple]:
-    """FlashAttention-4's varlen call with one segment."""
+    """Call FlashAttention-4 for packed rows, with one segment."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     lengths = [torch.tensor([0, len(tensor)], dtype=torch.int32, device=query.device) for tensor in (query, key)]
@@ -103,7 +103,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _tensors(shape: tuple[int, ...]) -> list[torch.Tensor]:
-    """Query, views of packed keys and values, more keys and values, and the output's gradient."""
+    """Make a query, views of packed keys/values, further keys/values, and the gradient of the output."""
     queries, keys, heads, key_heads, dim, value_dim = shape
     torch.manual_seed(0)
 

@@ -1,4 +1,7 @@
-"""Sizes at which kernels count beyond 32 bits: gradients of the last rows are compared with those of a short call."""
+"""Calls so large that kernels need indices beyond 32 bits.
+
+Gradients of the last rows are compared with those of a short call.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
             for parts in (1, 2):
                 try:
                     yield last_rows(kernel_type(), tokens, parts)
-                except Exception as error:  # an illegal access ends the process: what is left is not run
+                except Exception as error:  # after an illegal access no more kernels can run in this process
                     yield {"what": _named(kernel_type(), tokens, parts), "right": False, "error": str(error)[:300]}
                     return
 

@@ -1,4 +1,4 @@
-"""Times and errors, as every item takes them."""
+"""Measurement of times and errors, for all items."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Median milliseconds of `run` on the device, host time included where the device waits for the host."""
+    """Median milliseconds of `run` on the device. Host time is included if the device waits for the host."""
     return measure(run, device, repeats)["ms"]
 
 
 def measure(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> dict[str, float]:
-    """Medians over `repeats`, after warming up.
+    """Measure medians over `repeats` runs, after a warm-up.
 
     Returns:
-        `ms`, from the first kernel to the last; `host ms`, until `run` returned; `peak MiB`, allocated beyond what was
-        allocated before. On a CPU the first two are the same and the last is absent.
+        `ms`, from the first kernel to the last; `host ms`, until `run` returned; `peak MiB`, the memory that `run`
+        allocated in addition. On a CPU the first two are the same and the last is absent.
     """
     cuda = device.type == "cuda"
     taken, host = [], []
@@ -53,7 +53,7 @@ def measure(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> d
 
 
 def kernel_ms(run: Callable[[], Any]) -> float:
-    """Milliseconds of kernels in one `run` on a CUDA device, overlapping ones counted each."""
+    """Sum of the milliseconds of all kernels in one `run` on a CUDA device, also of overlapping ones."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -65,11 +65,11 @@ def kernel_ms(run: Callable[[], Any]) -> float:
 
 
 def errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """How far `found` is from `expected`, both `[rows, ...]`.
+    """Relative errors of `found` against `expected`, both `[rows, ...]`.
 
     Returns:
-        `all`, the norm of the difference as a fraction of the norm; `row`, the same of the worst row, where rows of
-        less than a tenth of the mean norm count as having that.
+        `all`, the norm of the difference over the norm of `expected`; `row`, the same ratio of the worst row. The norm
+        of a row counts as at least a tenth of the mean norm.
     """
     found, expected = (tensor.detach().double().flatten(1) for tensor in (found, expected))
     difference, norm = (found - expected).norm(dim=1), expected.norm(dim=1)

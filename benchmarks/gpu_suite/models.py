@@ -1,4 +1,4 @@
-"""Whole models on one GPU, context parallelism of one rank: numbers, time and memory against stock attention."""
+"""Whole models on one GPU with one rank of CP: results, time and memory, compared with stock attention."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sharded_step(model: torch.nn.Module, batch: dict[str, torch.Tensor], cp: hcp
 
 
 def difference(model: torch.nn.Module, loss: torch.Tensor, truth: torch.nn.Module, true_loss: torch.Tensor) -> float:
-    """The relative error of all gradients taken together, or of the loss where that is larger."""
+    """Relative error of all gradients together, or of the loss if that is larger."""
     pairs = [
         (mine.grad.double(), other.grad.double())
         for mine, other in zip(model.parameters(), truth.parameters())
@@ -61,7 +61,7 @@ def tiny(model_type: str, device: torch.device) -> Iterator[dict[str, Any]]:
     batch = {"input_ids": input_ids, "labels": input_ids}
 
     def taken(attention: str | None, dtype: torch.dtype, kernel: str | None = None):
-        model = tiny_model(config, attention, torch.float32).to(device, dtype)  # the same weights, rounded
+        model = tiny_model(config, attention, torch.float32).to(device, dtype)  # it has the same weights, rounded
         if kernel is None:
             return model, whole_step(model, batch)
         return model, sharded_step(model, batch, hcp.ContextParallel(hcp.ContextParallelConfig(size=1, kernel=kernel)))
@@ -79,7 +79,7 @@ def tiny(model_type: str, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def large(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Four layers of Llama-3-8B's shape with its vocabulary, 16,384 tokens."""
+    """Measure four layers of the shape of Llama-3-8B, with its vocabulary and 16,384 tokens."""
     small = device.type == "cpu"
     sizes = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_key_value_heads": 8}
     sizes |= {"num_attention_heads": 32, "num_hidden_layers": 4, "max_position_embeddings": 131_072}

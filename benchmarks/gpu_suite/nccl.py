@@ -1,7 +1,7 @@
-"""NCCL's process group, in a world of one rank that sends to itself.
+"""Checks of NCCL's process group, in a world of one rank that sends to itself.
 
-A rank of a ring of N meets N times its own keys, so outputs and gradients are those of one call over its own keys, if
-what arrives is what was sent, when it is read. The bits differ from one call's by rounding alone.
+In a ring of N ranks this rank gets its own keys N times. So outputs and gradients equal those of one call over its own
+keys, up to rounding, if messages have arrived when they are read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def work_of(group: dist.ProcessGroup, comm_type: str, ranks: int, tokens: int):
-    """A layer on rank 0 of `ranks`, all of whose messages go to this process; its tensors, and the layer itself."""
+    """Make a layer on rank 0 of `ranks`, whose messages all go to this process. Return its tensors and the layer."""
     length = ranks * tokens
     mask = Mask(length, whole_rows(1, length), Pattern(causal=False))
     strategy = build_strategy(comm_type, 1, contiguous(length, ranks), mask, 0)
@@ -74,7 +74,7 @@ def work_of(group: dist.ProcessGroup, comm_type: str, ranks: int, tokens: int):
 def ring(group: dist.ProcessGroup, detail: str) -> Iterator[dict[str, Any]]:
     for comm_type in ("p2p", "all_gather"):
         (query, key, value), grad, layer = work_of(group, comm_type, 4, 2048)
-        for _ in range(TURNS):  # later turns use memory again
+        for _ in range(TURNS):  # later turns reuse memory
             found = [tensor.detach() for tensor in layer()]
         leaves = [tensor.detach().float().requires_grad_() for tensor in (query, key, value)]
         heads_first = [tensor.transpose(0, 1) for tensor in leaves]
@@ -87,7 +87,7 @@ def ring(group: dist.ProcessGroup, detail: str) -> Iterator[dict[str, Any]]:
 
 
 def memory(group: dist.ProcessGroup) -> Iterator[dict[str, Any]]:
-    """Whether a ring needs three buffers of keys however long it is, where the host is far ahead of the device."""
+    """Check that a ring of any size needs three buffers of keys, with the host far ahead of the device."""
     peaks = {}
     for ranks in (4, 16):
         _, _, layer = work_of(group, "p2p", ranks, 8192)

@@ -1,4 +1,4 @@
-"""Two processes on one GPU, over gloo: real ranks with autograd's own threads, DDP, checkpointing and the Trainer.
+"""Checks with two processes on one GPU, over gloo: real ranks with autograd's threads, DDP, checkpointing, Trainer.
 
 NCCL refuses two ranks on one device, so messages are staged through the host.
 """
@@ -39,7 +39,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def rank_of(rank: int, folder: str, device: str, results: SimpleQueue) -> None:
-    """One rank's comparisons."""
+    """Run the comparisons of one rank."""
     environment = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": RANKS}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29_577}
     os.environ |= {name: str(value) for name, value in environment.items()}
@@ -57,7 +57,7 @@ def rank_of(rank: int, folder: str, device: str, results: SimpleQueue) -> None:
 
 
 def model_on_ranks(model_type: str, comm_type: str, device: torch.device) -> dict[str, Any]:
-    """One checkpointed step under DDP in float32 against the same model alone on the whole batch."""
+    """Compare a checkpointed step under DDP in float32 with the same model on the whole batch in one process."""
     config = tiny_config(model_type)
     input_ids = torch.randint(3, VOCABULARY, (2, 151), generator=torch.Generator().manual_seed(0)).to(device)
     batch = {"input_ids": input_ids, "labels": input_ids}
@@ -81,7 +81,7 @@ def model_on_ranks(model_type: str, comm_type: str, device: torch.device) -> dic
 
 
 def trained(folder: str, device: str) -> dict[str, Any]:
-    """Three steps of the Trainer on both ranks against the same steps of a plain loop on one."""
+    """Compare three steps of the Trainer on both ranks with the same steps of a plain loop on one rank."""
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
@@ -112,7 +112,7 @@ def trained(folder: str, device: str) -> dict[str, Any]:
     trainer = hcp.ContextParallelTrainer(
         model=tiny_model(config, "context_parallel", torch.float32),
         args=arguments,
-        train_dataset=Dataset.from_list([{"input_ids": rows[0]}] * 3),  # the same each step, whatever the order
+        train_dataset=Dataset.from_list([{"input_ids": rows[0]}] * 3),  # the same in each step, in any order
         data_collator=Tokens(tokenizer=None, mlm=False),
         context_parallel=hcp.ContextParallelConfig(size=RANKS, kernel=kernel),
     )

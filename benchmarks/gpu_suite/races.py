@@ -1,6 +1,6 @@
-"""Rings of thread-ranks with slow messages on streams of their own, held to the same bits from one stream.
+"""Rings of ranks in threads, with slow messages on streams of their own, compared bit by bit with a single stream.
 
-What is used or freed too early differs by more than nothing, however small the tolerance of a comparison would be.
+Memory that is used or freed too early changes bits, even where a tolerance would hide it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, wh
 from ..simulation import PreparedExchange, ThreadGroup
 from .measure import DTYPES, errors
 
-RANKS, DELAY = 4, 1_000_000  # cycles, about half a millisecond a message
+RANKS, DELAY = 4, 1_000_000  # in cycles, about half a millisecond for each message
 WAYS = {"p2p": 1, "all_gather": 1, "a2a": 4, "a2a+p2p": 2}
 HEADS, KEY_HEADS, DIM = 8, 4, 128
 ALL, ROW = 0.015, 0.08
@@ -61,7 +61,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def tensors(mask: Mask, device: torch.device) -> list[torch.Tensor]:
-    """Query, key, value, the output's gradient `[B, H, S, D]`, and sinks `[H]`, large enough to be missed."""
+    """Make query, key, value, the output's gradient `[B, H, S, D]`, and sinks `[H]` large enough to matter."""
     torch.manual_seed(0)
     shapes = [(len(mask.rows), n, mask.length, DIM) for n in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
     made = [torch.randn(shape, device=device, dtype=DTYPES[device.type]) for shape in shapes]
@@ -69,7 +69,7 @@ def tensors(mask: Mask, device: torch.device) -> list[torch.Tensor]:
 
 
 def computed(inputs: list[torch.Tensor], strategy, exchange, kernel) -> list[torch.Tensor]:
-    """The output and all gradients, tokens first."""
+    """Compute the output and all gradients, tokens first."""
     *inputs, grad, sinks = inputs
     leaves = [tensor.transpose(1, 2).flatten(0, 1).detach().requires_grad_() for tensor in inputs]
     sinks = sinks.detach().requires_grad_()
@@ -80,7 +80,7 @@ def computed(inputs: list[torch.Tensor], strategy, exchange, kernel) -> list[tor
 
 
 def on_one_rank(mask: Mask, whole: list[torch.Tensor]) -> list[torch.Tensor]:
-    """All in float32 by the reference kernel."""
+    """Compute all results in float32 with the reference kernel."""
     strategy = build_strategy("p2p", 1, zigzag(mask.length, 1), mask, 0)
     exact = [tensor.float() for tensor in whole]
     *by_token, sinks = computed(exact, strategy, GroupExchange(None), choose_kernel("reference", whole[0].device.type))
@@ -88,7 +88,7 @@ def on_one_rank(mask: Mask, whole: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def on_ranks(comm_type: str, mask: Mask, whole: list[torch.Tensor], delay: int) -> list[torch.Tensor]:
-    """All ranks' results in the order of the sequence; without a delay, everything on one stream."""
+    """Compute the results of all ranks, in the order of the sequence. Without a delay, all work is on one stream."""
     layout, kernel = zigzag(mask.length, RANKS), choose_kernel("auto", whole[0].device.type)
     positions = [layout.positions(rank).to(whole[0].device) for rank in range(RANKS)]
 
@@ -108,7 +108,7 @@ def on_ranks(comm_type: str, mask: Mask, whole: list[torch.Tensor], delay: int) 
 
 
 def no_waiting(comm_type: str, mask: Mask, device: torch.device) -> dict[str, Any]:
-    """Whether a layer, forward and backward, never makes the host wait for the device."""
+    """Check that forward and backward of a layer never make the host wait for the device."""
     layout, kernel = zigzag(mask.length, RANKS), choose_kernel("auto", device.type)
     strategy = build_strategy(comm_type, WAYS[comm_type], layout, mask, 1)
     inputs = [tensor[:, :, layout.positions(1).to(device)] for tensor in tensors(mask, device)[:4]]

@@ -1,7 +1,7 @@
-"""Attention's speed on one GPU: forward and backward apart, one call and the ranks of rings, by kernel.
+"""Speed of attention on one GPU, by kernel: single calls and ranks of rings, forward and backward apart.
 
-Ranks run one after another with messages that are copied within the device, so nothing here says what NVLink or NCCL
-takes; what it says of kernels, merging and host time holds.
+Ranks run one after another. Their messages are copied within the device, so times of NVLink and NCCL are not measured.
+Times of kernels, merging and the host are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADS, KEY_HEADS, DIM = 32, 8, 128
 
 
 class Call(NamedTuple):
-    """One attention call on tensors `[T, H, D]`."""
+    """Attention call on tensors `[T, H, D]`."""
 
     forward: Callable[[], Any]
     backward: Callable[[], Any]
@@ -53,7 +53,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 class Layer(NamedTuple):
-    """One rank's share of attention to `mask`, whose subgroups of `inner` ranks exchange heads."""
+    """Share of one rank in attention with `mask`, in which subgroups of `inner` ranks exchange heads."""
 
     mask: Mask
     of: str
@@ -67,11 +67,11 @@ class Layer(NamedTuple):
 
 
 def layers(scale: int, every: bool) -> Iterator[Layer]:
-    """Layers to time.
+    """List the layers to time.
 
     Args:
-        scale: what lengths are divided by.
-        every: all of them, or one long document alone.
+        scale: divisor of lengths.
+        every: True for all layers, False for one long document alone.
     """
     for ranks, tokens in ((8, 16_384), (4, 32_768), (8, 4096)) if every else ((8, 16_384), (8, 4096)):
         length = ranks * tokens // scale
@@ -100,12 +100,12 @@ def tensors(tokens: int, device: torch.device) -> list[torch.Tensor]:
 
 
 def flops(pairs: int, products: int) -> float:
-    """Operations of so many matrix products over all pairs."""
+    """Operations of `products` matrix products over all pairs."""
     return 2.0 * products * DIM * HEADS * pairs
 
 
 def one_call(kernels: list[Kernel], tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Each kernel, causal and full."""
+    """Time each kernel, causal and full."""
     query, key, value, grad = tensors(tokens, device)
     for band in (FULL, CAUSAL):
         segments = Segments(((0, tokens),), ((0, tokens),), band)
@@ -137,7 +137,7 @@ def ours(kernel: Kernel, query, key, value, grad, segments: Segments) -> Call:
 
 
 def merging(tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """A part merged into sums, and what a copy of the same bytes takes."""
+    """Time the merging of a part into sums, and a copy of the same bytes."""
     part = torch.randn(tokens, HEADS, DIM, device=device, dtype=DTYPES[device.type])
     lse = torch.randn(HEADS, tokens, device=device).T
     output, total = torch.randn(tokens, HEADS, DIM, device=device), torch.randn(tokens, HEADS, device=device)
@@ -150,7 +150,7 @@ def merging(tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def small_calls(kernel: Kernel, device: torch.device) -> dict[str, Any]:
-    """What a kernel call takes whatever it computes."""
+    """Time the smallest kernel calls."""
     query, key, value, grad = tensors(128, device)
     segments = Segments(((0, 128),), ((0, 128),), CAUSAL)
     call = ours(kernel, query, key, value, grad, segments)
@@ -169,7 +169,7 @@ def small_calls(kernel: Kernel, device: torch.device) -> dict[str, Any]:
 
 
 def ring(layer: Layer, kernel: Kernel, base: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """One rank's layer; its speed as a fraction of one causal call of the same kernel on a long sequence."""
+    """Time the layer of one rank. Its speed is a fraction of that of one causal call on a long sequence."""
     layout = zigzag(layer.mask.length, layer.ranks)
     strategy = build_strategy(layer.comm_type, layer.inner, layout, layer.mask, layer.rank)
     *inputs, grad = tensors(layer.mask.length // layer.ranks, device)

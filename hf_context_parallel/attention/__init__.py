@@ -1,1 +1,1 @@
-"""Attention of the ranks of a group: strategies, the kernels that compute tiles, and what joins them."""
+"""Attention over the ranks of a group: strategies, kernels that compute tiles, and the merging of their outputs."""

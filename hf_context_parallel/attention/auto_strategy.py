@@ -1,4 +1,7 @@
-"""Which strategy is fastest for a mask: estimated from counts, so that all ranks choose alike without a message."""
+"""Choice of the fastest strategy for a mask.
+
+Times are estimated from counts, so all ranks make the same choice without a message.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from .ulysses import SharedHeads
 
 
 class Choice(NamedTuple):
-    """A strategy by name, the ranks of its subgroups, and why."""
+    """Name of a strategy, number of ranks in its subgroups, and the reason for the choice."""
 
     comm_type: str
     inner: int
@@ -30,7 +33,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of the slowest rank for a layer, forward and backward: computing, and what messages add."""
+    """Seconds of a layer, forward and backward: for computing, and in addition for messages."""
 
     computing: float
     messages: float
@@ -41,10 +44,10 @@ class Estimate:
 
 
 def inner_size(config: ContextParallelConfig, comm_type: str, shape: Shape) -> int:
-    """Ranks of a subgroup that exchange heads.
+    """Number of ranks of a subgroup that exchanges heads.
 
-    Unless it is set, as many as divide both the key heads and the group, so that no key goes to two of them
-    (USP's rule).
+    If `a2a_size` is not set, it is the largest number that divides both the key heads and the group. Then no key goes
+    to two ranks of a subgroup (the rule of USP, arXiv:2405.07719).
     """
     if comm_type == "a2a":
         return config.size
@@ -56,7 +59,7 @@ def inner_size(config: ContextParallelConfig, comm_type: str, shape: Shape) -> i
 def choose(
     config: ContextParallelConfig, comm_type: str, layout: Layout, mask: Mask, shape: Shape, machine: Machine
 ) -> Choice:
-    """What `comm_type` is for a layer: the fastest of all by estimate, if it is `"auto"`."""
+    """Choose the strategy of a layer: `comm_type`, or the one with the shortest estimate if it is `"auto"`."""
     if comm_type != "auto":
         return Choice(comm_type, inner_size(config, comm_type, shape))
     if layout.size == 1:
@@ -75,7 +78,7 @@ def choose(
 
 
 def candidates(config: ContextParallelConfig, shape: Shape) -> list[tuple[str, int]]:
-    """The strategies that a layer could be computed by, with the ranks of their subgroups."""
+    """Strategies that can compute a layer, each with the number of ranks in its subgroups."""
     size = config.size
     found = [("p2p", 1), ("all_gather", 1)]
     if shape.heads >= size:
@@ -89,7 +92,7 @@ def _named(candidate: tuple[str, int]) -> str:
 
 
 class Traffic(NamedTuple):
-    """Bytes that a rank sends within its node and to other nodes, and in how many messages."""
+    """Bytes that a rank sends within its node and to other nodes, and the number of messages."""
 
     near: float
     far: float
@@ -104,14 +107,14 @@ NOTHING = Traffic(0, 0, 0)
 
 
 class Share(NamedTuple):
-    """What one rank does for a layer, forward and backward.
+    """Work and traffic of one rank for a layer, forward and backward.
 
     Args:
         work: query-key pairs, counted for each head.
         calls: kernel calls of one pass.
-        copied: bytes that it reads and writes to merge parts and to put messages together.
-        hidden: what it sends while it computes.
-        shown: what it sends before and after.
+        copied: bytes that it reads and writes to merge outputs and to copy messages.
+        hidden: traffic while it computes.
+        shown: traffic before and after it computes.
     """
 
     work: int
@@ -122,11 +125,11 @@ class Share(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """What it sends in all."""
+        """Bytes that the rank sends in all."""
         return self.hidden.bytes + self.shown.bytes
 
     def seconds(self, shape: Shape, machine: Machine) -> Estimate:
-        """What it takes."""
+        """Estimate the time of this share on a machine."""
         flops = (1 + BACKWARD) * attention_flops(self.work, 1, shape.query_dim, shape.value_dim)
         computing = flops / machine.attention + 2 * self.calls * machine.launch
         beside = machine.transfer(*self.hidden)
@@ -135,12 +138,12 @@ class Share(NamedTuple):
 
 
 def estimate(found: Sequence[Share], shape: Shape, machine: Machine) -> Estimate:
-    """What a layer takes on the slowest rank, where each does its share."""
+    """Estimate the time of a layer on its slowest rank, given the share of each rank."""
     times = [share.seconds(shape, machine) for share in found]
     slowest = max(times, key=lambda time: time.total)
     if machine.cores is None:
         return slowest
-    # Ranks that share cores are done when all that they do is done, whoever does it.
+    # Ranks that share cores finish when the work of all of them is done.
     shared = min(machine.node, len(times)) / machine.cores / len(times)
     together = Estimate(sum(t.computing for t in times) * shared, sum(t.messages for t in times) * shared)
     return max(slowest, together, key=lambda time: time.total)
@@ -155,16 +158,18 @@ def shares(
     machine: Machine,
     here: Workload | None = None,
 ) -> list[Share]:
-    """What each rank does. As many tokens are taken to leave it as it reads: over all ranks they are the same.
+    """Work and traffic of each rank.
+
+    Each rank is assumed to send as many tokens as it reads. Summed over all ranks the two are equal.
 
     Args:
-        here: the layout's workload, where the caller has it.
+        here: workload of the layout, if the caller has it.
     """
     here = here or workload(layout, mask)
     if inner > 1:
         return _shares_of_heads(inner, layout, mask, shape, machine, here)
     crosses = layout.size > machine.node
-    outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # of a rank's group, the share elsewhere
+    outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # share of a rank's group on other nodes
     found = []
     for rank in range(layout.size):
         read, owners = here.read[rank], here.owners[rank]
@@ -172,7 +177,8 @@ def shares(
         if comm_type == "all_gather":
             traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), outside, 3 * owners)
             own = here.tokens[rank] * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
-            copied = 4 * own + _adding(shape, read, shape.key_heads)  # its own keys to the others, in both passes
+            # In both passes the rank copies its own keys to the other ranks.
+            copied = 4 * own + _adding(shape, read, shape.key_heads)
             found.append(Share(work, 2, copied, shown=traffic))
         else:
             found.append(ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses))
@@ -182,7 +188,7 @@ def shares(
 def _shares_of_heads(
     inner: int, layout: Layout, mask: Mask, shape: Shape, machine: Machine, here: Workload
 ) -> list[Share]:
-    """What each rank does where subgroups exchange heads."""
+    """Work and traffic of each rank if subgroups exchange heads."""
     outer = workload(layout.merged(inner), mask)
     found = []
     for rank in range(layout.size):
@@ -199,13 +205,16 @@ def _shares_of_heads(
 
 
 def ring_of_keys(work: int, calls: int, keys: int, gradients: int, merged: int, shape: Shape, crosses: bool) -> Share:
-    """The share of a rank that computes while keys go round.
+    """Work and traffic of a rank that computes while keys travel around the ring.
 
     Args:
-        keys, gradients: tokens whose keys and values it sends in each pass, and whose gradients it sends.
+        work: query-key pairs, counted for each head.
+        calls: kernel calls of one pass.
+        keys: tokens whose keys/values the rank sends in each pass.
+        gradients: tokens whose key/value gradients the rank sends.
         merged: rows of outputs that it merges.
-        crosses: whether the ring crosses nodes. Then ranks at a node's edge get all keys from outside, and the others
-            wait for them.
+        crosses: True if the ring crosses nodes. Then the ranks at the edge of a node get all keys from another node,
+            and the other ranks wait for them.
     """
     sent = sum(bytes_of_keys(shape, shape.key_heads, keys, gradients))
     copied = _merging(shape, merged, shape.heads) + _adding(shape, keys, shape.key_heads)
@@ -215,36 +224,36 @@ def ring_of_keys(work: int, calls: int, keys: int, gradients: int, merged: int, 
 def exchange_of_heads(
     rank: int, counts: Sequence[int], shape: Shape, machine: Machine
 ) -> tuple[SharedHeads, float, Traffic]:
-    """What a rank gets, copies and sends where a subgroup of neighbours exchanges heads.
+    """Heads, copied bytes and traffic of a rank whose subgroup of neighbours exchanges heads.
 
     Args:
-        counts: the tokens of each of them that travel.
+        counts: number of tokens that travel from each rank of the subgroup.
     """
     inner, first = len(counts), rank - rank % len(counts)
     tokens = TokenExchange(None, rank - first, counts[rank - first], None, counts, (), sum(counts))
     shared = SharedHeads(tokens, shape.heads, shape.key_heads, torch.device("cpu"))
     sent = sum(bytes_of_heads(shape, shared))
     outside = sum(other // machine.node != rank // machine.node for other in range(first, first + inner))
-    # What is exchanged is put together and taken apart, this rank's part as well.
+    # All exchanged tensors are packed and unpacked, this rank's own part as well.
     copied = 4 * sent * inner / (inner - 1)
     return shared, copied, _split(sent, outside / (inner - 1), 4 * (inner - 1))
 
 
 def _split(sent: float, far: float, messages: int) -> Traffic:
-    """Bytes of which a share `far` goes to other nodes."""
+    """Divide `sent` bytes into those within the node and the share `far` to other nodes."""
     return Traffic(sent * (1 - far), sent * far, messages if sent else 0)
 
 
 def _merging(shape: Shape, rows: int, heads: int) -> float:
-    """Bytes read and written to merge rows of outputs, and to add rows to the queries' gradients.
+    """Bytes read and written to merge rows of outputs, and to add rows to the gradients of queries.
 
-    An output is brought to the dtype of sums first, in which it is read with the sum, which is written; a gradient is
-    read with the sum at once.
+    An output is first converted to the dtype of sums. Then both it and the sum are read, and the sum is written. A
+    gradient needs no conversion: it and the sum are read, and the sum is written.
     """
     size, sums = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
     return rows * heads * (shape.value_dim * (size + 4 * sums) + shape.query_dim * (size + 2 * sums))
 
 
 def _adding(shape: Shape, tokens: int, key_heads: int) -> float:
-    """Bytes read and written to add up the key and value gradients that arrive."""
+    """Bytes read and written to add up the key/value gradients that arrive."""
     return tokens * key_heads * (shape.query_dim + shape.value_dim) * 3 * accumulation_dtype(shape.dtype).itemsize

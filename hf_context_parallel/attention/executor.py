@@ -1,4 +1,4 @@
-"""Attention of a group's ranks: a strategy says what is computed and what travels, and it is done here."""
+"""Execution of a strategy: attention over the ranks of a group."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from .strategy import Strategy
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
-    """Attention as models call it.
+    """Compute attention for tensors in the layout that models use.
 
     Args:
         query: `[B, H, S_local, D]`.
         key, value: `[B, H_kv, S_local, D]` and `[B, H_kv, S_local, D_v]`, of the same dtype.
-        how: what `attention` takes beside them.
+        how: the other arguments of `attention`.
 
     Returns:
         `[B, S_local, H, D_v]`.
     """
     tensors = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     output = attention(*tensors, **how)
-    return output.reshape(
-        query.shape[0], query.shape[2], *output.shape[1:]
-    ).contiguous()  # as SDPA's is: models view it
+    return output.reshape(query.shape[0], query.shape[2], *output.shape[1:]).contiguous()  # models call view on it
 
 
 def attention(
@@ -44,25 +42,25 @@ def attention(
     sinks: torch.Tensor | None = None,
     guard: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Attention of this rank's queries to the keys of all ranks that they read.
+    """Compute attention of this rank's queries to the keys that they read, on all ranks.
 
     Args:
-        query: `[T, H, D]`, this rank's tokens, rows one after another.
+        query: `[T, H, D]`, the tokens of this rank, rows one after another.
         key, value: `[T, H_kv, D]` and `[T, H_kv, D_v]`, of the same dtype. H_kv divides H.
-        exchange: the group's messages.
-        sinks: `[H]`, a score a head beside those of the keys, whose value is 0 (learnable, `s_aux`).
-        guard: called before backward; raises if the batch is no longer the one being computed.
+        exchange: the messages of the group.
+        sinks: `[H]`, one more score for each head, with a value of 0 (learnable, `s_aux`).
+        guard: function called before backward. It raises if the batch is no longer the one being computed.
 
     Returns:
-        `[T, H, D_v]` in the dtype of `query`; 0 for tokens that the plan computes nothing for.
+        `[T, H, D_v]` in the dtype of `query`; 0 for tokens that read no key.
 
     Raises:
-        ValueError: if the strategy cannot deal so many heads; on every rank, as it depends on the shapes alone.
+        ValueError: if the strategy needs more heads. All ranks raise it, since it depends on the shapes alone.
     """
     refusal = strategy.refusal(query.shape[1])
     if refusal:
         raise ValueError(f"{refusal}.")
-    # Ranks are seeded alike: what tells their weights apart is the rank.
+    # All ranks have the same seed, so the rank is mixed in to make their dropout differ.
     scores = scores.of(strategy.rank)
     how: dict[str, Any] = {"kernel": kernel, "sinks": sinks, "guard": guard}
     parts = []
@@ -73,18 +71,18 @@ def attention(
     if strategy.own is not None:
         how |= {"scores": scores.of("own"), "exchange": exchange}
         parts.append(planned_attention(query, key, value, plan=strategy.own, **how))
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]  # tokens of one are 0 in the other
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]  # each part is 0 at the tokens of the other
 
 
 def one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in one dtype, as attention wants them: autocast's where it is on, else the widest of theirs.
+    """Convert the tensors to one dtype: the dtype of autocast if it is on, else the widest of theirs.
 
-    Under autocast, models whose norm or RoPE computes in float32 hand over queries and keys wider than the values.
+    Under autocast, queries and keys may be wider than values, in models whose norm or RoPE computes in float32.
     """
     device_type = tensors[0].device.type
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:  # autocast does not convert float64
         dtype = torch.get_autocast_dtype(device_type)
     return [tensor.to(dtype) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Attention over some of the keys, merged with attention over others by log-sum-exp (LSE)."""
+"""Merging of attention over some keys with attention over other keys, by log-sum-exp (LSE)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def begin(
     part_lse: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and LSE of `tokens` rows in `dtype` that a first part makes: it itself where it has all rows."""
+    """Output and LSE of `tokens` rows in `dtype`, made of a first part.
+
+    If the part has all rows, it is the output itself. Rows that it does not have are 0, with an LSE of -inf.
+    """
     if runs == ((0, tokens),):
         return part_output.to(dtype), part_lse.to(dtype)
     output = part_output.new_zeros(tokens, *part_output.shape[1:], dtype=dtype)
@@ -36,10 +39,10 @@ def merge_(
     and exp(part_lse - L) (Milakov and Gimelshein, 2018, arXiv:1805.02867).
 
     Args:
-        output, lse: `[T, H, D]` and `[T, H]`, in the dtype that sums are kept in. Rows that have seen no key yet are 0
-            and -inf.
-        runs: the rows of `output` that the part is of, in order.
-        part_output, part_lse: `[total of runs, H, D]` and `[total of runs, H]`. Every row has seen a key.
+        output, lse: `[T, H, D]` and `[T, H]`, in the accumulation dtype. Rows that have read no key yet are 0 and
+            -inf.
+        runs: the rows of `output` that the part holds, in order.
+        part_output, part_lse: `[total of runs, H, D]` and `[total of runs, H]`. Every row has read a key.
     """
     offset = 0
     for start, stop in runs:

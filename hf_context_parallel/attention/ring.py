@@ -1,7 +1,8 @@
-"""A plan executed: keys and values travel from rank to rank while attention is computed with those already here.
+"""Execution of a plan: keys/values travel between ranks while attention is computed with those that have arrived.
 
-The ring is that of Liu et al., "Ring Attention with Blockwise Transformers" (2023, arXiv:2310.01889), with the
-transfers cut to what the plan says is read. A plan in which all keys arrive in one step is executed alike.
+The ring is that of Liu et al., "Ring Attention with Blockwise Transformers" (2023, arXiv:2310.01889). It transfers
+only the keys that are read, as listed in the plan. A plan in which all keys arrive in one step is executed by the same
+code.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ def planned_attention(
     guard: Callable[[], None] = lambda: None,
     shared: SharedHeads | None = None,
 ) -> torch.Tensor:
-    """Attention of this rank's queries to the keys of all ranks that the plan says they read.
+    """Compute attention of this rank's queries to the keys that the plan lists, on all ranks.
 
     Args:
-        query: `[T, H, D]`, this rank's tokens, numbered as in the plan.
+        query: `[T, H, D]`, the tokens of this rank, numbered as in the plan.
         key, value: `[T, H_kv, D]` and `[T, H_kv, D_v]`, of the same dtype. H_kv divides H.
-        scores: how scores are made. Their seed differs between ranks.
-        sinks: `[H]`, a score a head beside those of the keys, whose value is 0 (learnable, `s_aux`).
-        guard: called before backward; raises if the batch is no longer the one being computed.
-        shared: the exchange that gives this rank some heads of more tokens, which are then the plan's.
+        scores: rule for scores. Its seed differs between ranks.
+        sinks: `[H]`, one more score for each head, with a value of 0 (learnable, `s_aux`).
+        guard: function called before backward. It raises if the batch is no longer the one being computed.
+        shared: exchange of heads in a subgroup. The plan then numbers the tokens of the subgroup that travel.
 
     Returns:
-        `[T, H, D_v]` in the dtype of `query`; 0 for tokens that the plan computes nothing for.
+        `[T, H, D_v]` in the dtype of `query`; 0 for tokens that are in no call of the plan.
     """
-    key_value = torch.cat([key, value], dim=-1)  # one message a transfer instead of two
+    key_value = torch.cat([key, value], dim=-1)  # so that a transfer takes one message instead of two
     arguments = key.shape[-1], plan, exchange, kernel, scores, guard, shared
     output: torch.Tensor = _Attention.apply(query.contiguous(), key_value, sinks, *arguments)
     return output
@@ -82,7 +83,7 @@ class _Attention(torch.autograd.Function):
                 output, lse = with_sinks(output, lse, sinks[heads])
             output = output.to(dtype)
         ctx.save_for_backward(query, key_value, sinks, output, lse)
-        # Backward may run in a thread of autograd's own, so it looks nothing up: all it needs is here.
+        # Backward may run in a thread of autograd, where the active batch cannot be looked up. So it is all kept here.
         ctx.environment = (key_dim, plan, exchange, kernel, scores)
         ctx.guard, ctx.shared, ctx.heads = guard, shared, heads
         if shared is None:
@@ -93,7 +94,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.guard()  # before the saved tensors, whose recomputation under gradient checkpointing would communicate
+        ctx.guard()  # before saved tensors are read: gradient checkpointing would recompute them, and communicate
         query, key_value, sinks, output, lse = ctx.saved_tensors
         shared, grad_sinks = ctx.shared, None
         with torch.autocast(grad_output.device.type, enabled=False):
@@ -121,7 +122,7 @@ def _forward(
     kernel: Kernel,
     scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output `[T, H, D_v]` and its LSE `[T, H]`, in the dtype that sums are kept in."""
+    """Compute the output `[T, H, D_v]` and its LSE `[T, H]`, in the accumulation dtype."""
     dtype, tokens = accumulation_dtype(query.dtype), len(query)
     output: torch.Tensor | None = None
     lse: torch.Tensor | None = None
@@ -137,8 +138,8 @@ def _forward(
                 else:
                     merge_(output, lse, call.query_runs, part, part_lse)
             del part, part_lse
-        del keys  # or it would be a fourth buffer while the next step's is allocated
-    if output is None or lse is None:  # nothing but padding
+        del keys  # else it would be a fourth buffer while the next one is allocated
+    if output is None or lse is None:  # this rank holds only padding
         output = query.new_zeros(*query.shape[:2], key_value.shape[-1] - key_dim, dtype=dtype)
         lse = query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
     return output, lse
@@ -156,8 +157,11 @@ def _backward(
     kernel: Kernel,
     scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the query `[T, H, D]`, in its dtype, and of this rank's keys and values `[T, H_kv, D + D_v]`,
-    in the dtype that sums are kept in."""
+    """Compute the gradients of the query and of this rank's keys/values.
+
+    Returns:
+        `[T, H, D]` in the dtype of the query, and `[T, H_kv, D + D_v]` in the accumulation dtype.
+    """
     dtype, stream = accumulation_dtype(query.dtype), GradientStream(query.device)
     grad_query = _Sum(query, dtype)
     previous: Step | None = None
@@ -195,19 +199,19 @@ def _backward(
         stream.keep(sent)
         grad_own = leaving if grad_own is None else grad_own
         previous = step
-        del joining, homecoming, sent  # or they would be alive while the next ones are allocated
+        del joining, homecoming, sent  # else they would be alive while the next ones are allocated
     stream.join()
-    assert grad_own is not None  # a plan has a step
+    assert grad_own is not None  # a plan has at least one step
     return grad_query.total().to(query.dtype), grad_own
 
 
 def _exchanged(
     direction: str, plan: Plan, exchange: Exchange, own: torch.Tensor
 ) -> Iterator[tuple[int, Step, torch.Tensor]]:
-    """Each step by its number, with its keys. The next step's are on their way while the caller computes with these.
+    """Yield each step with its number and its keys. The next keys travel while the caller computes with these.
 
-    Three buffers are alive at most: this rank's own keys, those of this step, and those that arrive. (`enumerate` of
-    this would keep a fourth: it lets go of an item when it has the next.)
+    At most three buffers are alive: this rank's own keys, the keys of this step, and the keys that arrive. Around this
+    generator `enumerate` would keep a fourth, since it frees an item only when it has the next one.
     """
     held = own
     for number, (step, upcoming) in enumerate(zip(plan.steps, (*plan.steps[1:], None))):
@@ -218,7 +222,7 @@ def _exchanged(
             arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
             sends = _messages(upcoming.forwards, held) + _messages(upcoming.direct_sends, own)
             pending = _post(exchange, plan.rank, sends, _messages(upcoming.receives, arriving))
-            del sends  # or they would keep the keys of this step while the step after next's are allocated
+            del sends  # else they would keep the keys of this step alive when buffers of later steps are allocated
         yield number, step, held
         with span(f"{direction}/step{number}/wait"):
             pending.wait()
@@ -228,7 +232,11 @@ def _exchanged(
 def _post_gradients(
     exchange: Exchange, rank: int, previous: Step | None, leaving: torch.Tensor | None, step: Step | None
 ) -> tuple[list[tuple[Transfer, torch.Tensor]], list[tuple[Transfer, torch.Tensor]], Pending]:
-    """Hand on the sums `leaving` of the step before, and receive what joins this step's and what comes home."""
+    """Send the gradient sums `leaving` of the step before, and receive others.
+
+    Returns:
+        The sums to add to those of this step, the sums of this rank's own keys that return, and the messages.
+    """
     if previous is None or leaving is None:
         return [], [], Pending()
 
@@ -242,14 +250,14 @@ def _post_gradients(
 
 
 def _add(sums: torch.Tensor | None, parts: list[tuple[Transfer, torch.Tensor]]) -> None:
-    """Add what has arrived to the rows that it is of. Where nothing has, there may be no sums yet."""
+    """Add the parts that have arrived to their rows of `sums`, which may be None if there are no parts."""
     for transfer, part in parts:
         assert sums is not None
         sums[transfer.start : transfer.stop] += part
 
 
 def _post(exchange: Exchange, rank: int, sends: list[Message], receives: list[Message]) -> Pending:
-    """Post messages, and copy what `rank` has for itself meanwhile."""
+    """Post messages to other ranks, and copy the messages of `rank` to itself."""
     pending = exchange.post(*([m for m in messages if m[0] != rank] for messages in (sends, receives)))
     mine = ([tensor for peer, tensor in messages if peer == rank] for messages in (sends, receives))
     for source, target in zip(*mine):
@@ -258,21 +266,21 @@ def _post(exchange: Exchange, rank: int, sends: list[Message], receives: list[Me
 
 
 def _messages(transfers: tuple[Transfer, ...], buffer: torch.Tensor) -> list[Message]:
-    """The transfers' ranges of `buffer`: contiguous views, since tokens are its first dimension."""
+    """Messages of the ranges of `buffer`. They are contiguous views, since tokens are its first dimension."""
     return [(transfer.peer, buffer[transfer.start : transfer.stop]) for transfer in transfers]
 
 
 class _Sum:
-    """Rows like those of a tensor, in `dtype`, that parts are added to: 0 where nothing was."""
+    """Sum of parts, in the shape of a tensor and in `dtype`. Rows without a part are 0."""
 
     def __init__(self, like: torch.Tensor, dtype: torch.dtype):
         self._shape, self._dtype, self._device = like.shape, dtype, like.device
         self._total: torch.Tensor | None = None
 
     def add(self, runs: tuple[Interval, ...], part: torch.Tensor) -> None:
-        """Add the rows of `part`, which are those of `runs` one after another."""
+        """Add `part`, which holds the rows `runs` one after another."""
         if self._total is None and runs == ((0, self._shape[0]),):
-            self._total = part.to(self._dtype)  # all rows at once, as in every step of one document
+            self._total = part.to(self._dtype)  # a part with all rows, as in each step of one document
             return
         total, offset = self.total(), 0
         for start, stop in runs:

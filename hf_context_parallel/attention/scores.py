@@ -1,4 +1,4 @@
-"""How the score of a query and a key is made, and what becomes of the weights."""
+"""Scores: the rule by which scores of query-key pairs become attention weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 class Scores(NamedTuple):
-    """How the score of a query and a key is made, and what becomes of the weights.
+    """Rule by which scores of query-key pairs become attention weights.
 
     Args:
-        scale: what their product is multiplied with.
-        softcap: c of `c * tanh(score / c)`, or None.
-        dropout_p: the probability that a weight is left out, the others growing by 1 / (1 - dropout_p).
-        seed: of which weights are left out. A kernel that is called with the same seed leaves out the same.
-        deterministic: the same bits from the same tensors.
+        scale: factor of the product of query and key.
+        softcap: c in `c * tanh(score / c)`, or None for no softcap.
+        dropout_p: probability that a weight is dropped. The others are multiplied by 1 / (1 - dropout_p).
+        seed: seed of dropout. A kernel that is called with the same seed drops the same weights.
+        deterministic: True for the same bits from the same tensors.
     """
 
     scale: float
@@ -26,12 +26,12 @@ class Scores(NamedTuple):
     deterministic: bool = False
 
     def of(self, *part: object) -> Scores:
-        """These for a part of the work that has a name, with a seed of its own."""
+        """Scores for a named part of the work, with a seed of its own."""
         return self._replace(seed=seed_of(self.seed, *part)) if self.dropout_p else self
 
 
 def seed_of(*numbers: object) -> int:
-    """63 bits that differ wherever the numbers do."""
+    """Hash the numbers to a seed of 63 bits."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -39,15 +39,17 @@ def seed_of(*numbers: object) -> int:
 def make_scores(
     query: torch.Tensor, scale: float | None, softcap: float | None, dropout_p: float, deterministic: bool
 ) -> Scores:
-    """Scores as a caller asks for them. Dropout's seed is drawn from torch's default generator, on the host.
+    """Make the scores that a caller asks for.
+
+    The seed of dropout is drawn from torch's default generator, on the host.
 
     Raises:
-        ValueError: naming the value that cannot be.
+        ValueError: if `softcap` or `dropout_p` is out of range.
     """
     if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap={softcap!r} must be greater than 0 and finite, or None for none.")
+        raise ValueError(f"softcap={softcap!r} is not positive and finite. Give such a number, or None for none.")
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p={dropout_p!r} must be at least 0 and less than 1.")
+        raise ValueError(f"dropout_p={dropout_p!r} is out of range. Give a number that is at least 0 and less than 1.")
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout_p else 0
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return Scores(scale, softcap, dropout_p, seed, deterministic)

@@ -1,13 +1,13 @@
-"""How a mask is executed by the ranks of a group, and what that sends.
+"""Strategies: ways in which the ranks of a group compute a mask, and the bytes that they send.
 
-    p2p          a ring: keys travel from rank to rank
-    all_gather   the keys that are read arrive at once
+    p2p          a ring: keys/values travel from rank to rank
+    all_gather   all keys/values that a rank reads arrive at once
     a2a          all heads of a rank's tokens become all tokens of a rank's heads
     a2a+p2p      a2a inside subgroups of neighbouring ranks, a ring of the subgroups (Fang and Zhao, "USP", 2024,
                  arXiv:2405.07719)
 
-A subgroup is one rank of a smaller layout, which holds its ranks' chunks. So a2a is a plan for a group of one between
-two exchanges of heads, and p2p one for subgroups of one rank.
+In the plan, a subgroup is one rank of a smaller layout, and holds all chunks of its ranks. So a2a is a plan for a
+single rank between two exchanges of heads. And p2p is a plan for subgroups of one rank, without exchanges of heads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .ulysses import SharedHeads
 
 
 class Shape(NamedTuple):
-    """The tensors of a layer: `heads` queries of `query_dim`, `key_heads` keys and values."""
+    """Heads, head dims and dtype of a layer. Keys have `query_dim`, values have `value_dim`."""
 
     heads: int
     key_heads: int
@@ -37,12 +37,12 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Shape:
-        """That of `[..., H, T, D]` tensors."""
+        """Shape of a layer with tensors `[..., H, T, D]`."""
         return cls(query.shape[-3], key.shape[-3], query.shape[-1], value.shape[-1], query.dtype)
 
 
 class Sent(NamedTuple):
-    """Bytes that a rank sends to others for a layer."""
+    """Bytes that a rank sends to other ranks for a layer."""
 
     forward: int
     backward: int
@@ -50,17 +50,17 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class Strategy:
-    """One rank's part in executing a mask.
+    """Part of one rank in computing a mask.
 
     Args:
-        comm_type: what it is called.
+        comm_type: name of the strategy.
         rank: this rank of the group.
-        inner: ranks of a subgroup, which exchange heads.
-        tokens: how many tokens this rank holds, all rows counted.
-        plan: of the subgroup's tokens, with the other subgroups; None if no document travels.
-        own: of the documents that lie on this rank alone, where heads are exchanged and there are any.
-        exchanged: for each rank of the subgroup, which of its tokens travel, and
-        places: which rows of the plan's they are.
+        inner: number of ranks of a subgroup, which exchange heads.
+        tokens: number of tokens that this rank holds, all rows counted.
+        plan: plan for the tokens of the subgroup, with the other subgroups. None if no document travels.
+        own: plan for the documents that lie on this rank alone, if heads are exchanged and there are such documents.
+        exchanged: tokens that travel from each rank of the subgroup, as rows of that rank.
+        places: the same tokens as rows of the plan.
     """
 
     comm_type: str
@@ -73,19 +73,19 @@ class Strategy:
     places: tuple[Rows, ...] = ()
 
     def outer(self, exchange: Exchange) -> Exchange:
-        """The messages between this rank and those that have its place in other subgroups."""
+        """Messages between this rank and the ranks that have its place in other subgroups."""
         if self.inner == 1:
             return exchange
-        assert self.plan is not None  # or there would be no messages
+        assert self.plan is not None  # without a plan there are no messages
         return Subset(exchange, range(self.rank % self.inner, self.plan.size * self.inner, self.inner))
 
     def shared_heads(
         self, exchange: Exchange | None, heads: int, key_heads: int, device: torch.device
     ) -> SharedHeads | None:
-        """The exchange of heads in this rank's subgroup; None where there is none."""
+        """Exchange of heads in the subgroup of this rank, or None for subgroups of one rank."""
         if self.inner == 1:
             return None
-        assert self.plan is not None  # or no heads would be exchanged
+        assert self.plan is not None  # without a plan no heads are exchanged
         first, mine = self.rank - self.rank % self.inner, self.rank % self.inner
         return SharedHeads(
             TokenExchange(
@@ -103,17 +103,17 @@ class Strategy:
         )
 
     def refusal(self, heads: int) -> str | None:
-        """Why a layer of so many query heads cannot be computed in this way, or None if it can."""
+        """Reason why this strategy cannot compute a layer of `heads` query heads, or None if it can."""
         if heads >= self.inner:
             return None
         return (
-            f"comm_type={self.comm_type!r} deals heads to {self.inner} ranks, and this layer has {heads} query heads. "
+            f"comm_type={self.comm_type!r} deals heads to {self.inner} ranks, but this layer has {heads} query heads. "
             f"Use comm_type='a2a+p2p' with an a2a_size of at most {heads} that divides the group's size, or 'p2p' or "
             "'all_gather'"
         )
 
     def sent(self, shape: Shape) -> Sent:
-        """What this rank sends for a layer of this shape, forward and backward, recomputation not counted."""
+        """Bytes that this rank sends for a layer of this shape. Recomputation is not counted."""
         if self.plan is None:
             return Sent(0, 0)
         shared = self.shared_heads(None, shape.heads, shape.key_heads, torch.device("cpu"))
@@ -124,10 +124,10 @@ class Strategy:
 
 
 def bytes_of_keys(shape: Shape, key_heads: int, keys: int, gradients: int) -> Sent:
-    """What so many tokens' keys and values, and partial sums of their gradients, take.
+    """Bytes of keys/values and of the partial sums of their gradients.
 
     Args:
-        key_heads: of a rank.
+        key_heads: key heads of a rank.
         keys: tokens that travel in each of the two passes.
         gradients: tokens whose gradients travel.
     """
@@ -137,7 +137,7 @@ def bytes_of_keys(shape: Shape, key_heads: int, keys: int, gradients: int) -> Se
 
 
 def bytes_of_heads(shape: Shape, shared: SharedHeads) -> Sent:
-    """What a rank sends to exchange heads: queries, keys and values there, outputs back, and all gradients."""
+    """Bytes that a rank sends to exchange heads: queries, keys, values, outputs and their gradients."""
     size, width = shape.dtype.itemsize, shape.query_dim + shape.value_dim
     forward = size * (shared.leaving(shape.query_dim, width) + shared.returning(shape.value_dim))
     backward = size * (shared.leaving(shape.value_dim) + shared.returning(shape.query_dim))
@@ -146,10 +146,11 @@ def bytes_of_heads(shape: Shape, shared: SharedHeads) -> Sent:
 
 
 def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank: int) -> Strategy:
-    """The part of `rank` in executing `mask` in one of the four ways.
+    """Make the part of `rank` in computing `mask` by the strategy `comm_type`.
 
     Args:
-        inner: ranks of a subgroup that exchange heads. It divides the layout's size; 1 for p2p and all_gather.
+        inner: number of ranks of a subgroup, which exchange heads. It divides the size of the layout. It is 1 for p2p
+            and all_gather.
     """
     tokens = len(mask.rows) * layout.local_length(rank)
     if comm_type == "all_gather":
@@ -175,7 +176,7 @@ def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank:
 
 
 def _split(layout: Layout, mask: Mask) -> tuple[Mask, Mask]:
-    """The documents, or chunks of them, that lie on one rank each, and the others: as two masks."""
+    """Split a mask in two: documents (or chunks of them) that lie on one rank each, and all others."""
     rows = mask.apart()
     alone = [[_ranks(layout, document) == 1 for document in row] for row in rows]
     pattern = mask.pattern._replace(chunk_size=None)
@@ -188,12 +189,12 @@ def _split(layout: Layout, mask: Mask) -> tuple[Mask, Mask]:
 
 
 def _ranks(layout: Layout, document: Document) -> int:
-    """How many ranks hold tokens of a document."""
+    """Number of ranks that hold tokens of a document."""
     return len({owner for start, stop in document for owner in layout.owners(start, stop)})
 
 
 def _within(documents: tuple[Document, ...], length: int) -> torch.Tensor:
-    """Which positions are of one of the documents: `[length]`."""
+    """Boolean tensor `[length]`, True at the positions of the documents."""
     within = torch.zeros(length, dtype=torch.bool)
     for document in documents:
         for start, stop in document:

@@ -1,1 +1,1 @@
-"""What travels between ranks: process groups, messages, and agreement that all go on."""
+"""Communication between ranks: process groups, messages, and agreement that all ranks go on."""

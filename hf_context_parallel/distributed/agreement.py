@@ -1,4 +1,4 @@
-"""All ranks of a group go on, or all of them raise the same error."""
+"""Agreement: all ranks of a group go on, or all of them raise the same error."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from .mesh import Ranks
 
 
 class collective:
-    """`with` block that every rank of a group leaves alike: they all go on, or all raise the same error.
+    """`with` block after which all ranks of a group go on, or all raise the same error.
 
-    It takes one all-reduce of three integers a rank, which every rank enters, whatever it raises in the block.
+    It takes one all-reduce of three integers for each rank. Every rank enters it, whatever it raises in the block.
 
     Args:
-        ranks: the group.
-        what, remedy: what `fingerprint` is of, and what to do where it differs, for the message.
+        ranks: the ranks of the group.
+        what: name of the things that `fingerprint` is made of, for the error message.
+        remedy: what to do if fingerprints differ, for the error message.
 
-    Set in the block, where it has something to say:
+    Attributes that the block may set:
         fingerprint: a number that must be the same on all ranks.
-        number: a number of this rank's, for all to see.
+        number: a number of this rank, to be told to all ranks.
 
-    After the block `numbers` has each rank's `number`.
+    After the block, `numbers` holds the `number` of each rank.
 
     Raises:
         ValueError: on every rank with the same message, if a rank raised in the block or the fingerprints differ.
@@ -40,7 +41,7 @@ class collective:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if error is not None and not isinstance(error, Exception):
-            return  # an interrupt is not for the others
+            return  # an interrupt is not told to the other ranks
         if self._ranks.size == 1:
             self.numbers = [self.number]
             return
@@ -51,7 +52,7 @@ class collective:
 
 
 def gather_numbers(ranks: Ranks, *mine: int) -> list[list[int]]:
-    """For each number of this rank, those of all ranks. Every rank must call this, with as many."""
+    """Gather each number from all ranks. Every rank must call this with the same count of numbers."""
     if ranks.size == 1:
         return [[int(number)] for number in mine]
     notes = torch.zeros(ranks.size, len(mine), dtype=torch.int64)
@@ -65,11 +66,11 @@ def raise_together(ranks: Ranks, failed: Sequence[int], error: Exception | None)
     """Raise the error of the first rank that failed, on every rank. Every rank must call this.
 
     Args:
-        failed: for each rank, whether it did: the same on all.
-        error: that of this rank, if any.
+        failed: a flag for each rank that is not 0 if the rank failed. It is the same list on all ranks.
+        error: the error of this rank, if there is one.
 
     Raises:
-        ValueError: with its message.
+        ValueError: with the message of that error.
     """
     if not any(failed):
         return
@@ -83,19 +84,19 @@ def check_consensus(fingerprints: Sequence[int], what: str, remedy: str) -> None
     """Raise unless all ranks have the same fingerprint.
 
     Raises:
-        ValueError: naming a rank that differs.
+        ValueError: if a fingerprint differs from that of rank 0; the message names the rank.
     """
     if (odd := odd_rank(fingerprints)) is not None:
         raise ValueError(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
 
 
 def odd_rank(values: Sequence[int]) -> int | None:
-    """The first rank whose value is not rank 0's; None if all ranks have the same."""
+    """First rank whose value differs from that of rank 0, or None if all are the same."""
     return next((rank for rank, value in enumerate(values) if value != values[0]), None)
 
 
 def fingerprint(content: Mapping[str, object]) -> int:
-    """63 bits that tell contents apart. Tensors count by dtype, shape and values, other values by their repr."""
+    """Hash contents to 63 bits. Tensors count by dtype, shape and values, other values by their repr."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(content):
         value = content[name]

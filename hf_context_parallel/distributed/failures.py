@@ -1,4 +1,4 @@
-"""Why a rank failed, told to the ranks that wait for it."""
+"""Failure reports: a failing rank tells the ranks that wait for it why it failed."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch.distributed as dist
 class FailureReport:
     """Error message that a failing rank publishes so that its peers can raise it.
 
-    All ranks open the same blocks, so a block's number says which message is of it. A message is left in the store
-    through which the processes met, which outlives their connections.
+    All ranks open the same blocks (of `cp.shard`), so the number of a block identifies its message. The message is
+    written to the store of the default process group, which outlives the connections between processes.
     """
 
     _opened: ClassVar[WeakKeyDictionary[object, int]] = WeakKeyDictionary()
-    """How many blocks were opened since the processes of a world met."""
+    """Number of blocks that were opened in each default process group."""
 
     def __init__(self) -> None:
         world = dist.group.WORLD if dist.is_initialized() else type(self)
         self.block = self._opened[world] = self._opened.get(world, 0) + 1
 
     def publish(self, error: BaseException) -> None:
-        """Tell the other ranks why this one raised in this block; or raise what another told, if that is why.
+        """Tell the other ranks why this one raised in this block.
 
         Raises:
-            RuntimeError: with the other's message, if `error` is that waiting for it has failed.
+            RuntimeError: with the message of another rank, if `error` only says that waiting for a rank failed.
         """
         if dist.is_initialized() and not _is_of_waiting(error):
             store = dist.distributed_c10d._get_default_store()
@@ -34,10 +34,10 @@ class FailureReport:
         self.explain(error, self.block)
 
     def explain(self, error: BaseException, block: int) -> None:
-        """Raise what another rank left in a block, if `error` is that waiting for it has failed.
+        """Raise the message that another rank published in a block, if `error` only says that waiting failed.
 
         Raises:
-            RuntimeError: with the other's message.
+            RuntimeError: with the message of the other rank.
         """
         if not dist.is_initialized() or not _is_of_waiting(error):
             return
@@ -52,5 +52,5 @@ class FailureReport:
 
 
 def _is_of_waiting(error: BaseException) -> bool:
-    """Whether an error is of a message or collective that failed: gloo's are RuntimeErrors that name its files."""
+    """Return True for the error of a failed message or collective. Gloo raises RuntimeErrors that name its files."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))

@@ -1,4 +1,4 @@
-"""A shard's outputs back in the order of the sequence, on every rank."""
+"""Gather of the outputs of shards on every rank, in the order of the sequence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .messages import accumulation_dtype
 
 
 def gather_sequence(x: torch.Tensor, layout: Layout, length: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """`[B, S_local, ...]` of each rank as `[B, length, ...]`, without the layout's padding.
+    """Gather `[B, S_local, ...]` of each rank to `[B, length, ...]`, without the padding of the layout.
 
     Args:
-        layout: one that deals all ranks equally many tokens.
-        length: how many of its positions are wanted, from the first.
+        layout: a layout in which all ranks hold equally many tokens.
+        length: number of positions to return, from the first on.
     """
     gathered: torch.Tensor = _Gather.apply(x, layout, length, group)
     return gathered
@@ -41,7 +41,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         layout = ctx.layout
         whole = pad(grad, (0, 0) * (grad.dim() - 2) + (0, layout.length - grad.shape[1]))
-        # A sum over ranks, so in the dtype that such sums are kept in.
+        # Gradients are summed over ranks, so they travel in the accumulation dtype.
         whole = whole.to(accumulation_dtype(grad.dtype))
         parts = [whole.index_select(1, layout.positions(rank).to(grad.device)) for rank in range(layout.size)]
         local = parts[0]

@@ -1,4 +1,4 @@
-"""Which ranks share a sequence: by their order, or by a mesh."""
+"""Assignment of ranks to CP groups, by their order in the world or by a mesh."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.distributed.device_mesh import DeviceMesh
 
 CONTEXT_DIMENSION = "cp"
 DATA_DIMENSIONS = ("fsdp", "dp_shard", "dp")
-"""The mesh dimensions that CP may divide, by the names that Transformers, accelerate and torchtitan give them."""
+"""Mesh dimensions that CP may divide, by their names in Transformers, accelerate and torchtitan."""
 TENSOR_DIMENSION = "tp"
 REPLICATED_INPUT_DIMENSIONS = (TENSOR_DIMENSION, "pp")
-"""The mesh dimensions whose ranks see the same samples."""
+"""Mesh dimensions whose ranks read the same samples."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Processes that work together, this one among them.
+    """Ranks of a process group, of which this process is one.
 
     Args:
-        group: their process group; None where there is none to make, since no process group was initialised, or for a
-            dimension that has one rank.
-        rank, size: this one's rank among them, and how many they are.
-        device: where tensors of their collectives live.
+        group: the process group. None if `torch.distributed` is not initialised, or for a dimension of one rank.
+        rank: the rank of this process in the group.
+        size: the number of ranks of the group.
+        device: the device that tensors of collectives must be on.
     """
 
     group: dist.ProcessGroup | None
@@ -35,7 +35,7 @@ class Ranks:
 
 
 def world() -> Ranks:
-    """All processes."""
+    """Ranks of the world: all processes."""
     group = dist.group.WORLD
     if group is None:  # torch.distributed is not initialised
         return Ranks(None, 0, 1, torch.device("cpu"))
@@ -47,7 +47,7 @@ def ranks_of(group: dist.ProcessGroup) -> Ranks:
 
 
 def mesh_of(model: torch.nn.Module) -> DeviceMesh | None:
-    """The mesh by which Transformers sharded a model as it loaded it, for `ContextParallel(config, mesh)`.
+    """Mesh by which Transformers sharded a model while loading it, for `ContextParallel(config, mesh)`.
 
     Returns:
         A mesh with the dimensions `fsdp` and `tp` among others; None if the model was not loaded with a
@@ -65,7 +65,19 @@ def mesh_of(model: torch.nn.Module) -> DeviceMesh | None:
 
 
 def cp_blocks(size: int, mesh: DeviceMesh | None, divided: bool = False) -> list[tuple[list[int], int]]:
-    """Every CP group of the world: its ranks, and which share of the samples it gets."""
+    """List all CP groups of the world.
+
+    Args:
+        size: ranks of a group.
+        mesh: the mesh of the whole world, or None for groups of consecutive ranks.
+        divided: True to divide the `cp` dimension of the mesh too.
+
+    Returns:
+        The ranks of each group, and the number of the share of the samples that it reads.
+
+    Raises:
+        ValueError: if the mesh has no dimension for CP, is not of all ranks, or does not fit `size`.
+    """
     names: tuple[str, ...]
     if mesh is None:
         names, ranks = ("dp",), torch.arange(dist.get_world_size())
@@ -74,16 +86,16 @@ def cp_blocks(size: int, mesh: DeviceMesh | None, divided: bool = False) -> list
     along = next((name for name in (CONTEXT_DIMENSION, *DATA_DIMENSIONS) if name in names), None)
     if along is None:
         raise ValueError(
-            f"the mesh has dimensions {names}: CP needs one called {CONTEXT_DIMENSION!r}, or a data dimension to "
-            f"divide, called {' or '.join(map(repr, DATA_DIMENSIONS))}."
+            f"the mesh has dimensions {names}, and none that CP can use. Make a mesh with a dimension called "
+            f"{CONTEXT_DIMENSION!r}, or a data dimension called {' or '.join(map(repr, DATA_DIMENSIONS))}."
         )
     if ranks.numel() != dist.get_world_size():
         raise ValueError(
-            f"the mesh has {ranks.numel()} ranks and the world {dist.get_world_size()}: every process makes the same "
-            "groups, so give CP the whole mesh and not a slice of it."
+            f"the mesh has {ranks.numel()} ranks, but the world has {dist.get_world_size()}. Give CP the whole mesh "
+            "and not a slice of it, since every process makes the same groups."
         )
-    # Replicas of the model outermost and CP ranks innermost: the rows are CP groups, and a group's number is its row
-    # within the dimensions whose ranks see different samples.
+    # Dimensions that read the same samples come first and CP ranks last. So the rows are CP groups. The number of a
+    # group is its row within the dimensions whose ranks read different samples.
     shared = [names.index(name) for name in names if name in REPLICATED_INPUT_DIMENSIONS]
     other = [index for index, name in enumerate(names) if index not in shared and name != along]
     extent = ranks.shape[names.index(along)]
@@ -94,20 +106,20 @@ def cp_blocks(size: int, mesh: DeviceMesh | None, divided: bool = False) -> list
     if not fits:
         if whole:
             raise ValueError(
-                f"size={size} is not the mesh dimension {along!r}, which is {extent}. Set size={extent}, or make the "
+                f"size={size} is not the mesh dimension {along!r}, which is {extent}. Set size={extent}, or make a "
                 f"mesh with {size} ranks along it."
             )
         what = "the world size" if mesh is None else f"the mesh dimension {along!r}"
         raise ValueError(
             f"size={size} does not divide {what}, which is {extent}. Start a multiple of {size * copies} processes, "
-            f"or choose a size that is right for {extent}."
+            f"or choose a size that divides {extent}."
         )
     rows = ranks.permute(*shared, *other, names.index(along)).reshape(-1, size)
     return [(row, number % (len(rows) // copies)) for number, row in enumerate(rows.tolist())]
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where tensors of the group's collectives must be."""
+    """Device that tensors of the group's collectives must be on."""
     if has_nccl(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Point-to-point messages inside a CP group, posted now and waited for later."""
+"""Point-to-point messages within a CP group. They are posted at once and waited for later."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import torch.distributed as dist
 from torch.utils import dlpack
 
 Message = tuple[int, torch.Tensor]
-"""A rank of the group, and the contiguous tensor that goes to it or comes from it."""
+"""Rank of the group, and the contiguous tensor to send to it or to receive from it."""
 
 
 class Work(Protocol):
-    """Something under way that can be waited for: `dist.Work`, or what comes after it."""
+    """Operation in progress that can be waited for: `dist.Work`, or a copy that follows it."""
 
     def wait(self) -> object: ...
 
 
 class Pending:
-    """Messages under way. The buffers live until they have been waited for.
+    """Messages in progress. Their buffers are kept alive until the messages have been waited for.
 
-    On CUDA they travel on a stream of the group's communicator, which waits for what the current stream had queued
-    when they were posted. The stream that is current when they are waited for comes after them, so buffers that it
-    allocated may be freed then, and used again at once. A `GradientStream` keeps those of another stream.
+    On CUDA messages travel on a stream of the group's communicator. That stream first waits for the work that the
+    current stream had queued when the messages were posted. In `wait`, the current stream waits for the messages. So
+    buffers that it allocated may be freed then, and reused at once. Buffers of another stream are kept alive by
+    `GradientStream.keep`.
     """
 
     def __init__(self, works: Sequence[Work] = (), buffers: Sequence[torch.Tensor] = ()):
@@ -32,25 +33,26 @@ class Pending:
         self._buffers = buffers
 
     def wait(self) -> None:
-        """Return once what was received can be read and what was sent can be overwritten (on CUDA: by the current
-        stream)."""
+        """Wait until received tensors can be read and sent tensors overwritten (on CUDA: by the current stream)."""
         for work in self._works:
             work.wait()
         self._works = self._buffers = ()
 
 
 class Exchange(Protocol):
-    """What a strategy needs of a process group. Messages between two ranks arrive in the order they were posted. A
-    rank sends nothing to itself."""
+    """Interface for the messages of a group.
+
+    Messages between two ranks arrive in the order in which they were posted. A rank sends nothing to itself.
+    """
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending: ...
 
 
 class GroupExchange:
-    """The messages of a `torch.distributed` process group (None: a group of one rank, which has nobody to talk to).
+    """Messages of a `torch.distributed` process group. None is a group of one rank, which sends nothing.
 
-    Over gloo, tensors of a CUDA device are staged through the host, which then waits for the device at each message.
-    That is for trying several ranks on one device, where NCCL refuses them.
+    Over gloo, tensors of a CUDA device are staged through the host, and the host waits for the device at each message.
+    This is meant for tests with several ranks on one device, which NCCL refuses.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
@@ -67,36 +69,38 @@ class GroupExchange:
             for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
             for peer, tensor in messages
         ]
-        if not operations:  # which batch_isend_irecv does not take
+        if not operations:  # batch_isend_irecv takes no empty list
             return Pending()
         works: list[Work] = [*dist.batch_isend_irecv(operations), *landings]
         return Pending(works, [tensor for _, tensor in (*sends, *receives)])
 
     def _through_host(self, sends: Sequence[Message], receives: Sequence[Message]) -> bool:
-        """Whether the messages are on a CUDA device and the group's backend reads host memory alone, as gloo's
-        point-to-point messages do: it would take a device's addresses for the host's."""
+        """Return True if messages are on a CUDA device, and the backend can only read host memory.
+
+        Point-to-point messages of gloo would take addresses of the device for addresses of the host.
+        """
         on_device = any(tensor.is_cuda for _, tensor in (*sends, *receives))
         return on_device and "cuda:gloo" in str(dist.get_backend_config(self._group))
 
 
 class _Landing:
-    """Host memory for a message that is on its way to a CUDA tensor."""
+    """Host memory for a message whose destination is a CUDA tensor."""
 
     def __init__(self, tensor: torch.Tensor):
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._tensor = tensor
 
     def wait(self) -> None:
-        """Copy what has arrived; the current stream comes after the copy."""
+        """Queue the copy of the message to its tensor on the current stream."""
         self._tensor.copy_(self.host, non_blocking=True)
 
 
 def _unrecorded(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor for which `record_stream` does nothing, on CUDA.
+    """View of a CUDA tensor's memory for which `record_stream` does nothing.
 
-    NCCL's process group calls that for each point-to-point message, and then memory that is freed can be used again
-    only when the host has seen that the network's stream is done. `Pending` makes that needless. Allocators other than
-    PyTorch's own fail on memory that is not theirs, and are told as usual.
+    NCCL's process group calls `record_stream` for each point-to-point message. Freed memory is then reused only after
+    the host has seen that the stream of the network is done. `Pending` makes this unnecessary. Allocators other than
+    PyTorch's native one fail on memory that they did not allocate, so with them the tensor itself is returned.
     """
     if not tensor.is_cuda or torch.cuda.get_allocator_backend() != "native":
         return tensor
@@ -104,7 +108,7 @@ def _unrecorded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Subset:
-    """Some ranks of a group as a group of their own, whose rank i is `ranks[i]`. Its messages are the group's."""
+    """Messages of a subgroup, whose rank i is rank `ranks[i]` of the group. They are sent by the group's exchange."""
 
     def __init__(self, exchange: Exchange, ranks: Sequence[int]):
         self._exchange = exchange
@@ -116,5 +120,5 @@ class Subset:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over ranks are kept."""
+    """Accumulation dtype: the dtype of sums over ranks, for tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Process groups: of context parallelism, of the ranks that see the same samples, of those with the same place."""
+"""Process groups: of CP, of ranks that read the same samples, and of ranks with the same place in CP groups."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from .mesh import TENSOR_DIMENSION, Ranks, cp_blocks, device_of, has_nccl, ranks
 
 @dataclass(frozen=True)
 class Groups(Ranks):
-    """This rank's place: the ranks of its CP group, and those around it.
+    """CP group of this rank, and the process groups around it.
 
     Args:
-        data_rank, data_size: which share of the samples it gets, of how many.
-        first_ranks: for each share of the samples, the first rank of the world that gets it.
+        data_rank: number of the share of the samples that this rank reads.
+        data_size: number of shares of the samples.
+        first_ranks: for each share of the samples, the first rank of the world that reads it.
         tensor: the ranks of its tensor-parallel group, which hold other heads of the same tokens.
-        same_batch: all ranks that see the same samples: those of its CP group, and of the CP groups beside it that
-            hold other heads or layers.
-        node: the most ranks of a CP group that share a machine, of the group where that is fewest.
-        cores: of the machine that has fewest.
+        same_batch: all ranks that read the same samples. These are the ranks of its CP group, and of other CP groups
+            that hold other heads or layers.
+        node: number of ranks of a CP group that share a machine, in the CP group where it is smallest.
+        cores: number of CPU cores of the machine that has the fewest.
     """
 
     data_rank: int
@@ -45,10 +46,10 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     `size` consecutive ranks along its data dimension (`fsdp`, `dp_shard` or `dp`; beyond it, along the replicas).
 
     Args:
-        divided: make them of `size` consecutive ranks of the `cp` dimension too.
+        divided: True to make groups of `size` consecutive ranks of the `cp` dimension too.
 
     Raises:
-        ValueError: if there is no process group, the sizes do not divide, or the mesh is of some of the world's ranks.
+        ValueError: if `torch.distributed` is not initialised, the sizes do not divide, or the mesh is a slice.
     """
     if not dist.is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -67,10 +68,10 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
     device = device_of(group)
-    # All ranks choose by the same numbers: of the world, since schedules are the world's.
+    # All ranks of the world must choose by the same numbers, since schedules are made for the whole world.
     least = torch.tensor([_on_a_node(ranks), os.cpu_count() or 1], device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)  # with NCCL p2p must not be a group's first use
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)  # with NCCL, a group must not begin with p2p
     node, cores = least.tolist()
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]
@@ -96,8 +97,10 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
 
 
 def _transfers_first(timeout: timedelta) -> Any:
-    """Options of a group whose messages get a device's free multiprocessors before kernels do. Without them a message
-    that is posted while a kernel fills the device may wait for the kernel that it should travel beside."""
+    """Options of an NCCL group whose messages get free multiprocessors of a device before kernels do.
+
+    Without them, a message that is posted while a kernel fills the device may wait for the end of that kernel.
+    """
     if not has_nccl():
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -106,28 +109,30 @@ def _transfers_first(timeout: timedelta) -> Any:
 
 
 def _on_a_node(ranks: list[int]) -> int:
-    """The most of these ranks that share a machine, as launchers number them."""
+    """Largest number of these ranks on one machine, given the rank numbering of launchers."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     return max(Counter(rank // local for rank in ranks).values())
 
 
 def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGroup:
-    """The ranks with this one's place in CP groups of `size`, one of each share of the samples, in their order.
+    """Make the process group of the ranks that have this rank's place in CP groups of `size`.
+
+    It has one rank for each share of the samples, in the order of the shares.
 
     Every process of the world must call this with the same arguments.
     """
     blocks = cp_blocks(size, mesh)
     shares = max(number for _, number in blocks) + 1
     columns: list[tuple[int, ...]] = []
-    for first in range(0, len(blocks), shares):  # each copy of the samples
+    for first in range(0, len(blocks), shares):  # blocks of ranks that read all samples once
         columns += zip(*(ranks for ranks, _ in blocks[first : first + shares]))
     group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(list(map(list, columns)), _timeout())[0]
     return group
 
 
 def _timeout() -> timedelta:
-    """The world's: a new group would have the default one."""
+    """Timeout of the world, since a new group would have the default timeout."""
     group = dist.group.WORLD
-    assert group is not None  # or no groups would be made
+    assert group is not None  # groups are made after the world
     timeout: timedelta = group._get_backend(device_of(group)).options._timeout
     return timeout

@@ -1,4 +1,4 @@
-"""Some rows of a tensor: by ranges where they are few, as chunks of a sequence are, and else by an index."""
+"""Selected rows of a tensor, copied by ranges if there are few ranges, and by an index otherwise."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 
 FEW = 8
-"""Ranges up to which copying each of them costs less than an index, which touches every row by itself."""
+"""Number of ranges from which an index is used. With fewer, copying each range takes less time."""
 
 
 class Rows:
-    """Rows by their numbers, in any order, none of them twice.
+    """Rows by their numbers, in any order, without duplicates.
 
     Args:
-        numbers: `[n]`, on the CPU.
+        numbers: the numbers `[n]`, on the CPU.
     """
 
     def __init__(self, numbers: torch.Tensor):
@@ -22,7 +22,7 @@ class Rows:
         self._on: dict[torch.device, torch.Tensor] = {}
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1 if len(numbers) else numbers
         self._ranges: list[tuple[int, int]] | None = None
-        """The first and how many, of each range; None where they are many."""
+        """First row and number of rows of each range, or None if there are `FEW` ranges or more."""
         if len(breaks) < FEW:
             edges = [0, *breaks.tolist(), len(numbers)]
             self._ranges = [
@@ -33,14 +33,14 @@ class Rows:
         return len(self._numbers)
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """These rows of `x`, one after another: a view where they are one range."""
+        """Take these rows of `x`, one after another. One range is returned as a view."""
         if self._ranges is None:
             return x.index_select(0, self._index(x.device))
         parts = [x[first : first + count] for first, count in self._ranges]
         return parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
 
     def _index(self, device: torch.device) -> torch.Tensor:
-        """Made once a device: a layer finds it there."""
+        """Index on a device. It is made once for each device."""
         if device not in self._on:
             self._on[device] = self._numbers.to(device, non_blocking=True)
         return self._on[device]
@@ -49,7 +49,7 @@ class Rows:
     def move(
         source: torch.Tensor, taken: Rows | None, target: torch.Tensor, put: Rows | None, add: bool = False
     ) -> None:
-        """Copy the rows `taken` of `source` to the rows `put` of `target`, or add them. None: all rows."""
+        """Copy the rows `taken` of `source` to the rows `put` of `target`, or add them. None means all rows."""
         here_ranges = _all(source) if taken is None else taken._ranges
         there_ranges = _all(target) if put is None else put._ranges
         if here_ranges is None or there_ranges is None:
@@ -71,7 +71,11 @@ def _all(x: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _common(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Two lists of ranges of as many rows, cut alike: where each range begins on either side, and its rows."""
+    """Cut two lists of ranges with equally many rows at the same places.
+
+    Yields:
+        The first row of each cut range on the left and on the right, and its number of rows.
+    """
     here, there = ([list(pair) for pair in reversed(side)] for side in (left, right))
     while here and there:
         count = min(here[-1][1], there[-1][1])

@@ -1,4 +1,4 @@
-"""A stream of its own for sums that travel, beside the kernels that make the next ones."""
+"""Gradient stream: a second CUDA stream for sums of gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 
 
 class GradientStream:
-    """A stream on which sums of gradients travel and are added to, beside the kernels that make the next ones.
+    """Stream on which sums of gradients are sent and added, while kernels compute the next gradients.
 
-    On CUDA it is a stream of its own. What is posted, waited for or computed inside of `with stream` is queued on it,
-    and what is allocated there belongs to it. Elsewhere all is done when its call returns, and this does nothing.
+    On CUDA it is a second stream. Messages and kernels inside of `with stream` are queued on it, and tensors that are
+    allocated there belong to it. On other devices each call is complete when it returns, and this class does nothing.
 
-    What the kernels' stream made and this one uses must not be freed before this one is done with it, or the kernels'
-    stream would overwrite it. So it is kept here, and the kernels' stream waits before it is let go: for what was
-    queued here a step ago, so that it stalls nobody. `Tensor.record_stream` would keep it until the host sees that
-    this stream is done, and a host runs many steps ahead of its device.
+    Tensors made on the stream of the kernels are also used here. If one were freed before this stream has used it, the
+    stream of the kernels could overwrite it. So `keep` holds the tensor, and the stream of the kernels waits before
+    the tensor is freed. It waits for work that was queued a step ago, so it does not stall. `Tensor.record_stream`
+    would hold the tensor until the host has seen that this stream is done, and the host runs many steps ahead of the
+    device.
     """
 
     def __init__(self, device: torch.device):
@@ -33,20 +34,22 @@ class GradientStream:
             self._context.__exit__(*raised)
 
     def follow(self) -> None:
-        """Queue what follows on this stream after what the current stream has queued till now."""
+        """Make later work on this stream wait for all work that the current stream has queued so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def keep(self, tensor: torch.Tensor | None) -> None:
-        """Keep `tensor`, which the current stream made, until this stream has done what is queued on it now. What was
-        kept before is let go."""
+        """Hold `tensor`, which the current stream made, until this stream has finished its queued work.
+
+        The tensor that was held before is freed.
+        """
         if self._stream is not None:
             done = self._stream.record_event()
             self._let_go()
             self._kept = tensor, done
 
     def join(self) -> None:
-        """Let the current stream wait for all that is queued on this one."""
+        """Make the current stream wait for all work that is queued on this one."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
             self._let_go()
@@ -59,6 +62,9 @@ class GradientStream:
 
 @cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The one CUDA stream of a device for this: memory that is freed on a stream is for that stream alone. Its
-    priority is high since what it computes is small and others wait for it."""
+    """Gradient stream of a device.
+
+    There is one for each device, since memory that is freed on a stream can be reused only by that stream. Its
+    priority is high, since its kernels are short and other ranks wait for them.
+    """
     return torch.cuda.Stream(device, priority=-1)

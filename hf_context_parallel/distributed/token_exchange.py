@@ -1,4 +1,4 @@
-"""An all-to-all of some heads of all tokens for all heads of some tokens, and the heads that each rank is dealt."""
+"""All-to-all between all heads of a rank's tokens and all tokens of a rank's heads, and the dealing of heads."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from .messages import Exchange, Pending
 from .rows import Rows
 
 Dealt = Sequence[range]
-"""For each rank the heads that it gets."""
+"""Heads of each rank."""
 
 
 def deal_heads(heads: int, size: int, turn: int = 0) -> list[range]:
-    """For each rank its heads: equally many, or one more. With fewer heads than ranks some have none.
+    """Deal heads to ranks. Numbers of heads differ by one at most. With fewer heads than ranks, some ranks have none.
 
     Args:
-        turn: how far the shares are moved on. Modules take turns, so that no rank always has more.
+        turn: number of ranks by which the shares are rotated. It differs between modules, so that no rank always has
+            the larger share.
     """
     edges = [slot * heads // size for slot in range(size + 1)]
     return [range(edges[slot], edges[slot + 1]) for slot in ((rank - turn) % size for rank in range(size))]
 
 
 def grouped_heads(shares: Sequence[range], ratio: int) -> list[range]:
-    """For each rank, which heads of tensors that have one for every `ratio` of the dealt ones its own share."""
+    """Key heads of each rank, given its share of the query heads and the `ratio` of query heads to key heads."""
     return [range(s.start // ratio, (s.stop - 1) // ratio + 1) if s else range(0) for s in shares]
 
 
 @lru_cache(maxsize=1024)
 def reads_of(share: range, ratio: int, device: torch.device) -> torch.Tensor | None:
-    """Which of a rank's `grouped_heads` each of its own reads; None where equally many read each, as kernels want.
+    """Index among a rank's `grouped_heads` of the one that each of its query heads reads.
 
-    Made once: a layer finds it on the device. Autograd may save it, wherever it was made.
+    It is None if each of them is read by equally many query heads, since kernels need no index then. The index is
+    cached on the device. It is no inference tensor, so autograd may save it.
     """
     reads = [head // ratio - share.start // ratio for head in share]
     equally = len(reads) // (reads[-1] + 1) if reads else 1
@@ -47,16 +49,16 @@ def reads_of(share: range, ratio: int, device: torch.device) -> torch.Tensor | N
 
 @dataclass(frozen=True)
 class TokenExchange:
-    """Which tokens the ranks of a group exchange.
+    """Exchange of tokens and heads among the ranks of a group.
 
     Args:
-        exchange: the group's messages; None where they are only counted.
-        rank: this rank in it.
-        rows: how many rows this rank's tensors have.
-        tokens: which of them travel; None for all.
-        counts: for each rank, how many tokens travel from there.
-        places: for each rank, the rows that its tokens have among all tokens.
-        whole: how many rows all tokens have. Those that are nobody's place are 0.
+        exchange: the messages of the group. None if messages are only counted.
+        rank: this rank of the group.
+        rows: number of rows of this rank's tensors.
+        tokens: the rows that travel. None for all.
+        counts: number of tokens that travel from each rank.
+        places: rows of each rank's tokens among all tokens.
+        whole: number of rows of all tokens. Rows that belong to no rank are 0.
     """
 
     exchange: Exchange | None
@@ -68,10 +70,10 @@ class TokenExchange:
     whole: int
 
     def to_heads(self, tensors: Sequence[torch.Tensor], dealt: Sequence[Dealt]) -> list[torch.Tensor]:
-        """Each `[rows, H, D]` as `[whole, h, D]`: all tokens of the heads that this rank is dealt.
+        """Turn each `[rows, H, D]` into `[whole, h, D]`: all tokens of the heads of this rank.
 
         Args:
-            dealt: for each tensor and each rank, the heads that go there.
+            dealt: the heads that each rank gets, for each tensor.
         """
         sent = {rank: _empty(tensors, self.counts[self.rank], [d[rank] for d in dealt]) for rank in self._others}
         for rank, message in sent.items():
@@ -93,9 +95,13 @@ class TokenExchange:
     def to_tokens(
         self, tensors: Sequence[torch.Tensor], dealt: Sequence[Dealt], totals: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Each `[whole, h, D]` as `[rows, H, D]`, H of `totals`: the transpose of `to_heads`.
+        """Turn each `[whole, h, D]` into `[rows, H, D]`: the transpose of `to_heads`.
 
-        What the ranks have of a head that went to several is added up, and tokens that do not travel are 0.
+        A head that went to several ranks is summed over them. Tokens that do not travel are 0.
+
+        Args:
+            dealt: the heads that each rank has, for each tensor.
+            totals: H of each tensor.
         """
         count = self.counts[self.rank]
         sent = {rank: _filled([self.places[rank].of(x) for x in tensors]) for rank in self._others}
@@ -120,30 +126,32 @@ class TokenExchange:
         return [rank for rank in range(len(self.counts)) if rank != self.rank]
 
     def _post(self, sent: dict[int, _Message], received: dict[int, _Message]) -> Pending:
-        """A message to each rank, and one from each."""
+        """Post a message to each other rank, and one from each."""
         sends, receives = (
             [(rank, part) for rank, message in side.items() for part in message.parts if part.numel()]
             for side in (sent, received)
         )
-        assert self.exchange is not None  # as where messages are only counted
+        assert self.exchange is not None  # nothing is posted where messages are only counted
         return self.exchange.post(sends, receives)
 
 
 def _heads(x: torch.Tensor, share: range) -> torch.Tensor:
-    """These heads of `[tokens, H, D]`."""
+    """View the heads `share` of `[tokens, H, D]`."""
     return x[:, share.start : share.stop]
 
 
 class _Message(NamedTuple):
-    """Some tokens and heads of tensors: `blocks`, `[tokens, heads, D]` a tensor, which are views of `parts`, one a
-    dtype."""
+    """Message with some tokens and heads of tensors.
+
+    `parts` holds one buffer for each dtype. `blocks` holds a view `[tokens, heads, D]` of them for each tensor.
+    """
 
     parts: Sequence[torch.Tensor]
     blocks: Sequence[torch.Tensor]
 
 
 def _empty(like: Sequence[torch.Tensor], tokens: int, heads: Sequence[range]) -> _Message:
-    """A message to be filled, of tensors like `[..., D]`."""
+    """Allocate a message of `tokens` tokens, with the given heads of each tensor."""
     widths = [len(share) * x.shape[-1] for x, share in zip(like, heads)]
     parts, blocks = [], {}
     for dtype in dict.fromkeys(x.dtype for x in like):
@@ -155,7 +163,7 @@ def _empty(like: Sequence[torch.Tensor], tokens: int, heads: Sequence[range]) ->
 
 
 def _filled(tensors: Sequence[torch.Tensor]) -> _Message:
-    """A message of these tensors `[tokens, heads, D]`. One alone is its own message."""
+    """Make a message of tensors `[tokens, heads, D]`. A single tensor is not copied."""
     if len(tensors) == 1:
         return _Message([tensors[0].flatten(1)], tensors)
     message = _empty(tensors, len(tensors[0]), [range(x.shape[1]) for x in tensors])

@@ -1,6 +1,6 @@
-"""Worker processes that run functions as the ranks of process groups, one after another.
+"""Worker processes that run functions as the ranks of process groups, one function after another.
 
-Importing Transformers takes seconds, so it happens once a worker, however many functions they run.
+Importing Transformers takes seconds. So each worker imports it once, however many functions it runs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class WorkerPool:
     """Processes on this machine, without a GPU, that run functions as the ranks of a gloo process group.
 
     Args:
-        workers: the most ranks that a group may have.
-        timeout: seconds that a function may take.
+        workers: largest number of ranks of a group.
+        timeout: most seconds that a function may take.
     """
 
     def __init__(self, workers: int, timeout: float):
@@ -36,10 +36,10 @@ class WorkerPool:
         self._runs = itertools.count()
 
     def __call__(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `function(*args)` returns on each of `ranks` ranks.
+        """Run `function(*args)` on each of `ranks` ranks, and return the results.
 
         Raises:
-            AssertionError: with the workers' tracebacks, if it raised on any; then new workers take over.
+            AssertionError: with the tracebacks of the workers, if it raised on any rank.
         """
         if not self._processes:
             self._start()
@@ -49,13 +49,16 @@ class WorkerPool:
             link.send((*task, rank, ranks, store, _free_port(), self._timeout))
         answers = self._answers(ranks)
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
-        # When one rank fails, others lose the connection to it; why it failed is what matters.
+        # When one rank fails, others lose the connection to it. Their errors are left out.
         failures = [text for text in failures if "gloo/transport" not in text] or failures
         assert not failures, "\n".join(failures)
         return [value for _, value in answers]
 
     def _answers(self, ranks: int) -> list[tuple[bool, object]]:
-        """The ranks' answers, or of the first to fail if not all answer: the others may wait for it for ever."""
+        """Collect the answers of the ranks, or only the failures if not all ranks answer in time.
+
+        A rank may wait forever for one that failed.
+        """
         links = {link: rank for rank, link in enumerate(self._links[:ranks])}
         answers: dict[int, tuple[bool, object]] = {}
         patience = self._timeout
@@ -74,20 +77,20 @@ class WorkerPool:
                 except EOFError:
                     answers[links[link]] = (False, "the process died")
                 if not answers[links[link]][0]:
-                    patience = 2.0  # for the others to fail alike
+                    patience = 2.0  # seconds for the other ranks to fail too
         if any(not self._processes[rank].is_alive() for rank in range(ranks)):
             self.close()
         return [answers[rank] for rank in range(ranks)]
 
     def _start(self) -> None:
-        # Groups leave their stores after their ranks have answered, so the folder lasts as long as the workers.
+        # Groups use their stores even after their ranks have answered, so the folder lasts as long as the workers.
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         for _ in range(self._workers):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there,))
             process.start()
-            there.close()  # so that a worker whose suite has died reads the end of its link, and ends
+            there.close()  # so that a worker ends when the process that started it has died
             self._links.append(here)
             self._processes.append(process)
 
@@ -108,7 +111,7 @@ def _free_port() -> int:
 
 
 def _serve(link: Connection) -> None:
-    """A worker's life: run what comes, answer with its result or its traceback."""
+    """Run the tasks of a worker, and answer each with its result or its traceback."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     import torch
     import torch.distributed as dist
@@ -128,14 +131,14 @@ def _serve(link: Connection) -> None:
             if ranks > 1:
                 options = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=timeout)}
                 dist.init_process_group("gloo", init_method=store.as_uri(), **options)
-                dist.barrier()  # or one that has nothing to send would leave while others still connect to it
+                dist.barrier()  # else a rank that sends nothing may leave while others still connect to it
             link.send((True, getattr(importlib.import_module(module), name)(*args)))
-        except BaseException:  # whatever it was, whoever asked must hear of it
+        except BaseException:  # every failure must be reported to the caller
             link.send((False, traceback.format_exc()))
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            # DTensor remembers results by meshes that look alike, and the groups of these are gone now.
+            # DTensor caches results by mesh, and the groups of these meshes are gone now.
             clear_sharding_cache = getattr(dtensor_debug, "_clear_sharding_prop_cache", lambda: None)
             clear_sharding_cache()
             for state in (AcceleratorState, GradientState, PartialState):

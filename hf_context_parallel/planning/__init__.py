@@ -1,1 +1,1 @@
-"""What is decided on the host: integers alone, no process group, no tensor on a device."""
+"""Decisions that are made on the host, in integers: no process group, no tensor on a device."""

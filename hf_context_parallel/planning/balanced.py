@@ -1,11 +1,16 @@
-"""A layout made for the documents of a batch: equally many tokens and nearly equal work for every rank.
+"""Layout for packed documents: every rank gets equally many tokens and nearly equal work.
 
-Zigzag shares the work of one document evenly. Of packed documents it may give one rank the late part of a long one and
-another rank nothing but short ones. Here the row is cut into more chunks, which are halved again and again as thieves
-split a necklace (Alon, "Splitting necklaces", 1987): close the chunks to a circle; as a window of half of them goes
-round, it ends where the other half was, so somewhere on the way it has half of the work. A window and what it leaves
-are cut in two places, so all ranks together hold 2 * size - 1 stretches at most, as in zigzag, however many chunks
-there are; and the first halves, which later cuts do not mix, lie on different nodes. One document is dealt in zigzag.
+Zigzag shares the work of one document evenly. With packed documents, zigzag may give one rank the late part of a long
+document and another rank only short documents. This layout cuts the row into more chunks than zigzag. It then halves
+them again and again, as thieves split a necklace (Alon, "Splitting necklaces", 1987):
+
+- Close the chunks to a circle, and move a window of half of them around it. After half a turn the window covers the
+  other half. So at some place on the way it covers half of the work.
+- Each halving cuts the circle in two places. So all ranks together hold at most 2 * size - 1 stretches, as in zigzag,
+  however many chunks there are.
+- The first halves lie on different nodes, and later cuts do not mix them.
+
+A single document is dealt in zigzag.
 """
 
 from __future__ import annotations
@@ -17,39 +22,39 @@ from .layout import FIXED_LAYOUTS, Layout, zigzag
 from .mask import Document
 
 LEAST = 2048
-"""Tokens of a rank from which on documents are balanced. With fewer, what the documents that are cut send, and the
-messages that it takes, cost more than even work gains (`benchmarks/plan.py`), and the row is dealt in zigzag."""
+"""Fewest tokens of a rank for which documents are balanced. Below it the row is dealt in zigzag: cut documents send
+keys/values in more messages, and these cost more than the even work gains (`benchmarks/plan.py`)."""
 FINEST = 64
-"""Tokens of a chunk at the least. Rows are filled up to whole chunks: by less than a hundredth, on average."""
+"""Fewest tokens of a chunk. Rows are padded to whole chunks, by less than a hundredth on average."""
 MOST = 64, 4096
-"""Chunks a rank, and in all, beyond which no finer ones are tried."""
+"""Most chunks of a rank, and of all ranks. Finer chunks are tried until both are exceeded."""
 EVEN = 1.005
-"""The largest rank's work over the mean at which no finer chunks are tried."""
+"""Work of the busiest rank over the mean work at which finer chunks are no longer tried."""
 SLACK = 0.005
-"""How far a half may be off, as a share of a rank's work, where that cuts less off documents."""
+"""Error that a half's work may have, as a share of a rank's mean work, so that the cuts sever fewer tokens."""
 
 
 def make_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:
-    """The layout of this name for rows of `length` tokens that hold these documents, which only one looks at."""
+    """Layout of this name for rows of `length` tokens. Only `"balanced"` uses the documents."""
     if name == "balanced":
         return balanced(length, size, documents) if length >= LEAST * size else zigzag(length, size)
     return FIXED_LAYOUTS[name](length, size)
 
 
 def padded_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:
-    """The same for rows that are padded to where all ranks hold equally many tokens."""
+    """Layout of this name for rows that are padded until all ranks hold equally many tokens."""
     owners = make_layout(name, length, size, documents).chunk_owners
     return Layout(-(-length // len(owners)) * len(owners), size, owners)
 
 
 def balanced(length: int, size: int, documents: Iterable[Document], finest: int | None = None) -> Layout:
-    """A layout whose ranks have equally many tokens, up to one a chunk, and nearly equal work under a causal mask.
+    """Deal a row so that ranks have nearly equal work under a causal mask, and equally many tokens.
 
-    Its largest rank never has more work than zigzag's.
+    Chunks differ by one token at most. The busiest rank never has more work than the busiest rank of zigzag.
 
     Args:
-        documents: of the row, or of all rows of a batch, which share the layout.
-        finest: tokens of a chunk at the least; `FINEST` unless given.
+        documents: documents of the row, or of all rows of a batch, which share the layout.
+        finest: fewest tokens of a chunk; `FINEST` unless given.
     """
     documents, finest = list(documents), FINEST if finest is None else finest
     best = zigzag(length, size)
@@ -65,11 +70,11 @@ def balanced(length: int, size: int, documents: Iterable[Document], finest: int 
 
 
 def work_of_chunks(length: int, count: int, documents: Iterable[Document]) -> list[int]:
-    """The causal query-key pairs of each of `count` chunks of the sequence."""
+    """Causal query-key pairs of each of `count` chunks of the sequence."""
     bounds = [index * length // count for index in range(count + 1)]
     work = [0] * count
     for document in documents:
-        before = 0  # tokens of the document
+        before = 0  # tokens of the document before `start`
         for start, stop in document:
             chunk = start * count // length
             while start < stop:
@@ -82,7 +87,7 @@ def work_of_chunks(length: int, count: int, documents: Iterable[Document]) -> li
 
 
 def _most(layout: Layout, documents: list[Document]) -> int:
-    """The work of the rank that has most."""
+    """Query-key pairs of the busiest rank."""
     work = [0] * layout.size
     for rank, pairs in zip(layout.chunk_owners, work_of_chunks(layout.length, len(layout.chunk_owners), documents)):
         work[rank] += pairs
@@ -90,7 +95,7 @@ def _most(layout: Layout, documents: list[Document]) -> int:
 
 
 def _dealt(length: int, size: int, chunks: int, documents: list[Document]) -> Layout:
-    """So many chunks a rank, dealt by halving."""
+    """Deal `chunks` chunks to each rank, by halving."""
     work, severed = work_of_chunks(length, chunks * size, documents), _severed(length, chunks * size, documents)
     slack = SLACK * sum(work) / size
     owners = [0] * len(work)
@@ -111,7 +116,10 @@ def _dealt(length: int, size: int, chunks: int, documents: list[Document]) -> La
 
 
 def _severed(length: int, count: int, documents: list[Document]) -> list[int]:
-    """For each of `count` chunks of the sequence, the tokens before it of the documents that it cuts."""
+    """Tokens that are cut off their documents at the beginning of each of `count` chunks of the sequence.
+
+    These are the tokens that lie before the chunk, of the documents that go on in it.
+    """
     tokens = [0] * (count + 1)
     for document in documents:
         first, last = document[0][0], document[-1][1]
@@ -121,9 +129,12 @@ def _severed(length: int, count: int, documents: list[Document]) -> list[int]:
 
 
 def _window(held: list[int], work: list[int], severed: list[int], count: int, share: float, slack: float) -> int:
-    """Where `count` neighbours of the chunks `held` begin that have about this share of their work.
+    """Find a window of `count` neighbouring chunks that has about `share` of the work of all chunks in `held`.
 
-    Of those that miss it by no more than `slack`, those that cut least off documents.
+    Among windows whose error is at most `slack`, take the one that cuts the fewest tokens off their documents.
+
+    Returns:
+        The index in `held` at which the window begins.
     """
     sums = [0, *accumulate(work[chunk] for chunk in held)]
     cuts = [0, *(severed[chunk] if chunk == last + 1 else 0 for last, chunk in zip(held, held[1:])), 0]

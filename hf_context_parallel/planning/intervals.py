@@ -8,7 +8,7 @@ Interval = tuple[int, int]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The intervals sorted, with those that touch or overlap joined and empty ones left out."""
+    """Sort the intervals, join those that touch or overlap, and leave out empty ones."""
     joined: list[Interval] = []
     for start, stop in sorted(intervals):
         if start >= stop:
@@ -21,7 +21,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def intersection(left: list[Interval], right: list[Interval]) -> list[Interval]:
-    """What is in both."""
+    """Integers that are in both sets."""
     common, i, j = [], 0, 0
     while i < len(left) and j < len(right):
         start, stop = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
@@ -35,7 +35,7 @@ def intersection(left: list[Interval], right: list[Interval]) -> list[Interval]:
 
 
 def difference(left: list[Interval], right: list[Interval]) -> list[Interval]:
-    """What is in `left` and not in `right`."""
+    """Integers that are in `left` and not in `right`."""
     if not left:
         return []
     low, high = left[0][0], left[-1][1]
@@ -45,5 +45,5 @@ def difference(left: list[Interval], right: list[Interval]) -> list[Interval]:
 
 
 def total(intervals: Iterable[Interval]) -> int:
-    """How many integers they hold."""
+    """Count the integers in disjoint intervals."""
     return sum(stop - start for start, stop in intervals)

@@ -1,4 +1,4 @@
-"""What work and messages take on a machine: the rates that choices and simulations are made with."""
+"""Rates of a machine, from which the `auto` strategy and simulations estimate times."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """The rates of one rank and of its links.
+    """Rates of one rank and of its links.
 
     Args:
-        attention: floating-point operations a second that the attention kernel does.
-        linear: the same of matrix products.
+        attention: floating-point operations a second of the attention kernel.
+        linear: floating-point operations a second of matrix products.
         memory: bytes a second that element-wise work reads and writes.
-        bandwidth: bytes a second that a rank sends to ranks of its node while it receives as many.
-        node_bandwidth: the same to ranks of other nodes.
+        bandwidth: bytes a second that a rank sends to ranks of its node, while it receives as many.
+        node_bandwidth: bytes a second that a rank sends to ranks of other nodes, while it receives as many.
         latency, node_latency: seconds until a message begins to arrive, within a node and between nodes.
-        launch: seconds that a kernel call takes whatever it computes.
-        node: ranks of a node.
-        cores: ranks of a node that compute at a time, where that may be fewer than it has; the others wait for them.
-        overlap: the share of the shorter that is hidden when messages and computing go on at once: 1 where they share
-            nothing, 0 where they share the cores.
+        launch: seconds that any kernel call takes, in addition to its work.
+        node: number of ranks of a node.
+        cores: number of ranks of a node that compute at the same time. None if all of them do.
+        overlap: share of the shorter time that is hidden when messages and computing run at the same time: 1 if they
+            share no hardware, 0 if they share the cores.
     """
 
     attention: float
@@ -38,7 +38,7 @@ class Machine:
     cores: int | None = None
 
     def transfer(self, near: float, far: float, messages: int = 1) -> float:
-        """Seconds that a rank's messages take: bytes that stay on the node, and bytes that leave it."""
+        """Seconds that a rank's messages take, with `near` bytes within the node and `far` bytes to other nodes."""
         latency = self.node_latency if far else self.latency
         return near / self.bandwidth + far / self.node_bandwidth + messages * latency * bool(near or far)
 
@@ -54,9 +54,12 @@ H100_NODE = Machine(
     launch=5e-6,
     node=8,
 )
-"""An 8-GPU H100 node, bfloat16: attention between what FlashAttention-2 and -3 achieve there (Shah et al., 2024,
-arXiv:2407.08608), dense matrix products at three fifths of the peak, three quarters of HBM3 (3.35 TB/s), four fifths
-of NVLink 4 (450 GB/s a direction) and nine tenths of one 400 Gb/s link a GPU; latencies and launches are assumed."""
+"""Node of eight H100 GPUs, in bfloat16.
+
+Attention lies between the rates of FlashAttention-2 and -3 (Shah et al., 2024, arXiv:2407.08608). Dense matrix
+products run at three fifths of the peak. Memory runs at three quarters of HBM3 (3.35 TB/s), messages within a node at
+four fifths of NVLink 4 (450 GB/s a direction), and messages between nodes at nine tenths of one 400 Gb/s link a GPU.
+Latencies and launches are assumed."""
 
 CPU = Machine(
     attention=58e9,
@@ -70,19 +73,24 @@ CPU = Machine(
     node=8,
     overlap=0.0,
 )
-"""A core of a CPU a rank, float32, and gloo, which copies messages with the same cores and so hides none: fitted so
-that choices are those which `benchmarks/attention.py` has found fastest, or near them, on the machines of its results.
-The arithmetic is that of the slower one."""
+"""One CPU core for each rank, in float32, with gloo.
+
+Gloo copies messages with the same cores, so computing hides none of them. The rates are fitted: with them, `auto`
+chooses a strategy that `benchmarks/attention.py` measured to be fastest, or near it, on the machines of its results.
+The arithmetic is that of the slower machine."""
 
 BACKWARD = 2.5
-"""Products of attention's backward for each of its forward: five matrix products for two."""
+"""Work of attention's backward over that of its forward: five matrix products against two."""
 
 
 def attention_flops(pairs: int, heads: int, query_dim: int, value_dim: int) -> float:
-    """Floating-point operations of a forward pass over query-key pairs: two products, a multiply and an add each."""
+    """Floating-point operations of a forward pass over query-key pairs.
+
+    There are two matrix products. Each element of them takes a multiply and an add.
+    """
     return 2.0 * pairs * heads * (query_dim + value_dim)
 
 
 def machine_of(device: torch.device, node: int, cores: int | None = None) -> Machine:
-    """The rates that choices for a device are made with, for so many ranks of the group and cores a node."""
+    """Rates that estimates for a device use, with `node` ranks of the group and `cores` cores on a node."""
     return replace(H100_NODE, node=node) if device.type == "cuda" else replace(CPU, node=node, cores=cores)

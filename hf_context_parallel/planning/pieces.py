@@ -1,4 +1,4 @@
-"""The tokens of a document as each rank holds them."""
+"""Pieces: the tokens of a document as each rank holds them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .tiles import joined
 
 
 class Piece(NamedTuple):
-    """Tokens of one document that are neighbours on their rank and in the sequence."""
+    """Tokens of one document that lie side by side, both on their rank and in the sequence.
+
+    They are the tokens `[start, stop)` of the rank. The first of them is at `position` in the sequence.
+    """
 
     start: int
     stop: int
@@ -19,11 +22,11 @@ class Piece(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The position after the last token's."""
+        """Position after the last token."""
         return self.position + self.stop - self.start
 
     def clip(self, first: int, last: int) -> Piece | None:
-        """Its tokens at positions `[first, last)`, if there are any."""
+        """Part of the piece at positions `[first, last)`, or None if it has no token there."""
         begin, end = max(first, self.position), min(last, self.end)
         if begin >= end:
             return None
@@ -32,7 +35,7 @@ class Piece(NamedTuple):
 
 
 def pieces_of_documents(layout: Layout, mask: Mask) -> list[dict[int, list[Piece]]]:
-    """For each document of the batch: the pieces that each rank holds, by position."""
+    """List the pieces that each rank holds of each document of the batch, in the order of the sequence."""
     local_lengths = [layout.local_length(rank) for rank in range(layout.size)]
     documents = []
     for row, row_documents in enumerate(mask.apart()):
@@ -47,12 +50,12 @@ def pieces_of_documents(layout: Layout, mask: Mask) -> list[dict[int, list[Piece
 
 
 def extend(pieces: list[Piece], piece: Piece) -> None:
-    """Add a piece, to the last one where it goes on in both numberings."""
+    """Append a piece, or join it to the last one if it follows on both the rank and the sequence."""
     if pieces and (pieces[-1].stop, pieces[-1].end) == (piece.start, piece.position):
         piece = Piece(pieces[-1].start, piece.stop, pieces.pop().position)
     pieces.append(piece)
 
 
 def runs_of(pieces: list[Piece]) -> tuple[Interval, ...]:
-    """The pieces as ranges of their rank's tokens, with neighbours joined."""
+    """Pieces as ranges of their rank's tokens, with neighbours joined."""
     return joined(tuple((piece.start, piece.stop) for piece in pieces))

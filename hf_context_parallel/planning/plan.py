@@ -1,13 +1,13 @@
-"""Who must see whom, and what travels for it: built once a batch on the host, executed by every layer.
+"""Plans: what each rank computes and sends. They are made once a batch on the host, and every layer executes them.
 
-A rank meets the keys of the others in `size` steps. At step k it computes with the keys of rank r + k (its owner), so
-that in a step every rank has a different owner. The keys come from rank r + 1 where that rank read the same keys in
-the step before, and straight from their owner where it did not. So each rank receives what it reads, once, and nothing
-else, whatever the mask; and where neighbours read the same keys, which for one long document is everywhere, they
-travel as in a ring: from neighbour to neighbour.
+Rank r computes with the keys of all ranks in `size` steps. At step k it computes with the keys of rank r + k, their
+owner. So in each step every rank has a different owner. If rank r + 1 read the same keys in the step before, they are
+forwarded from rank r + 1. Otherwise they come straight from their owner. So each rank receives every key that it
+reads, once, and no other key, whatever the mask. Neighbours that read the same keys pass them on as in a ring. In one
+long document all keys travel in this way.
 
-Partial sums of key and value gradients follow the keys one step behind. Each reader adds its own and hands them to the
-next reader that got those keys from it, the last one to the owner.
+Partial sums of key/value gradients follow the keys one step behind. Each reader adds its own gradients to the sum. It
+sends the sum to the rank that it forwarded those keys to. The last reader sends the sum to the owner.
 
 Tokens are numbered on their rank: row b's token i is b * local_length + i. Sets of tokens are intervals of those
 numbers.
@@ -36,19 +36,18 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does at one step. Ranges are of the step's key buffer, unless said otherwise.
+    """Work and messages of one rank at one step. Ranges are of the key buffer of the step, unless said otherwise.
 
     Args:
-        tokens: length of the key buffer, which holds what this rank reads of the owner's keys. At step 0 the buffer
-            is this rank's own keys, all of them.
+        tokens: length of the key buffer, which holds the owner's keys that this rank reads. At step 0 the buffer
+            holds all keys of this rank.
         calls: the tiles to compute, as kernel calls.
-        receives: where the keys come from.
+        receives: keys that arrive, and the ranks that send them.
         forwards: keys to send on to rank r - 1, as ranges of the buffer of the step before.
-        direct_sends: keys to send to readers that have no neighbour to get them from, as ranges of this rank's own
-            keys.
-        grad_receives: partial gradients to add to this rank's.
-        grad_sends: to whom the sum goes.
-        grad_returns: finished partial gradients from the last reader, as ranges of this rank's own keys.
+        direct_sends: keys to send to readers whose neighbour has not read them, as ranges of this rank's own keys.
+        grad_receives: partial gradients to add to those of this rank.
+        grad_sends: sums of gradients to send on, and the ranks that receive them.
+        grad_returns: sums of gradients that arrive from the last readers, as ranges of this rank's own keys.
     """
 
     tokens: int
@@ -63,12 +62,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank computes and moves for one batch and mask.
+    """Work and messages of one rank for one batch and mask.
+
+    Example: one causal document of 16 tokens on 4 ranks, in zigzag. The rows are positions in the sequence.
+
+                         rank 0       rank 1       rank 2       rank 3
+        queries          0 1 14 15    2 3 12 13    4 5 10 11    6 7 8 9
+        keys at step 0   0 1 14 15    2 3 12 13    4 5 10 11    6 7 8 9      its own
+        keys at step 1   2 3 12 13    4 5 10 11    6 7 8 9      0 1          of rank r + 1
+        keys at step 2   4 5 10 11    6 7 8 9      0 1          2 3          of rank r + 2
+        keys at step 3   6 7 8 9      0 1          2 3          4 5          of rank r + 3
+
+    All keys that rank r receives come from rank r + 1 (those of rank 3 from rank 0). At step 1 they are keys of rank
+    r + 1 itself, later they are keys that it forwards. Keys that no further rank reads are not forwarded: rank 0
+    forwards 4 5, and not 10 11. So the gradients of 10 11 return to rank 2 from rank 0, their last reader. Those of
+    4 5 are summed on ranks 1, 0 and 3, and return from rank 3.
 
     Args:
         rank, size: this rank and the ranks of its group.
-        tokens: how many tokens this rank holds, all rows counted.
-        steps: the first is of this rank's own keys. In a ring there is one a rank.
+        tokens: number of tokens that this rank holds, all rows counted.
+        steps: the first one computes with this rank's own keys. In a ring there are as many steps as ranks.
     """
 
     rank: int
@@ -92,12 +105,12 @@ class Plan:
         return self._others(step.grad_sends for step in self.steps)
 
     def _others(self, of_steps: Iterable[tuple[Transfer, ...]]) -> int:
-        """The tokens of transfers to other ranks."""
+        """Count the tokens of transfers to other ranks."""
         return sum(t.stop - t.start for transfers in of_steps for t in transfers if t.peer != self.rank)
 
 
 def build_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
-    """The plan of `rank` for a batch with this mask, dealt to the ranks by this layout."""
+    """Make the plan of `rank` for a batch with this mask, dealt to the ranks by this layout."""
     reads = ReadSets(layout, mask)
     steps = [_own_step(reads, rank)]
     steps += [_step(reads, rank, distance) for distance in range(1, layout.size)]
@@ -105,18 +118,18 @@ def build_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
 
 
 def build_own_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
-    """The plan of `rank` for documents that lie on one rank each: nothing travels."""
+    """Make the plan of `rank` for documents that lie on one rank each, so that nothing travels."""
     step = _own_step(ReadSets(layout, mask), rank)
     return Plan(rank, layout.size, step.tokens, (step,))
 
 
 def build_gathering_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
-    """A plan of `rank` in which all that it reads arrives at once, before anything is computed.
+    """Make a plan of `rank` in which all keys that it reads arrive at once, before anything is computed.
 
-    The second step's buffer has the keys in the order of the sequence, document by document, those of this rank
-    included, which it sends to itself. So queries that are neighbours in the sequence make one tile with all keys that
-    they read, and there is nothing to merge. A causal or full mask takes two kernel calls at most: of zigzag's two
-    chunks, so that no call has keys twice.
+    The buffer of the second step holds the keys document by document, in the order of the sequence. They include the
+    keys of this rank, which it sends to itself. So queries that are neighbours in the sequence make one tile with all
+    keys that they read, and nothing has to be merged. A causal or full mask takes at most two kernel calls in zigzag,
+    one for each chunk of the rank, so that no call has the same keys twice.
     """
     reads = ReadSets(layout, mask)
     tokens = reads.tokens(rank)
@@ -140,18 +153,18 @@ def build_gathering_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
 
 
 def _own_step(reads: ReadSets, rank: int) -> Step:
-    """The step with this rank's own keys."""
+    """Make the step with the own keys of `rank`."""
     tokens = reads.tokens(rank)
     return Step(tokens, reads.calls(rank, rank, ((0, tokens),) if tokens else ()))
 
 
 def _step(reads: ReadSets, rank: int, distance: int) -> Step:
-    """Step `distance` of `rank`."""
+    """Make step `distance` of `rank`."""
     size = reads.layout.size
     owner, reader = (rank + distance) % size, (rank - distance) % size
     before, after = (rank - 1) % size, (rank + 1) % size
     held = reads.needed(rank, owner)
-    # The sender's lists and the receiver's are made from the same sets, in the same order, so they match.
+    # Sender and receiver make their lists from the same sets, in the same order, so the lists match.
     relayed, direct = reads.relayed(rank, owner), reads.direct(rank, owner)
     previous_owner = (rank + distance - 1) % size
     sent_on = reads.relayed(before, previous_owner)
@@ -169,5 +182,5 @@ def _step(reads: ReadSets, rank: int, distance: int) -> Step:
 
 
 def _transfers(peer: int, intervals: list[Interval], buffer: list[Interval]) -> tuple[Transfer, ...]:
-    """Transfers of `intervals` of a rank's tokens, as ranges of `buffer`."""
+    """Make transfers of `intervals`, which are of a rank's tokens, as ranges of `buffer`."""
     return tuple(Transfer(peer, *within(interval, buffer)) for interval in intervals)

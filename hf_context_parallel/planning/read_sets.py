@@ -1,4 +1,4 @@
-"""Which keys of its owner each rank reads, from whom it gets them, and in which tiles."""
+"""Read sets: the keys that each rank reads of each owner, the ranks that send them, and the tiles that use them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tile: TypeAlias = tuple[Interval, Interval, Band]
 
 
 class _Gathered(NamedTuple):
-    """Keys `[start, stop)` of `owner`, at positions from `position` on, where they begin in the buffer."""
+    """Keys `[start, stop)` of `owner`. The first is at `position` in the sequence, and at `at` in the buffer."""
 
     owner: int
     start: int
@@ -28,7 +28,7 @@ class _Gathered(NamedTuple):
 
 
 class ReadSets:
-    """Which of `owner`'s keys each `reader` reads, and from whom it gets them."""
+    """Keys of each `owner` that each `reader` reads, and the ranks that send them."""
 
     def __init__(self, layout: Layout, mask: Mask):
         self.layout = layout
@@ -43,18 +43,18 @@ class ReadSets:
         self.needed = lru_cache(maxsize=None)(self._needed)
 
     def tokens(self, rank: int) -> int:
-        """How many tokens a rank holds, all rows counted."""
+        """Number of tokens that a rank holds, all rows counted."""
         return len(self.mask.rows) * self.layout.local_length(rank)
 
     def _shared(self, reader: int, owner: int) -> Iterator[tuple[int, list[Piece], list[Piece]]]:
-        """For each document that both hold: its number, the reader's pieces, and the owner's."""
+        """Yield, for each document that both ranks hold, its number, the reader's pieces and the owner's pieces."""
         for number in sorted(self.of_rank[reader] & self.of_rank[owner]):
             yield number, self.documents[number][reader], self.documents[number][owner]
 
     def _visible(self, number: int, query: Piece, keys: list[Piece]) -> list[Piece]:
-        """What `query` reads of the pieces of document `number` that another rank holds, as pieces.
+        """Parts that `query` reads of `keys`, which are the pieces of document `number` on another rank.
 
-        Ranks hold different chunks, so without a window it is all of a piece or none.
+        Ranks hold different chunks. So without a window, `query` reads a piece entirely or not at all.
         """
         nearest, furthest = self.distances(number)
         if furthest is None:
@@ -65,9 +65,9 @@ class ReadSets:
         return [key for key in clipped if key is not None]
 
     def distances(self, number: int) -> tuple[int | None, int | None]:
-        """The least and the greatest distance from a query back to a key that it reads, in document `number`.
+        """Least and greatest distance from a query back to a key that it reads, in document `number`.
 
-        None is no limit: a window as long as the document is none.
+        None means no limit. A window that is as long as the document is no limit.
         """
         window, causal = self.mask.pattern.sliding_window, self.mask.pattern.causal
         if window is None or window >= self.spans[number]:
@@ -75,32 +75,32 @@ class ReadSets:
         return (0 if causal else 1 - window), window - 1
 
     def _needed(self, reader: int, owner: int) -> list[Interval]:
-        """The keys of `owner` that `reader` reads."""
+        """Keys of `owner` that `reader` reads."""
         reads = []
         for number, queries, keys in self._shared(reader, owner):
             if self.distances(number)[1] is None:
-                queries = queries[-1:]  # the last piece of a document reads what any earlier one reads
+                queries = queries[-1:]  # the last piece of a document reads all keys that earlier ones read
             for query in queries:
                 reads += [(key.start, key.stop) for key in self._visible(number, query, keys)]
         return union(reads)
 
     def relayed(self, reader: int, owner: int) -> list[Interval]:
-        """Those that `reader` gets from the rank after it, which read them one step earlier."""
+        """Keys that the rank after `reader` forwards to it, after reading them one step earlier."""
         after = (reader + 1) % self.layout.size
         return (
             intersection(self.needed(reader, owner), self.needed(after, owner)) if owner not in (reader, after) else []
         )
 
     def direct(self, reader: int, owner: int) -> list[Interval]:
-        """Those that `reader` gets from their owner."""
+        """Keys that `reader` gets from their owner."""
         return difference(self.needed(reader, owner), self.relayed(reader, owner))
 
     def last(self, reader: int, owner: int) -> list[Interval]:
-        """Those that `reader` hands to nobody, so that their gradients go home from it."""
+        """Keys that `reader` does not forward, so that it returns the sum of their gradients to the owner."""
         return difference(self.needed(reader, owner), self.relayed((reader - 1) % self.layout.size, owner))
 
     def calls(self, reader: int, owner: int, buffer: list[Interval] | tuple[Interval, ...]) -> tuple[Segments, ...]:
-        """The tiles of `reader`'s queries and `owner`'s keys, keys as ranges of `buffer`, grouped into calls."""
+        """Tiles of the queries of `reader` and the keys of `owner`, grouped into calls. Keys index `buffer`."""
         tiles = [
             tile
             for number, queries, keys in self._shared(reader, owner)
@@ -109,7 +109,7 @@ class ReadSets:
         return _calls([(query, within(key, buffer), band) for query, key, band in tiles])
 
     def gathered(self, reader: int) -> list[_Gathered]:
-        """All keys that `reader` reads, its own included, document by document in the order of the sequence."""
+        """All keys that `reader` reads, its own included, by document and then in the order of the sequence."""
         gathered, at = [], 0
         for number in sorted(self.of_rank[reader]):
             owners = self.documents[number]
@@ -124,7 +124,7 @@ class ReadSets:
         return gathered
 
     def _positions_read(self, number: int, queries: list[Piece]) -> list[Interval]:
-        """The positions of document `number` that these queries read."""
+        """Positions of document `number` that these queries read."""
         nearest, furthest = self.distances(number)
         pieces = [piece for pieces in self.documents[number].values() for piece in pieces]
         begin, end = min(piece.position for piece in pieces), max(piece.end for piece in pieces)
@@ -137,7 +137,7 @@ class ReadSets:
         )
 
     def gathered_calls(self, reader: int, gathered: list[_Gathered]) -> tuple[Segments, ...]:
-        """The tiles of `reader`'s queries and all keys they read, grouped into calls."""
+        """Tiles of the queries of `reader` and all keys that they read, grouped into calls."""
         runs: dict[int, list[Piece]] = {}
         for key in gathered:
             run = Piece(key.at, key.at + key.stop - key.start, key.position)
@@ -153,21 +153,21 @@ class ReadSets:
                     tiles += _windowed_tiles([query], keys, nearest, furthest)
                     continue
                 stop = max(key.stop for key in keys if nearest is None or key.position < query.end)
-                if nearest is not None:  # the last keys that it reads are its own
+                if nearest is not None:  # the last keys that a causal query reads are its own
                     stop = min(stop, next(k.start + query.end - k.position for k in keys if query.end <= k.end))
                 band = FULL if nearest is None else CAUSAL
                 tiles.append(((query.start, query.stop), (keys[0].start, stop), band))
         return tuple(_loosened(call) for tiles in (first, later) for call in _calls(tiles))
 
     def _tiles(self, number: int, queries: list[Piece], keys: list[Piece], own: bool) -> Iterator[Tile]:
-        """Tiles of document `number` as (query range, key range, band), as few and large as can be."""
+        """Yield the tiles of document `number`, as few and as large as possible."""
         nearest, furthest = self.distances(number)
         if furthest is not None:
             assert nearest is not None  # a window has both ends
             for query, key, band in _windowed_tiles(queries, keys, nearest, furthest):
                 yield query, key, band.within(query[1] - query[0], key[1] - key[0])
         elif own and nearest == 0:
-            # A rank holds its tokens in order, so a run of them is causal among itself whatever is missing between.
+            # A rank holds its tokens in order. So a run of them is causal within itself, even with gaps.
             runs = runs_of(queries)
             for index, run in enumerate(runs):
                 yield run, run, CAUSAL
@@ -184,9 +184,9 @@ class ReadSets:
 
 
 def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furthest: int) -> Iterator[Tile]:
-    """Tiles in which a query reads the keys `nearest` to `furthest` positions before it.
+    """Yield tiles in which a query reads the keys that lie `nearest` to `furthest` positions before it.
 
-    Both ranges are cut to what is read, so that every query reads a key and every key is read.
+    Both ranges are clipped, so that every query reads a key and every key is read.
     """
     for whole_query in queries:
         for whole_key in keys:
@@ -194,13 +194,13 @@ def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furth
             if key is None:
                 continue
             query = whole_query.clip(key.position + nearest, key.end + furthest)
-            assert query is not None  # of a key that is read
+            assert query is not None  # since the key is read
             beyond = query.end - key.end
             yield (query.start, query.stop), (key.start, key.stop), Band(furthest - beyond, beyond - nearest)
 
 
 def _calls(tiles: list[Tile]) -> tuple[Segments, ...]:
-    """Tiles of query range, key range and band as kernel calls, as few as can be."""
+    """Group tiles into as few kernel calls as possible."""
     calls: dict[Band, list[list[tuple[Interval, Interval]]]] = {}
     for query, key, band in sorted(tiles, key=lambda tile: tile[:2]):
         # The queries of a call must not overlap: a tile goes into the first call that ends before it begins.
@@ -217,7 +217,7 @@ def _calls(tiles: list[Tile]) -> tuple[Segments, ...]:
 
 
 def _loosened(call: Segments) -> Segments:
-    """The call without the limits that bind none of its queries."""
+    """Call without the limits that hide no key from any of its queries."""
     bands = {call.band.within(query[1] - query[0], key[1] - key[0]) for query, key in zip(call.queries, call.keys)}
     left = call.band.left if any(band.left is not None for band in bands) else None
     right = call.band.right if any(band.right is not None for band in bands) else None
@@ -225,12 +225,12 @@ def _loosened(call: Segments) -> Segments:
 
 
 def _order(band: Band) -> tuple[bool, int, bool, int]:
-    """Calls in a fixed order, those with the diagonal first."""
+    """Sort key of calls: those with a limit to the right come first."""
     return band.right is None, band.right or 0, band.left is not None, band.left or 0
 
 
 def within(interval: Interval, buffer: list[Interval] | tuple[Interval, ...]) -> Interval:
-    """An interval of a rank's tokens as one of a buffer that holds the intervals `buffer` one after another."""
+    """Translate an interval of a rank's tokens to a buffer that holds the intervals `buffer` one after another."""
     offset = 0
     for start, stop in buffer:
         if start <= interval[0] and interval[1] <= stop:

@@ -1,7 +1,7 @@
-"""What each rank of a group computes and reads for a mask, counted without a plan.
+"""Counts of the tokens and pairs that each rank of a group computes and reads, made without a plan.
 
-A plan lists tiles and messages of one rank; this counts tokens and pairs of all ranks, which choices and projections
-are made of. It looks at each document's pieces once, so that it is cheap for a thousand ranks.
+A plan lists the tiles and messages of one rank. A workload counts the tokens and pairs of all ranks, for estimates of
+their time. It visits the pieces of each document once, so it is cheap even for a thousand ranks.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from .tiles import Band, pairs_in_band
 
 @dataclass(frozen=True)
 class Workload:
-    """Counts, one a rank.
+    """Counts, each with one entry for each rank.
 
     Args:
-        tokens: tokens that are in a document.
-        pairs: query-key pairs that the rank computes where queries stay. Padding inside a document counts as tokens.
-        read: tokens of other ranks that it reads.
-        owners: other ranks that it reads from.
-        merged: rows of its queries that are merged if each owner's keys are a part of their own.
-        exchanged: tokens of documents that other ranks hold a part of.
+        tokens: tokens of the rank that are in a document.
+        pairs: query-key pairs that the rank computes if queries stay on it. Padding inside a document counts as
+            tokens.
+        read: tokens of other ranks that the rank reads.
+        owners: number of other ranks whose tokens the rank reads.
+        merged: rows of its queries that are merged if the keys of each owner are computed apart.
+        exchanged: tokens of documents that lie on several ranks.
         own_pairs: pairs of documents that lie on this rank alone.
     """
 
@@ -42,10 +43,10 @@ class Workload:
 
 
 def workload(layout: Layout, mask: Mask) -> Workload:
-    """What the ranks of a layout compute and read."""
+    """Count what the ranks of a layout compute and read."""
     size = layout.size
     tokens, pairs, read, merged, exchanged, own_pairs = ([0] * size for _ in range(6))
-    masks = [0] * size  # of the owners that a rank reads from, as bits
+    masks = [0] * size  # the owners that a rank reads, as bits
     for pieces in pieces_of_documents(layout, mask):
         document = _Document(pieces, mask.pattern.causal, mask.pattern.sliding_window)
         for rank, queries in pieces.items():
@@ -66,7 +67,7 @@ def workload(layout: Layout, mask: Mask) -> Workload:
 
 
 class _Document:
-    """A document's pieces in the order of the sequence, with running sums."""
+    """Pieces of a document in the order of the sequence, with running sums."""
 
     def __init__(self, pieces: dict[int, list[Piece]], causal: bool, window: int | None):
         ordered = sorted((piece.position, piece.end, rank) for rank, of_rank in pieces.items() for piece in of_rank)
@@ -82,7 +83,7 @@ class _Document:
         self._furthest = None if limit is None else limit - 1
 
     def pairs(self, query: Piece) -> int:
-        """The pairs that a piece computes, as if the document had no padding inside."""
+        """Pairs that a piece computes, as if the document had no padding inside."""
         keys, queries = self._end - self._begin, query.end - query.position
         beyond = self._end - query.end
         left = None if self._furthest is None else self._furthest + beyond
@@ -90,13 +91,17 @@ class _Document:
         return pairs_in_band(queries, keys, Band(left, right))
 
     def _range(self, query: Piece) -> tuple[int, int]:
-        """The positions that a piece reads."""
+        """Positions that a piece reads."""
         first = self._begin if self._furthest is None else max(self._begin, query.position - self._furthest)
         last = self._end if self._nearest is None else min(self._end, query.end - self._nearest)
         return first, last
 
     def read(self, rank: int) -> tuple[int, int, int]:
-        """What a rank reads of others: tokens, the owners as bits, and the rows that it merges."""
+        """Count what a rank reads of other ranks.
+
+        Returns:
+            The number of tokens, their owners as bits, and the number of rows that the rank merges.
+        """
         ranges: list[list[int]] = []
         rows = owners = 0
         for query in self._pieces[rank]:
@@ -119,7 +124,7 @@ class _Document:
         return sum(self._tokens(last) - self._tokens(first) for first, last in ranges) - held, owners, rows
 
     def _near(self, query: Piece, rank: int) -> int:
-        """How many rows of a piece read each of the other ranks, in sum, under a window."""
+        """Count the rows of a piece that read another rank under a window, summed over the other ranks."""
         nearest, furthest = self._nearest, self._furthest
         assert nearest is not None and furthest is not None  # a window has both
         rows: dict[int, list[Interval]] = {}
@@ -132,12 +137,12 @@ class _Document:
         return sum(total(union(reads)) for reads in rows.values())
 
     def _tokens(self, position: int) -> int:
-        """The document's tokens before a position."""
+        """Number of tokens of the document before a position."""
         index = bisect_left(self._starts, position)
         return self._sums[index] - (max(0, self._ends[index - 1] - position) if index else 0)
 
     def _met(self, first: int, last: int) -> int:
-        """The owners of positions `[first, last)`, as bits."""
+        """Owners of positions `[first, last)`, as bits."""
         begin, end = bisect_right(self._ends, first), bisect_left(self._starts, last)
         if begin == 0:
             return self._owners[end]

@@ -1,4 +1,4 @@
-"""The choice of `auto`, and the counts that it is made by."""
+"""Tests of the strategy `auto`, and of the counts that it uses."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from tests.helpers.simulated import cases
 @examples(60)
 @given(cases(), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.data())
 def test_shares_are_those_of_strategies(case, key_heads, group, bfloat16, data):
-    """What an estimate counts for a rank is the work of its plans, and for all ranks the bytes that they send."""
+    """Compare estimates with strategies: the work of each rank's plans, and the bytes that all ranks send."""
     layout, mask = case
     inner = data.draw(st.sampled_from([n for n in range(1, layout.size + 1) if layout.size % n == 0]))
     comm_type = data.draw(st.sampled_from(["p2p", "all_gather"])) if inner == 1 else "a2a+p2p"
@@ -30,7 +30,7 @@ def test_shares_are_those_of_strategies(case, key_heads, group, bfloat16, data):
     counted = shares(comm_type, inner, layout, mask, shape, MACHINE)
     strategies = [build_strategy(comm_type, inner, layout, mask, rank) for rank in range(layout.size)]
     assert sum(share.bytes for share in counted) == pytest.approx(sum(sum(s.sent(shape)) for s in strategies))
-    if all(len(document) == 1 for row in mask.rows for document in row):  # without padding inside of documents
+    if all(len(document) == 1 for row in mask.rows for document in row):  # there is no padding inside of documents
         dealt = deal_heads(heads, inner)
         for rank, (share, strategy) in enumerate(zip(counted, strategies)):
             shared = 0 if strategy.plan is None else strategy.plan.pairs * len(dealt[rank % inner])
@@ -49,11 +49,11 @@ def test_auto_follows_the_mask_and_the_topology():
     shape = Shape(32, 8, 128, 128, torch.bfloat16)
     length = 1 << 15
     one = Mask(length, whole_rows(1, length))
-    assert chosen(one, shape, size=8)[:2] == ("a2a+p2p", 4)  # heads within a node, keys between the two
+    assert chosen(one, shape, size=8)[:2] == ("a2a+p2p", 4)  # heads travel within a node, keys between two
     few = Shape(6, 6, 128, 128, torch.bfloat16)  # too few heads for a2a
     assert (
         chosen(Mask(length * 8, whole_rows(1, length * 8)), few, size=8, a2a_size=1).comm_type == "p2p"
-    )  # hidden behind computing, unlike all_gather
+    )  # computing hides its messages, unlike those of all_gather
     half = Mask(length, ((((0, length // 2),), *(((s, s + 64),) for s in range(length // 2, length, 64))),))
     choice = chosen(half, shape)
     assert choice.comm_type == "a2a" and "mean work" in choice.reason and "p2p" in choice.reason

@@ -1,5 +1,7 @@
-"""What only a CUDA device can show: streams that are really apart, and its allocator. Nothing here runs without one;
-what the streams wait for is followed on the CPU in test_side_stream.py."""
+"""Tests of streams and of the allocator on a CUDA device. They need such a device.
+
+On the CPU, test_side_stream.py checks what the streams wait for.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ WAYS = {"p2p": 1, "all_gather": 1, "a2a": 4, "a2a+p2p": 2}
 
 @pytest.mark.parametrize("comm_type", WAYS)
 def test_slow_messages_are_waited_for(comm_type):
-    """Messages take far longer than kernels, so what is used or freed too early has other numbers."""
+    """Delay messages for far longer than kernels take, so that memory used or freed too early changes the results."""
     mask = Mask(1024, whole_rows(1, 1024))
     layout, whole = zigzag(mask.length, 4), tensors(mask, dtype=torch.float32)
     on_device = [x.cuda() for x in whole]
@@ -46,7 +48,7 @@ def test_memory_of_messages_is_used_again_at_once():
 
 
 def staged_sum() -> float:
-    """What a rank of a gloo group receives on its device, summed."""
+    """Sum of the tensors that a rank of a gloo group receives on its device."""
     group = exchanges.GroupExchange(dist.group.WORLD)
     rank = dist.get_rank()
     sent, received = torch.full((1000,), rank + 1.0, device="cuda"), torch.empty(1000, device="cuda")

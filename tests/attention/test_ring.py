@@ -1,4 +1,4 @@
-"""Ring attention on simulated groups, held to dense attention in float64."""
+"""Tests of ring attention on simulated groups, compared with dense attention in float64."""
 
 import pytest
 import torch
@@ -77,8 +77,7 @@ def test_windows_about_as_long_as_a_chunk_or_a_shard(size, causal):
 @pytest.mark.parametrize("score", [20.0, -20.0])
 @pytest.mark.parametrize("size", [1, 3])
 def test_large_sinks(size, score, dtype):
-    """One that takes nearly all the weight, and one that takes nearly none, of which float64 still has enough to tell
-    that it is there."""
+    """Compare a sink with nearly all the weight, and one with nearly none that float64 still resolves."""
     mask, sinks = MASKS["longer than a shard"], torch.full((4,), score, dtype=dtype)
     whole = tensors(mask, dtype=dtype)
     found = ring(zigzag(mask.length, size), mask, whole, sinks=sinks)
@@ -124,7 +123,7 @@ def test_anything_exhaustively(case, kernel, key_heads, group, dims, softcap, wi
 @pytest.mark.parametrize("value_dim", [5, 12])
 @pytest.mark.parametrize("name", MASKS)
 def test_the_cpu_operators_get_nothing_that_they_mistake(name, value_dim, monkeypatch):
-    """Nothing empty, of unequal head dims or dtypes, strided in its last dimension, or with an LSE of no keys."""
+    """Check all tensors: not empty, of one head dim and dtype, with a last stride of 1, and with finite LSEs."""
     calls = []
 
     def careful(operator):
@@ -187,7 +186,7 @@ def test_a_gradient_of_a_sum_which_has_no_strides(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("size", SIZES)
 def test_padding_neither_reads_nor_is_read(size, kernel):
-    """Where padding holds NaN, it yields 0 and nobody else notices."""
+    """Put NaN into padding: its output is 0, and no other token changes."""
     mask = MASKS["padding left, right, inside and everywhere"]
     padding = ~allowed(mask).any(2)
     whole = tensors(mask)
@@ -201,8 +200,9 @@ def test_padding_neither_reads_nor_is_read(size, kernel):
 @pytest.mark.parametrize("how", [{}, HOW["softcap and sinks"]], ids=["", "softcap and sinks"])
 @pytest.mark.parametrize("name", ["longer than a shard", "window", "chunks", "bidirectional windows in chunks"])
 def test_who_does_not_read_a_token_does_not_notice_it(name, how, kernel):
-    """Changing one token changes not a bit of what does not depend on it (other documents, and what is outside of its
-    window or chunk), on whichever ranks that lies."""
+    """Change one token: no bit changes at tokens that do not read it, on whichever ranks they lie.
+
+    These are tokens of other documents, and tokens outside of its window or chunk."""
     mask = MASKS[name]
     layout, seen = zigzag(mask.length, 4), allowed(mask)
     whole = tensors(mask)
@@ -211,7 +211,7 @@ def test_who_does_not_read_a_token_does_not_notice_it(name, how, kernel):
         x[0, 20] += 1
     readers = seen[:, :, 20] & seen[0, 20].any()
     readers[1:] = False
-    touched = (seen & readers[:, :, None]).any(1)  # keys whose gradient has a share of a reader's
+    touched = (seen & readers[:, :, None]).any(1)  # keys whose gradient depends on a reader's
     assert readers[0, 20] and not readers.all() and not touched.all()
     pairs = zip(ring(layout, mask, whole, kernel, **how), ring(layout, mask, changed, kernel, **how))
     for (before, after), noticing in zip(pairs, (readers, readers, touched, touched)):
@@ -258,11 +258,11 @@ def test_the_guard_stops_a_backward_before_it_sends():
     assert run(2, guarded) == [log.events for log in logs]
 
 
-# Which weights dropout leaves out.
+# Tests of dropout.
 
 
 def read_out(layout, mask, whole, scores, sinks=None):
-    """The weights `[B, H, S, S]` that the ranks of a group give values, which are made to tell them."""
+    """Read the attention weights `[B, H, S, S]` of a group out of its outputs, by one-hot values."""
     query, key, value, grad = whole
     told = torch.eye(mask.length, dtype=query.dtype)[None, :, None].expand(*value.shape[:3], -1)
     unused = grad[..., :1].expand(*grad.shape[:3], mask.length)
@@ -277,7 +277,7 @@ def read_out(layout, mask, whole, scores, sinks=None):
     "name", ["longer than a shard", "padding left, right, inside and everywhere", "bidirectional windows in chunks"]
 )
 def test_dropout_leaves_out_the_same_forward_and_backward(name, size, how, most, monkeypatch):
-    """All gradients are those of dense attention that leaves out what the forward does."""
+    """Compare all gradients with those of dense attention that drops the same weights as the forward."""
     monkeypatch.setattr(reference, "MOST_SCORES", most)
     mask = MASKS[name]
     layout, whole = zigzag(mask.length, size), tensors(mask)
@@ -301,22 +301,22 @@ def test_dropout_is_decided_by_its_seed():
 @pytest.mark.parametrize("most", [reference.MOST_SCORES, 1])
 @pytest.mark.parametrize("layout", [zigzag, contiguous])
 def test_dropout_is_another_for_every_query(layout, most, monkeypatch):
-    """Whatever its rank, row, head and place, and whosever the keys: ranks, which have the same seed, would otherwise
-    leave out the same of every tile."""
+    """Check that dropout differs between ranks, rows, heads, queries and owners of keys.
+
+    All ranks have the same seed, so without care they would drop the same weights of every tile."""
     monkeypatch.setattr(reference, "MOST_SCORES", most)
     size, tokens = 3, 48
     mask = Mask(size * tokens, whole_rows(2, size * tokens), Pattern(causal=False))
     layout = layout(mask.length, size)
     kept = read_out(layout, mask, tensors(mask), Scores(SCALE, dropout_p=0.5, seed=4)) != 0
     order = torch.cat([layout.positions(rank) for rank in range(size)])
-    tiles = kept[:, :, order][..., order].reshape(-1, tokens)  # each query's pattern of each rank's keys
+    tiles = kept[:, :, order][..., order].reshape(-1, tokens)  # pattern of each query over the keys of each rank
     assert len(tiles) == 2 * 4 * size * tokens * size == len(tiles.unique(dim=0))
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_dropout_is_right_on_average(dropout_p):
-    """The weights' mean over many seeds is what they are without, with the spread that they should have, and as many
-    are left out as should be."""
+    """Check dropout over many seeds: the mean and the spread of the weights, and the share that is dropped."""
     seeds = 300
     mask = Mask(14, whole_rows(1, 14))
     layout, whole, seen = (
@@ -335,17 +335,17 @@ def test_dropout_is_right_on_average(dropout_p):
     assert abs(left_out - dropout_p) < 4 * (dropout_p * (1 - dropout_p) / drawn.numel()) ** 0.5
 
 
-# What a ring of eight adds to the error of one kernel call.
+# Tests of the error that a ring of eight adds to that of one kernel call.
 
 
 def errors(size, mask, whole, kernel):
-    """Root mean square error of the output and of each gradient, relative to its size."""
+    """Root mean square error of the output and of each gradient, relative to its root mean square."""
     pairs = zip(ring(zigzag(mask.length, size), mask, whole, kernel), dense(mask, *whole))
     return torch.stack([(got.double() - truth).norm() / truth.norm() for got, truth in pairs])
 
 
 def sum_in(dtype, monkeypatch):
-    """Make the ring keep its sums in `dtype`: round them whenever something was added, and when they travel."""
+    """Make the ring keep its sums in `dtype`: round them after each addition, and when they travel."""
 
     def merge(output, *args, merge_=planned_ring.merge_):
         merge_(output, *args)

@@ -1,4 +1,4 @@
-"""The four ways to communicate: every mask and head count that the ring takes, on simulated ranks, in float64."""
+"""Tests of the four strategies, with every mask and head count of the ring's tests, on simulated ranks in float64."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_masks(name, way, size, layout):
 @pytest.mark.parametrize("name", SHAPES | HEADS)
 def test_shapes(name, way, size):
     mask, shape = MASKS["longer than a shard"], (SHAPES | HEADS)[name]
-    if shape.get("heads", 4) < size:  # which a2a refuses
+    if shape.get("heads", 4) < size:  # a2a refuses fewer heads than ranks
         shape = {"heads": 6, "key_heads": 6}
     check(zigzag(mask.length, size), mask, tensors(mask, **shape), way=WAYS[way](size))
 
@@ -137,13 +137,13 @@ def test_a_layout_made_for_documents(way, pattern):
     rows = [[0, 30, 37, 40, 48, 96], [0, 5, 64, 66, 80, 96]]
     rows = tuple(tuple(((start, stop),) for start, stop in zip(edges, edges[1:])) for edges in rows)
     layout = balanced(96, 4, [document for row in rows for document in row], finest=1)
-    assert len(layout.chunk_owners) > 8  # not zigzag
+    assert len(layout.chunk_owners) > 8  # it is not zigzag
     mask = Mask(96, rows, pattern)
     check(layout, mask, tensors(mask), way=(WAYS | {"p2p": lambda size: ("p2p", 1)})[way](4))
 
 
 def test_work_is_shared_by_heads():
-    """One long document in the beginning and short ones behind it: zigzag's ranks differ, a2a's do not."""
+    """Pack a long document before short ones: ranks of zigzag have unequal work, ranks of a2a equal work."""
     mask = Mask(64, ((((0, 32),), *((((s, s + 2),)) for s in range(32, 64, 2))),))
     layout = zigzag(64, 2)
     ring = [build_strategy("p2p", 1, layout, mask, rank).plan.pairs for rank in range(2)]

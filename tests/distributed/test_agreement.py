@@ -1,4 +1,4 @@
-"""What ranks compare before a batch runs: all go on, or all raise the same."""
+"""Tests of agreement before a batch runs: all ranks go on, or all raise the same error."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_all_ranks_refuse_alike(on_ranks, case, expected):
 
 
 def steps_of_a_loop(summed: bool, check_batch: bool) -> list[str]:
-    """What becomes of each of three steps, in a loop that sums gradients over the ranks or forgets it."""
+    """Outcomes of three steps of a loop that sums gradients over the ranks, or forgets to."""
     cp, model = context(check_batch=check_batch), tiny_model("llama", "context_parallel", torch.float32)
     optimizer, outcomes = torch.optim.AdamW(model.parameters()), []
     for seed in range(3):
@@ -83,7 +83,7 @@ def test_weights_that_drift_apart_are_refused(on_ranks):
 
 
 def message_of_rounding(units: int) -> str:
-    """What a model is answered whose weights differ by some units of rounding of the largest."""
+    """Outcome for a model whose weights differ between ranks by `units` of rounding of the largest weight."""
     cp, model = context(), tiny_model("llama", "context_parallel", torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,7 +102,7 @@ def test_weights_may_be_apart_by_rounding(on_ranks):
 
 
 def message_of_weights(trained: list[str], drawn: list[str]) -> str:
-    """What a model is answered, of which `drawn` parameters are each rank's own and `trained` ones are trained."""
+    """Outcome for a model whose `drawn` parameters differ between ranks, and whose `trained` ones are trained."""
     cp, model = context(), tiny_model("llama", "context_parallel")
     generator = torch.Generator().manual_seed(dist.get_rank())
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A rank that raises while others wait for it: they end too, and say why."""
+"""Tests of a rank that raises while others wait for it: they end too, and their error says why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 10
 
 
 def raised_by(step: Callable[[int], None], folder) -> str:
-    """What a step of two ranks raises on this one, within their timeout. Then it lives on, its connections open."""
+    """Run a step on two ranks, and return the error of this rank. The process then lives on past the timeout."""
     rank = dist.get_rank()
     dist.destroy_process_group()
     timeout = timedelta(seconds=SECONDS)
@@ -35,7 +35,7 @@ def raised_by(step: Callable[[int], None], folder) -> str:
 
 
 def alone_in_a_block(folder, when) -> str:
-    """Rank 1 raises in a block, and catches it."""
+    """Raise on rank 1 in a block, and catch the error."""
 
     def steps(rank: int) -> None:
         cp, model = context(), tiny_model("llama", "context_parallel")
@@ -59,7 +59,7 @@ def test_others_end_within_the_timeout_and_say_why(on_ranks, tmp_path, when):
 
 
 def refused_beside_another_group(folder) -> str:
-    """Two CP groups of one rank under DDP, one of which is given a batch that is refused."""
+    """Run two CP groups of one rank under DDP, and give one of them a batch that is refused."""
 
     def step(rank: int) -> None:
         cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=1))
@@ -80,7 +80,7 @@ def test_other_groups_learn_why_one_was_refused(on_ranks, tmp_path):
 
 
 def alike() -> str:
-    """An error that all ranks raise is each rank's own, and the next block is open to them."""
+    """Raise an error on all ranks: each rank raises its own, and the next block works."""
     cp, model = context(), tiny_model("llama", "context_parallel")
     batch = {"input_ids": tokens(1, 16), "labels": tokens(1, 16)}
     with pytest.raises(KeyError), cp.shard(batch, model):
@@ -94,7 +94,7 @@ def test_an_error_of_all_ranks_ends_nothing(on_ranks):
 
 
 def failing_step(folder) -> str:
-    """A Trainer whose loss raises on the last rank."""
+    """Train with a loss that raises on the last rank."""
     trainer = make_trainer(2, folder)
 
     class Failing(type(trainer)):
@@ -110,7 +110,7 @@ def failing_step(folder) -> str:
         raised = f"{type(error).__name__}: {error}"
     del trainer
     gc.collect()
-    dist.destroy_process_group()  # and so the connections close, as when the process ends
+    dist.destroy_process_group()  # so that connections close, as when the process ends
     return raised
 
 

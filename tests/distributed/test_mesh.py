@@ -1,4 +1,4 @@
-"""Which ranks make a CP group."""
+"""Tests of the ranks that make a CP group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_context_parallel.distributed.process_groups import build_groups
 def place(
     size: int, shape: tuple[int, ...] | None, names: tuple[str, ...]
 ) -> tuple[list[int], int, int, int, list[int]]:
-    """The ranks of its group, its rank in it, its share of the samples, of how many, and the first rank of each."""
+    """Return the place of this rank: group, rank in it, share of the samples, shares, and first rank of each share."""
     mesh = None if shape is None else init_device_mesh("cpu", shape, mesh_dim_names=names)
     groups = build_groups(size, mesh)
     ranks = dist.get_process_group_ranks(groups.group)
@@ -53,7 +53,7 @@ def refusal(size: int, shape: tuple[int, ...], names: tuple[str, ...]) -> str:
     [
         (4, (2, 2), ("fsdp", "tp"), "size=4 does not divide the mesh dimension 'fsdp', which is 2"),
         (1, (2, 2), ("dp", "cp"), "size=1 is not the mesh dimension 'cp'"),
-        (2, (2, 2), ("pp", "tp"), "CP needs one called 'cp'"),
+        (2, (2, 2), ("pp", "tp"), "none that CP can use. Make a mesh with a dimension called 'cp'"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(on_ranks, size, shape, names, message):
@@ -67,5 +67,5 @@ def node_of_pairs(ranks_of_a_machine: int) -> int:
 
 
 def test_all_ranks_of_the_world_choose_by_the_same_numbers(on_ranks):
-    """Ranks 0 to 2 share a machine and rank 3 has its own, so of two groups one is on two machines."""
+    """Put ranks 0 to 2 on one machine and rank 3 on another, so that one of two groups is on two machines."""
     assert on_ranks(4, node_of_pairs, 3) == [1, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""What a rank of a simulated ring does when, what it sends, and what it keeps meanwhile."""
+"""Tests of the order of events, the messages and the buffers of ranks in a simulated ring."""
 
 import weakref
 from itertools import count
@@ -16,7 +16,7 @@ from tests.helpers.simulated import Event, LiveBuffers, Log, run
 
 
 def watch(layout, mask, whole):
-    """For each rank its plan, and the log of a forward and a backward pass."""
+    """Run a forward and a backward pass, and return the plan and the log of each rank."""
 
     def watched(exchange):
         log = Log()
@@ -27,9 +27,9 @@ def watch(layout, mask, whole):
 
 
 def overlapping(plan):
-    """The events in which every transfer has a step's kernel calls to overlap with: posted before, waited for after.
+    """Expected events, in which each transfer is posted before the kernel calls of a step and waited for after them.
 
-    The next step's keys travel during a step, and during a step of the backward the gradients of the one before.
+    During a step the next keys travel. During a step of the backward, the gradients of the step before travel too.
     """
     posts, events = count(), []
     for backward in (False, True):
@@ -57,7 +57,7 @@ def test_transfers_overlap_with_kernel_calls(name, size):
     "name", ["one document", "longer than a shard", "hundreds of tiny documents", "window", "chunks"]
 )
 def test_bytes_sent_are_the_plans(name, size, dtype):
-    """Keys and values travel in their own dtype, in both passes, and sums of gradients in float32."""
+    """Check that keys/values travel in their own dtype in both passes, and sums of gradients in float32."""
     mask, key_heads, dim, value_dim = MASKS[name], 2, 8, 4
     whole = tensors(mask, key_heads=key_heads, dim=dim, value_dim=value_dim, dtype=dtype)
     width = key_heads * (dim + value_dim)
@@ -71,7 +71,7 @@ def test_bytes_sent_are_the_plans(name, size, dtype):
 @pytest.mark.parametrize("layout", [zigzag, contiguous])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_only_the_halo_of_a_window_travels(size, layout, causal):
-    """At every boundary between chunks of different ranks, the window less a token, to the reader alone."""
+    """Check that at each boundary between ranks, window - 1 tokens travel, to their reader alone."""
     chunk = 6
     layout = layout(chunk * len(layout(1, size).chunk_owners), size)
     owners = layout.chunk_owners
@@ -97,7 +97,7 @@ def test_only_the_halo_of_a_window_travels(size, layout, causal):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 12])
 def test_buffers_alive_at_a_time(size):
-    """Three of keys and values, and sums of gradients of six ranks' size, whatever the ring's."""
+    """Check that at most three key/value buffers are alive, and five shards' sums of gradients, for any ring size."""
     tokens = 16
     mask = Mask(tokens * size, whole_rows(1, tokens * size))
     layout = zigzag(mask.length, size)
@@ -114,7 +114,7 @@ def test_buffers_alive_at_a_time(size):
 
 
 def test_a_process_groups_messages(monkeypatch):
-    """They are posted at once, in order, and the buffers live until they have been waited for, but no longer."""
+    """Check that messages are posted at once and in order, and that buffers live just until `wait`."""
     posted, waited = [], []
 
     class Work:
@@ -125,7 +125,7 @@ def test_a_process_groups_messages(monkeypatch):
     monkeypatch.setattr(exchanges.dist, "batch_isend_irecv", lambda operations: posted.append(operations) or [Work()])
     exchange = exchanges.GroupExchange("group")
     exchange.post([], []).wait()
-    assert not posted  # of no operations batch_isend_irecv makes an error
+    assert not posted  # batch_isend_irecv raises if it gets no operations
     buffers = [torch.zeros(count) for count in (1, 2, 3)]
     pending = exchange.post(sends=[(4, buffers[0]), (5, buffers[1])], receives=[(6, buffers[2])])
     isend, irecv = exchanges.dist.isend, exchanges.dist.irecv

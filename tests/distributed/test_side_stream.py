@@ -1,5 +1,6 @@
-"""The streams of a CUDA device, followed on the CPU: no tensor is used or freed before all that it needs is done, and
-kernels wait for no more than their keys."""
+"""Tests of CUDA streams, simulated on the CPU.
+
+No tensor is used or freed before the work that it depends on is done. Kernels wait only for their keys."""
 
 import threading
 from collections import Counter
@@ -24,8 +25,10 @@ KERNELS, SUMS, NETWORK = "kernels", "sums", "network"
 
 
 class Stream:
-    """A stream of a rank's device. `known[other]` is how far `other` surely is when this stream does what is queued on
-    it next."""
+    """Simulated stream of a rank's device.
+
+    `known[other]` is the count of events of `other` that are surely done before the next work of this stream.
+    """
 
     def __init__(self, name: str):
         self.name, self.device = name, None
@@ -42,8 +45,10 @@ class Stream:
 
 
 class Uses:
-    """Of a piece of memory: which stream allocated it, and how far each that used it was when it last read or wrote
-    some of its elements: `last[first element, last element, stream, writes]`."""
+    """Uses of a piece of memory: the stream that allocated it, and the last use of its elements by each stream.
+
+    `last[first element, last element, stream, writes]` is the count of that stream's events at the use.
+    """
 
     def __init__(self, storage, owner: str):
         self.reference, self.owner = StorageWeakRef(storage), owner
@@ -51,10 +56,10 @@ class Uses:
 
 
 class Device(TorchDispatchMode):
-    """Follows what its thread queues on streams.
+    """Device that follows the work that its thread queues on streams.
 
-    It raises where two streams use a tensor, one of them writing, and nothing orders them; and where memory goes back
-    to the stream that allocated it while another may still use it.
+    It raises if two streams use a tensor without an order between them, and one of them writes. It also raises if
+    memory returns to the stream that allocated it while another stream may still use it.
     """
 
     here = threading.local()
@@ -119,13 +124,16 @@ class Device(TorchDispatchMode):
 
 
 class StreamedExchange:
-    """A rank's messages as NCCL's process group does them: on a stream of its own, which waits for the stream that is
-    current when they are posted; and the stream that is current when they are waited for waits for them."""
+    """Messages of a rank in the order of NCCL's process group.
+
+    They run on a stream of their own. It waits for the stream that is current when they are posted. The stream that is
+    current in `wait` waits for it.
+    """
 
     def __init__(self, exchange: SimulatedExchange, device: Device):
         self.rank, self._exchange, self._device = exchange.rank, exchange, device
         self.posts: list[int] = []
-        """How far the network's stream is after each post."""
+        """Count of events of the network's stream after each post."""
 
     def post(self, sends: Sequence, receives: Sequence):
         device, network = self._device, self._device.streams[NETWORK]
@@ -155,7 +163,7 @@ class StreamedPending:
 
 
 class Watched:
-    """A kernel that notes how far the network's stream surely is when it is called."""
+    """Kernel that records, at each call, the messages that are surely done."""
 
     def __init__(self, kernel, device: Device):
         self._kernel, self._device = kernel, device
@@ -173,7 +181,7 @@ class Watched:
 
 
 class on_stream:
-    """`torch.cuda.stream`."""
+    """Stand-in for `torch.cuda.stream`."""
 
     def __init__(self, stream: Stream):
         self._stream = stream
@@ -188,7 +196,7 @@ class on_stream:
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Ranks have the streams of a CUDA device."""
+    """Fixture that gives ranks the streams of a simulated CUDA device."""
     monkeypatch.setattr(ring, "GradientStream", lambda device: side_stream.GradientStream(torch.device("cuda", 0)))
     monkeypatch.setattr(side_stream, "_beside", lambda device: Device.here.device.streams[SUMS])
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
@@ -196,7 +204,7 @@ def streams(monkeypatch):
 
 
 def followed(mask, size, way=("p2p", 1)):
-    """What each rank's messages and kernel calls were, forward and backward, with its streams followed."""
+    """Run forward and backward with simulated streams, and return the messages and kernel calls of each rank."""
     layout, whole = zigzag(mask.length, size), tensors(mask, dtype=torch.float32)
 
     def work(exchange):
@@ -220,8 +228,10 @@ def test_streams_wait_for_each_other_where_they_must(name, way, streams):
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("size", [2, 5])
 def test_kernels_wait_for_their_keys_alone(size, beside, streams, monkeypatch):
-    """Not for what was posted after them: neither keys nor sums of gradients hold up kernels that do not need them. On
-    one stream the sums would, where there is a step for them to hold up."""
+    """Check that kernels wait for no keys or sums of gradients that they do not need.
+
+    With a single stream, sums of gradients would delay kernels if there are more than two steps.
+    """
     if not beside:
         monkeypatch.setattr(ring, "GradientStream", side_stream.GradientStream)
     mask, held_up = Mask(16 * size, whole_rows(1, 16 * size)), False
@@ -245,7 +255,7 @@ def test_kernels_wait_for_their_keys_alone(size, beside, streams, monkeypatch):
     [("follow", "may still be using"), ("keep", "freed for kernels"), ("join", "may still be using")],
 )
 def test_it_would_be_noticed(method, message, streams, monkeypatch):
-    """A stream that does not wait, does not keep what it uses, or is not waited for."""
+    """Break the gradient stream: it does not wait, does not keep tensors, or is not waited for."""
     monkeypatch.setattr(side_stream.GradientStream, method, lambda *args: None)
     with pytest.raises(AssertionError, match=message):
         followed(MASKS["one document"], 3)

@@ -1,4 +1,4 @@
-"""Heads dealt to ranks."""
+"""Tests of dealing heads to ranks."""
 
 from collections import Counter
 

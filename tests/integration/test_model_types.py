@@ -177,7 +177,7 @@ def message(comm_type, **options) -> str:
 
 def test_what_does_not_fit_a_model_is_refused_on_all_ranks(on_ranks):
     for comm_type, part in (
-        (["a2a"] * 3, "comm_type lists 3 entries and the model has 2 layers"),
-        ({"sliding_attention": "p2p"}, "comm_type says nothing of full_attention layers"),
+        (["a2a"] * 3, "comm_type lists 3 entries, but the model has 2 layers"),
+        ({"sliding_attention": "p2p"}, "comm_type names sliding_attention, but the model has a full_attention layer"),
     ):
         assert all(part in text for text in on_ranks(2, message, comm_type))

@@ -278,7 +278,7 @@ REFUSED = {
         "attention_mask": torch.tensor([[1, 0] * 300]),
     },
     "input_ids is a list": lambda: {"input_ids": [[3, 4]]},
-    "must ascend from 0": lambda: {**labelled(1, 8), "cu_seq_lens_q": torch.tensor([0, 5])},
+    "does not ascend from 0": lambda: {**labelled(1, 8), "cu_seq_lens_q": torch.tensor([0, 5])},
 }
 
 

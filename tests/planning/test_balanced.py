@@ -1,4 +1,4 @@
-"""The layout made for documents: how evenly it shares their work."""
+"""Tests of the balanced layout: it shares the work of packed documents evenly."""
 
 from itertools import accumulate
 
@@ -29,7 +29,7 @@ def test_balanced_is_never_less_even_than_zigzag(length, size, data):
     assert all(layout.chunk_owners.count(rank) == chunks // size for rank in range(size))
     if length % chunks == 0:
         assert {layout.local_length(rank) for rank in range(size)} == {length // size}
-    # No more stretches than zigzag has, so plans have no more pieces.
+    # There are no more stretches than in zigzag, so plans have no more pieces.
     assert sum(owner != after for owner, after in zip(layout.chunk_owners, layout.chunk_owners[1:])) <= 2 * size - 2
     assert max(work_of_ranks(layout, mask)) <= max(work_of_ranks(zigzag(length, size), mask))
     assert sum(work_of_chunks(length, chunks, mask.rows[0])) == int(allowed(mask).sum())
@@ -62,7 +62,7 @@ def test_balanced_of_one_document_is_zigzag():
 
 
 def test_balanced_shares_the_work_of_all_rows():
-    """Long documents at the beginning of one row and at the end of another: together they are even."""
+    """Balance two rows together: one has a long document at its beginning, the other at its end."""
     rows = [[((0, 512),), ((512, 576),)], [((0, 64),), ((64, 576),)]]
     layout = balanced(576, 4, [document for row in rows for document in row], finest=4)
     work = workload(layout, Mask(576, tuple(map(tuple, rows)))).pairs

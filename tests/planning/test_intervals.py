@@ -1,4 +1,4 @@
-"""Intervals against Python's sets."""
+"""Tests of intervals, compared with Python's sets."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ def members(pairs):
 
 
 def canonical(numbers):
-    """A set of integers as the one list of sorted, disjoint, non-touching intervals that holds them."""
+    """Convert a set of integers to its sorted, disjoint, non-touching intervals."""
     starts = sorted(number for number in numbers if number - 1 not in numbers)
     stops = sorted(number + 1 for number in numbers if number + 1 not in numbers)
     return list(zip(starts, stops))

@@ -1,4 +1,4 @@
-"""Intervals against Python's sets, and layouts: where each token lives, and how evenly."""
+"""Tests of layouts: the rank and index of each token, and the balance of work."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_locate_is_the_inverse_of_positions(layout):
     places = [layout.locate(position) for position in range(layout.length)]
     assert [int(layout.positions(rank)[index]) for rank, index in places] == list(range(layout.length))
     for outside in (-1, layout.length):
-        with pytest.raises(IndexError, match=f"position {outside} is outside a sequence of {layout.length} tokens"):
+        with pytest.raises(IndexError, match=f"position {outside} is outside of a sequence of {layout.length} tokens"):
             layout.locate(outside)
 
 
@@ -60,7 +60,7 @@ def test_which_chunks_a_rank_holds(chunk, size):
 
 
 def unevenness(layout):
-    """How many more keys the queries of the busiest rank read than the idlest's, in one causal document."""
+    """Difference between the most and the least pairs that a rank computes, in one causal document."""
     work = [int((layout.positions(rank) + 1).sum()) for rank in range(layout.size)]
     return max(work) - min(work)
 
@@ -74,6 +74,8 @@ def test_zigzag_deals_causal_work_equally(chunk, size):
 
 @given(st.integers(1, 3000), st.integers(2, 40))
 def test_zigzag_is_as_even_as_its_chunks(length, size):
-    """Each of a rank's two chunks is at most a token longer than another's, and a token reads `length` keys at "
-    "most."""
+    """Bound the unevenness: each of a rank's two chunks has at most one token more than another chunk.
+
+    Each token reads at most `length` keys.
+    """
     assert unevenness(zigzag(length, size)) <= 2 * (length + length // size)

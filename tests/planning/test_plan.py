@@ -1,4 +1,4 @@
-"""Plans, carried out on token numbers: every pair once, nothing moved that nobody reads, nothing lost."""
+"""Tests of plans, carried out on token numbers: each pair is computed once, and only keys that are read travel."""
 
 import pickle
 from collections import defaultdict, deque
@@ -20,13 +20,13 @@ from tests.helpers.simulated import allowed, cases, cut, in_band, layouts
 
 
 def numbers(layout, mask, rank):
-    """This rank's tokens in their order, each by its number in the whole batch: row * length + position."""
+    """Number in the whole batch of each token of a rank, in local order: row * length + position."""
     positions = layout.positions(rank).numpy()
     return (np.arange(len(mask.rows))[:, None] * layout.length + positions).reshape(-1)
 
 
 def seen_by(mask, queries):
-    """Of which tokens of the batch the queries, by number, read the keys: a boolean matrix."""
+    """Boolean matrix `[queries, tokens of the batch]` of the keys that the queries read."""
     matrix = np.zeros((len(queries), len(mask.rows) * mask.length), dtype=bool)
     per_row = allowed(mask).numpy()
     for index, query in enumerate(queries):
@@ -36,12 +36,16 @@ def seen_by(mask, queries):
 
 
 def tiles(step):
-    """The (query range, key range, band) of a step's calls."""
+    """(Query range, key range, band) of each tile of a step."""
     return [(*ranges, call.band) for call in step.calls for ranges in zip(call.queries, call.keys)]
 
 
 def computed_by(plan, buffers, shape):
-    """How often the plan computes each pair of its queries and all tokens, which `buffers` number for each step."""
+    """Count how often the plan computes each pair of its queries and all tokens.
+
+    Args:
+        buffers: the number of each token in the key buffer of each step.
+    """
     count = np.zeros(shape, dtype=int)
     for step, keys in zip(plan.steps, buffers):
         for (q0, q1), (k0, k1), band in tiles(step):
@@ -50,14 +54,17 @@ def computed_by(plan, buffers, shape):
 
 
 def check_calls(plan):
-    """What kernels rely on: no empty tile, every query of it reads and every key is read, limits that are not negative
-    and none where all is read, queries of a call ascending and apart."""
+    """Check the guarantees that kernels rely on.
+
+    No tile is empty. Every query of a tile reads a key, and every key is read. Limits are not negative, and a tile
+    that is read entirely has none. Query ranges of a call ascend and do not overlap.
+    """
     for step in plan.steps:
         for call in step.calls:
             assert call.queries and len(call.queries) == len(call.keys)
             assert all(start < stop for start, stop in (*call.queries, *call.keys))
             assert all(before[1] <= after[0] for before, after in zip(call.queries, call.queries[1:]))
-            assert all(limit is None or limit >= 0 for limit in call.band)  # FlashAttention: -1 is no limit
+            assert all(limit is None or limit >= 0 for limit in call.band)  # -1 means no limit to FlashAttention
             for (q0, q1), (k0, k1) in zip(call.queries, call.keys):
                 tile = in_band(q1 - q0, k1 - k0, call.band)
                 assert tile.any(0).all() and tile.any(1).all()
@@ -67,7 +74,7 @@ def check_calls(plan):
 
 
 def check_buffers(plan):
-    """Every key that is received is read, and is received once; gradients join where they came from."""
+    """Check that each received key is read and received once, and that gradients are summed where keys came from."""
     for step in plan.steps[1:]:
         everything = [(0, step.tokens)] if step.tokens else []
         assert union(keys for _, keys, _ in tiles(step)) == everything
@@ -77,11 +84,11 @@ def check_buffers(plan):
 
 
 def deliver(sends, receives):
-    """Messages between all ranks: for each rank what arrives for its `receives`, in their order.
+    """Deliver the messages of all ranks: list, for each rank, what arrives for its `receives`, in their order.
 
     Args:
-        sends: for each rank, (receiver, tokens) in the order posted.
-        receives: for each rank, (sender, how many tokens) in the order posted.
+        sends: (receiver, tokens) of each rank, in the order posted.
+        receives: (sender, number of tokens) of each rank, in the order posted.
     """
     under_way = defaultdict(deque)
     for sender, messages in enumerate(sends):
@@ -105,7 +112,7 @@ def incoming(*transfers):
 
 
 def travel(plans, owned):
-    """The forward pass: for each rank the tokens in its key buffer at each step."""
+    """Carry out the forward pass: list the tokens in the key buffer of each rank at each step."""
     buffers = [[own] for own in owned]
     for number in range(1, len(plans)):
         steps = [plan.steps[number] for plan in plans]
@@ -126,8 +133,7 @@ def travel(plans, owned):
 
 
 def come_home(plans, partial):
-    """The backward pass: the sums at their owners of what each rank has, `partial`, for its key buffer of each "
-    "step."""
+    """Carry out the backward pass: sum, at their owners, the `partial` gradients of each rank's key buffers."""
     size = len(plans)
     for number in range(1, size + 1):
         before = [plan.steps[number - 1] for plan in plans]
@@ -145,16 +151,16 @@ def come_home(plans, partial):
 
 
 def check_pairs(plan, buffers, seen):
-    """The plan computes each pair that its queries may see once, and nothing else."""
+    """Check that the plan computes each pair of the mask once, and no other pair."""
     assert np.array_equal(computed_by(plan, buffers, seen.shape), seen)
     assert plan.pairs == seen.sum() and plan.tokens == len(seen)
 
 
 def check_plans(layout, mask):
-    """All that the plans of a whole group have to hold."""
+    """Check all properties of the plans of a whole group."""
     plans = [build_plan(layout, mask, rank) for rank in range(layout.size)]
     owned = [numbers(layout, mask, rank) for rank in range(layout.size)]
-    # A key's gradient is a sum over the queries that read it: here, of a number that each query has.
+    # The gradient of a key is a sum over the queries that read it. Here each query adds a number of its own.
     weights = np.random.default_rng(0).integers(1, 1 << 40, len(mask.rows) * layout.length)
     partial = []
     for plan, own, buffers in zip(plans, owned, travel(plans, owned)):
@@ -209,7 +215,7 @@ def test_sampled_ranks_of_large_groups(case, rank):
 
 
 def check_messages(sender, receiver):
-    """One rank sends another, at each step and in this order, the numbers of tokens that the other expects of it."""
+    """Check that ranks send each other as many tokens as expected, at each step and in the same order."""
 
     def between(transfers, plan, peer):
         return [count for rank, count in incoming(*transfers) if rank == peer.rank]
@@ -228,11 +234,11 @@ def test_one_causal_document_in_zigzag(size):
     layout = zigzag(2 * size * chunk, size)
     plans = [build_plan(layout, Mask(layout.length, whole_rows(1, layout.length)), rank) for rank in range(size)]
     assert {plan.pairs for plan in plans} == {layout.length * (layout.length + 1) // 2 // size}
-    untrimmed = size * (size - 1) * 2 * chunk  # every rank sends two chunks at every step but the last
+    untrimmed = size * (size - 1) * 2 * chunk  # each rank sends two chunks at each step but the last
     assert 4 * sum(plan.sent_keys for plan in plans) == 3 * untrimmed
     assert 4 * sum(plan.sent_gradients for plan in plans) == 3 * untrimmed
     assert all(len(tiles(step)) == 1 for plan in plans for step in plan.steps)
-    # It travels as a ring: to the rank before only, but for gradients that go home.
+    # Keys travel as in a ring, to the rank before only. Gradients also return to their owner.
     assert all(
         transfer.peer == (plan.rank - 1) % size for plan in plans for s in plan.steps for transfer in s.forwards
     )
@@ -247,14 +253,14 @@ def test_one_causal_document_on_1024_ranks(rank):
     check_calls(plan)
     check_buffers(plan)
     assert plan.pairs * size == layout.length * (layout.length + 1) // 2
-    # Both chunks of the ranks after this one, and of those before it the first.
+    # It reads both chunks of the ranks after it, and the first chunk of the ranks before it.
     assert sum(step.tokens for step in plan.steps[1:]) == chunk * (2 * (size - 1 - rank) + rank)
 
 
 @pytest.mark.parametrize("window", [1, 5, 6, 7])
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
 def test_one_document_with_a_window_in_zigzag(size, window):
-    """Tiles of chunks with themselves, and with what reaches into them from the chunk before."""
+    """Chunks make tiles with themselves, and with the part of the chunk before that the window reaches."""
     chunk = 6
     layout = zigzag(2 * size * chunk, size)
     mask = Mask(layout.length, whole_rows(1, layout.length), Pattern(sliding_window=window))
@@ -262,7 +268,7 @@ def test_one_document_with_a_window_in_zigzag(size, window):
         neighbours = {plan.rank - 1, plan.rank + 1} & set(range(size)) if window > 1 else set()
         reached = {(plan.rank + number) % size for number, step in enumerate(plan.steps) if number and step.tokens}
         assert reached == neighbours
-        own = 1 if plan.rank == size - 1 else 2  # whose chunks are neighbours
+        own = 1 if plan.rank == size - 1 else 2  # its two chunks are neighbours
         assert [len(tiles(step)) for step in plan.steps if step.calls] == [own, *(1 for _ in neighbours)]
         assert plan.steps[0].calls and sum(step.tokens for step in plan.steps[1:]) == (window - 1) * len(neighbours)
 
@@ -297,7 +303,7 @@ def test_a_plan_pickles_and_is_the_same_wherever_it_is_built(case):
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=12))
 def test_documents_are_found(lengths):
-    """From cumulative lengths, empty documents included; and from positions, in which those cannot be seen."""
+    """Find documents from cumulative lengths, empty ones included, and from positions, which show no empty ones."""
     total = sum(lengths)
     cumulative = torch.tensor([0, *lengths]).cumsum(0)
     expected = np.repeat(np.arange(len(lengths)), lengths)
@@ -311,7 +317,7 @@ def test_documents_are_found(lengths):
 @pytest.mark.parametrize("edges", [[], [0], [1, 4], [0, 3], [0, 5], [0, 3, 2, 4]])
 def test_cumulative_lengths_that_are_none(edges):
     with pytest.raises(
-        ValueError, match=r"cu_seqlens must ascend from 0 to the row's length of 4 tokens, but it is \["
+        ValueError, match=r"cu_seqlens is \[.*, and does not ascend from 0 to the row's length of 4 tokens"
     ):
         masks.from_cu_seqlens(torch.tensor(edges), 4)
 

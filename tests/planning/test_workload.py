@@ -1,4 +1,4 @@
-"""Work counted without a plan is that of plans."""
+"""Tests of workloads: the counts equal those of plans."""
 
 from hypothesis import given
 
@@ -13,7 +13,7 @@ def test_demand_is_what_plans_have(case):
     layout, mask = case
     counted = workload(layout, mask)
     plans = [build_strategy("p2p", 1, layout, mask, rank).plan for rank in range(layout.size)]
-    if all(len(document) == 1 for row in mask.rows for document in row):  # without padding inside of documents
+    if all(len(document) == 1 for row in mask.rows for document in row):  # there is no padding inside of documents
         assert list(counted.pairs) == [plan.pairs for plan in plans]
     assert list(counted.read) == [sum(step.tokens for step in plan.steps[1:]) for plan in plans]
     assert list(counted.owners) == [sum(step.tokens > 0 for step in plan.steps[1:]) for plan in plans]

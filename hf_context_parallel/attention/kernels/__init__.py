@@ -1,1 +1,1 @@
-"""The kernels, one file a backend, and the choice among them."""
+"""Kernels, one file for each backend, and their registry."""

@@ -1,4 +1,4 @@
-"""What a strategy asks of a kernel: attention on tiles, with its log-sum-exp (LSE)."""
+"""Interface of a kernel: attention on tiles, with its log-sum-exp (LSE)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..scores import Scores
 
 
 class Kernel(ABC):
-    """Attention of query ranges to key ranges on one device.
+    """Kernel that computes attention of query ranges to key ranges on one device.
 
-    Tensors have tokens first: query `[T, H, D]`, key `[K, H_kv, D]`, value `[K, H_kv, D_v]`, with H_kv dividing H and
-    the last dimension's stride 1. No range is empty.
+    Tensors have tokens first: query `[T, H, D]`, key `[K, H_kv, D]`, value `[K, H_kv, D_v]`, where H_kv divides H.
+    The last dimension has stride 1. No range is empty.
     """
 
     name: str
@@ -25,21 +25,22 @@ class Kernel(ABC):
     @staticmethod
     @abstractmethod
     def missing() -> str | None:
-        """None if the kernel can be used here, or what is missing and how to get it."""
+        """Reason why the kernel cannot be used on this machine and how to get it, or None if it can."""
 
     @abstractmethod
     def refusal(
         self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
     ) -> str | None:
-        """None if the kernel takes tensors like these and makes such scores, or why it does not and what to do."""
+        """Reason why the kernel cannot compute such tensors or scores and what to do, or None if it can."""
 
     @abstractmethod
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output `[Q, H, D_v]` and natural-log LSE `[Q, H]`, where Q counts the query ranges' rows, in order.
+        """Compute the output `[Q, H, D_v]` and the natural-log LSE `[Q, H]` of the query ranges, in order.
 
-        They are in the inputs' dtype or a wider one, the LSE in float32 at least.
+        Q counts the rows of all query ranges. The output is in the dtype of the inputs or a wider one, the LSE in
+        float32 or a wider one.
         """
 
     @abstractmethod
@@ -54,10 +55,12 @@ class Kernel(ABC):
         segments: Segments,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tiles' share of the gradients, given the output and LSE over *all* keys that the queries read.
+        """Compute the share of the tiles in the gradients.
+
+        The output and the LSE are given over *all* keys that the queries read.
 
         Args:
-            grad_output, output: `[T, H, D_v]`, of all tokens, as `query` is.
+            grad_output, output: `[T, H, D_v]`, of all tokens, as in `query`.
             lse: `[T, H]`, of all tokens.
 
         Returns:
@@ -69,7 +72,7 @@ class Kernel(ABC):
 class Block(NamedTuple):
     """Some queries of a tile, and the keys that they read: query i reads key j if `i + low <= j <= i + high`.
 
-    Ranges are of the tile's own; None is no limit.
+    Ranges index the queries and keys of the tile, i and j those of the block. None means no limit.
     """
 
     query: Interval
@@ -78,7 +81,7 @@ class Block(NamedTuple):
     high: int | None
 
     def hidden(self, device: torch.device) -> torch.Tensor | None:
-        """Which keys the queries do not read, `[Q, K]`, or None if they read all."""
+        """Boolean mask `[Q, K]` of the keys that the queries do not read, or None if they read all keys."""
         if self.low is None and self.high is None:
             return None
         rows, columns = (stop - start for start, stop in (self.query, self.key))
@@ -92,8 +95,11 @@ class Block(NamedTuple):
 
 
 def blocks(queries: int, keys: int, band: Band, most: int) -> Iterator[Block]:
-    """A tile in blocks of `most` queries: for kernels that keep something for every pair, so that a window costs what
-    it holds and memory does not grow with the square of the tile."""
+    """Cut a tile into blocks of at most `most` queries.
+
+    This is for kernels that store something for every pair. So the pairs outside of a window cost nothing, and memory
+    does not grow with the square of the tile.
+    """
     shift = keys - queries
     for start in range(0, queries, most):
         stop = min(start + most, queries)
@@ -101,12 +107,12 @@ def blocks(queries: int, keys: int, band: Band, most: int) -> Iterator[Block]:
         last = keys if band.right is None else min(keys, stop + shift + band.right)
         low = None if band.left is None else shift - band.left + start - first
         high = None if band.right is None else shift + band.right + start - first
-        # What binds none of the block's queries is no limit.
+        # A limit that hides no key of the block is dropped.
         low = None if low is None or low + (stop - start) - 1 <= 0 else low
         high = None if high is None or high >= last - first - 1 else high
         yield Block((start, stop), (first, last), low, high)
 
 
 def is_plain(queries: int, keys: int, band: Band) -> bool:
-    """Whether a tile is read entirely, or by a causal mask on a square."""
+    """Return True if a tile is read entirely, or is a square with a causal mask."""
     return band == FULL or (band.left is None and band.right == 0 and queries == keys)

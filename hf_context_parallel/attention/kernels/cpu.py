@@ -1,7 +1,7 @@
-"""PyTorch's flash attention on the CPU, called by its operators since they give the LSE.
+"""Kernel `cpu`: PyTorch's flash attention on the CPU. Its operators are called directly, since they return the LSE.
 
-The operators are fast for contiguous `[1, H, S, D]` in float32: bfloat16 costs them ten times as much in backward on
-CPUs without matrix instructions for it. So tiles are copied into that form, which is linear in their length.
+The operators are fast for contiguous `[1, H, S, D]` in float32. In bfloat16 their backward takes ten times as long, on
+CPUs without matrix instructions for it. So tiles are copied to contiguous float32, in time linear in their length.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 MOST_QUERIES = 256
-"""Queries of a window that are computed at a time, with the keys that any of them reads: more would compute more that
-is hidden, fewer would read the keys more often."""
+"""Queries of a window that are computed at a time, with the keys that any of them reads. With more queries, more
+hidden pairs are computed; with fewer, keys are read more often."""
 
 
 class CpuKernel(Kernel):
@@ -35,15 +35,15 @@ class CpuKernel(Kernel):
         self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
     ) -> str | None:
         if device.type != "cpu":
-            return f"it runs on the CPU and the tensors are on {device}; use kernel='auto'"
+            return f"it runs on the CPU, but the tensors are on {device}. Use kernel='auto'"
         if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return f"it takes float64, float32, bfloat16 and float16, not {dtype}"
+            return f"it takes float64, float32, bfloat16 and float16, not {dtype}. Use one of these dtypes"
         return None
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if scores.softcap is not None or scores.dropout_p:  # which the operators do not have
+        if scores.softcap is not None or scores.dropout_p:  # the operators support neither
             return ReferenceKernel().forward(query, key, value, segments, scores)
         value_dim = value.shape[-1]
         query, key, value = _one_head_dim(query, key, value)
@@ -109,9 +109,9 @@ class CpuKernel(Kernel):
 
 
 def _calls(queries: int, keys: int, segments: Segments, dtype: torch.dtype) -> Iterator[tuple[Block, dict[str, Any]]]:
-    """A tile as calls of the operators: blocks, each with the arguments that say its mask.
+    """Yield the calls of the operators for a tile: blocks, each with the arguments for its mask.
 
-    One call where the operators know the mask; else blocks with a mask tensor each.
+    A tile that is full or causal takes one call. Any other tile takes a call for each block, with a mask tensor.
     """
     if is_plain(queries, keys, segments.band):
         yield Block((0, queries), (0, keys), None, None), {"is_causal": segments.band.right == 0}
@@ -123,12 +123,12 @@ def _calls(queries: int, keys: int, segments: Segments, dtype: torch.dtype) -> I
 
 
 def _part(tensor: torch.Tensor, interval: tuple[int, int]) -> torch.Tensor:
-    """`[1, H, S, D]` cut to a range of its tokens."""
+    """Cut `[1, H, S, D]` to a range of its tokens."""
     return tensor if interval == (0, tensor.shape[2]) else tensor[:, :, slice(*interval)]
 
 
 def _one_head_dim(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors padded with zeros to one head dim, which the operators want. Scores and outputs stay as they are."""
+    """Pad tensors with zeros to one head dim, which the operators need. Scores and outputs do not change."""
     largest = max(tensor.shape[-1] for tensor in tensors)
     return [
         tensor if tensor.shape[-1] == largest else torch.nn.functional.pad(tensor, (0, largest - tensor.shape[-1]))
@@ -137,13 +137,13 @@ def _one_head_dim(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
-    """`[S, H, D]` as contiguous `[1, H, S, D]`, in float32 at least."""
+    """Copy `[S, H, D]` to contiguous `[1, H, S, D]`, in float32 or a wider dtype."""
     view = tensor.transpose(0, 1)[None]
     return view.new_empty(view.shape, dtype=torch.promote_types(view.dtype, torch.float32)).copy_(view)
 
 
 def _tokens_first(tensor: torch.Tensor) -> torch.Tensor:
-    """`[1, H, S, D]` as `[S, H, D]`."""
+    """View `[1, H, S, D]` as `[S, H, D]`."""
     return tensor[0].transpose(0, 1)
 
 

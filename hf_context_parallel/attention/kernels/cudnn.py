@@ -1,9 +1,9 @@
-"""cuDNN's attention, by PyTorch's operators: on Hopper 1.6 to 1.8 times as fast as FlashAttention-2
-(`benchmarks/results/gpu_suite.md`).
+"""Kernel `cudnn`: attention of cuDNN, called by PyTorch's operators.
 
-It takes calls of one long segment, read entirely or causally on a square, which are all calls of one long document.
-PyTorch's flash attention takes the others: windows, packed documents, short tiles. cuDNN makes a plan for each shape
-that it has not seen, in up to a second and once a thread, so it pays where shapes repeat.
+On Hopper it is 1.6 to 1.8 times as fast as FlashAttention-2 (`benchmarks/results/gpu_suite.md`). It computes calls of
+one long segment that is read entirely, or is a square with a causal mask. All calls of one long document are such.
+PyTorch's flash attention computes the others: windows, packed documents, short tiles. cuDNN compiles a plan for each
+new shape, once in each thread, in up to a second. So it is worth while if shapes repeat.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .torch_cuda import TorchKernel
 from .varlen import aligned
 
 SHORTEST = 1024
-"""Queries and keys from which a tile is worth a plan."""
+"""Fewest queries and keys of a tile for which cuDNN is used."""
 
 
 class CudnnKernel(TorchKernel):
@@ -27,7 +27,7 @@ class CudnnKernel(TorchKernel):
     def missing() -> str | None:
         missing = TorchKernel.missing()
         if missing is None and not torch.backends.cudnn.is_available():
-            missing = "this PyTorch was built without cuDNN; use kernel='torch'"
+            missing = "this PyTorch was built without cuDNN. Use kernel='torch'"
         return missing
 
     def forward(
@@ -61,7 +61,7 @@ class CudnnKernel(TorchKernel):
         if not _takes(query, value, segments, scores):
             return super().backward(grad_output, query, key, value, output, lse, segments, scores)
         queries, keys = segments.query_runs, segments.key_runs
-        unused = torch.empty((), dtype=torch.int64, device=query.device)  # the state of a dropout that is 0
+        unused = torch.empty((), dtype=torch.int64, device=query.device)  # the random state, since dropout is 0
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             _heads_first(grad_output, queries),
             _heads_first(query, queries),
@@ -85,7 +85,10 @@ class CudnnKernel(TorchKernel):
 
 
 def _takes(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores) -> bool:
-    """Whether cuDNN computes a call. Where the same bits are asked for, PyTorch's kernel promises them."""
+    """Return True if cuDNN computes a call.
+
+    Deterministic calls go to PyTorch's kernel, which guarantees the same bits.
+    """
     if len(segments.queries) > 1 or scores.deterministic:
         return False
     if any(tensor.shape[-1] % 8 or tensor.shape[-1] > _widest_head(query.device) for tensor in (query, value)):
@@ -95,7 +98,7 @@ def _takes(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores:
 
 
 def _widest_head(device: torch.device) -> int:
-    """The largest head dim that cuDNN's backward takes."""
+    """Largest head dim that the backward of cuDNN takes."""
     return 256 if torch.cuda.get_device_capability(device) >= (9, 0) else 128
 
 
@@ -104,6 +107,6 @@ def _length(interval: tuple[int, int]) -> int:
 
 
 def _heads_first(tensor: torch.Tensor, runs: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """`[T, H, D]` as `[1, H, rows of runs, D]`, where kernels can load 16 bytes at a time."""
+    """Turn `[T, H, D]` into `[1, H, rows of runs, D]`, aligned so that kernels can load 16 bytes at a time."""
     rows = take(tensor, runs)
     return (rows if aligned(rows) else rows.contiguous()).transpose(0, 1)[None]

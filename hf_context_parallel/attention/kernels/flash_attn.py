@@ -1,7 +1,8 @@
-"""The flash-attn package's varlen kernels, 2.6 to 2.8. What differs between its versions is handled here.
+"""Kernel `flash_attn`: varlen kernels of the flash-attn package, versions 2.6 to 2.8.
 
-2.6 returns eight values from the forward, the output first and the LSE sixth, and takes `window_size`; since 2.7 there
-are four, the LSE second, and `window_size_left` and `window_size_right`. Since 2.6 the LSE is `[H, Q]`.
+In 2.6 the forward returns eight values, the output first and the LSE sixth, and takes `window_size`. Since 2.7 it
+returns four values, the LSE second, and takes `window_size_left` and `window_size_right`. In all of them the LSE is
+`[H, Q]`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ class FlashAttnKernel(VarlenKernel):
     @staticmethod
     def missing() -> str | None:
         if importlib.util.find_spec("flash_attn") is None:
-            return "the flash-attn package is not installed; pip install 'flash-attn>=2.6,<2.9'"
+            return "the flash-attn package is not installed. Run pip install 'flash-attn>=2.6,<2.9'"
         if not torch.cuda.is_available():
-            return "PyTorch sees no CUDA device; on the CPU use kernel='cpu'"
+            return "PyTorch sees no CUDA device. On the CPU use kernel='cpu'"
         try:
             importlib.import_module("flash_attn.flash_attn_interface")
-        except ImportError as error:  # built for another torch, or flash-attn-4, which has its own modules there
-            return f"flash-attn cannot be imported ({error}); pip install 'flash-attn>=2.6,<2.9'"
+        except ImportError as error:  # built for another torch, or only flash-attn-4 is installed
+            return f"flash-attn cannot be imported ({error}). Run pip install 'flash-attn>=2.6,<2.9'"
         return None
 
     def varlen_forward(
@@ -95,7 +96,7 @@ class FlashAttnKernel(VarlenKernel):
 
 
 def _options(function: Callable[..., Any], window: Window, scores: Scores) -> dict[str, Any]:
-    """Window, softcap and ALiBi, by the names that this version has for them. All are given: 2.6 has no defaults."""
+    """Window, softcap and ALiBi by their names in this version. 2.6 has no defaults, so all are given."""
     if "window_size" in _parameters(function):
         sizes: dict[str, Any] = {"window_size": (window.left, window.right)}
     else:

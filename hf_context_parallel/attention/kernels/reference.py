@@ -1,4 +1,7 @@
-"""Attention in plain PyTorch, for any dtype and device. It keeps scores for a block of queries at a time."""
+"""Kernel `reference`: attention in plain PyTorch, for any dtype and device.
+
+It stores the scores of one block of queries at a time.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from ..scores import Scores
 from .base import Block, Kernel, blocks
 
 MOST_SCORES = 2**22
-"""Scores that are kept at a time, all heads counted (but one query's are, whatever their number)."""
+"""Most scores that are stored at a time, all heads counted. At least one query is computed, whatever its scores."""
 
 
 class ReferenceKernel(Kernel):
@@ -25,7 +28,7 @@ class ReferenceKernel(Kernel):
     def refusal(
         self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
     ) -> str | None:
-        return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point dtype"
+        return None if dtype.is_floating_point else f"it takes no {dtype}. Use a floating-point dtype"
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
@@ -76,9 +79,9 @@ class ReferenceKernel(Kernel):
 
 
 class _Block:
-    """The scores of one block `[H / H_kv, H_kv, Q, K]`, -inf where hidden.
+    """Scores of one block `[H / H_kv, H_kv, Q, K]`, -inf at hidden pairs.
 
-    `slope` is their derivative by what the softcap was applied to.
+    `slope` is the derivative of the softcap at each score.
     """
 
     def __init__(self, block: Block, rows: torch.Tensor, keys: torch.Tensor, scores: Scores, name: tuple[object, ...]):
@@ -95,12 +98,12 @@ class _Block:
         self._kept = _kept(self.scores, scores, name) if scores.dropout_p else None
 
     def dropped(self, weights: torch.Tensor) -> torch.Tensor:
-        """`weights` with those left out that dropout leaves out."""
+        """Weights after dropout."""
         return weights if self._kept is None else weights * self._kept
 
 
 def _kept(like: torch.Tensor, scores: Scores, name: tuple[object, ...]) -> torch.Tensor:
-    """For each weight 0 or 1 / (1 - p), the same for the same seed and block."""
+    """Dropout factor of each weight: 0 or 1 / (1 - p). The same seed and block give the same factors."""
     random = torch.Generator(like.device).manual_seed(scores.of(*name).seed)
     keeps = torch.rand(like.shape, generator=random, device=like.device) >= scores.dropout_p
     return keeps.to(like.dtype) / (1 - scores.dropout_p)
@@ -109,7 +112,7 @@ def _kept(like: torch.Tensor, scores: Scores, name: tuple[object, ...]) -> torch
 def _tiles(
     segments: Segments, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rows: torch.Tensor
 ) -> Iterator[tuple[Any, ...]]:
-    """For each tile its number and its ranges of the tensors; those of `rows` are the query's."""
+    """Yield the number of each tile and its part of each tensor. Tensors in `rows` are cut by the query range."""
     for number, ((q0, q1), (k0, k1)) in enumerate(zip(segments.queries, segments.keys)):
         yield number, query[q0:q1], key[k0:k1], value[k0:k1], *(x[q0:q1] for x in rows)
 
@@ -120,11 +123,11 @@ def _blocks(rows: torch.Tensor, keys: torch.Tensor, segments: Segments) -> Itera
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in the precision that sums are kept in."""
+    """Convert to float32 or a wider dtype, in which sums are computed."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _grouped(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """`[Q, H, D]` as `[H / H_kv, H_kv, Q, D]`: query head h reads key head h // (H / H_kv)."""
+    """Turn `[Q, H, D]` into `[H / H_kv, H_kv, Q, D]`, in which query head h reads key head h // (H / H_kv)."""
     grouped: torch.Tensor = _exact(tensor).unflatten(1, (key_heads, -1)).permute(2, 1, 0, 3)
     return grouped

@@ -1,4 +1,4 @@
-"""The kernels, one file a backend, and the choice among them."""
+"""Registry of the kernels, and the choice among them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ KERNELS: dict[str, type[Kernel]] = {
     kernel.name: kernel for kernel in (FlashAttnKernel, TorchKernel, CudnnKernel, CpuKernel, ReferenceKernel)
 }
 AUTOMATIC = {"cuda": ("flash_attn", "torch"), "cpu": ("cpu",)}
-"""For each device type, the kernels that `auto` tries, best first."""
+"""Kernels that `auto` tries for each device type, best first."""
 
 
 def named_kernel(name: str) -> Kernel:
-    """The kernel called `name`.
+    """Make the kernel called `name`.
 
     Raises:
-        ValueError: if it cannot be used here; it says how to get it.
+        ValueError: if the kernel cannot be used on this machine; the message says how to get it.
     """
     missing = KERNELS[name].missing()
     if missing:
@@ -38,10 +38,12 @@ def named_kernel(name: str) -> Kernel:
 
 @cache
 def choose_kernel(name: str, device_type: str) -> Kernel:
-    """The kernel called `name`, or with `"auto"` the best one present for a device type (its choice is logged once).
+    """Make the kernel called `name`, or for `"auto"` the best one that this machine has for a device type.
+
+    The choice of `"auto"` is logged once.
 
     Raises:
-        ValueError: if there is no such kernel here; it says how to get it.
+        ValueError: if the kernel cannot be used on this machine; the message says how to get it.
     """
     if name != "auto":
         return named_kernel(name)
@@ -54,15 +56,15 @@ def choose_kernel(name: str, device_type: str) -> Kernel:
         reasons.append(f"{candidate!r}: {missing}")
     raise ValueError(
         f"kernel='auto' finds none for device type {device_type!r} ({'; '.join(reasons) or 'none is known for it'}). "
-        "kernel='reference' runs everywhere, but slowly."
+        "Use kernel='reference', which runs everywhere, but slowly."
     )
 
 
 def check_kernel(kernel: Kernel, query: torch.Tensor, value: torch.Tensor, scores: Scores) -> None:
-    """Refuse tensors that the kernel does not take, and scores that it does not make.
+    """Refuse tensors and scores that the kernel does not support.
 
     Raises:
-        ValueError: naming the property that does not fit and what to do.
+        ValueError: if a property is not supported; the message names it and says what to do.
     """
     refusal = kernel.refusal(query.device, query.dtype, query.shape[-1], value.shape[-1], scores)
     if refusal:

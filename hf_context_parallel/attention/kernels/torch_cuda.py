@@ -1,4 +1,4 @@
-"""PyTorch's own CUDA flash attention (FlashAttention-2), which needs no wheel."""
+"""Kernel `torch`: the CUDA flash attention of PyTorch (FlashAttention-2), which needs no other package."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class TorchKernel(VarlenKernel):
     @staticmethod
     def missing() -> str | None:
         if not torch.cuda.is_available():
-            return "PyTorch sees no CUDA device; on the CPU use kernel='cpu'"
+            return "PyTorch sees no CUDA device. On the CPU use kernel='cpu'"
         if not torch.backends.cuda.is_flash_attention_available():
-            return "this PyTorch was built without flash attention; install a CUDA build of PyTorch"
+            return "this PyTorch was built without flash attention. Install a CUDA build of PyTorch"
         return None
 
     def refusal(
         self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
     ) -> str | None:
         if scores.softcap is not None:
-            return f"it has no softcap ({scores.softcap}); install flash-attn, or use kernel='reference'"
+            return f"it has no softcap ({scores.softcap}). Install flash-attn, or use kernel='reference'"
         return super().refusal(device, dtype, query_dim, value_dim, scores)
 
     def varlen_forward(
@@ -56,7 +56,7 @@ class TorchKernel(VarlenKernel):
         window: Window,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # the state of a dropout that is 0
+        unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # the random state, since dropout is 0
         tensors = grad_output, query, key, value, output, lse
         with _determinism(scores.deterministic):
             grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.aten._flash_attention_backward(
@@ -71,10 +71,13 @@ def _options(window: Window, scores: Scores) -> dict[str, Any]:
 
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
-    """PyTorch's global setting is the only way to ask the operator for it, which only warns where that only warns."""
+    """Make the operator deterministic in a `with` block, if wanted.
+
+    The operator reads only the global setting of PyTorch. If that setting only warns, the operator only warns too.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    if not wanted or (before and not only_warns):  # setting it costs, and sets more than it says
+    if not wanted or (before and not only_warns):  # setting it takes time, and changes other settings
         yield
         return
     torch.use_deterministic_algorithms(True)

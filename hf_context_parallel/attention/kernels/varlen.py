@@ -1,7 +1,7 @@
-"""What the CUDA flash-attention kernels share: segments as one call over packed rows and cumulative lengths.
+"""Base class of the CUDA flash-attention kernels: one call over packed rows with cumulative lengths.
 
-FlashAttention takes head dims up to 256 that 8 divides, the same for query, key and value, in bfloat16 or float16.
-Other head dims are padded with zeros, which changes neither scores nor outputs.
+FlashAttention takes head dims that are multiples of 8, up to 256, and equal for query, key and value. The dtype is
+bfloat16 or float16. Other head dims are padded with zeros, which changes neither scores nor outputs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .base import Kernel
 
 
 class Lengths(NamedTuple):
-    """Cumulative lengths of query and key ranges, `[segments + 1]` int32, and what none of them is longer than.
+    """Cumulative lengths of query and key ranges, `[segments + 1]` int32, and upper bounds of the lengths.
 
-    In the order in which all varlen kernels take them.
+    The order is that of the arguments of varlen kernels.
     """
 
     cu_queries: torch.Tensor
@@ -30,7 +30,7 @@ class Lengths(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A band as FlashAttention takes it: bottom-right aligned, -1 for no limit."""
+    """Band in the form of FlashAttention: aligned at the bottom right, -1 for no limit."""
 
     causal: bool
     left: int
@@ -38,28 +38,28 @@ class Window(NamedTuple):
 
 
 class VarlenKernel(Kernel):
-    """A kernel that takes all segments of a call at once."""
+    """Kernel that computes all segments of a call at once."""
 
     def refusal(
         self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
     ) -> str | None:
         if device.type != "cuda":
-            return f"it runs on CUDA and the tensors are on {device}; use kernel='auto'"
+            return f"it runs on CUDA, but the tensors are on {device}. Use kernel='auto'"
         if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
             return (
-                f"it takes GPUs from compute capability 8.0 (Ampere) on, and {torch.cuda.get_device_name(device)} has "
-                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use kernel='reference'"
+                f"it needs compute capability 8.0 (Ampere) or later, and {torch.cuda.get_device_name(device)} has "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}. Use kernel='reference'"
             )
         if dtype not in (torch.bfloat16, torch.float16):
             return (
-                f"it takes bfloat16 and float16, not {dtype}; train with bf16=True (autocast), or load the model with "
+                f"it takes bfloat16 and float16, not {dtype}. Train with bf16=True (autocast), or load the model with "
                 "dtype=torch.bfloat16, or accept a matrix of scores with kernel='reference'"
             )
         if max(query_dim, value_dim) > 256:
-            return f"it takes head dims up to 256, not {max(query_dim, value_dim)}; use kernel='reference'"
+            return f"it takes head dims up to 256, not {max(query_dim, value_dim)}. Use kernel='reference'"
         if scores.dropout_p:
             return (
-                f"it does not tell which weights a dropout of {scores.dropout_p} left out; set attention dropout to "
+                f"it does not report which weights a dropout of {scores.dropout_p} dropped. Set attention dropout to "
                 "0, or use kernel='reference'"
             )
         return None
@@ -74,7 +74,7 @@ class VarlenKernel(Kernel):
         window: Window,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output `[Q, H, D]` and LSE `[H, Q]` of packed rows."""
+        """Compute output `[Q, H, D]` and LSE `[H, Q]` of packed rows."""
 
     @abstractmethod
     def varlen_backward(
@@ -89,7 +89,7 @@ class VarlenKernel(Kernel):
         window: Window,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradients of packed `query`, `key` and `value`, given LSE `[H, Q]`."""
+        """Compute the gradients of packed `query`, `key` and `value`, given the LSE `[H, Q]`."""
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
@@ -133,14 +133,14 @@ class VarlenKernel(Kernel):
 
 
 def _lengths(segments: Segments, device: torch.device) -> Lengths:
-    """A call's lengths, made once for a stream: a layer finds them on the device."""
+    """Lengths of a call on the device. They are made once for each stream, and every layer uses them."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if (device, stream) not in segments.kept:
         sides = segments.queries, segments.keys
         longest_query, longest_key = (max(stop - start for start, stop in side) for side in sides)
         if segments.band not in (FULL, CAUSAL):
-            # FlashAttention takes a window without a right limit for one of `max_keys`, and one of `max_keys` or more
-            # for none (`set_params_fprop`, `mha_varlen_fwd`). Both are so only where no range of queries is longer.
+            # FlashAttention replaces a missing right limit of a window by `max_keys`, and drops a limit of `max_keys`
+            # or more (`set_params_fprop`, `mha_varlen_fwd`). Both are right only if no query range is longer.
             longest_key = max(longest_key, longest_query)
         cu_queries, cu_keys = (_cumulative(side, device) for side in sides)
         segments.kept[device, stream] = Lengths(cu_queries, cu_keys, longest_query, longest_key)
@@ -149,7 +149,7 @@ def _lengths(segments: Segments, device: torch.device) -> Lengths:
 
 
 def _cumulative(ranges: tuple[Interval, ...], device: torch.device) -> torch.Tensor:
-    """0 and the running sum of the ranges' lengths."""
+    """Cumulative lengths of the ranges, beginning with 0."""
     lengths = torch.tensor([0, *(stop - start for start, stop in ranges)], dtype=torch.int32)
     cumulative = lengths.cumsum(0, dtype=torch.int32)
     return cumulative.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else cumulative.to(device)
@@ -161,19 +161,19 @@ def _window(segments: Segments) -> Window:
 
 
 def _head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
-    """The least head dim that holds both and that 8 divides."""
+    """Smallest multiple of 8 that is no less than the head dims of query and value."""
     return -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
 
 
 def aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row begins where kernels can load 16 bytes at a time."""
+    """Return True if every row is aligned so that kernels can load 16 bytes at a time."""
     return all(start * tensor.itemsize % 16 == 0 for start in (tensor.storage_offset(), *tensor.stride()[:-1]))
 
 
 def _pad(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """`tensor` with zeros up to `width` in its last dimension, and where kernels can load 16 bytes at a time.
+    """Pad the last dimension to `width` with zeros, in memory from which kernels can load 16 bytes at a time.
 
-    A view of packed keys and values can not be where another dim than `width` lies beside it.
+    A view of packed keys/values may be unaligned if the head dim beside it is not `width`.
     """
     if tensor.shape[-1] == width and aligned(tensor):
         return tensor

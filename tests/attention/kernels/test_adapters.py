@@ -1,7 +1,7 @@
-"""The adapters of CUDA kernels.
+"""Tests of the adapters of CUDA kernels.
 
-What they call runs on no CPU, so stand-ins with its signatures take its place: they check what they are given and
-compute it with the reference kernel.
+The functions that they call do not run on a CPU. So stand-ins with the same signatures replace them. A stand-in checks
+its arguments and computes with the reference kernel.
 """
 
 import sys
@@ -27,9 +27,9 @@ told = []
 
 
 def packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropout, causal, left, right):
-    """The segments of a call as FlashAttention takes it, after a check of all that it wants.
+    """Check the arguments of a varlen call, and return its segments.
 
-    It does with windows what `mha_varlen_fwd` and `set_params_fprop` do (the same in 2.6 to 2.8 and in PyTorch).
+    Windows are treated as in `mha_varlen_fwd` and `set_params_fprop` (the same in 2.6 to 2.8 and in PyTorch).
     """
     assert dropout == 0
     assert query.dtype == key.dtype == value.dtype in (torch.bfloat16, torch.float16)
@@ -52,13 +52,13 @@ def packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropou
     left, right = (-1 if limit >= max_keys else limit for limit in (left, right))
     if left >= 0 and right < 0:
         right = max_keys
-    elif left < 0 and right > 0:  # of 0 it is causal
+    elif left < 0 and right > 0:  # right == 0 is causal
         left = max_keys
     return Segments(*ranges, Band(*(None if limit == -1 else limit for limit in (left, right))))
 
 
 def packed_forward(query, key, value, *lengths_and_dropout, scale, causal, left, right, softcap=0.0):
-    """Output and LSE `[H, Q]`."""
+    """Compute the output and the LSE `[H, Q]`."""
     segments = packed(query, key, value, *lengths_and_dropout, causal, left, right)
     output, lse = ReferenceKernel().forward(query, key, value, segments, Scores(scale, softcap or None))
     return output, lse.T.contiguous()
@@ -67,7 +67,7 @@ def packed_forward(query, key, value, *lengths_and_dropout, scale, causal, left,
 def packed_backward(
     grad, query, key, value, output, lse, *lengths_and_dropout, scale, causal, left, right, softcap=0.0, deterministic
 ):
-    """The gradients of query, key and value."""
+    """Compute the gradients of query, key and value."""
     told.append(deterministic)
     segments = packed(query, key, value, *lengths_and_dropout, causal, left, right)
     for tensor in (grad, output):
@@ -78,20 +78,20 @@ def packed_backward(
 
 
 def one_tile(query, key, value, causal):
-    """`[1, H, T, D]` tensors as cuDNN takes them, tokens first, and the one tile that they are."""
+    """Turn `[1, H, T, D]` tensors of cuDNN to tokens first, and return them with the one tile of the call."""
     for tensor in (query, key, value):
         assert tensor.dim() == 4 and len(tensor) == 1 and tensor.stride(-1) == 1 and tensor.shape[-1] % 8 == 0
         assert not any(n * tensor.itemsize % 16 for n in (tensor.storage_offset(), *tensor.stride()[:-1]))
     assert key.shape[:3] == value.shape[:3] and query.shape[1] % key.shape[1] == 0
     assert isinstance(causal, bool) and (
         not causal or query.shape[2] == key.shape[2]
-    )  # it aligns masks at the top left
+    )  # cuDNN aligns masks at the top left
     segments = Segments(((0, query.shape[2]),), ((0, key.shape[2]),), CAUSAL if causal else FULL)
     return [tensor[0].transpose(0, 1) for tensor in (query, key, value)], segments
 
 
 class StandInForAten(TorchDispatchMode):
-    """PyTorch's own operators: their schemas are checked before a call comes here."""
+    """Stand-in for PyTorch's operators. Their schemas are checked before a call arrives here."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
@@ -135,12 +135,12 @@ class StandInForAten(TorchDispatchMode):
         *tensors_and_lengths, causal, state, unused = args
         assert state.dtype == unused.dtype == torch.uint64
         window = {"left": window_size_left, "right": window_size_right}
-        deterministic = torch.get_deterministic_debug_mode() == 2  # in mode 1 the operator warns, and is not
+        deterministic = torch.get_deterministic_debug_mode() == 2  # in mode 1 the operator only warns
         return packed_backward(*tensors_and_lengths, scale=scale, causal=causal, **window, deterministic=deterministic)
 
 
 def flash_attn_2_6():
-    """The interface of flash-attn 2.6.0. Later 2.6 have defaults for all that comes after `causal` in the forward."""
+    """Interface of flash-attn 2.6.0. Later 2.6 versions have defaults for the arguments after `causal`."""
 
     def _flash_attn_varlen_forward(
         q,
@@ -212,7 +212,7 @@ def flash_attn_2_6():
 
 @cache
 def flash_attn_since_2_7(minor, more=""):
-    """The interface of flash-attn 2.7 and 2.8: operators of PyTorch, with a typed schema and no Python signature."""
+    """Interface of flash-attn 2.7 and 2.8: operators of PyTorch, with a typed schema and no Python signature."""
 
     def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left=-1, right=-1, softcap=0.0, *unused):
         assert not any(unused)
@@ -258,7 +258,7 @@ FLASH_ATTN = {
 
 @pytest.fixture(params=["torch", "cudnn", *FLASH_ATTN])
 def adapter(request, monkeypatch):
-    """A CUDA kernel, with a stand-in for what it calls."""
+    """Fixture of each CUDA kernel, with a stand-in for the function that it calls."""
     if request.param in ("torch", "cudnn"):
         monkeypatch.setattr(cudnn, "SHORTEST", 1)
         monkeypatch.setattr(cudnn, "_widest_head", lambda device: 256)
@@ -286,12 +286,12 @@ tiles = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, ma
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(tiles, st.builds(Band, limits, limits))
 def test_adapters_bands(adapter, tiles, band):
-    """Whatever the lengths: FlashAttention's own rules of windows go by the longest range of keys."""
+    """Compute bands of many lengths, since FlashAttention changes windows by the longest key range."""
     assume(all(in_band(*tile, band).any(1).all() for tile in tiles))
     queries, keys = ([0, *accumulate(side)] for side in zip(*tiles))
     call = Segments(*(tuple(zip(edges, edges[1:])) for edges in (queries, keys)), band)
     assume(max(queries[-1], keys[-1]) <= TOKENS)
-    check(adapter, [call], "grouped", torch.bfloat16, least=10.0)  # of one key a query's gradient is 0
+    check(adapter, [call], "grouped", torch.bfloat16, least=10.0)  # with one key the gradient of a query is 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -309,7 +309,7 @@ def test_adapters_of_kernels_with_a_softcap(adapter, calls):
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("everywhere", [0, 1, 2], ids=["no", "warns", "yes"])
 def test_adapters_ask_for_determinism(adapter, wanted, everywhere):
-    """PyTorch's kernel, which has only its global setting to go by, heeds it too; and leaves it as it was."""
+    """Check `deterministic`, also for PyTorch's kernel, which reads the global setting and must restore it."""
     whole = tensors(SHAPES["grouped"], torch.bfloat16)
     told.clear()
     torch.set_deterministic_debug_mode(everywhere)
@@ -349,7 +349,7 @@ def test_cudnn_computes_one_plain_tile_and_pytorchs_kernel_the_rest(adapter, cal
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("calls", ["several tiles", "several causal tiles", "windows of more keys"])
 def test_pytorchs_own_operators_take_the_call(calls, shape):
-    """By their schemas and by what PyTorch says of their results, on the device that computes nothing."""
+    """Check the calls by the operators' schemas and by the shapes of their results, on the meta device."""
     query, key, value, grad = tensors(SHAPES[shape], torch.bfloat16, "meta")
     (call,) = CALLS[calls]
     rows, keys = (sum(stop - start for start, stop in ranges) for ranges in (call.queries, call.keys))

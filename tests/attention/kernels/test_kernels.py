@@ -1,4 +1,4 @@
-"""Kernels, held to dense attention tile by tile; which of them is used, and what they refuse."""
+"""Tests of kernels, compared with dense attention by tile, of their choice, and of their refusals."""
 
 import importlib.util
 import logging
@@ -57,7 +57,7 @@ def test_shapes_of_windows(shape, softcap, kernel):
 @capped
 @pytest.mark.parametrize("calls", CALLS)
 def test_calls_in_blocks(calls, softcap, kernel, most, monkeypatch):
-    """Of one query, and of a few."""
+    """Compute calls in blocks of one query, and of a few."""
     monkeypatch.setattr(cpu, "MOST_QUERIES", most)
     monkeypatch.setattr(reference, "MOST_SCORES", most if most == 1 else most * SHAPES["grouped"][0] * 7)
     check(kernel, calls, "grouped", torch.float64, softcap)
@@ -65,8 +65,11 @@ def test_calls_in_blocks(calls, softcap, kernel, most, monkeypatch):
 
 @given(st.integers(1, 12), st.integers(1, 12), st.builds(Band, limits, limits), st.integers(1, 13))
 def test_blocks_make_up_a_band(queries, keys, band, most):
-    """They have every pair of it once and no other, no query that another has, no mask that hides nothing, and no keys
-    at their ends that nobody reads."""
+    """Check the blocks of a band.
+
+    They have each pair of the band once and no other pair. No query is in two blocks. No mask hides nothing. The first
+    and the last key of a block are read.
+    """
     expected = in_band(queries, keys, band)
     assume(expected.any(1).all())
     found, next_query = torch.zeros(queries, keys, dtype=torch.int), 0
@@ -115,7 +118,7 @@ def test_no_tensor_grows_with_the_square_of_the_tokens(kernel, scores, band):
     assert longer <= reference.MOST_SCORES < 4096**2 * 2
 
 
-# Which kernel is used, and what it refuses.
+# Tests of the choice of a kernel, and of its refusals.
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +130,7 @@ def fresh_choice():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Says what is on the machine: nothing, unless told otherwise."""
+    """Fixture that sets the software and hardware of the machine. By default there is none."""
 
     def has(flash_attn=False, cuda=False, flash_in_torch=False):
         find_spec = importlib.util.find_spec
@@ -154,19 +157,19 @@ def test_a_missing_kernel_says_how_to_get_it(machine):
     with pytest.raises(ValueError, match=re.escape("pip install 'flash-attn>=2.6,<2.9'")):
         choose_kernel("flash_attn", "cuda")
     with pytest.raises(
-        ValueError, match=r"kernel='torch' cannot be used: .*no CUDA device; on the CPU use kernel='cpu'"
+        ValueError, match=r"kernel='torch' cannot be used: .*no CUDA device. On the CPU use kernel='cpu'"
     ):
         choose_kernel("torch", "cuda")
     machine(flash_attn=True)
     with pytest.raises(ValueError, match=r"kernel='flash_attn' cannot be used: .*no CUDA device"):
         choose_kernel("flash_attn", "cuda")
     machine(cuda=True)
-    with pytest.raises(ValueError, match="install a CUDA build of PyTorch"):
+    with pytest.raises(ValueError, match="Install a CUDA build of PyTorch"):
         choose_kernel("torch", "cuda")
 
 
 def test_a_flash_attn_that_cannot_be_imported_is_passed_over(machine):
-    """As one that was built for another PyTorch, or flash-attn-4, whose modules lie in a package of that name."""
+    """Break flash-attn as one built for another PyTorch, or flash-attn-4, whose modules lie in the same package."""
     machine(flash_attn="broken", cuda=True, flash_in_torch=True)
     assert choose_kernel("auto", "cuda").name == "torch"
     with pytest.raises(ValueError, match=r"flash-attn cannot be imported \(No module named.*pip install"):
@@ -175,7 +178,7 @@ def test_a_flash_attn_that_cannot_be_imported_is_passed_over(machine):
 
 def test_no_kernel_for_a_device_says_why(machine):
     with pytest.raises(
-        ValueError, match=r"'flash_attn': .*pip install.*'torch': .*kernel='reference' runs everywhere"
+        ValueError, match=r"'flash_attn': .*pip install.*'torch': .*kernel='reference', which runs everywhere"
     ):
         choose_kernel("auto", "cuda")
     with pytest.raises(ValueError, match=r"none for device type 'mps' \(none is known for it\)"):
@@ -196,7 +199,7 @@ def test_auto_logs_its_choice_once(machine, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "context parallelism computes attention with kernel='cpu' on cpu"
     ]
-    choose_kernel("reference", "cpu")  # asked for by name: no need to say so
+    choose_kernel("reference", "cpu")  # a kernel that is asked for by name is not logged
     assert len(caplog.records) == 1
 
 
@@ -209,11 +212,11 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
     [
         (CUDA, torch.bfloat16, (128, 128), None),
         (CUDA, torch.float16, (256, 3), None),
-        (CUDA, torch.float32, (64, 64), "not torch.float32; train with bf16=True .*dtype=torch.bfloat16.*'reference'"),
+        (CUDA, torch.float32, (64, 64), "not torch.float32. Train with bf16=True .*dtype=torch.bfloat16.*'reference'"),
         (CUDA, torch.float64, (64, 64), "not torch.float64"),
-        (CUDA, torch.bfloat16, (257, 64), "head dims up to 256, not 257; use kernel='reference'"),
+        (CUDA, torch.bfloat16, (257, 64), "head dims up to 256, not 257. Use kernel='reference'"),
         (CUDA, torch.bfloat16, (64, 512), "head dims up to 256, not 512"),
-        (CPU, torch.bfloat16, (64, 64), "runs on CUDA and the tensors are on cpu; use kernel='auto'"),
+        (CPU, torch.bfloat16, (64, 64), "runs on CUDA, but the tensors are on cpu. Use kernel='auto'"),
     ],
 )
 def test_flash_kernels_refuse(name, device, dtype, dims, refusal):
@@ -224,10 +227,10 @@ def test_flash_kernels_refuse(name, device, dtype, dims, refusal):
 @pytest.mark.parametrize(
     "name, scores, refusal",
     [
-        ("torch", "softcap", r"it has no softcap \(1.5\); install flash-attn, or use kernel='reference'"),
+        ("torch", "softcap", r"it has no softcap \(1.5\). Install flash-attn, or use kernel='reference'"),
         ("flash_attn", "softcap", None),
-        ("torch", "dropout", "a dropout of 0.1 left out; set attention dropout to 0, or use kernel='reference'"),
-        ("flash_attn", "dropout", "a dropout of 0.1 left out; set attention dropout to 0, or use kernel='reference'"),
+        ("torch", "dropout", "a dropout of 0.1 dropped. Set attention dropout to 0, or use kernel='reference'"),
+        ("flash_attn", "dropout", "a dropout of 0.1 dropped. Set attention dropout to 0, or use kernel='reference'"),
         ("reference", "softcap", None),
         ("reference", "dropout", None),
     ],
@@ -242,10 +245,10 @@ def test_scores_that_kernels_refuse(name, scores, refusal):
     [
         ("cpu", CPU, torch.float64, None),
         ("cpu", CPU, torch.float16, None),
-        ("cpu", CUDA, torch.float32, "runs on the CPU and the tensors are on cuda:0; use kernel='auto'"),
+        ("cpu", CUDA, torch.float32, "runs on the CPU, but the tensors are on cuda:0. Use kernel='auto'"),
         ("cpu", CPU, torch.int64, "not torch.int64"),
         ("reference", CUDA, torch.float32, None),
-        ("reference", CPU, torch.int64, "not a floating-point dtype"),
+        ("reference", CPU, torch.int64, "it takes no torch.int64. Use a floating-point dtype"),
     ],
 )
 def test_kernels_of_any_machine_refuse(name, device, dtype, refusal):
