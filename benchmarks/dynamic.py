@@ -50,7 +50,7 @@ from . import report
 
 NODE = H100_NODE.node
 SETTINGS = {"whole weights": False, "weights sharded over a node": True}
-"""Whether ranks wait for each other in every run, as gathering weights for it makes them."""
+"""Settings, and True for those in which ranks wait for each other in every run, since weights are gathered."""
 SHORTEST, LONGEST = 1024, 16384
 TIMEOUT = 3600
 

@@ -68,13 +68,13 @@ MIXERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "short convolution": ("lfm2", "Lfm2ShortConv", {"layer_types": ["conv"], "hidden_size": 1024}),
 }
-"""For each its model's type, its class, and the sizes of its layer."""
+"""Model type, class and layer sizes of each mixer."""
 
 VARIANTS = ("one process", "whole sequences", "native", "halves")
 OTHERS = tuple(variant for variant in VARIANTS if variant != "native")
 
 Run = Callable[[], list[torch.Tensor]]
-"""Forward and backward: the output, and the gradients of the input and of the parameters; none of an idle rank."""
+"""Forward and backward: the output, and the gradients of the input and the parameters. An idle rank returns none."""
 
 
 def build(name: str) -> tuple[torch.nn.Module, int]:

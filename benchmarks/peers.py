@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 
 
 Run = Callable[[], tuple[torch.Tensor, ...]]
-"""Forward and backward: output `[T, H, D]`, and the gradients of query, key and value, of the tokens at the run's
+"""Forward and backward: the output `[T, H, D]` and the gradients of query, key and value, for the tokens at
 `positions`."""
 
 

@@ -56,7 +56,7 @@ SHAPE = Shape(heads=32, key_heads=8, query_dim=128, value_dim=128, dtype=torch.b
 MACHINE = H100_NODE
 WINDOW = 4096
 LEAST = 256
-"""Tokens that a rank has at least: with fewer, nobody would share a sequence among so many."""
+"""Fewest tokens of a rank. With fewer, a sequence would not be split over so many ranks."""
 
 
 class Batch(NamedTuple):
@@ -185,7 +185,7 @@ def count(batch: Batch, size: int) -> dict[str, Result | None]:
 
 
 Results = dict[str, dict[int, dict[int, dict[str, Result | None]]]]
-"""By batch, tokens, ranks and way."""
+"""Results by batch, tokens, ranks and way."""
 
 
 def plot(results: Results) -> Figure:

@@ -45,7 +45,7 @@ from .simulation import PreparedExchange
 
 WARM_UP = 2  # rounds before the profiled ones
 INNER = {"p2p": lambda size: 1, "all_gather": lambda size: 1, "a2a": lambda size: size, "a2a+p2p": lambda size: 2}
-"""For each way to communicate, how many of a number of ranks exchange heads."""
+"""Number of ranks that exchange heads, for each strategy and group size."""
 HEADS = ("to heads", "to tokens")
 
 COLORS = {
@@ -68,7 +68,7 @@ KINDS = {
     "wait sums": "waiting",
 }
 SENDS = {"send": ("wait", "keys"), "send sums": ("wait sums", "gradients")}
-"""For each range in which something is posted, the one in which it is waited for, and what it is."""
+"""Range of the wait, and name of the message, for each range in which a message is posted."""
 
 
 class Range(NamedTuple):

@@ -34,9 +34,9 @@ ITEMS = {
     "limits": 90,
     "flash_attn_4": 150,
 }
-"""The items in order of worth, and the seconds that each may take on a GPU."""
+"""Items, the most important first, and the seconds that each may take on a GPU."""
 SLOWER = 5
-"""How many times as long a CPU may take."""
+"""Factor of the time limits on a CPU."""
 
 
 def run_item(name: str, options: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 from .measure import DTYPES, errors
 
 ALL, ROW, LSE = 0.01, 0.06, 1e-3
-"""The largest errors that bfloat16 explains: of whole tensors, of a row, and of an LSE in its own units."""
+"""Largest errors that are explained by bfloat16: of whole tensors, of a row, and of an LSE (absolute)."""
 
 
 class Heads(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 
 WARM_UP = 2
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-"""What is computed in: many CPUs have no arithmetic in bfloat16."""
+"""Dtype of the computation on each device. Many CPUs have no arithmetic in bfloat16."""
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:

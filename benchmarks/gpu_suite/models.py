@@ -16,12 +16,12 @@ from .measure import measure
 
 TYPES = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "qwen3_next", "deepseek_v3", "phi3")
 EXACT = 1e-4
-"""The largest relative error of loss or gradients in float32."""
+"""Largest relative error of loss or gradients in float32."""
 OF_STOCK = 3.0
-"""In bfloat16, the largest error as a multiple of stock attention's, both against float32: rounding may send tokens to
-other experts in either."""
+"""Largest error in bfloat16 as a multiple of the error of stock attention, both against float32. In either, rounding
+may send tokens to other experts."""
 OVERHEAD = 1.02
-"""The largest step time with context parallelism of one rank, as a multiple of stock attention's."""
+"""Largest time of a step with one rank of CP, as a multiple of the time with stock attention."""
 
 
 def run(options: Namespace) -> Iterator[dict[str, Any]]:

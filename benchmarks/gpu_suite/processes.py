@@ -23,7 +23,7 @@ from .models import difference, whole_step
 
 RANKS = 2
 EXACT = 1e-4
-"""The largest relative error of loss or gradients in float32."""
+"""Largest relative error of loss or gradients in float32."""
 TYPES = ("qwen3", "gpt_oss", "gemma3_text", "qwen3_next")
 
 

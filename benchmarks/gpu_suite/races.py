@@ -29,7 +29,7 @@ RANKS, DELAY = 4, 1_000_000  # in cycles, about half a millisecond for each mess
 WAYS = {"p2p": 1, "all_gather": 1, "a2a": 4, "a2a+p2p": 2}
 HEADS, KEY_HEADS, DIM = 8, 4, 128
 ALL, ROW = 0.015, 0.08
-"""The largest errors that bfloat16 explains against float32 on one rank, of whole tensors and of a row."""
+"""Largest errors against float32 on one rank that are explained by bfloat16, of whole tensors and of a row."""
 
 
 def masks(length: int) -> dict[str, Mask]:

@@ -174,7 +174,7 @@ def _backward(
     keys: torch.Tensor | None
     for number, step, keys in chain(exchanged, after):
         with stream, span(f"backward/step{number}/send sums"):
-            joining, homecoming, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
+            joined, returned, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
         sent = leaving
         if step is not None and keys is not None:
             grad_keys = _Sum(keys, dtype)
@@ -194,12 +194,12 @@ def _backward(
             with span(f"backward/step{number}/wait sums"):
                 pending.wait()
             with span(f"backward/step{number}/add sums"):
-                _add(leaving, joining)
-                _add(grad_own, homecoming)
+                _add(leaving, joined)
+                _add(grad_own, returned)
         stream.keep(sent)
         grad_own = leaving if grad_own is None else grad_own
         previous = step
-        del joining, homecoming, sent  # else they would be alive while the next ones are allocated
+        del joined, returned, sent  # else they would be alive while the next ones are allocated
     stream.join()
     assert grad_own is not None  # a plan has at least one step
     return grad_query.total().to(query.dtype), grad_own
@@ -243,10 +243,10 @@ def _post_gradients(
     def expect(transfers: tuple[Transfer, ...], like: torch.Tensor = leaving) -> list[tuple[Transfer, torch.Tensor]]:
         return [(transfer, like.new_empty(transfer.stop - transfer.start, *like.shape[1:])) for transfer in transfers]
 
-    joining, homecoming = expect(step.grad_receives if step else ()), expect(previous.grad_returns)
-    receives = [(transfer.peer, part) for transfer, part in joining + homecoming]
+    joined, returned = expect(step.grad_receives if step else ()), expect(previous.grad_returns)
+    receives = [(transfer.peer, part) for transfer, part in joined + returned]
     pending = _post(exchange, rank, _messages(previous.grad_sends, leaving), receives)
-    return joining, homecoming, pending
+    return joined, returned, pending
 
 
 def _add(sums: torch.Tensor | None, parts: list[tuple[Transfer, torch.Tensor]]) -> None:

@@ -165,18 +165,18 @@ def _step(reads: ReadSets, rank: int, distance: int) -> Step:
     before, after = (rank - 1) % size, (rank + 1) % size
     held = reads.needed(rank, owner)
     # Sender and receiver make their lists from the same sets, in the same order, so the lists match.
-    relayed, direct = reads.relayed(rank, owner), reads.direct(rank, owner)
+    forwarded, direct = reads.forwarded(rank, owner), reads.direct(rank, owner)
     previous_owner = (rank + distance - 1) % size
-    sent_on = reads.relayed(before, previous_owner)
-    passed, home = reads.relayed(before, owner), reads.last(rank, owner)
+    sent_on = reads.forwarded(before, previous_owner)
+    passed, returned = reads.forwarded(before, owner), reads.last(rank, owner)
     return Step(
         tokens=total(held),
         calls=reads.calls(rank, owner, held),
-        receives=_transfers(after, relayed, held) + _transfers(owner, direct, held),
+        receives=_transfers(after, forwarded, held) + _transfers(owner, direct, held),
         forwards=_transfers(before, sent_on, reads.needed(rank, previous_owner)),
         direct_sends=tuple(Transfer(reader, *interval) for interval in reads.direct(reader, rank)),
-        grad_receives=_transfers(after, relayed, held),
-        grad_sends=_transfers(before, passed, held) + _transfers(owner, home, held),
+        grad_receives=_transfers(after, forwarded, held),
+        grad_sends=_transfers(before, passed, held) + _transfers(owner, returned, held),
         grad_returns=tuple(Transfer(reader, *interval) for interval in reads.last(reader, rank)),
     )
 

@@ -84,7 +84,7 @@ class ReadSets:
                 reads += [(key.start, key.stop) for key in self._visible(number, query, keys)]
         return union(reads)
 
-    def relayed(self, reader: int, owner: int) -> list[Interval]:
+    def forwarded(self, reader: int, owner: int) -> list[Interval]:
         """Keys that the rank after `reader` forwards to it, after reading them one step earlier."""
         after = (reader + 1) % self.layout.size
         return (
@@ -93,11 +93,11 @@ class ReadSets:
 
     def direct(self, reader: int, owner: int) -> list[Interval]:
         """Keys that `reader` gets from their owner."""
-        return difference(self.needed(reader, owner), self.relayed(reader, owner))
+        return difference(self.needed(reader, owner), self.forwarded(reader, owner))
 
     def last(self, reader: int, owner: int) -> list[Interval]:
         """Keys that `reader` does not forward, so that it returns the sum of their gradients to the owner."""
-        return difference(self.needed(reader, owner), self.relayed((reader - 1) % self.layout.size, owner))
+        return difference(self.needed(reader, owner), self.forwarded((reader - 1) % self.layout.size, owner))
 
     def calls(self, reader: int, owner: int, buffer: list[Interval] | tuple[Interval, ...]) -> tuple[Segments, ...]:
         """Tiles of the queries of `reader` and the keys of `owner`, grouped into calls. Keys index `buffer`."""

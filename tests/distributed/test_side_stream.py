@@ -261,7 +261,7 @@ def test_it_would_be_noticed(method, message, streams, monkeypatch):
         followed(MASKS["one document"], 3)
 
 
-def test_elsewhere_a_lane_does_nothing():
+def test_without_cuda_a_gradient_stream_does_nothing():
     stream = side_stream.GradientStream(torch.device("cpu"))
     with stream:
         stream.follow()

@@ -132,7 +132,7 @@ def travel(plans, owned):
     return buffers
 
 
-def come_home(plans, partial):
+def return_gradients(plans, partial):
     """Carry out the backward pass: sum, at their owners, the `partial` gradients of each rank's key buffers."""
     size = len(plans)
     for number in range(1, size + 1):
@@ -172,15 +172,15 @@ def check_plans(layout, mask):
             for (q0, q1), (k0, k1), band in tiles(step):
                 sums[k0:k1] += weights[own[q0:q1]] @ in_band(q1 - q0, k1 - k0, band).numpy()
     reads = seen_by(mask, np.arange(len(weights)))
-    for own, home in zip(owned, come_home(plans, partial)):
-        assert np.array_equal(home, weights @ reads[:, own])
+    for own, returned in zip(owned, return_gradients(plans, partial)):
+        assert np.array_equal(returned, weights @ reads[:, own])
     moved = sum(step.tokens for plan in plans for step in plan.steps[1:])
     assert sum(plan.sent_keys for plan in plans) == sum(plan.sent_gradients for plan in plans) == moved
 
 
 @examples(300)
 @given(cases())
-def test_every_pair_once_and_every_gradient_home(case):
+def test_every_pair_once_and_every_gradient_returned(case):
     check_plans(*case)
 
 

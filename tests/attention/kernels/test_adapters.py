@@ -23,7 +23,7 @@ from tests.helpers.kernels import CALLS, SCALE, SHAPES, SOFTCAP, TOKENS, by_kern
 from tests.helpers.simulated import in_band
 
 told = []
-"""For each call of a backward, whether it was to be deterministic: 1 if so, 2 if all of PyTorch was, or else fail."""
+"""Value of `deterministic` in each call of a backward, and "cudnn" for each call of cuDNN's."""
 
 
 def packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropout, causal, left, right):
