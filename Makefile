@@ -8,25 +8,46 @@ TORCH_INDEX_URL ?=
 
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+# The oldest versions that setup.cfg admits, as pip takes them.
+OLDEST := $(shell sed -n '/^install_requires/,/^$$/s/^ *\([a-z]*\)>=\(.*\)$$/\1==\2/p' setup.cfg)
+# The tests that run with other versions than those of constraints.txt.
+OF_VERSIONS := tests/test_versions.py tests/test_compat.py tests/test_docs.py tests/trainer tests/integration/checks
 # Of the process that pytest runs in, so of tests without processes: the ranks of process groups are killed when they are
 # done, and would not tell. Python's own monitoring, from 3.12 on, slows them least.
 COVERAGE := --cov --cov-report=term:skip-covered
 export COVERAGE_CORE := $(shell $(PYTHON) -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 
-.PHONY: help test test-unit test-all lint format demo .venv
+.PHONY: help test test-unit test-all test-newest test-oldest lint format demo .venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
 test: lint  ## lint, all tests but the exhaustive ones, and the lines that they reached
-	$(BIN)/pytest tests -m "not exhaustive" $(COVERAGE)
+	$(BIN)/pytest tests -m "not exhaustive and not versions" $(COVERAGE)
 
 test-unit: .venv  ## the tests that start no processes, with fewer examples: within a minute
-	QUICK_TESTS=1 $(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive"
+	QUICK_TESTS=1 $(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive and not versions"
 
 test-all: lint  ## lint and all tests, those with DeepSpeed too
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,deepspeed]'
 	$(BIN)/pytest tests
+
+# Torch alone stays that of constraints.txt: where no index of CPU builds is named, a newer one brings gigabytes of CUDA.
+test-newest:  ## a sample of all tests, with the newest versions that the package index serves
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install $(TORCH_INDEX) $(TORCH)
+	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager $(TORCH) -e '.[test]'
+	.venv-newest/bin/python -m pip freeze | grep -E '^(accelerate|datasets|peft|torch|transformers)=='
+	.venv-newest/bin/pytest $(OF_VERSIONS) -m "not exhaustive"
+
+# NumPy's oldest has no build for a Python newer than 3.12.
+test-oldest:  ## the same sample, with the oldest versions that setup.cfg admits
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install $(TORCH_INDEX) $(filter torch==%,$(OLDEST))
+	.venv-oldest/bin/python -m pip install $(OLDEST) -e '.[test]'
+	.venv-oldest/bin/python -m pip freeze | grep -E '^(accelerate|datasets|peft|torch|transformers)=='
+	.venv-oldest/bin/pytest $(OF_VERSIONS) -m "not exhaustive"
 
 lint: .venv  ## what ruff and mypy say
 	$(BIN)/ruff check .
@@ -45,6 +66,6 @@ demo: .venv  ## a small Qwen3 on two CPU processes beside the same on one
 # torch comes first and alone, so that the index given for it serves it and nothing else.
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(BIN)/python -m pip install $(TORCH_INDEX) $(TORCH)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
 	touch $@

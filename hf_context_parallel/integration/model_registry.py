@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
@@ -161,12 +163,18 @@ def known_states() -> dict[str, dict]:
     if not KNOWN.exists():
         return {}
     content = json.loads(KNOWN.read_text())
-    if Version(content["transformers"]).release[:2] != Version(transformers.__version__).release[:2]:
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if rank == 0 and not is_table_of_installed(content):
         logger.warning(
             f"Model types were compared with one process in Transformers {content['transformers']}, and "
             f"{transformers.__version__} is installed. Run `hf-context-parallel check TYPE` to compare yours."
         )
     return content["types"]
+
+
+def is_table_of_installed(content: dict) -> bool:
+    """Compare the minor version of Transformers that a table of results names with the installed one."""
+    return Version(content["transformers"]).release[:2] == Version(transformers.__version__).release[:2]
 
 
 @cache

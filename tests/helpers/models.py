@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from transformers import masking_utils
 from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
+from hf_context_parallel.integration.model_registry import KNOWN, is_table_of_installed
 from hf_context_parallel.verification.types import tiny
 from hf_context_parallel.verification.types.tiny import VOCABULARY
 
@@ -28,6 +31,11 @@ def needs_transformers(version: str, why: str):
     """Mark a test that needs a version of Transformers or newer."""
     return pytest.mark.skipif(Version(transformers.__version__) < Version(version), reason=why)
 
+
+needs_the_tables_version = pytest.mark.skipif(
+    not is_table_of_installed(json.loads(KNOWN.read_text())),
+    reason="the table lists the types of another version of Transformers",
+)
 
 def tiny_model(model_type: str, attention: str | None, dtype: torch.dtype = torch.float64, **changes):
     """Make a tiny model of this type, which is the same for every value of `attention`."""

@@ -19,7 +19,7 @@ from hf_context_parallel.recipe.model import add_lora, load_config, load_model, 
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.report import write_report
 from hf_context_parallel.recipe.schema import DataSection, ModelSection
-from tests.helpers.models import needs_sharding_while_loading, needs_transformers
+from tests.helpers.models import needs_sharding_while_loading, needs_the_tables_version
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MEGATRON = ("megatron_quick_start_cpu", "megatron_quick_start")
@@ -201,7 +201,7 @@ EXACT = [model_type for model_type, finding in known_states().items() if finding
 SAMPLE = ["phi3", "glm4", "llama4", "qwen3_5_moe", "emu3", "gpt2", "whisper", "ministral"]
 
 
-@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+@needs_the_tables_version
 @pytest.mark.parametrize("types", [SAMPLE, pytest.param(EXACT, marks=pytest.mark.exhaustive)], ids=["some", "all"])
 def test_dry_runs_are_of_tiny_models(minimal, types):
     for model_type in types:

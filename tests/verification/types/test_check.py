@@ -15,7 +15,7 @@ from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_st
 from hf_context_parallel.verification.types import check, survey
 from hf_context_parallel.verification.types.command import PAGE, run_check
 from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
-from tests.helpers.models import needs_chunks_of_documents, needs_transformers
+from tests.helpers.models import needs_chunks_of_documents, needs_the_tables_version
 
 SAMPLE = {
     "llama4_text": (2, 3),  # chunks, and a temperature that follows positions
@@ -55,7 +55,7 @@ def test_what_is_known_of_a_type_is_so(on_ranks, model_type):
     assert (found.state, found.handled) == (known["state"], known["handled"]), found.reason
 
 
-@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+@needs_the_tables_version
 def test_every_type_is_known_and_few_are_refused():
     known = known_states()
     assert sorted(known) == survey.model_types()
@@ -65,7 +65,7 @@ def test_every_type_is_known_and_few_are_refused():
 
 
 @pytest.mark.exhaustive
-@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+@needs_the_tables_version
 def test_what_is_known_as_exact_is_not_refused():
     """Build models as a user does, by the class's own configuration, whose type may differ from that in the table."""
     exact = [name for name, finding in known_states().items() if finding["state"] != "refused"]
@@ -76,7 +76,7 @@ def test_what_is_known_as_exact_is_not_refused():
 
 
 @pytest.mark.exhaustive
-@needs_transformers("5.23", "the table lists the types of Transformers 5.23")
+@needs_the_tables_version
 def test_every_type_that_is_known_as_exact_runs_in_a_block():
     cp = hcp.ContextParallel(hcp.ContextParallelConfig())
     for name in (name for name, finding in known_states().items() if finding["state"] != "refused"):
