@@ -137,7 +137,7 @@ def errors_of_a_penalty_on_logits() -> tuple[float, str]:
 
 def test_a_penalty_on_logits_is_a_mean_over_the_batch(on_ranks):
     for error, refusal in on_ranks(3, errors_of_a_penalty_on_logits):
-        assert error < 1e-9 and "those of padding are not what they would be" in refusal
+        assert error < 1e-9 and "the logits of padding differ from those of one process" in refusal
 
 
 def error_without_resharding() -> float:
