@@ -37,6 +37,7 @@ needs_the_tables_version = pytest.mark.skipif(
     reason="the table lists the types of another version of Transformers",
 )
 
+
 def tiny_model(model_type: str, attention: str | None, dtype: torch.dtype = torch.float64, **changes):
     """Make a tiny model of this type, which is the same for every value of `attention`."""
     return tiny.tiny_model(tiny.tiny_config(model_type, **changes), attention, dtype)
