@@ -30,7 +30,8 @@ SAMPLE = {
     "nemotron_h": (2,),  # Mamba 2
     "lfm2": (4,),  # short convolutions
     "bloom": (3,),  # ALiBi
-    "gptj": (2,),  # has its own attention class
+    "gpt_neo": (2,),  # a table of attentions of its own
+    "inkling2_loop_text": (2,),  # distances that the model makes for all layers, and attention to earlier layers
     "opt": (3,),  # positions counted from the mask
     "whisper": (2,),  # labels that are not shifted
     "deepseek_v32": (3,),  # picks its keys
