@@ -89,7 +89,7 @@ def batches(config: PreTrainedConfig) -> dict[str, dict[str, torch.Tensor]]:
         first = mask.cumsum(1) == 1  # nothing is predicted from padding
         batch |= {"attention_mask": mask, "labels": batch["labels"].masked_fill((mask == 0) | first, IGNORED)}
         kinds[f"padded {side}"] = batch
-    if hasattr(config, "output_router_logits"):
+    if hasattr(config, "output_router_logits") and getattr(config, "is_moe", True):  # Doge has a router or none
         kinds[AUXILIARY] = dense
     return kinds
 

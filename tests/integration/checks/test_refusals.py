@@ -196,6 +196,11 @@ def test_what_one_rank_would_fail_on_all_refuse(on_ranks, case, message):
     assert [text.startswith(message) for text in on_ranks(2, message_of, case)] == [True, True]
 
 
+def test_a_router_that_mixes_the_tokens_of_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"'doge' is refused with is_moe=True: its experts are chosen by logits of"):
+        loss_in(labelled(), tiny_model("doge", "context_parallel", is_moe=True))
+
+
 def test_cross_attention_is_refused():
     model = tiny_model("gpt2", "context_parallel", add_cross_attention=True)
     with (
