@@ -79,7 +79,7 @@ def test_weights_that_drift_apart_are_refused(on_ranks):
     assert on_ranks(3, steps_of_a_loop, False, False) == [[done] * 3] * 3
     for first, *others in on_ranks(3, steps_of_a_loop, False, True):
         assert first == done
-        assert all(message.startswith(refused) and "sum gradients" in message for message in others)
+        assert all(message.startswith(refused) and "reduce gradients" in message for message in others)
 
 
 def message_of_rounding(units: int) -> str:
