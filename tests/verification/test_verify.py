@@ -17,6 +17,7 @@ import hf_context_parallel as hcp
 from hf_context_parallel.attention.kernels.reference import ReferenceKernel
 from hf_context_parallel.cp_group import CPGroup
 from hf_context_parallel.data import batch
+from hf_context_parallel.integration import model_registry
 from hf_context_parallel.integration.interfaces import attention
 from hf_context_parallel.integration.mixers import recognise
 from hf_context_parallel.integration.model_registry import NAME
@@ -165,10 +166,11 @@ def made_wrong(how: str):
             patch.setattr(attention, "_pattern", one_token_short)
         elif how in ("convolution", "state space", "positions"):
             model = tiny_of({"convolution": "lfm2", "state space": "bamba", "positions": "opt"}[how])
-            patch.setattr(recognise, "MAKES_POSITIONS" if how == "positions" else "SEES_WHOLE", re.compile("none"))
+            where, name = (recognise, "MAKES_POSITIONS") if how == "positions" else (model_registry, "SEES_WHOLE")
+            patch.setattr(where, name, re.compile("none"))
         elif how == "expert":
             model = tiny_of("qwen3_next")
-            patch.setattr(recognise, "SEES_WHOLE", re.compile("none"))
+            patch.setattr(model_registry, "SEES_WHOLE", re.compile("none"))
         else:
             model = tiny_model("llama", "context_parallel", FLOAT32)
         if how == "documents":

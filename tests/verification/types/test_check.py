@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_context_parallel as hcp
+from hf_context_parallel.integration import model_registry
 from hf_context_parallel.integration.checks.model import check_model
-from hf_context_parallel.integration.mixers import recognise
 from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states
 from hf_context_parallel.verification.types import check, survey
 from hf_context_parallel.verification.types.command import PAGE, run_check
@@ -142,11 +142,11 @@ def test_a_penalty_on_logits_is_a_mean_over_the_batch(on_ranks):
 
 
 def error_without_resharding() -> float:
-    recognise.SEES_WHOLE, kept = re.compile("nothing"), recognise.SEES_WHOLE
+    model_registry.SEES_WHOLE, kept = re.compile("nothing"), model_registry.SEES_WHOLE
     try:
         return largest_error("lfm2", {})
     finally:
-        recognise.SEES_WHOLE = kept
+        model_registry.SEES_WHOLE = kept
 
 
 def test_a_mixer_that_nobody_handles_shows(on_ranks):
