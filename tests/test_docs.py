@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Qwen3Conf
 from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
+from tests.helpers.models import needs_sharding_while_loading
 
 # Modules that start commands are imported where they are used, because workers that run blocks import this file too.
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.cfg").exists())
@@ -34,10 +35,6 @@ PROGRAMS = ("make", "accelerate", "hf-context-parallel", "pip", "python", "pytes
 MARKER = "<!-- docs-test:"
 VOCABULARY = 64
 RECIPE = "model: {type: qwen3, tokenizer: bytes}\ndata: {path: text, max_length: 128}\n"
-needs_sharding_while_loading = pytest.mark.skipif(
-    not hasattr(DistributedConfig, "dp_replicate_size"),
-    reason="this version of Transformers does not shard a model that is trained over two dimensions",
-)
 
 
 class Block(NamedTuple):
