@@ -140,6 +140,7 @@ def test_gpu_suite_says_that_there_is_none(run, monkeypatch, capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_dynamic(run, tmp_path):
     small = ("--batches", "1", "--rounds", "1", "--scale", "64", "--samples", "2", "--steps", "1")
     results = run("dynamic", "--ranks", "8,64", "--most", "4096", *small)

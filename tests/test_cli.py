@@ -59,6 +59,7 @@ def test_too_few_processes_are_told_with_the_right_command(run):
         assert line in result.stdout
 
 
+@pytest.mark.exhaustive
 def test_processes_that_would_train_apart_are_told(run):
     # Without a GPU and without use_cpu, TrainingArguments sees a world of one process in each launched process.
     arguments = ["-m", "hf_context_parallel.train", DEMO]
@@ -74,7 +75,8 @@ def test_processes_that_would_train_apart_are_told(run):
         assert line in result.stdout
 
 
-@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", pytest.param("qwen3_8b_fsdp2", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", "qwen3_8b_fsdp2"])
 def test_recipes_for_large_machines_run_dry(run, name):
     result = run(*COMMAND, "train", f"recipes/{name}.yaml", "--dry-run", "--nproc", "2")
     assert result.returncode == 0, result.stdout

@@ -35,7 +35,8 @@ trainer = hcp.ContextParallelTrainer(
     context_parallel=hcp.ContextParallelConfig(size=2),
 )
 trainer.train()
-print("trained", trainer.state.global_step, [name for name in {OPTIONAL} if sys.modules[name]])
+found = [name for name in {OPTIONAL} if sys.modules[name]]
+sys.stdout.write(f"trained {{trainer.state.global_step}} {{found}}\\n")  # in one piece, beside the other rank's
 """
 
 

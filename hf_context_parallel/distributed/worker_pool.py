@@ -1,6 +1,7 @@
 """Worker processes that run functions as the ranks of process groups, one function after another.
 
-Importing Transformers takes seconds. So each worker imports it once, however many functions it runs.
+Importing Transformers takes seconds. So each worker imports it once, however many functions it runs. The functions run
+in a fork of the worker, which is replaced when too many of their process groups are left.
 """
 
 from __future__ import annotations
@@ -10,15 +11,29 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+MOST_THREADS = 48
+"""Threads that a fork may have before another one takes its place.
+
+Each process group of gloo has three threads, which wake up a hundred times a second. Caches and cycles of objects
+hold groups that are gone, hundreds of threads after a while. Collecting garbage would not do: a group waits in its
+destructor for operations that other ranks have not joined.
+"""
+CROWDED = 3
+"""Exit status of a fork that has more threads."""
 
 
 class WorkerPool:
@@ -96,6 +111,9 @@ class WorkerPool:
 
     def close(self) -> None:
         for process in self._processes:
+            assert process.pid is not None
+            with suppress(ProcessLookupError):  # it has ended, or has no fork yet
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
         if self._processes:
@@ -111,19 +129,38 @@ def _free_port() -> int:
 
 
 def _serve(link: Connection) -> None:
-    """Run the tasks of a worker, and answer each with its result or its traceback."""
+    """Fork a process that runs tasks, and another one whenever it is crowded."""
+    os.setpgid(0, 0)  # a group of its own, so that its fork is killed with it
+    multiprocessing.set_start_method(None, force=True)  # the default again, as in a process that a launcher starts
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     import torch
+
+    torch.set_num_threads(1)
+    crowded = True
+    while crowded:
+        fork = os.fork()
+        if not fork:
+            os._exit(_run_tasks(link))
+        crowded = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == CROWDED
+
+
+def _run_tasks(link: Connection) -> int:
+    """Run tasks, and answer each with its result or its traceback. Return the exit status of this process.
+
+    It is CROWDED if other tasks are to run in another process.
+    """
     import torch.distributed as dist
     import torch.distributed.tensor.debug as dtensor_debug
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    torch.set_num_threads(1)
     while True:
+        link.poll(None)
+        if psutil.Process().num_threads() > MOST_THREADS:
+            return CROWDED
         try:
             module, name, args, rank, ranks, store, port, timeout = link.recv()
         except EOFError:
-            return
+            return 0
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ |= {key: str(value) for key, value in launched.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

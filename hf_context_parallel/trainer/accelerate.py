@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, recursively_apply
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..config import ContextParallelConfig, refuse
 from ..context_parallel import ContextParallel
@@ -155,7 +156,12 @@ class CpAccelerator(Accelerator):
     cp: ContextParallel
     _for_metrics = False
 
-    def prepare_data_loader(self, data_loader, device_placement=None, slice_fn_for_dispatch=None):
+    def prepare_data_loader(
+        self,
+        data_loader: DataLoader,
+        device_placement: bool | None = None,
+        slice_fn_for_dispatch: Callable | None = None,
+    ) -> DataLoader:
         if getattr(data_loader, "_is_accelerate_prepared", False):
             return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
         seed = data_loader.worker_init_fn
@@ -183,7 +189,7 @@ class CpAccelerator(Accelerator):
         """Skip accelerate's own context parallelism, which supports causal SDPA alone; `cp.shard` shards batches."""
         return args
 
-    def gather_for_metrics(self, input_data, use_gather_object=False):
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Gather each sample once, from the first rank of each CP group."""
         self._for_metrics = True
         try:
@@ -191,7 +197,7 @@ class CpAccelerator(Accelerator):
         finally:
             self._for_metrics = False
 
-    def gather(self, tensor):
+    def gather(self, tensor: Any) -> Any:
         gathered = super().gather(tensor)
         return recursively_apply(self._first_of_each_group, gathered) if self._for_metrics else gathered
 

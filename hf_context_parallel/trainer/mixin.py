@@ -155,7 +155,9 @@ class ContextParallelMixin:
         """Count the tokens that this rank's group computes, for the logs."""
         self._step_state.count(tokens / self.cp.groups.same_batch.size, longest)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
         """Load the batches of an optimizer step, and with `dynamic` schedule all their samples together.
 
         Samples of several batches can be dealt more evenly than those of one batch.
@@ -167,7 +169,9 @@ class ContextParallelMixin:
             self._step_state.rounds = [rounds[start:stop] for start, stop in zip(edges, edges[1:])]
         return batches, num_items_in_batch
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Run a training step, with `dynamic` round by round. Its loss must come from the mixin's `compute_loss`."""
         if self._scheduler is None:
             return self._finite_together(self._checked_step(model, inputs, num_items_in_batch))
@@ -220,7 +224,13 @@ class ContextParallelMixin:
                 "its loss, or add sums over the tokens of this shard that are divided by the same count."
             )
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Compute Trainer's loss, scaled so that its mean over all ranks is the loss of one process."""
         self._step_state.loss_is_ours = True
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -254,7 +264,13 @@ class ContextParallelMixin:
             return batch["shift_labels"]
         return batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
         """Run a prediction step, which returns whole outputs in the order of the batch on every rank."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")

@@ -100,7 +100,7 @@ DATA = {"plain": Plain, "sized": Sized, "streamed": streamed}
 
 
 def trained(kind, folder, data, count, options) -> tuple[list[tuple[float, float]], float]:
-    trainer = make_trainer(kind, folder, settings={"verify": False}, **options)
+    trainer = make_trainer(kind, folder, **options)
     trainer.train_dataset = DATA[data](count)
     trainer.train()
     history = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
@@ -117,7 +117,7 @@ def test_training_is_that_of_as_many_processes(on_ranks, tmp_path, data, count):
 
 
 def evaluated(kind, folder, data, rows, workers) -> tuple[float, np.ndarray]:
-    trainer = make_trainer(kind, folder, settings={"verify": False}, dataloader_num_workers=workers)
+    trainer = make_trainer(kind, folder, dataloader_num_workers=workers)
     trainer.args.per_device_eval_batch_size = rows
     predicted = trainer.predict(DATA[data](7))
     return predicted.metrics["test_loss"], predicted.label_ids
@@ -190,9 +190,7 @@ def test_generators_of_data_sets_draw_alike(on_ranks):
 
 
 def evaluated_after_resize(folder) -> list[tuple[float, int]]:
-    trainer = make_trainer(
-        4, folder, settings={"verify": False}, dataloader_num_workers=1, dataloader_persistent_workers=True
-    )
+    trainer = make_trainer(4, folder, dataloader_num_workers=1, dataloader_persistent_workers=True)
     trainer.compute_metrics = lambda prediction: {"samples": len(prediction.predictions)}
     trainer.eval_dataset = samples(7)
     found = []

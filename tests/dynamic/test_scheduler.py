@@ -134,7 +134,7 @@ LONG_TAILED = (9, 61, 12, 30, 17, 120, 10, 24, 11, 80, 14, 40, 19, 13, 28, 55)
 
 def history(kind, folder, options, most=None) -> tuple[list[tuple[float, float]], list[int], list[dict]]:
     """Train, and return loss and gradient norm of each step, the CP sizes of this rank's runs, and the logs."""
-    settings = {} if most is None else {"dynamic": True, "max_tokens_per_rank": most, "verify": False}
+    settings = {} if most is None else {"dynamic": True, "max_tokens_per_rank": most}
     trainer = make_trainer(kind, folder, settings=settings, **options)
     trainer.train_dataset = samples_of(LONG_TAILED)
     sizes = []
@@ -294,7 +294,7 @@ def test_settings_that_do_not_go_together_are_refused(settings):
 
 def steps_with_random_crops(folder) -> int:
     model = tiny_model("gpt2", "context_parallel", torch.float32, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0)
-    settings = {"dynamic": True, "max_tokens_per_rank": 64, "verify": False}
+    settings = {"dynamic": True, "max_tokens_per_rank": 64}
     trainer = make_trainer(2, folder, model=model, settings=settings, max_steps=3, global_batch=4)
     trainer.train_dataset = samples_of((9, 61, 12, 30, 17, 40, 10, 24, 11, 50, 14, 40))
     trainer.data_collator = random_crops

@@ -83,7 +83,10 @@ def make_trainer(
     groups=None,
     **arguments,
 ):
-    """Make a Trainer: Transformers' own if `kind` is `STOCK`, otherwise one with CP groups of `kind` ranks."""
+    """Make a Trainer: Transformers' own if `kind` is `STOCK`, otherwise one with CP groups of `kind` ranks.
+
+    It does not verify its model before the first step unless `settings` say so.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     groups = groups or (world if kind == STOCK else world // kind)
     arguments = {"gradient_accumulation_steps": 1, "max_steps": 4, "global_batch": 2, **arguments}
@@ -108,7 +111,7 @@ def make_trainer(
     common = {"model": model, "args": args, "train_dataset": samples()}
     if kind == STOCK:
         return Trainer(**common, data_collator=COLLATORS[collator])
-    settings = hcp.ContextParallelConfig(**{"size": kind, **(settings or {})})
+    settings = hcp.ContextParallelConfig(**{"size": kind, "verify": False, **(settings or {})})
     return hcp.ContextParallelTrainer(**common, data_collator=COLLATORS[collator], context_parallel=settings)
 
 

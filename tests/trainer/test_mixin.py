@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ CASES = {
     },
     "workers": {"dataloader_num_workers": 2},
 }
+
 DEPENDS_ON_GROUPS = ("left padding", "tokens not averaged", "a model that takes no loss keywords")
 """Cases in which two data-parallel ranks differ from one process even without CP.
 
@@ -198,28 +198,6 @@ def test_a_checkpoint_is_ordinary_and_resumes_at_another_size(on_ranks, tmp_path
             np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def logged(folder) -> tuple[list[dict], int, float]:
-    trainer = make_trainer(2, folder, collator="packed", include_num_input_tokens_seen="all")
-    trainer.train()
-    return trainer.state.log_history, trainer.state.num_input_tokens_seen, trainer.state.total_flos
-
-
-def logged_by_stock(folder) -> tuple[int, float]:
-    trainer = make_trainer(STOCK, folder, collator="packed", include_num_input_tokens_seen="all")
-    trainer.train()
-    return trainer.state.num_input_tokens_seen, trainer.state.total_flos
-
-
-def test_logs_have_throughput_length_and_memory_and_counts_are_those_of_one_process(on_ranks, tmp_path):
-    [(entries, seen, flos), _] = on_ranks(2, logged, tmp_path)
-    for entry in entries[:4]:
-        assert entry["tokens_per_second"] == pytest.approx(2 * entry["tokens_per_second_per_rank"])
-        assert entry["sequence_length"] > 9
-        assert entry["peak_memory_gib"] >= 0
-        json.dumps(entry)
-    assert [(seen, flos)] == on_ranks(1, logged_by_stock, tmp_path)
-
-
 def lora_history(kind, folder, autocast) -> list[tuple[float, float]]:
     from peft import LoraConfig, get_peft_model
 
@@ -265,20 +243,6 @@ def test_autocast_sends_bfloat16(on_ranks, tmp_path):
     for found, dtypes in on_ranks(2, autocast_history, tmp_path):
         assert dtypes == {"torch.bfloat16", "torch.float32"}  # bfloat16 keys, and float32 sums of their gradients
         np.testing.assert_allclose(found, expected, rtol=3e-2)
-
-
-REFUSED = {
-    "attn_implementation='context_parallel'": lambda: {"model": tiny_model("llama", "sdpa", torch.float32)},
-    "label_smoothing_factor": lambda: {"label_smoothing_factor": 0.1},
-    "neftune_noise_alpha": lambda: {"neftune_noise_alpha": 5.0},
-    "label_names": lambda: {"label_names": ["labels", "attention_mask"]},
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_exact_is_refused_before_training(tmp_path, message):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(1, tmp_path, **REFUSED[message]())
 
 
 def test_a_loss_that_is_not_trainers_is_refused(tmp_path):

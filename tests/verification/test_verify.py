@@ -123,7 +123,9 @@ def wrapped_steps(wrapper: str, model_type: str) -> tuple[int, list[bool]]:
 
 
 @pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.exhaustive), "lfm2"])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "compiled")) for name in WRAPPERS]
+)
 def test_wrapped_models_pass_and_train_as_if_nothing_had_been(on_ranks, wrapper, model_type):
     for compared, same in on_ranks(2, wrapped_steps, wrapper, model_type):
         assert compared == 14

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dis
 import inspect
+from collections.abc import Callable
 
 from ...planning.mask import Pattern
 
 
-def read_pattern(function, model_type: str, text_only: bool = True) -> Pattern:
+def read_pattern(function: Callable, model_type: str, text_only: bool = True) -> Pattern:
     """Return the pattern that a mask function of Transformers describes. Documents and padding are ignored.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class PlannedMask:
         self._refuse("indexing")
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> None:
         mask = next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, PlannedMask))
         mask._refuse(getattr(function, "__name__", str(function)))
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -21,7 +22,16 @@ ran_sharded = weakref.WeakSet()
 """Modules whose last forward ran on a shard. Gradient checkpointing must recompute them on that shard."""
 
 
-def unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs):
+def unsharded_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: PlannedMask | torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention with the implementation that Transformers would choose for the class of the model.
 
     Raises:

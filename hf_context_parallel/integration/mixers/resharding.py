@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -185,13 +185,13 @@ def linear(there: Map, back: Map, *tensors: torch.Tensor) -> list[torch.Tensor]:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, there, back, *tensors):
+    def forward(ctx: Any, there: Callable, back: Callable, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.back = back
         return tuple(there(*tensors))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, *ctx.back(*gradients)
 
 

@@ -25,13 +25,13 @@ class SumGradients(torch.autograd.Function):
     """Identity of a parameter. Backward sums the gradient over a group."""
 
     @staticmethod
-    def forward(ctx, parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         return parameter.view_as(parameter)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None

@@ -76,13 +76,13 @@ class _Move(torch.autograd.Function):
     """Apply one method of `Shares` in forward, and another in backward."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, there: Callable, back: Callable) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, there: Callable, back: Callable) -> torch.Tensor:
         ctx.back = back
         return there(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.back(grad), None, None
 
 

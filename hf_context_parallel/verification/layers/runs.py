@@ -155,15 +155,15 @@ class Whole(_Watch):
         if module not in self.hidden:
             self._mixers.add(module)
 
-    def is_watched(self, module):
+    def is_watched(self, module: torch.nn.Module) -> bool:
         return module in self._mixers or module in self.layers
 
-    def begun(self, module, args, kwargs):
+    def begun(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         hidden = hidden_states(args, kwargs, self._shape)
         if hidden is not None:
             self._keep(self._record(module, self._begun_calls), {INPUT: take(args, kwargs, hidden)})
 
-    def done(self, module, args, kwargs, output):
+    def done(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         record = self._record(module, self._done_calls)
         hidden = hidden_states(args, kwargs, self._shape)
         is_layer = module in self.layers
@@ -237,10 +237,10 @@ class Sharded(_Watch):
                 )
         return self._differences
 
-    def is_watched(self, module):
+    def is_watched(self, module: torch.nn.Module) -> bool:
         return module in self._records
 
-    def begun(self, module, args, kwargs):
+    def begun(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         is_first = not self._begun_calls
         record = self._record(module, self._begun_calls)
         hidden, expected = hidden_states(args, kwargs, self._shape), record.share(INPUT)
@@ -250,7 +250,7 @@ class Sharded(_Watch):
             self._compare(module, record, {INPUT: take(args, kwargs, hidden)})
         return replaced(args, kwargs, hidden, expected)
 
-    def done(self, module, args, kwargs, output):
+    def done(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         record = self._record(module, self._done_calls)
         if module in self.layers:
             self._compare(module, record, {OUTPUT: hidden_output(output, self._shape)})

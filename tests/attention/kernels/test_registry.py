@@ -1,0 +1,108 @@
+"""Tests of the choice of a kernel."""
+
+import importlib.util
+import logging
+import re
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from hf_context_parallel.attention.kernels.registry import (
+    CpuKernel,
+    TorchKernel,
+    check_kernel,
+    choose_kernel,
+)
+from hf_context_parallel.attention.scores import Scores
+from tests.helpers.kernels import SCALE, SHAPES, SOFTCAP, tensors
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice():
+    choose_kernel.cache_clear()
+    yield
+    choose_kernel.cache_clear()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Fixture that sets the software and hardware of the machine. By default there is none."""
+
+    def has(flash_attn=False, cuda=False, flash_in_torch=False):
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash_in_torch)
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *args: bool(flash_attn) or None if name == "flash_attn" else find_spec(name, *args),
+        )
+        package = ModuleType("flash_attn")
+        package.__path__ = []
+        monkeypatch.setitem(sys.modules, "flash_attn", package)
+        interface = "flash_attn.flash_attn_interface"
+        monkeypatch.delitem(sys.modules, interface, raising=False)
+        if flash_attn is True:
+            monkeypatch.setitem(sys.modules, interface, ModuleType(interface))
+
+    has()
+    return has
+
+
+def test_a_missing_kernel_says_how_to_get_it(machine):
+    with pytest.raises(ValueError, match=re.escape("pip install 'flash-attn>=2.6,<2.9'")):
+        choose_kernel("flash_attn", "cuda")
+    with pytest.raises(
+        ValueError, match=r"kernel='torch' cannot be used: .*no CUDA device. On the CPU use kernel='cpu'"
+    ):
+        choose_kernel("torch", "cuda")
+    machine(flash_attn=True)
+    with pytest.raises(ValueError, match=r"kernel='flash_attn' cannot be used: .*no CUDA device"):
+        choose_kernel("flash_attn", "cuda")
+    machine(cuda=True)
+    with pytest.raises(ValueError, match="Install a CUDA build of PyTorch"):
+        choose_kernel("torch", "cuda")
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_passed_over(machine):
+    """Break flash-attn as one built for another PyTorch, or flash-attn-4, whose modules lie in the same package."""
+    machine(flash_attn="broken", cuda=True, flash_in_torch=True)
+    assert choose_kernel("auto", "cuda").name == "torch"
+    with pytest.raises(ValueError, match=r"flash-attn cannot be imported \(No module named.*pip install"):
+        choose_kernel("flash_attn", "cuda")
+
+
+def test_no_kernel_for_a_device_says_why(machine):
+    with pytest.raises(
+        ValueError, match=r"'flash_attn': .*pip install.*'torch': .*kernel='reference', which runs everywhere"
+    ):
+        choose_kernel("auto", "cuda")
+    with pytest.raises(ValueError, match=r"none for device type 'mps' \(none is known for it\)"):
+        choose_kernel("auto", "mps")
+
+
+@pytest.mark.parametrize("has_flash_attn, chosen", [(True, "flash_attn"), (False, "torch")])
+def test_auto_takes_the_best_there_is(machine, has_flash_attn, chosen):
+    machine(flash_attn=has_flash_attn, cuda=True, flash_in_torch=True)
+    assert choose_kernel("auto", "cuda").name == chosen
+    assert choose_kernel("auto", "cpu").name == "cpu"
+
+
+def test_auto_logs_its_choice_once(machine, caplog):
+    with caplog.at_level(logging.INFO, "hf_context_parallel"):
+        chosen = [choose_kernel("auto", "cpu") for _ in range(3)]
+    assert chosen[0] is chosen[1] is chosen[2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "context parallelism computes attention with kernel='cpu' on cpu"
+    ]
+    choose_kernel("reference", "cpu")  # a kernel that is asked for by name is not logged
+    assert len(caplog.records) == 1
+
+
+def test_a_refusal_is_an_error_that_names_the_kernel():
+    query, _, value, _ = tensors(SHAPES["narrow values"], torch.float32)
+    check_kernel(CpuKernel(), query, value, Scores(SCALE, SOFTCAP, 0.1))
+    with pytest.raises(ValueError, match=r"kernel='torch' cannot take these tensors: it runs on CUDA"):
+        check_kernel(TorchKernel(), query, value, Scores(SCALE))
