@@ -180,6 +180,7 @@ def test_recipes_are_valid(block, tmp_path):
 # Commands.
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
 def test_commands_are_right(name):
     for command in commands(ROOT / name):

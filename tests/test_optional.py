@@ -6,6 +6,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import pytest
+
 from hf_context_parallel import __version__
 from hf_context_parallel.recipe.report import NO_PLOT, write_report
 
@@ -44,6 +46,7 @@ def test_the_version_is_that_of_the_package():
     assert __version__ == version("hf_context_parallel")
 
 
+@pytest.mark.distributed
 def test_torch_transformers_and_accelerate_are_enough_to_train(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

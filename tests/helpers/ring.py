@@ -8,12 +8,11 @@ from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
-from tests.helpers.examples import QUICK
 from tests.helpers.simulated import allowed, cut, dense_attention, padded, run
 
 SCALE = 0.3
 PLAIN = Scores(SCALE)
-SIZES = (1, 3) if QUICK else (1, 2, 3, 4, pytest.param(8, marks=pytest.mark.exhaustive))
+SIZES = (1, 2, 3, 4, pytest.param(8, marks=pytest.mark.exhaustive))
 
 
 def tensors(mask, heads=4, key_heads=2, dim=8, value_dim=8, dtype=torch.float64, seed=0):
