@@ -23,6 +23,7 @@ def run(tmp_path, capsys):
     return run
 
 
+@pytest.mark.exhaustive
 def test_attention(run):
     sizes = ("--ranks", "2", "--tokens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
     results = run("attention", *sizes, "--packed", "96", "--dtypes", "float32,bfloat16", "--rounds", "2")["results"]

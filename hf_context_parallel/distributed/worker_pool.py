@@ -89,7 +89,7 @@ class WorkerPool:
                 assert isinstance(link, Connection)
                 try:
                     answers[links[link]] = link.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     answers[links[link]] = (False, "the process died")
                 if not answers[links[link]][0]:
                     patience = 2.0  # seconds for the other ranks to fail too

@@ -12,7 +12,8 @@ from tests.helpers.simulated import allowed, cut, dense_attention, padded, run
 
 SCALE = 0.3
 PLAIN = Scores(SCALE)
-SIZES = (1, 2, 3, 4, pytest.param(8, marks=pytest.mark.exhaustive))
+EIGHT = pytest.param(8, marks=pytest.mark.exhaustive)
+SIZES = (1, 2, 3, 4, EIGHT)
 
 
 def tensors(mask, heads=4, key_heads=2, dim=8, value_dim=8, dtype=torch.float64, seed=0):

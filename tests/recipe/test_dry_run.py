@@ -14,11 +14,8 @@ from tests.helpers.models import needs_sharding_while_loading, needs_the_tables_
 from tests.helpers.recipe import MEGATRON, RECIPES
 
 HUB = "model.name=somebody/something"
-
 EXACT = [model_type for model_type, finding in known_states().items() if finding["state"] != "refused"]
-
 SAMPLE = ["phi3", "glm4", "llama4", "qwen3_5_moe", "emu3", "gpt2", "whisper", "ministral"]
-
 SHARDED = {"demo_experts_cpu", "demo_hsdp_cpu"}
 
 

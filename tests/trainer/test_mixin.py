@@ -27,7 +27,6 @@ CASES = {
     },
     "workers": {"dataloader_num_workers": 2},
 }
-
 DEPENDS_ON_GROUPS = ("left padding", "tokens not averaged", "a model that takes no loss keywords")
 """Cases in which two data-parallel ranks differ from one process even without CP.
 
@@ -43,7 +42,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(on_ranks, tmp_path, 
     [expected] = on_ranks(1, history, STOCK, tmp_path, options)
     assert len(expected) == 4
     of_two = on_ranks(2, history, STOCK, tmp_path, options)[0] if case in DEPENDS_ON_GROUPS else expected
-    for ranks, size, reference in ((2, 2, expected), (4, 4, expected), (4, 2, of_two)):
+    for ranks, size, reference in ((2, 2, expected), (4, 2, of_two)):
         for found in on_ranks(ranks, history, size, tmp_path, options):
             np.testing.assert_allclose(found, reference, rtol=1e-5, err_msg=f"{ranks} ranks, CP {size}")
 

@@ -65,6 +65,14 @@ def test_models_that_are_exact_pass(on_ranks, model_type, ranks, dtype):
     assert {difference.batch for difference in differences[0]} == {"packed", "padded"}
 
 
+@pytest.mark.parametrize("model_type", ["inkling2_text", "inkling2_loop_text"])
+def test_attention_to_earlier_layers_passes(on_ranks, model_type):
+    """Run them in float32 alone: their routers stay in it whatever the dtype of the model."""
+    differences = on_ranks(3, differences_of_a_type, model_type, FLOAT32)
+    assert differences == differences[:1] * 3
+    assert {difference.batch for difference in differences[0]} == {"packed", "padded"}
+
+
 def lora(model: torch.nn.Module) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 

@@ -6,18 +6,13 @@ import pytest
 import torch
 
 from hf_context_parallel.attention.kernels import cpu, reference
-from hf_context_parallel.attention.kernels.registry import (
-    KERNELS,
-    CpuKernel,
-    ReferenceKernel,
-)
+from hf_context_parallel.attention.kernels.registry import KERNELS, CpuKernel, ReferenceKernel
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 from tests.helpers.kernels import CALLS, SCALE, SHAPES, SOFTCAP, TOLERANCE, check
 from tests.helpers.simulated import LargestTensor
 
 any_machines = pytest.mark.parametrize("kernel", [CpuKernel(), ReferenceKernel()], ids=lambda kernel: kernel.name)
-
 capped = pytest.mark.parametrize("softcap", [None, SOFTCAP], ids=["", "softcap"])
 
 

@@ -9,12 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hf_context_parallel.attention.kernels.registry import (
-    CpuKernel,
-    TorchKernel,
-    check_kernel,
-    choose_kernel,
-)
+from hf_context_parallel.attention.kernels.registry import CpuKernel, TorchKernel, check_kernel, choose_kernel
 from hf_context_parallel.attention.scores import Scores
 from tests.helpers.kernels import SCALE, SHAPES, SOFTCAP, tensors
 
