@@ -32,6 +32,8 @@ Each process group of gloo has three threads, which wake up a hundred times a se
 hold groups that are gone, hundreds of threads after a while. Collecting garbage would not do: a group waits in its
 destructor for operations that other ranks have not joined.
 """
+DIED = False, "the process died"
+"""Answer of a worker whose link has ended. The worker itself may live on for a moment after its fork."""
 CROWDED = 3
 """Exit status of a fork that has more threads."""
 
@@ -90,10 +92,10 @@ class WorkerPool:
                 try:
                     answers[links[link]] = link.recv()
                 except (EOFError, ConnectionResetError):
-                    answers[links[link]] = (False, "the process died")
+                    answers[links[link]] = DIED
                 if not answers[links[link]][0]:
                     patience = 2.0  # seconds for the other ranks to fail too
-        if any(not self._processes[rank].is_alive() for rank in range(ranks)):
+        if DIED in answers.values():
             self.close()
         return [answers[rank] for rank in range(ranks)]
 
