@@ -27,7 +27,7 @@ help:  ## this list
 test: lint  ## lint, all tests but the exhaustive ones, and the lines that they reached
 	$(BIN)/pytest tests -m "not exhaustive and not versions" $(COVERAGE)
 
-test-unit: .venv  ## the tests that start no processes, with few cases of each: within a minute
+test-unit: .venv  ## the tests that start no processes, the first case of each: within a minute
 	QUICK_TESTS=1 $(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive and not versions"
 
 test-all: lint  ## lint and all tests, those with DeepSpeed too

@@ -26,6 +26,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
 from tests.helpers.models import needs_sharding_while_loading
+from tests.helpers.recipe import MINIMAL
 
 # Modules that start commands are imported where they are used, because workers that run blocks import this file too.
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.cfg").exists())
@@ -34,7 +35,6 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PROGRAMS = ("make", "accelerate", "hf-context-parallel", "pip", "python", "pytest", "pre-commit")
 MARKER = "<!-- docs-test:"
 VOCABULARY = 64
-RECIPE = "model: {type: qwen3, tokenizer: bytes}\ndata: {path: text, max_length: 128}\n"
 
 
 class Block(NamedTuple):
@@ -173,7 +173,7 @@ def test_recipes_are_valid(block, tmp_path):
     from hf_context_parallel.recipe.reading import load_recipe
 
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE + block.text if "model:" not in block.text else block.text)
+    recipe.write_text(MINIMAL + block.text if "model:" not in block.text else block.text)
     load_recipe(recipe)
 
 

@@ -42,7 +42,7 @@ def test_shipped_recipes_load_and_shrink(name, tmp_path):
 
 
 def test_a_dry_run_asks_no_hub(minimal):
-    recipe = load_recipe(minimal, ["model.type=null", "model.name=somebody/something"])
+    recipe = load_recipe(minimal, ["model.type=null", HUB])
     with pytest.raises(RecipeError, match=r"model\.type: .*'somebody/something'"):
         shrink(recipe, 1, "unused")
 

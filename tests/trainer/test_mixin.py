@@ -38,12 +38,24 @@ two processes."""
     "case", [pytest.param(case, marks=[pytest.mark.exhaustive] * (case == "workers")) for case in CASES]
 )
 def test_losses_and_gradient_norms_are_those_of_one_process(on_ranks, tmp_path, case):
+    check_histories(on_ranks, tmp_path, case, [(2, 2), (4, 2)])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradient_norms_of_four_ranks_are_those_of_one_process(on_ranks, tmp_path, case):
+    check_histories(on_ranks, tmp_path, case, [(4, 4)])
+
+
+def check_histories(on_ranks, folder, case, runs: list[tuple[int, int]]) -> None:
+    """Compare runs, each given as its number of ranks and its CP size, with the stock Trainer on whole sequences."""
     options = CASES[case]
-    [expected] = on_ranks(1, history, STOCK, tmp_path, options)
-    assert len(expected) == 4
-    of_two = on_ranks(2, history, STOCK, tmp_path, options)[0] if case in DEPENDS_ON_GROUPS else expected
-    for ranks, size, reference in ((2, 2, expected), (4, 2, of_two)):
-        for found in on_ranks(ranks, history, size, tmp_path, options):
+    processes = {run: run[0] // run[1] if case in DEPENDS_ON_GROUPS else 1 for run in runs}
+    expected = {count: on_ranks(count, history, STOCK, folder, options)[0] for count in {*processes.values()}}
+    assert {len(steps) for steps in expected.values()} == {4}
+    for ranks, size in runs:
+        for found in on_ranks(ranks, history, size, folder, options):
+            reference = expected[processes[ranks, size]]
             np.testing.assert_allclose(found, reference, rtol=1e-5, err_msg=f"{ranks} ranks, CP {size}")
 
 
