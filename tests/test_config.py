@@ -2,6 +2,7 @@
 
 import pytest
 
+import hf_context_parallel as hcp
 from hf_context_parallel.config import ContextParallelConfig
 
 
@@ -27,3 +28,19 @@ def test_layers_have_their_own():
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 0}, "size=0"),
+        ({"size": "2"}, "size='2'"),
+        ({"layout": "zigzak"}, "Did you mean 'zigzag'"),
+        ({"comm_type": "ring"}, "comm_type='ring' is not one of 'p2p', 'all_gather', 'a2a'"),
+        ({"check_batch": 1}, "check_batch=1"),
+        ({"verify": "yes"}, "verify='yes'"),
+    ],
+)
+def test_settings_are_validated_where_they_are_written(values, message):
+    with pytest.raises(ValueError, match=message):
+        hcp.ContextParallelConfig(**values)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_context_parallel import ContextParallel
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.planning import mask as masks
-from tests.helpers.models import context
+from tests.helpers.models import context, document_positions, tokens
 from tests.helpers.simulated import allowed, dense_attention
 
 SCALE = 0.37
@@ -300,3 +300,16 @@ def test_one_call_of_attention_has_one_way():
     q = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match=r"comm_type=\['all_gather'\] is not one of 'p2p', 'all_gather'"):
         ContextParallel(ContextParallelConfig()).attention(q, q, q, comm_type=["all_gather"])
+
+
+def test_attention_does_not_ignore_the_documents_of_an_open_batch():
+    cp = context()
+    q = torch.randn(1, 2, 12, 8, dtype=torch.float64)
+    packed = {"input_ids": tokens(1, 12), "position_ids": document_positions(5, 7)}
+    with cp.shard(packed):
+        with pytest.raises(ValueError, match="ignores the active batch"):
+            cp.attention(q, q, q)
+        said = cp.attention(q, q, q, cu_seqlens=torch.tensor([0, 5, 12]))
+    assert said.equal(cp.attention(q, q, q, cu_seqlens=torch.tensor([0, 5, 12])))
+    with cp.shard({"input_ids": tokens(1, 12)}):
+        cp.attention(q, q, q)

@@ -128,6 +128,11 @@ REFUSED = {
 }
 """Model types that are not exact on shards, each with the reason."""
 
+REFUSED_SETTINGS = {
+    ("doge", "is_moe", True): "its experts are chosen by logits of other tokens of the batch",
+}
+"""Type, field of its configuration and value of this field that are refused, and why."""
+
 KNOWN = Path(__file__).parent.parent / "models.json"
 """File with the result of every model type, which `hf-context-parallel check --all --write` makes."""
 

@@ -88,3 +88,9 @@ def label_at_padding() -> dict:
     mask = torch.ones(2, 19, dtype=torch.long)
     mask[1, 12:] = 0
     return {"input_ids": tokens(2, 19), "labels": tokens(2, 19), "attention_mask": mask}
+
+
+def loss_in(batch: dict, model: torch.nn.Module, **more) -> torch.Tensor:
+    """Shard a batch, and compute this rank's part of the loss."""
+    with context().shard(batch, model) as local:
+        return model(**local, **more).loss.detach()

@@ -12,6 +12,8 @@ from tests.helpers.simulated import allowed, cut, dense_attention, padded, run
 
 SCALE = 0.3
 PLAIN = Scores(SCALE)
+KERNELS = ("cpu", "reference")
+"""Kernels that run on a CPU."""
 EIGHT = pytest.param(8, marks=pytest.mark.exhaustive)
 SIZES = (1, 2, 3, 4, EIGHT)
 
@@ -117,3 +119,8 @@ HOW = {
     "sinks": {"sinks": some_sinks(4)},
     "softcap and sinks": {"scores": Scores(SCALE, softcap=1.2), "sinks": some_sinks(4)},
 }
+
+
+def every_second_element(x: torch.Tensor) -> torch.Tensor:
+    """Lay a tensor out with a stride of 2 in its last dimension, and NaN between."""
+    return torch.stack((x, torch.full_like(x, float("nan"))), dim=-1)[..., 0]

@@ -12,6 +12,7 @@ from ..model_registry import (
     CHECKED_AS,
     NAME,
     REFUSED,
+    REFUSED_SETTINGS,
     TEXT_ALONE,
     known_states,
     transformers_model,
@@ -99,11 +100,12 @@ def check_config(config: PreTrainedConfig) -> None:
     name = CHECKED_AS.get(config.model_type, config.model_type)
     if name in REFUSED:
         raise ValueError(f"model type {name!r} is refused: {REFUSED[name]}. Call the model outside cp.shard.")
-    if name == "doge" and config.is_moe:
-        raise ValueError(
-            "model type 'doge' is refused with is_moe=True: its experts are chosen by logits of other tokens of the "
-            "batch, also those of other rows. Set is_moe=False, or call the model outside cp.shard."
-        )
+    for (model_type, field, value), reason in REFUSED_SETTINGS.items():
+        if name == model_type and getattr(config, field) == value:
+            raise ValueError(
+                f"model type {name!r} is refused with {field}={value}: {reason}. Set another value, or call the model "
+                "outside cp.shard."
+            )
     if not switches.unchecked_models and known_states().get(name, {}).get("state") not in (
         "exact",
         "exact by resharding",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from transformers import AutoConfig, masking_utils
@@ -10,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import _bidirectional_window_ove
 
 from hf_context_parallel.integration.interfaces.mask_patterns import read_pattern
 from hf_context_parallel.planning.mask import Mask, Pattern, from_attention_mask, from_position_ids
-from tests.helpers.models import needs_chunks_of_documents
+from tests.helpers.models import document_positions, labelled, loss_in, needs_chunks_of_documents, tiny_model
 from tests.helpers.simulated import allowed
 
 LENGTH = 24
@@ -52,10 +54,12 @@ def masks_of(kind: str, **batch) -> tuple[torch.Tensor, Pattern]:
     AttentionMaskInterface.register("listening", listen)
     config = AutoConfig.for_model("llama", sliding_window=5, attention_chunk_size=7)
     config._attn_implementation = "listening"
-    taken = {"attention_mask": None, "past_key_values": None, **batch, **arguments}
+    function = getattr(masking_utils, name)
+    cache = "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"  # before 5.24
+    taken = {"attention_mask": None, cache: None, **batch, **arguments}
     if "bidirectional" in name:  # which looks at no positions, and documents are in the plan
         taken.pop("position_ids", None)
-    made = getattr(masking_utils, name)(config=config, inputs_embeds=torch.zeros(2, LENGTH, 4), **taken)
+    made = function(config=config, inputs_embeds=torch.zeros(2, LENGTH, 4), **taken)
     return made[:, 0], described[0]
 
 
@@ -96,3 +100,14 @@ def test_a_mask_that_is_not_known_is_refused_by_name(arguments, message, monkeyp
     monkeypatch.setitem(KINDS, "other", ("create_causal_mask", arguments, None))
     with pytest.raises(ValueError, match=message):
         masks_of("other")
+
+
+@needs_chunks_of_documents
+def test_chunks_that_begin_inside_of_one_are_refused():
+    model = tiny_model("llama4_text", "context_parallel")
+    size = model.config.attention_chunk_size
+    whole = document_positions(10, 9)
+    for begin in (size, 0):
+        loss_in({**labelled(1), "position_ids": torch.cat([whole[:, :10] + begin, whole[:, 10:]], dim=1)}, model)
+    with pytest.raises(ValueError, match=f"chunks of {size} positions, and a packed document begins"):
+        loss_in({**labelled(1), "position_ids": torch.cat([whole[:, :10] + 1, whole[:, 10:]], dim=1)}, model)

@@ -1,0 +1,92 @@
+"""Refusals of batches that cannot be read, or that no shard can be exact for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.models import (
+    context,
+    document_positions,
+    error,
+    label_at_padding,
+    labelled,
+    reduced,
+    tiny_model,
+    tokens,
+)
+
+
+def cu_seqlens_errors() -> float:
+    """Compare documents given by cumulative lengths, with and without positions, with documents given by positions."""
+    cp, lengths = context(), (5, 1, 8)
+    batch = labelled(1, sum(lengths))
+    model = tiny_model("gpt2", "context_parallel")
+    cumulative = torch.tensor([0, 5, 6, 14], dtype=torch.int32)
+    positions = document_positions(*lengths)
+    flat = {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": 8, "max_length_k": 8}
+    losses = []
+    for documents in ({"position_ids": positions}, {"position_ids": positions, **flat}, flat):
+        with cp.shard({**batch, **documents}, model) as local:
+            losses.append(reduced(model(**local).loss))
+    return max(error(losses[0], other) for other in losses[1:])
+
+
+def test_documents_may_be_given_by_cumulative_lengths(on_ranks):
+    assert on_ranks(2, cu_seqlens_errors) == [0.0, 0.0]
+
+
+def packed_and_masked() -> dict:
+    return {**labelled(1, 8), "position_ids": document_positions(3, 5), "attention_mask": torch.ones(1, 8)}
+
+
+REFUSED = {
+    "use_cache=True": lambda: {**labelled(), "use_cache": True},
+    "both an attention_mask and position_ids": packed_and_masked,
+    "both an attention_mask and cu_seq_lens_q": lambda: {
+        **labelled(1, 8),
+        "cu_seq_lens_q": torch.tensor([0, 8]),
+        "attention_mask": torch.ones(1, 8),
+    },
+    "predicted from padding": label_at_padding,
+    "only a 2-D padding mask": lambda: {**labelled(), "attention_mask": torch.ones(2, 1, 19, 19)},
+    "'pixel_values'": lambda: {**labelled(), "pixel_values": torch.zeros(1)},
+    "'output_attentions'": lambda: {**labelled(), "output_attentions": True},
+    "neither input_ids nor inputs_embeds": lambda: {"labels": tokens(1, 3)},
+    "begin with these": lambda: {**labelled(), "labels": tokens(2, 18)},
+    "the batch is empty": lambda: {"input_ids": tokens(1, 0)},
+    "one flattened row": lambda: {**labelled(), "cu_seq_lens_q": torch.tensor([0, 19])},
+    "position_ids begin again at token 3": lambda: {
+        **labelled(1, 8),
+        "position_ids": document_positions(3, 5),
+        "cu_seq_lens_q": torch.tensor([0, 4, 8]),
+    },
+    "300 stretches of tokens": lambda: {
+        "input_ids": tokens(1, 600),
+        "attention_mask": torch.tensor([[1, 0] * 300]),
+    },
+    "input_ids is a list": lambda: {"input_ids": [[3, 4]]},
+    "does not ascend from 0": lambda: {**labelled(1, 8), "cu_seq_lens_q": torch.tensor([0, 5])},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_batches_that_cannot_be_exact_are_refused(message):
+    with pytest.raises(ValueError, match=message), context().shard(REFUSED[message]()):
+        pass
+
+
+def test_lengths_of_keys_alone_are_refused():
+    with (
+        pytest.raises(ValueError, match="cu_seq_lens_k and no cu_seq_lens_q"),
+        context().shard({**labelled(1), "cu_seq_lens_k": torch.tensor([0, 5, 19])}),
+    ):
+        pass
+
+
+def test_three_axes_of_positions_say_what_to_do():
+    with (
+        pytest.raises(ValueError, match=r"have 2 dimensions\. For text alone all axes of M-RoPE are equal: leave"),
+        context().shard({**labelled(), "position_ids": torch.arange(19).expand(3, 2, 19)}),
+    ):
+        pass

@@ -1,0 +1,42 @@
+"""Refusals of tuners of PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, get_peft_model
+
+from tests.helpers.models import context, labelled, loss_in, tiny_model
+
+
+def test_prefix_tuning_is_refused():
+    from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+    model = tiny_model("llama", "context_parallel", torch.float32)
+    model = get_peft_model(model, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5))
+    with (
+        pytest.raises(ValueError, match=r"prefix tuning|given an attention_mask"),
+        context().shard(labelled()) as local,
+    ):
+        model(**local)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AdaLoraConfig(total_step=10, task_type="CAUSAL_LM"), "AdaLoraModel does more than calling the model"),
+        (LoHaConfig(rank_dropout=0.1, target_modules=["q_proj"]), "'default' has rank_dropout=0.1"),
+        (LoHaConfig(module_dropout=0.1, target_modules=["q_proj"]), "'default' has module_dropout=0.1"),
+    ],
+    ids=["AdaLoRA", "rank dropout", "module dropout"],
+)
+def test_tuners_that_do_more_or_draw_weights_are_refused(config, message):
+    model = get_peft_model(tiny_model("llama", "context_parallel", torch.float32), config).train()
+    with pytest.raises(ValueError, match=message):
+        loss_in(labelled(), model)
+
+
+def test_tuners_that_draw_nothing_in_evaluation_are_not():
+    config = LoHaConfig(module_dropout=0.1, target_modules=["q_proj"])
+    loss_in(labelled(), get_peft_model(tiny_model("llama", "context_parallel", torch.float32), config).eval())
+    loss_in(labelled(), get_peft_model(tiny_model("llama", "context_parallel", torch.float32), LoraConfig()).train())
