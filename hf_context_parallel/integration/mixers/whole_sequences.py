@@ -8,12 +8,13 @@ sequence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..active_batch import ActiveBatch, no_batch
@@ -32,7 +33,8 @@ class _Call(NamedTuple):
     """One call of a module, with sequences of one length.
 
     A call without sequences takes a few tokens of this rank, and its result is dropped. It is made on a rank that has
-    no sequence. So all parameters have gradients on all ranks, and all ranks enter the same collectives.
+    no sequence, and in a whole model on a rank that has fewer lengths than another. So all parameters have gradients
+    on all ranks, and all ranks enter the same collectives.
 
     Args:
         sequences: the rows of the call.
@@ -67,7 +69,9 @@ class WholeSequences(ModulePatch):
         whole = _together(resharding.whole, expanded, leading=2)
 
         results, output_form = [], None
-        for call in _calls(resharding.mine, self._batch.shard.local_shape[1]):
+        # FSDP gathers the parameters of each layer of a model within its call, so all ranks make as many calls.
+        least = resharding.most_lengths if isinstance(module, PreTrainedModel) else 1
+        for call in _calls(resharding.mine, least, self._batch.shard.local_shape[1]):
             if call.sequences:
                 given = [tensor[call.tokens].unflatten(0, call.shape) for tensor in whole]
             else:
@@ -145,15 +149,16 @@ class WholeSequences(ModulePatch):
         return padding[rows] if rows else torch.ones(call.shape, dtype=torch.long)
 
 
-def _calls(mine: list[Sequence], local_length: int) -> Iterator[_Call]:
-    if not mine:
-        yield _Call([], slice(0), (1, min(3, local_length)))
+def _calls(mine: list[Sequence], least: int, local_length: int) -> list[_Call]:
+    """List a call for the sequences of each length, and calls without sequences until there are `least`."""
+    calls: list[_Call] = []
     begin = 0
     for _, group in groupby(mine, key=lambda sequence: sequence.length):
         alike = list(group)
         end = begin + sum(sequence.length for sequence in alike)
-        yield _Call(alike, slice(begin, end), (len(alike), alike[0].length))
+        calls.append(_Call(alike, slice(begin, end), (len(alike), alike[0].length)))
         begin = end
+    return calls + [_Call([], slice(0), (1, min(3, local_length)))] * (least - len(calls))
 
 
 def _rows(leaf: Any, call: _Call) -> Any:

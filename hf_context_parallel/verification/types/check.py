@@ -57,6 +57,18 @@ class Unrounded(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+class MadeInFloat64(TorchFunctionMode):
+    """Mode in which tensors that are asked for in float32 are made in float64.
+
+    The weights of some routers are made in float32, whatever the dtype of the model. Loading keeps that dtype, and
+    FSDP refuses to shard parameters of two dtypes together.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
 def unrounded(config: PreTrainedConfig) -> AbstractContextManager:
     """Return `Unrounded()` for a model that runs in float64, else an empty context."""
     return Unrounded() if _dtype(config) == torch.float64 else nullcontext()
@@ -134,14 +146,15 @@ def errors(
 def _tensor_parallel(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> PreTrainedModel:
     """Make the tiny model and let Transformers shard it, which it does while loading."""
     whole = tiny_model(config, NAME, _dtype(config))
-    model = type(whole).from_pretrained(
-        None,
-        config=whole.config,
-        state_dict=whole.state_dict(),
-        dtype=_dtype(config),
-        attn_implementation=NAME,
-        distributed_config=DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size),
-    )
+    with MadeInFloat64() if _dtype(config) == torch.float64 else nullcontext():
+        model = type(whole).from_pretrained(
+            None,
+            config=whole.config,
+            state_dict=whole.state_dict(),
+            dtype=_dtype(config),
+            attn_implementation=NAME,
+            distributed_config=DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size),
+        )
     if _dtype(config) == torch.float64:
         model.set_experts_implementation("eager")
     for name, module in whole.named_modules():  # loading recreates some in float32, such as RoPE's frequencies

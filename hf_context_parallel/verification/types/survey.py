@@ -126,17 +126,16 @@ def examine(pool: WorkerPool, model: str, ranks: Sequence[int], settings: dict[s
 
 
 def survey_tensor_parallel(models: Sequence[str], tp_size: int, jobs: int, report: Callable) -> list[Finding]:
-    """Check the models that have a tensor-parallel plan, each without and with sequence parallelism."""
+    """Check the models that have a tensor-parallel plan, and the exact ones with sequence parallelism as well."""
     planned = [model for model in models if _has_plan(model)]
-    findings = []
-    for sequence_parallel in (False, True):
-        settings = {"sequence_parallel": sequence_parallel}
-        findings.append(survey(planned, [2], settings, jobs, report, tp_size))
-    for finding in findings[1]:
+    findings = survey(planned, [2], {"sequence_parallel": False}, jobs, report, tp_size)
+    exact = [finding.name for finding in findings if finding.state in GOOD]  # the others are refused anyway
+    more = survey(exact, [2], {"sequence_parallel": True}, jobs, report, tp_size)
+    for finding in more:
         finding.name += WITH_SEQUENCE_PARALLEL
         if "sequence_parallel=True: " in finding.reason:  # the model refuses it by itself
             finding.state = "refused"
-    return [finding for both in zip(*findings) for finding in both]
+    return sorted(findings + more, key=lambda finding: finding.name)
 
 
 def _has_plan(model: str) -> bool:

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 import hf_context_parallel as hcp
 from hf_context_parallel.integration import model_registry
 from hf_context_parallel.integration.checks.model import check_model
-from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states
+from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states, known_tensor_parallel
 from hf_context_parallel.verification.types import check, survey
 from hf_context_parallel.verification.types.command import PAGE, run_check
 from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
-from tests.helpers.models import needs_chunks_of_documents, needs_the_tables_version
+from tests.helpers.models import needs_chunks_of_documents, needs_sharding_while_loading, needs_the_tables_version
 
 SAMPLE = {
     "llama4_text": (2, 3),  # chunks, and a temperature that follows positions
@@ -54,6 +54,17 @@ def test_what_is_known_of_a_type_is_so(on_ranks, model_type):
     found = survey.examine(on_ranks, model_type, SAMPLE[model_type], {})
     known = known_states()[model_type]
     assert (found.state, found.handled) == (known["state"], known["handled"]), found.reason
+
+
+@needs_sharding_while_loading
+@pytest.mark.parametrize(
+    ("model_type", "state"), [("deepseek_v3", "exact"), ("glm_moe_dsa", "exact by resharding"), ("apertus", "wrong")]
+)
+def test_what_is_known_of_a_type_with_tensor_parallelism_is_so(on_ranks, model_type, state):
+    """Check types with a router in float32, with layers of FSDP in a whole model, and with a wrong plan."""
+    found = survey.examine(on_ranks, model_type, [2], {}, 2)
+    assert found.state == state, found.reason
+    assert (known_tensor_parallel()[model_type]["state"] == "exact") == (state != "wrong")
 
 
 @needs_the_tables_version
