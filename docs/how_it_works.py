@@ -17,7 +17,7 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
 
 
 def draw_mask(axes: plt.Axes) -> None:
-    """The mask by chunks: whose queries, and at which step their owner has the keys."""
+    """Draw the mask by chunks: a colour for the rank of the queries, a number for the step that computes the tile."""
     layout = zigzag(CHUNKS, RANKS)
     for query in range(CHUNKS):
         rank = layout.chunk_owners[query]
@@ -40,7 +40,7 @@ def draw_mask(axes: plt.Axes) -> None:
 
 
 def draw_steps(axes: plt.Axes) -> None:
-    """What each rank computes and receives at each step."""
+    """Draw the keys that each rank computes with and receives at each step."""
     layout, mask = zigzag(CHUNKS, RANKS), Mask(CHUNKS, whole_rows(1, CHUNKS))
     plans = [build_plan(layout, mask, rank) for rank in range(RANKS)]
     for rank, plan in enumerate(plans):

@@ -1,6 +1,6 @@
-"""Undocumented names of Transformers, and differences between its versions from 5.17 on.
+"""Undocumented names of Transformers, accelerate and PEFT, and differences between their versions.
 
-Nothing is looked up on import. If a version lacks a name, only the model types that need it are refused.
+Nothing is looked up on import. If a version lacks a name, only what needs it is refused: a model type, or the Trainer.
 """
 
 from __future__ import annotations
@@ -9,20 +9,24 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import torch
-import transformers
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
+
+ATTENTION_NAME = "_attn_implementation_internal"
+"""Attribute of a configuration that holds the name of its attention."""
 
 
 def lookup(module: str, name: str, needed_by: str) -> Any:
-    """Look up an undocumented name of Transformers.
+    """Look up an undocumented name of another package.
 
     Args:
-        module: path of the module below `transformers`.
+        module: path of the module.
         name: the name in this module.
         needed_by: subject of the message, such as a model type that cannot run without it.
 
@@ -30,35 +34,57 @@ def lookup(module: str, name: str, needed_by: str) -> Any:
         ValueError: if the installed version does not have it.
     """
     try:
-        return getattr(importlib.import_module(f"transformers.{module}"), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"Transformers {transformers.__version__} has no {name} in transformers.{module}, and {needed_by} needs "
-            "it. Install the version of Transformers that docs/models.md names."
-        ) from error
+        raise _missing(f"{name} in {module}", module.split(".")[0], needed_by) from error
+
+
+def require(members: Mapping[type, Iterable[str]], needed_by: str) -> None:
+    """Refuse classes of other packages that lack undocumented members.
+
+    A method that our subclass overrides would otherwise never be called, in silence.
+
+    Args:
+        members: the names of the members, by class.
+        needed_by: subject of the message.
+
+    Raises:
+        ValueError: naming the first member that is missing.
+    """
+    for kind, names in members.items():
+        for name in names:
+            if not hasattr(kind, name):
+                raise _missing(f"{kind.__name__}.{name}", kind.__module__.split(".")[0], needed_by)
+
+
+def _missing(what: str, package: str, needed_by: str) -> ValueError:
+    return ValueError(
+        f"{package} {version(package)} has no {what}, and {needed_by} needs it. Install a version of {package} that "
+        "constraints.txt names, or an older one."
+    )
 
 
 def causal_lm_classes() -> dict[str, str]:
     """Return the class names that `AutoModelForCausalLM` chooses from, by model type."""
-    return lookup("models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "every model type")
+    return lookup("transformers.models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "every model type")
 
 
 @functools.cache
 def base_class_names() -> frozenset[str]:
     """Return the class names that `AutoModel` chooses from."""
-    by_type = lookup("models.auto.modeling_auto", "MODEL_MAPPING_NAMES", "every model type")
+    by_type = lookup("transformers.models.auto.modeling_auto", "MODEL_MAPPING_NAMES", "every model type")
     several = ((names,) if isinstance(names, str) else names for names in by_type.values())
     return frozenset(name for names in several for name in names)
 
 
 def causal_lm_loss() -> Callable:
     """Return the default loss function of causal language models."""
-    return lookup("loss.loss_utils", "ForCausalLMLoss", "the loss of every model type")
+    return lookup("transformers.loss.loss_utils", "ForCausalLMLoss", "the loss of every model type")
 
 
 def mask_piece(name: str) -> Callable:
     """Return one of the functions from which Transformers builds masks."""
-    return lookup("masking_utils", name, "a model type that sees whole sequences")
+    return lookup("transformers.masking_utils", name, "a model type that sees whole sequences")
 
 
 def chunks_count_from_documents() -> bool:
@@ -68,7 +94,7 @@ def chunks_count_from_documents() -> bool:
 
 def bloom_alibi() -> Callable:
     """Return the function that makes the score biases of Bloom from a padding mask."""
-    return lookup("models.bloom.modeling_bloom", "build_alibi_tensor", "model type 'bloom'")
+    return lookup("transformers.models.bloom.modeling_bloom", "build_alibi_tensor", "model type 'bloom'")
 
 
 def attention_name(config: PreTrainedConfig) -> str | None:
@@ -77,13 +103,46 @@ def attention_name(config: PreTrainedConfig) -> str | None:
 
 
 def set_attention_name(config: PreTrainedConfig, name: str) -> None:
-    """Set the `attn_implementation` of a configuration, and not of the configurations inside it."""
-    config._attn_implementation_internal = name
+    """Set the `attn_implementation` of a configuration, and not of the configurations inside it.
+
+    Raises:
+        ValueError: if the installed version of Transformers keeps the name elsewhere.
+    """
+    if not hasattr(config, ATTENTION_NAME):
+        raise _missing(f"{type(config).__name__}.{ATTENTION_NAME}", "transformers", "every model type")
+    setattr(config, ATTENTION_NAME, name)
 
 
 def default_attention(model_class: type[PreTrainedModel]) -> str:
     """Return `"sdpa"` or `"eager"`: the default attention of Transformers for a model class."""
+    require({model_class: ["_supports_sdpa"]}, "every model type")
     return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def mesh_of_loading(module: torch.nn.Module) -> DeviceMesh | None:
+    """Return the mesh by which Transformers sharded this module while loading it, or None."""
+    manager = getattr(module, "_mesh_manager", None)
+    if manager is not None:
+        return manager.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
+    mesh = getattr(module, "_device_mesh", None)  # before 5.20
+    return mesh if isinstance(mesh, DeviceMesh) else None
+
+
+def tensor_parallel_size(model: PreTrainedModel) -> int:
+    """Return the number of ranks that share each layer of a model, 1 without tensor parallelism."""
+    return getattr(model, "_tp_size", None) or 1
+
+
+def sums_after_accumulation(hook: Callable) -> bool:
+    """Return whether a hook of a parameter is the one by which Transformers sums gradients of tensor parallelism."""
+    return "ReplicatedWithGradAllReduce" in getattr(hook, "__qualname__", "")
+
+
+def base_tuner() -> type | None:
+    """Return the base class of the tuners of PEFT, or None if nothing has imported PEFT."""
+    if "peft" not in sys.modules:
+        return None
+    return lookup("peft.tuners.tuners_utils", "BaseTuner", "the check of tuners")
 
 
 def asks_interface(module_class: type[torch.nn.Module]) -> bool:
@@ -108,7 +167,7 @@ def add_to_attention_tables(
     original = PreTrainedModel.__init__
 
     @functools.wraps(original)
-    def init(self, config, *args, **kwargs):
+    def init(self, config, *args: Any, **kwargs: Any):
         if attention_name(config) == name:
             for module in {kind.__module__ for kind in type(self).__mro__}:
                 _fill_tables(sys.modules[module], name, known, refuse)
@@ -129,7 +188,7 @@ def _fill_tables(
 
 
 def _refusal(refuse: Callable[[PreTrainedConfig, str], Exception], table_name: str) -> Callable:
-    def make(config: PreTrainedConfig, *args, **kwargs):
+    def make(config: PreTrainedConfig, *args: Any, **kwargs: Any):
         raise refuse(config, table_name)
 
     return make

@@ -169,7 +169,7 @@ class ContextParallel:
 
         Args:
             batch: the whole batch, as one process would give it to the model, and the same on all ranks of the group.
-                Or a batch of `ContextParallelDataCollator`. See `data.shard_batch` for its contents.
+                Or a batch of `ContextParallelDataCollator`. See `data.shard.shard_batch` for its contents.
             model: the model that is going to run. If it is given, a model that would not be exact, or whose weights
                 differ between ranks, is refused on entering.
 
@@ -181,9 +181,10 @@ class ContextParallel:
 
         Raises:
             ValueError: on entering, with the same message on all ranks of the group, if the batch or model of a rank
-                cannot be exact, or if batches, models or a sample of their weights differ.
-            RuntimeError: on entering twice; on backward, or recomputation by gradient checkpointing, after leaving; on
-                leaving after a model ran without sharded attention.
+                cannot be exact, or if batches, models or a sample of their weights differ. In the call of the model,
+                if its inputs or a layer cannot be exact.
+            RuntimeError: on entering twice; on backward, or recomputation by gradient checkpointing, after leaving;
+                after the call of a model none of whose layers used our attention.
         """
         return ShardedBatch(self.group, batch, model)
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 import hf_context_parallel
 from hf_context_parallel import compat
 from hf_context_parallel.integration.model_registry import sees_whole
+from hf_context_parallel.trainer.refusals import UNDOCUMENTED, check_versions
 from hf_context_parallel.verification.types import tiny
+from tests.helpers.trainer import make_trainer
 
 PACKAGE = Path(hf_context_parallel.__file__).parent
 OTHERS = ("accelerate", "peft", "transformers")
@@ -60,7 +62,21 @@ def test_a_name_that_is_gone_refuses_what_needs_it(monkeypatch):
     with pytest.raises(ValueError, match=r"has no build_alibi_tensor in .*, and model type 'bloom' needs it"):
         compat.bloom_alibi()
     with pytest.raises(ValueError, match=r"has no gone in transformers\.models\.gone, and it needs it"):
-        compat.lookup("models.gone", "gone", "it")
+        compat.lookup("transformers.models.gone", "gone", "it")
+
+
+@pytest.mark.parametrize("kind", UNDOCUMENTED)
+def test_a_member_that_is_gone_is_named(kind, monkeypatch):
+    name = UNDOCUMENTED[kind][-1]
+    monkeypatch.delattr(kind, name)
+    with pytest.raises(ValueError, match=rf"has no {kind.__name__}.{name}, and ContextParallelTrainer needs it"):
+        check_versions()
+
+
+def test_a_trainer_without_a_hook_is_refused(monkeypatch, tmp_path):
+    monkeypatch.delattr(Trainer, "_get_num_items_in_batch")
+    with pytest.raises(ValueError, match=r"has no Trainer\._get_num_items_in_batch"):
+        make_trainer(1, tmp_path)
 
 
 def test_an_attention_in_a_table_of_its_own_is_refused_by_name():

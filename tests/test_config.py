@@ -3,7 +3,8 @@
 import pytest
 
 import hf_context_parallel as hcp
-from hf_context_parallel.config import ContextParallelConfig
+from hf_context_parallel.attention.kernels import registry
+from hf_context_parallel.config import KERNELS, ContextParallelConfig
 
 
 def test_groups_of_another_size_keep_what_they_can_of_subgroups():
@@ -44,3 +45,8 @@ def test_layers_have_their_own():
 def test_settings_are_validated_where_they_are_written(values, message):
     with pytest.raises(ValueError, match=message):
         hcp.ContextParallelConfig(**values)
+
+
+def test_every_kernel_can_be_asked_for():
+    assert set(KERNELS) == {"auto", *registry.KERNELS}
+    assert ContextParallelConfig(kernel="cudnn").kernel == "cudnn"

@@ -33,7 +33,10 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a layer, forward and backward: for computing, and in addition for messages."""
+    """Seconds of a layer, forward and backward: `computing`, and `messages` for what computing does not hide.
+
+    The latter counts messages, copies and merging.
+    """
 
     computing: float
     messages: float

@@ -75,7 +75,7 @@ def attention(
 
 
 def one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Convert the tensors to one dtype: the dtype of autocast if it is on, else the widest of theirs.
+    """Convert the tensors to one dtype: the dtype of autocast if it is on, else the widest of their dtypes.
 
     Under autocast, queries and keys may be wider than values, in models whose norm or RoPE computes in float32.
     """

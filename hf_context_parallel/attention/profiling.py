@@ -10,5 +10,5 @@ _NOTHING = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """Range `cp/{name}` of a torch profile. Without a profiler it does nothing, since a range costs 30 us."""
+    """Range `cp/{name}` of a torch profile. Without a profiler none is recorded: that takes 30 us, this check 1 us."""
     return profiler.record_function(f"cp/{name}") if profiler._is_profiler_enabled else _NOTHING

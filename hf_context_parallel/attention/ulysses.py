@@ -60,7 +60,7 @@ class SharedHeads:
     def to_heads(self, query: torch.Tensor, key_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn `[T, H, D]` and `[T, H_kv, D + D_v]` into `[T_all, h, D]` and `[T_all, h_kv, D + D_v]`.
 
-        h_kv divides h.
+        T_all counts the tokens of the plan, h and h_kv the heads of this rank. h_kv divides h.
         """
         query, key_value = self._tokens.to_heads([query, key_value], [self._queries, self._keys])
         if self._reads is not None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..distributed.process_groups import Groups
 
 
-def prepare_data_loader(loader: DataLoader, groups: Groups, **options) -> DataLoader:
+def prepare_data_loader(loader: DataLoader, groups: Groups, **options: Any) -> DataLoader:
     """Prepare a data loader as `accelerate.data_loader.prepare_data_loader` does, for CP groups instead of processes.
 
     Batches are never dispatched from rank 0, because rank 0 would then collate the shards of all ranks. From an
@@ -46,8 +46,8 @@ def prepare_data_loader(loader: DataLoader, groups: Groups, **options) -> DataLo
 class _Dealer:
     """Collate function that takes the samples of all groups and collates those of one group.
 
-    If the last samples of a pass do not divide by the number of groups, the first samples are repeated, as a
-    dispatching loader does. Each worker process has its own copy, and repeats samples that it has read itself.
+    If the number of groups does not divide the number of the last samples of a pass, the first samples are repeated,
+    as a dispatching loader does. Each worker process has its own copy, and repeats samples that it has read itself.
     """
 
     def __init__(self, collate: Callable[[list], Any], size: int, groups: Groups, counted: bool):

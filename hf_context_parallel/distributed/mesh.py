@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..compat import mesh_of_loading
+
 CONTEXT_DIMENSION = "cp"
 DATA_DIMENSIONS = ("fsdp", "dp_shard", "dp")
 """Mesh dimensions that CP may divide, by their names in Transformers, accelerate and torchtitan."""
@@ -54,12 +56,8 @@ def mesh_of(model: torch.nn.Module) -> DeviceMesh | None:
         `DistributedConfig` of more than one process.
     """
     for module in model.modules():
-        manager = getattr(module, "_mesh_manager", None)
-        if manager is not None:
-            found: DeviceMesh | None = manager.get_mesh(("pp", "dp_replicate", "fsdp", "tp"))
-            return found
-        mesh = getattr(module, "_device_mesh", None)  # Transformers before 5.20
-        if isinstance(mesh, DeviceMesh):
+        mesh = mesh_of_loading(module)
+        if mesh is not None:
             return mesh
     return None
 

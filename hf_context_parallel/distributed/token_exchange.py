@@ -34,9 +34,9 @@ def grouped_heads(shares: Sequence[range], ratio: int) -> list[range]:
 
 @lru_cache(maxsize=1024)
 def reads_of(share: range, ratio: int, device: torch.device) -> torch.Tensor | None:
-    """Index among a rank's `grouped_heads` of the one that each of its query heads reads.
+    """Find the key head of each query head of a rank: its index among the rank's `grouped_heads`, `[query heads]`.
 
-    It is None if each of them is read by equally many query heads, since kernels need no index then. The index is
+    It is None if equally many query heads read each key head, since kernels need no index then. The index is
     cached on the device. It is no inference tensor, so autograd may save it.
     """
     reads = [head // ratio - share.start // ratio for head in share]

@@ -44,7 +44,7 @@ class Costs:
     Args:
         pair: cost of a query and a key that it reads.
         token: cost of a token without attention.
-        least: the smallest cost of all tokens of a run together, since weights are read or gathered for them.
+        least: a lower bound of the cost of all tokens of a run: the time to read or gather the weights.
         run: fixed cost of a run.
         step: cost of each other rank of the group.
         key: cost of receiving the keys of a token and sending their gradients.

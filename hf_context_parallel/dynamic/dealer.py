@@ -71,7 +71,7 @@ class Dealer:
         return self._schedule(rounds)
 
     def fastest(self) -> Schedule:
-        """Make the fastest schedule of all ways. With many samples, a part of them selects the ways to try on all."""
+        """Make the fastest schedule of all ways. Of many samples, a part chooses the ways to try on all."""
         part = self._part()
         distinct = {(rounds, part._smallest(limit).tobytes()): (rounds, limit) for rounds, limit in self._ways()}
         ways = list(distinct.values())

@@ -53,7 +53,7 @@ class Scheduler:
     Every process of the world makes a scheduler, because the process groups of all sizes are made here.
 
     Args:
-        cp: the CP group, whose config has `max_tokens_per_rank`.
+        cp: the `ContextParallel` of this process, whose config has `max_tokens_per_rank`.
         model: the model, whose shape and device decide the costs of samples.
         sharded: True if the weights of the model are gathered for each run.
 
@@ -90,7 +90,7 @@ class Scheduler:
                 group, or if a sample is too long for the largest group.
         """
         mark = 0
-        with collective(world(), "models or settings", "Give every process the same.") as notes:
+        with collective(world(), "models or settings", "Give every process the same model and settings.") as notes:
             samples = [sample for batch in batches for sample in cut(batch)]
             if self._cp.config.check_batch:
                 mark = fingerprint({f"{number}": sample for number, sample in enumerate(samples)})
@@ -280,15 +280,18 @@ def _group_of(groups: tuple[Group, ...], rank: int) -> Group:
 def _refuse(model: torch.nn.Module) -> None:
     """Refuse models whose loss is not the sum of the losses of the rounds."""
     module = transformers_model(model)
-    config = module.config.get_text_config()
+    config, kind = module.config.get_text_config(), module.config.model_type
     cases = (
-        (getattr(config, "output_router_logits", False), "output_router_logits=True adds a mean over the batch"),
-        (getattr(config, "z_loss_coefficient", 0), "z_loss_coefficient adds a mean over the batch"),
-        (module.config.model_type in UNSHIFTED, f"the loss of {module.config.model_type} is a mean over its row"),
-        (any(map(makes_positions, mixers(module))), f"{module.config.model_type} counts positions within its row"),
-        (any(map(follows_length, module.modules())), "RoPE of this type depends on the length of the row"),
+        (
+            getattr(config, "output_router_logits", False),
+            "output_router_logits=True adds a mean over the batch. Set it to False",
+        ),
+        (getattr(config, "z_loss_coefficient", 0), "z_loss_coefficient adds a mean over the batch. Set it to 0"),
+        (kind in UNSHIFTED, f"the loss of {kind} is a mean over its row. Take another model"),
+        (any(map(makes_positions, mixers(module))), f"{kind} counts positions within its row. Take another model"),
+        (
+            any(map(follows_length, module.modules())),
+            f"the RoPE of {kind} depends on the length of its row. Take another rope_type",
+        ),
     )
-    refuse(
-        cases,
-        "dynamic=True moves samples to other rows, and {}. Switch that off, or set dynamic=False.",
-    )
+    refuse(cases, "dynamic=True moves samples to other rows, and {}, or set dynamic=False.")

@@ -47,7 +47,7 @@ They call the attention interface with the outputs of earlier layers as keys.
 """
 
 SHORT_CONVOLUTIONS = re.compile(r"\w+ShortConv")
-"""Class names of convolutions without a state, in layers where no other module sees whole sequences."""
+"""Class names of convolutions without a state that are the only mixer of their layer."""
 
 MAKES_POSITIONS = re.compile(
     r"OPTLearnedPositionalEmbedding"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -104,7 +105,9 @@ class ShardedBatch(AbstractContextManager):
         ]
         return local
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
         for replacement in (self._sequence, self._replicated, self._rope, self._native, self._whole):

@@ -15,7 +15,7 @@ class Switches:
 
     Args:
         unchecked_models: run model types that have not been found exact.
-        stock_attn_name: report the name of a Transformers attention to layers that ask for the name of theirs.
+        stock_attn_name: report the name of a Transformers attention to layers that ask which attention they have.
         other_attention: outside of a batch, compute attention with the other implementation of Transformers.
         listeners: functions called with each layer whose attention is computed outside of a batch.
     """

@@ -31,7 +31,10 @@ def load_documents(section: DataSection, split: str) -> Dataset | IterableDatase
             **section.options,
         )
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"data.path: {section.path!r} cannot be loaded ({type(error).__name__}): {error}") from error
+        raise RecipeError(
+            f"data.path: {section.path!r} cannot be loaded ({type(error).__name__}: {error}). Give a hub id "
+            "or a folder that `load_dataset` reads."
+        ) from error
 
 
 def to_rows(

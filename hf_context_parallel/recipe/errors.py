@@ -21,4 +21,4 @@ def did_you_mean(word: str, allowed: Sequence[str], exact: Sequence[str] = ()) -
     nearest = exact or difflib.get_close_matches(word, list(allowed), n=1)
     if nearest:
         return f" Did you mean {' or '.join(map(repr, nearest))}?"
-    return f" Valid are {', '.join(sorted(allowed))}." if len(allowed) <= 20 else ""
+    return f" Valid are {', '.join(sorted(allowed))}." if len(allowed) <= 20 else " Remove or correct it."

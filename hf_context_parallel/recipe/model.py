@@ -37,7 +37,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model.tokenizer: {source!r} cannot be loaded: {error}") from error
+        raise RecipeError(
+            f"model.tokenizer: {source!r} cannot be loaded ({error}). Give a folder or a hub id with a tokenizer."
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -59,7 +61,10 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             **section.config,
         )
     except Exception as error:  # configuration classes raise exceptions of many kinds
-        raise RecipeError(f"model: no configuration for {section.name or section.type!r}: {error}") from error
+        raise RecipeError(
+            f"model: no configuration for {section.name or section.type!r} ({error}). Correct model.name, model.type "
+            "or model.config."
+        ) from error
     if unused:
         raise RecipeError(
             f"model.config: the configuration of {section.name!r} has no {', '.join(unused)}. Remove or correct it."
@@ -97,7 +102,10 @@ def load_model(
     try:
         return AutoModelForCausalLM.from_pretrained(section.name, config=config, **options)
     except OSError as error:
-        raise RecipeError(f"model.name: the weights of {section.name!r} cannot be loaded: {error}") from error
+        raise RecipeError(
+            f"model.name: the weights of {section.name!r} cannot be loaded ({error}). Give a folder or a hub id with "
+            "weights."
+        ) from error
 
 
 def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
@@ -120,4 +128,4 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise RecipeError(f"lora: {error}") from error
+        raise RecipeError(f"lora: {error}. Correct the section 'lora'.") from error

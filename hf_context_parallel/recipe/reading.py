@@ -41,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         settings = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(settings, resolve=True)
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise RecipeError(f"{path} cannot be read as a recipe: {error}") from error
+        raise RecipeError(f"{path} cannot be read as a recipe ({error}). Correct the file or the override.") from error
     try:
         # From JSON, pydantic's strict mode accepts a mapping for a dataclass and a string for an enumeration.
         return TypeAdapter(Recipe).validate_json(json.dumps(values))

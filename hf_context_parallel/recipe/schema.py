@@ -222,7 +222,7 @@ class Recipe:
         try:
             return DistributedConfig(**self.distributed.model_dump(exclude_unset=True))
         except ValueError as error:
-            raise RecipeError(f"distributed: {error}") from error
+            raise RecipeError(f"distributed: {error}. Correct the section 'distributed'.") from error
 
     def training_arguments(self) -> TrainingArguments:
         """Build the `TrainingArguments`, which starts the process group of a launched run.
@@ -233,7 +233,7 @@ class Recipe:
         try:
             return TrainingArguments(**self.training.model_dump(exclude_unset=True))
         except (ValueError, ImportError) as error:
-            raise RecipeError(f"training: {error}") from error
+            raise RecipeError(f"training: {error}. Correct the section 'training'.") from error
 
     def lora_config(self) -> LoraConfig | None:
         """Build the `LoraConfig`, or return None if all weights are trained.
@@ -246,4 +246,4 @@ class Recipe:
         try:
             return LoraConfig(**{"task_type": "CAUSAL_LM", **self.lora.model_dump(exclude_unset=True)})
         except ValueError as error:
-            raise RecipeError(f"lora: {error}") from error
+            raise RecipeError(f"lora: {error}. Correct the section 'lora'.") from error

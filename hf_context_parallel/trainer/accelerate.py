@@ -185,7 +185,7 @@ class CpAccelerator(Accelerator):
         self._dataloaders.append(loader)
         return loader
 
-    def _prepare_cp(self, *args):
+    def _prepare_cp(self, *args: Any):
         """Skip accelerate's own context parallelism, which supports causal SDPA alone; `cp.shard` shards batches."""
         return args
 

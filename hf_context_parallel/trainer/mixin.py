@@ -36,7 +36,7 @@ from .accelerate import (
     with_launched_size,
 )
 from .metrics import StepWatch, throughput
-from .refusals import check_trainer
+from .refusals import check_trainer, check_versions
 from .step_state import StepState
 
 
@@ -69,7 +69,8 @@ class ContextParallelMixin:
         ValueError: if an argument or the model cannot be exact on shards.
     """
 
-    def __init__(self, *args, context_parallel: ContextParallelConfig | None = None, **kwargs):
+    def __init__(self, *args: Any, context_parallel: ContextParallelConfig | None = None, **kwargs: Any):
+        check_versions()
         self._config = context_parallel or ContextParallelConfig()
         self._step_state = StepState()
         super().__init__(*args, **kwargs)
@@ -87,7 +88,7 @@ class ContextParallelMixin:
             sharded = self.is_fsdp_enabled or isinstance(self.model, FSDPModule)
             self._scheduler = Scheduler(self.cp, self.model, sharded)
 
-    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
         self._fsdp_plugin = arguments.get("fsdp_plugin")
         settings = arguments.get("parallelism_config")
@@ -319,12 +320,12 @@ class ContextParallelMixin:
         if checkpoint is not None and self.cp.groups.same_batch.size > 1:
             share_streams(self.cp.groups.same_batch)
 
-    def _finalize_training(self, *args, **kwargs):
+    def _finalize_training(self, *args: Any, **kwargs: Any):
         """Average the loss since the last log over ranks, because Trainer adds it to a total that is averaged."""
         self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()
         return super()._finalize_training(*args, **kwargs)
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._step_state.all_log = True
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -353,5 +354,5 @@ class _Verification(TrainerCallback):
     def __init__(self, trainer: ContextParallelMixin):
         self._trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs: Any):
         verify(self._trainer.model_wrapped, self._trainer.cp)

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import PartialState
 from transformers import Trainer
 
+from ..compat import require
 from ..config import ContextParallelConfig, refuse
 from ..distributed.mesh import mesh_of
+
+UNDOCUMENTED = {
+    Trainer: (
+        "create_accelerator_and_postprocess",
+        "_build_accelerator_args",
+        "_prepare_context_parallel_inputs",
+        "_prepare_inputs",
+        "_get_num_items_in_batch",
+        "_track_num_input_tokens",
+        "_load_rng_state",
+        "_finalize_training",
+        "_maybe_log_save_evaluate",
+    ),
+    Accelerator: ("_prepare_cp",),
+    ParallelismConfig: ("_validate_accelerator",),
+    PartialState: ("_shared_state",),
+}
+"""Undocumented members that the mixin, or a class that it uses, overrides or reads."""
+
+
+def check_versions() -> None:
+    """Refuse versions of Transformers and accelerate whose Trainer would not call the methods of the mixin.
+
+    Raises:
+        ValueError: with the name that is missing.
+    """
+    require(UNDOCUMENTED, "ContextParallelTrainer")
 
 
 def check_trainer(trainer: Trainer, config: ContextParallelConfig) -> None:
@@ -26,7 +56,8 @@ def check_trainer(trainer: Trainer, config: ContextParallelConfig) -> None:
         ),
         (
             getattr(trainer.args, "train_sampling_strategy", None) == "batch_rebalance",
-            "train_sampling_strategy='batch_rebalance' deals samples to ranks and not to CP groups. Use another",
+            "train_sampling_strategy='batch_rebalance' deals samples to ranks and not to CP groups. Leave it at "
+            "its default",
         ),
         (
             trainer.args.neftune_noise_alpha is not None,

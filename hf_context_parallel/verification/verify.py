@@ -45,7 +45,7 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
 
     Args:
         model: the model.
-        cp: the CP group.
+        cp: the `ContextParallel` of this process.
 
     Returns:
         The comparisons, in the order of the model.
@@ -54,7 +54,7 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
         ValueError: on every rank, if a layer differs by more than rounding explains. The error names the first such
             layer. It is also raised if `cp.shard` would refuse the model.
     """
-    with collective(world(), "models", "All ranks must be given the same.") as notes:
+    with collective(world(), "models", "Give every process the same model.") as notes:
         check_model(model)
         check_parallelism(model, cp.group)
         with _untouched(model), _summed(model, cp):

@@ -55,7 +55,7 @@ class Kernel(ABC):
         segments: Segments,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute the share of the tiles in the gradients.
+        """Compute the parts of the gradients that come from these tiles.
 
         The output and the LSE are given over *all* keys that the queries read.
 
@@ -64,8 +64,8 @@ class Kernel(ABC):
             lse: `[T, H]`, of all tokens.
 
         Returns:
-            The gradients of the query ranges `[Q, H, D]` and of the key ranges `[K, H_kv, D]` and `[K, H_kv, D_v]`,
-            ranges in order.
+            The gradients of the query ranges `[Q, H, D]` and of the key ranges `[R, H_kv, D]` and `[R, H_kv, D_v]`,
+            ranges in order. R counts the rows of all key ranges.
         """
 
 

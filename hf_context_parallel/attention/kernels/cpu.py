@@ -111,7 +111,8 @@ class CpuKernel(Kernel):
 def _calls(queries: int, keys: int, segments: Segments, dtype: torch.dtype) -> Iterator[tuple[Block, dict[str, Any]]]:
     """Yield the calls of the operators for a tile: blocks, each with the arguments for its mask.
 
-    A tile that is full or causal takes one call. Any other tile takes a call for each block, with a mask tensor.
+    A tile that is read entirely, or a square causal tile, takes one call. Any other tile takes a call for each block,
+    with a mask tensor.
     """
     if is_plain(queries, keys, segments.band):
         yield Block((0, queries), (0, keys), None, None), {"is_causal": segments.band.right == 0}

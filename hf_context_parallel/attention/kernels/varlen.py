@@ -53,7 +53,7 @@ class VarlenKernel(Kernel):
         if dtype not in (torch.bfloat16, torch.float16):
             return (
                 f"it takes bfloat16 and float16, not {dtype}. Train with bf16=True (autocast), or load the model with "
-                "dtype=torch.bfloat16, or accept a matrix of scores with kernel='reference'"
+                "dtype=torch.bfloat16, or use kernel='reference', which is slow"
             )
         if max(query_dim, value_dim) > 256:
             return f"it takes head dims up to 256, not {max(query_dim, value_dim)}. Use kernel='reference'"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
+
+from ...compat import base_tuner
 
 RANDOM_WEIGHTS = ("rank_dropout", "module_dropout", "monteclora_config")
 """Options that make weights random. Each rank would draw other weights for the same sequence."""
@@ -16,13 +16,13 @@ def check_tuners(model: torch.nn.Module) -> None:
     Raises:
         ValueError: naming the tuner or its option.
     """
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # imported by every tuner
-    if tuners is None:
+    tuner = base_tuner()
+    if tuner is None:
         return
     for part in model.modules():
-        if not isinstance(part, tuners.BaseTuner):
+        if not isinstance(part, tuner):
             continue
-        if type(part).forward is not tuners.BaseTuner.forward:  # AdaLoRA adds a term of the weights to the loss
+        if type(part).forward is not tuner.forward:  # AdaLoRA adds a term of the weights to the loss
             raise ValueError(
                 f"{type(part).__name__} does more than calling the model: each rank would add a term to the loss of "
                 "its shard, so the sum would count it once for each rank. Take another tuner, such as LoRA."

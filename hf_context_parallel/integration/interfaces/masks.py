@@ -29,7 +29,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, context_parallel_mask)
 
 
-def context_parallel_mask(**kwargs) -> Any:
+def context_parallel_mask(**kwargs: Any) -> Any:
     """Make the mask of one layer type: a `PlannedMask` for a shard, else the mask that Transformers would make.
 
     Raises:
@@ -53,7 +53,7 @@ def context_parallel_mask(**kwargs) -> Any:
     if pattern.chunk_size is not None and not chunks_count_from_documents() and batch.shard.packed:
         raise ValueError(
             f"{config.model_type!r} has chunked attention, and the installed version of Transformers counts chunks "
-            "from the start of the row and not of each document. Upgrade Transformers, or do not pack."
+            "from the start of the row and not of each document. Install Transformers 5.18 or newer, or do not pack."
         )
     if pattern.chunk_size is not None and batch.shard.begins % pattern.chunk_size:
         raise ValueError(

@@ -36,7 +36,7 @@ class PlannedMask:
         self.config = config
         self.options = options
 
-    def to(self, *args, **kwargs) -> PlannedMask:
+    def to(self, *args: Any, **kwargs: Any) -> PlannedMask:
         """Return the mask with a dtype, for when it becomes a tensor. A device is ignored."""
         dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), self.dtype)
         return PlannedMask(self.pattern, self.config, self.options, dtype)
@@ -62,7 +62,7 @@ class PlannedMask:
         mask = next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, PlannedMask))
         mask._refuse(getattr(function, "__name__", str(function)))
 
-    def _arithmetic(self, *_):
+    def _arithmetic(self, *_: Any):
         self._refuse("arithmetic")
 
     __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __invert__ = __and__ = __or__ = _arithmetic

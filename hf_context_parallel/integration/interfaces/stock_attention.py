@@ -87,7 +87,7 @@ def _additive(module, query, key, attention_mask, kwargs) -> torch.Tensor:
 def _widened(function: Callable) -> Callable:
     """Make an attention function compute in a wider dtype: float64 for float32 and float64, else float32."""
 
-    def wide(module, query, *args, **kwargs):
+    def wide(module, query, *args: Any, **kwargs: Any):
         dtype = torch.float64 if query.dtype in (torch.float32, torch.float64) else torch.float32
 
         def widen(x):
@@ -112,9 +112,12 @@ def whole_mask(
         like: a tensor with the dtype and device of the computation.
     """
     padding = None if padding is None else padding.to(like.device).bool()
-    # For rows without padding Transformers may skip the mask, and some models then compute another attention. In a
-    # batch with padding it makes the mask for all rows, so here it must not be skipped either.
-    options = mask.options if padding is None else dict.fromkeys(mask.options, False)
+    # Without padding Transformers may skip the mask, and some models then compute another attention. In a batch with
+    # padding it makes the mask for all rows, so here it must not be skipped either. A causal mask is never skipped:
+    # Transformers takes a shard whose positions are not consecutive for packed documents, so ranks would differ.
+    options = dict.fromkeys(mask.options, False)
+    if padding is None:
+        options |= {name: value for name, value in mask.options.items() if name != "allow_is_causal_skip"}
     causal, window, chunk = mask.pattern
     parts = [mask_piece("causal_mask_function" if causal else "bidirectional_mask_function")]
     if window is not None:

@@ -52,7 +52,7 @@ class NativeMixers(ModulePatch):
         self._paddings: dict[torch.device, torch.Tensor | None] = {}
 
     @torch.compiler.disable
-    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         """Run `forward` on the tokens of this rank. Its convolutions and scans see the tokens of the other ranks.
 
         Raises:
@@ -87,7 +87,7 @@ class NativeMixers(ModulePatch):
         reached = {FUSED}  # a mixer calls it in training only
 
         def replaced(name: str) -> Callable:
-            def function(*args, **kwargs):
+            def function(*args: Any, **kwargs: Any):
                 reached.add(name)
                 if name == FUSED:
                     return None  # as if its kernel were not installed

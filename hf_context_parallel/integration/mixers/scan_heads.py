@@ -48,10 +48,10 @@ class Heads:
 
         Args:
             tensors: the first has the most heads. The others may have fewer: several heads of the first then read one
-                of theirs.
+                of their heads.
             shares: heads of the first tensor that each rank gets. It also gets the heads of the other tensors that
-                these read. Such a head is repeated for each reader, if the heads of the rank would not share it
-                equally.
+                these read. Such a head is repeated for each reader, if not all heads have equally many readers on
+                the rank.
         """
         ratios = [tensors[0].shape[2] // x.shape[2] for x in tensors]
         dealt = [grouped_heads(shares, ratio) for ratio in ratios]

@@ -56,7 +56,7 @@ class WholeSequences(ModulePatch):
         self._reshardings: dict[tuple[int, torch.device], Resharding] = {}
 
     @torch.compiler.disable
-    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         """Run `forward` on whole sequences, and return its outputs as shards."""
         turn %= self._batch.group.size
         self._batch.note(module, "whole sequences")

@@ -37,11 +37,11 @@ class BalancingLoss:
             self._original = self._names[BALANCING]
             self._names[BALANCING] = self._of_whole_batch
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         if self._original is not None:
             self._names[BALANCING] = self._original
 
-    def _of_whole_batch(self, *args, **kwargs):
+    def _of_whole_batch(self, *args: Any, **kwargs: Any):
         given = by_name(self._original, args, kwargs)  # the function of Doge takes more arguments
         router = given["gate_logits"]
         if not isinstance(router, (tuple, list)):

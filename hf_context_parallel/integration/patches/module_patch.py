@@ -18,7 +18,7 @@ class ModulePatch(ABC):
         self._replaced: dict[torch.nn.Module, Callable | None] = {}
 
     @abstractmethod
-    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         """Run a replaced module.
 
         Args:

@@ -26,8 +26,8 @@ from ...distributed.mesh import Ranks
 def own_stream(group: CPGroup) -> Iterator[None]:
     """Draw from the stream of this rank in this block, on the CPU and on the current GPU.
 
-    A rank that always holds all tokens keeps the shared stream. A group that has one rank only for now does not: other
-    ranks may draw more or fewer numbers, and the shared stream must stay the same for the larger group.
+    A rank that always holds all tokens keeps the shared stream. A group that `resize` made one rank small does not:
+    other ranks may draw more or fewer numbers, and the shared stream must stay the same for the larger group.
     """
     tensor_rank = group.groups.tensor.rank if group.config.sequence_parallel else 0
     if group.size == group.first_size == 1 and not group.config.sequence_parallel:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from ...compat import tensor_parallel_size
 from ...cp_group import CPGroup
 from ...distributed.mesh import mesh_of
 from ..model_registry import CHECKED_AS, known_tensor_parallel, transformers_model
@@ -25,7 +26,7 @@ def check_parallelism(model: torch.nn.Module, group: CPGroup) -> None:
     """
     inner = transformers_model(model)
     asked = getattr(inner.config, "distributed_config", None)
-    tp_size = getattr(inner, "_tp_size", None) or 1
+    tp_size = tensor_parallel_size(inner)
     if group.config.sequence_parallel and tp_size == 1:
         raise ValueError(
             "sequence_parallel=True shards activations over the ranks of tensor parallelism, and "

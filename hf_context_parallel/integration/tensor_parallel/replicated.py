@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from ...compat import sums_after_accumulation
 from ..patches.module_patch import ModulePatch
 
 SUMMED = "replicated_with_grad_allreduce"
-"""The style of modules with replicated parameters in the plans of Transformers, such as norms of heads."""
+"""The style of modules with replicated parameters in the plans of Transformers, such as norms of queries and keys."""
 
 
 class SumGradients(torch.autograd.Function):
@@ -66,10 +67,10 @@ class ReplicatedParameters(ModulePatch):
             if style == SUMMED and "forward" in vars(module):  # before 5.20 a hook sums
                 self.replace(module)
 
-    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         for parameter in module.parameters(recurse=False):
             hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-            if any("ReplicatedWithGradAllReduce" in getattr(hook, "__qualname__", "") for hook in hooks.values()):
+            if any(map(sums_after_accumulation, hooks.values())):
                 raise ValueError(
                     f"{type(module).__name__} has been trained outside of cp.shard, and Transformers would now sum "
                     "its gradients over the tensor-parallel ranks a second time. Load the model again, and train it "

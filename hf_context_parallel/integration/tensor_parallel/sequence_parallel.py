@@ -116,7 +116,7 @@ class SequenceParallel(ModulePatch):
             self.replace(module)
 
     @torch.compiler.disable
-    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         return self._runs[module](module, forward, args, kwargs)
 
     def _first(self, module, forward, args, kwargs):

@@ -34,7 +34,7 @@ def stock_forwards(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 
 class _StockForwards(ModulePatch):
-    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args, **kwargs) -> Any:
+    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         with stock_attention(module):
             return forward(*args, **kwargs)
 

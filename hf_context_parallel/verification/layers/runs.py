@@ -302,7 +302,7 @@ def _by_token(found: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -
 
 
 def _worst(errors: torch.Tensor, share: float) -> float:
-    """Compute the largest of the smallest errors, of which `share` is the fraction that counts."""
+    """Compute the quantile `share` of the errors: the largest for 1.0."""
     if not len(errors):
         return 0.0
     return float(errors.max() if share == 1.0 else errors.nan_to_num(nan=float("inf")).quantile(share))

@@ -173,9 +173,9 @@ def _reference(pickled_config: bytes, kind: str) -> tuple[torch.Tensor, list]:
     The configuration is pickled, because it cannot be hashed.
     """
     config = pickle.loads(pickled_config)
-    # SDPA ignored softcaps in earlier versions of Transformers.
-    attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
-    model = tiny_model(config, attention, _dtype(config))
+    # In earlier versions of Transformers, SDPA ignored softcaps, and the causal mask of Doge without padding.
+    is_eager = config.model_type == "doge" or getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    model = tiny_model(config, "eager" if is_eager else None, _dtype(config))
     model.config.output_router_logits = kind == AUXILIARY
     batch = batches(config)[kind]
     parts = [batch]
@@ -195,7 +195,7 @@ def finite_masks() -> Iterator[None]:
     """
     original = AttentionMaskInterface()["eager"]
 
-    def finite(*args, **kwargs):
+    def finite(*args: Any, **kwargs: Any):
         mask = original(*args, **kwargs)
         return None if mask is None else mask.clamp(min=torch.finfo(torch.float32).min)
 

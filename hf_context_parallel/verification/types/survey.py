@@ -243,6 +243,6 @@ def how(finding: dict) -> str:
 def default_jobs() -> int:
     """Return the number of models to check at a time: half the number of cores, but at least 2.
 
-    These models have more ranks than there are cores, since ranks often wait for each other.
+    Together they start more ranks than there are cores, which is faster, since ranks often wait for each other.
     """
     return max(2, (os.cpu_count() or 2) // 2)

@@ -229,13 +229,13 @@ class _Limits(NamedTuple):
         return max(small, self.least.get(name, small))
 
 
-def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """Make the configuration of a tiny model of this type, as `check` runs it; see `shrink`."""
     values = {**UNSTATED.get(model_type, {}), **_KINDS.get(model_type, {})}
     return shrink(AutoConfig.for_model(model_type, **values), **changes)
 
 
-def shrink(config: PreTrainedConfig, **changes) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     """Make a small configuration of the same architecture, without dropout. `changes` are fields to set afterwards."""
     small = _shrunk(config.to_dict(), _limits(VOCABULARY, tensor_ranks=1, expert_ranks=1))
     return type(config).from_dict({**_without_randomness(small), **changes})

@@ -1,0 +1,19 @@
+"""The warning that model types were compared in another version of Transformers."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from hf_context_parallel.integration.model_registry import known_states
+
+
+@pytest.mark.parametrize(("version", "rank", "warnings"), [("4.0.0", 0, 1), ("4.0.0", 1, 0), (None, 0, 0)])
+def test_another_version_is_told_once_by_rank_0(version, rank, warnings, monkeypatch, caplog):
+    if version is not None:
+        monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setenv("RANK", str(rank))
+    known_states.cache_clear()
+    known_states()
+    known_states()
+    assert sum("compared with one process" in message for message in caplog.messages) == warnings
