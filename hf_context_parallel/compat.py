@@ -140,7 +140,7 @@ def sums_after_accumulation(hook: Callable) -> bool:
 
 def base_tuner() -> type | None:
     """Return the base class of the tuners of PEFT, or None if nothing has imported PEFT."""
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:
         return None
     return lookup("peft.tuners.tuners_utils", "BaseTuner", "the check of tuners")
 

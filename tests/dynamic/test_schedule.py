@@ -10,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.dynamic import stages_of_greedy_rule
-from hf_context_parallel.dynamic.costs import LLAMA_8B, Costs, counts
+from hf_context_parallel.dynamic.costs import LLAMA_8B, Costs
 from hf_context_parallel.dynamic.groups import capacity, sizes
 from hf_context_parallel.dynamic.schedule import in_order, make_schedule
-from hf_context_parallel.planning.layout import FIXED_LAYOUTS, zigzag
+from hf_context_parallel.planning.layout import FIXED_LAYOUTS
 from hf_context_parallel.planning.machine import CPU, H100_NODE
-from hf_context_parallel.planning.mask import Mask
-from hf_context_parallel.planning.workload import workload
 from tests.helpers.examples import examples
 
 COSTS = {
@@ -87,18 +85,6 @@ def test_a_schedule_is_never_slower_than_the_greedy_rule(seed, ranks, most, samp
         assert schedule.total <= sum(stage.max() for stage in stages) * (1 + 1e-9)
 
 
-@examples(100, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=9), min_size=1, max_size=3), st.integers(1, 5))
-def test_counts_are_those_of_the_mask(rows, size):
-    pairs, keys = counts(np.concatenate(rows), np.array([len(lengths) for lengths in rows]), size)
-    for lengths, *found in zip(rows, pairs, keys):
-        layout = zigzag(-(-sum(lengths) // (2 * size)) * 2 * size, size)
-        edges = np.cumsum([0, *lengths]).tolist()
-        row = tuple(((start, stop),) for start, stop in zip(edges, edges[1:]))
-        expected = workload(layout, Mask(layout.length, (row,)))
-        assert tuple(map(tuple, found)) == (expected.pairs, expected.read)
-
-
 def test_a_long_sample_gets_more_ranks_than_it_needs_where_others_would_be_idle():
     costs = COSTS["GPUs"]
     [groups] = make_schedule([16000], 8, 8, 16384, costs).rounds
@@ -110,14 +96,6 @@ def test_a_long_sample_gets_more_ranks_than_it_needs_where_others_would_be_idle(
 def test_short_samples_are_not_split_where_messages_are_dear():
     schedule = make_schedule([1000] * 8, 8, 8, 1024, COSTS["CPU cores"])
     assert [[group.size for group in groups] for groups in schedule.rounds] == [[1] * 8]
-
-
-@pytest.mark.parametrize(
-    ("extent", "expected"),
-    [(1, [1]), (8, [1, 2, 4, 8]), (6, [1, 2, 6]), (12, [1, 2, 4, 12]), (9, [1, 3, 9]), (5, [1, 5])],
-)
-def test_sizes_divide_each_other(extent, expected):
-    assert sizes(extent) == expected
 
 
 def test_a_sample_that_fits_nowhere_is_named():

@@ -9,7 +9,7 @@ from tests.helpers.simulated import cases
 
 
 @given(cases())
-def test_demand_is_what_plans_have(case):
+def test_the_workload_is_that_of_plans(case):
     layout, mask = case
     counted = workload(layout, mask)
     plans = [build_strategy("p2p", 1, layout, mask, rank).plan for rank in range(layout.size)]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import hf_context_parallel as hcp  # noqa: F401 (registers the attention)
-from hf_context_parallel.integration.interfaces.stock_attention import unsharded_implementation
+from hf_context_parallel.integration.interfaces.planned_mask import PlannedMask
+from hf_context_parallel.integration.interfaces.stock_attention import unsharded_implementation, whole_mask
 from hf_context_parallel.integration.model_registry import TEXT_ALONE
+from hf_context_parallel.planning.mask import Pattern
 from tests.helpers.models import document_positions, some_labels, tiny_model, tokens
 
 TYPES = {
@@ -107,3 +109,12 @@ def test_parts_of_composite_models_run_unsharded(model_type):
     model, stock = tiny_model(model_type, "context_parallel"), tiny_model(model_type, None)
     batch = {"input_ids": tokens(1, 12), "use_cache": False}
     assert torch.equal(model(**batch).logits, stock(**batch).logits)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_whole_sequences_get_a_causal_mask_whatever_transformers_would_skip(allowed):
+    """Transformers allows skipping only on ranks whose positions are consecutive, and all ranks compute alike."""
+    options = {"allow_is_causal_skip": allowed, "allow_is_bidirectional_skip": False}
+    mask = PlannedMask(Pattern(), tiny_model("llama", "context_parallel").config, options)
+    made = whole_mask(mask, 2, 5, None, torch.zeros(1))
+    assert made.bool().equal(torch.ones(5, 5).tril().bool().expand(2, 1, 5, 5))

@@ -5,51 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from hf_context_parallel.integration.mixers.resharding import deal
 from hf_context_parallel.verification.types.check import finite_masks
 from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
-from tests.helpers.models import context, document_positions, needs_chunks_of_documents, some_labels, tokens
+from tests.helpers.models import context, document_positions, needs_chunks_of_documents, tokens
+from tests.helpers.whole_sequences import batch_of, largest_difference, loss_and_gradients
 
 HYBRIDS = ("jamba", "bloom")
-
-
-def batch_of(rows: int = 1, length: int = 30, **others) -> dict[str, torch.Tensor]:
-    input_ids = tokens(rows, length)
-    return {"input_ids": input_ids, "labels": some_labels(input_ids), **others}
-
-
-def loss_and_gradients(model, batch, cp, prepare=lambda model: model) -> list[torch.Tensor]:
-    """Compute the loss and every gradient, summed over the ranks."""
-    model.zero_grad(set_to_none=True)
-    run = prepare(model)
-    with cp.shard(batch, run) as local:
-        loss = run(**local).loss
-        loss.backward()
-    results = [loss.detach()] + [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-    results = [torch.zeros(()) if x is None else x.clone() for x in results]
-    for result in results:
-        if dist.is_initialized():
-            dist.all_reduce(result)
-    return results
-
-
-def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    assert len(found) == len(expected) > 1
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in zip(found, expected))
-
-
-@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 6), st.integers(0, 5))
-def test_sequences_are_dealt_evenly(lengths, size, turn):
-    owners = deal(lengths, size, turn % size)
-    loads = [sum(length for length, owner in zip(lengths, owners) if owner == rank) for rank in range(size)]
-    assert len(owners) == len(lengths)
-    assert max(loads) - min(loads) <= max(lengths, default=0)
-    if lengths:
-        assert owners[lengths.index(max(lengths))] == turn % size
 
 
 def checkpointing_difference(model_type: str, reentrant: bool) -> float:
@@ -157,72 +120,6 @@ def test_a_document_does_not_notice_another(on_ranks, model_type):
         assert others <= bound and gradients <= bound
 
 
-# Dropout
-
-
-def dropped_entries(seed: int) -> tuple[list, list[float]]:
-    """Return twice which entries of the first dropout are 0 on this rank, and the next number of the shared stream."""
-    cp = context()
-    model = tiny_model(tiny_config("gpt2", embd_pdrop=0.5), "context_parallel").train()
-    patterns, following = [], []
-    model.transformer.drop.register_forward_hook(lambda module, args, output: patterns.append((output == 0).tolist()))
-    for _ in range(2):
-        torch.manual_seed(seed)
-        with cp.shard(batch_of(1, 20), model) as local:
-            model(**local).loss.backward()
-        following.append(torch.rand(()).item())
-    return patterns, following
-
-
-def test_ranks_drop_other_entries_and_the_same_ones_again(on_ranks):
-    (first, after), (second, _) = results = on_ranks(2, dropped_entries, 7)
-    assert first[0] == first[1] and second[0] == second[1] and first[0] != second[0]
-    assert len({number for _, numbers in results for number in numbers}) == 1 and len(after) == 2
-    (other, _), _ = on_ranks(2, dropped_entries, 8)
-    assert other[0] != first[0]
-
-
-def dropout_and_recomputation(reentrant: bool) -> float:
-    changes = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.2}
-    cp, batch = context(), batch_of(2, 20)
-    model = tiny_model(tiny_config("gpt2", **changes), "context_parallel").train()
-    results = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        torch.manual_seed(3)
-        results.append(loss_and_gradients(model, batch, cp))
-    return largest_difference(*results)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputation_drops_the_same(on_ranks, reentrant):
-    assert max(on_ranks(3, dropout_and_recomputation, reentrant)) < 1e-12
-
-
-def mean_losses_with_dropout() -> tuple[float, float, float]:
-    """Compute mean losses of 200 seeds on shards and 200 on one process, and the standard error of the difference."""
-    changes = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.3}
-    cp, batch = context(), batch_of(1, 24)
-    sharded, whole = (tiny_model(tiny_config("gpt2", **changes), x).train() for x in ("context_parallel", None))
-    losses = torch.zeros(2, 200, dtype=torch.float64)
-    with torch.no_grad():
-        for seed in range(200):
-            torch.manual_seed(seed)
-            with cp.shard(batch, sharded) as local:
-                loss = sharded(**local).loss
-            dist.all_reduce(loss)
-            losses[0, seed] = loss
-            losses[1, seed] = whole(**batch, use_cache=False).loss
-    spread = (losses.var(dim=1).sum() / 200).sqrt()
-    return losses[0].mean().item(), losses[1].mean().item(), spread.item()
-
-
-def test_dropout_is_that_of_one_process_in_distribution(on_ranks):
-    for sharded, whole, spread in on_ranks(2, mean_losses_with_dropout):
-        assert spread > 0 and abs(sharded - whole) < 4 * spread
-
-
 # Wrapped
 
 
@@ -273,43 +170,6 @@ def fully_sharded_difference(model_type: str) -> float:
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "lfm2", "jamba"])
 def test_a_fully_sharded_model_is_exact(on_ranks, model_type):
     assert max(on_ranks(2, fully_sharded_difference, model_type)) < 1e-12
-
-
-# Positions and losses that depend on more than the shard
-
-
-def loss_with_offset(model_type: str) -> float:
-    """Compare loss and gradients with one process for positions that do not begin at 0."""
-    cp, batch = context(), batch_of(2, 37)
-    batch["position_ids"] = torch.arange(50, 87).expand(2, -1).clone()
-    found = loss_and_gradients(tiny_model(tiny_config(model_type), "context_parallel"), batch, cp)
-    whole = tiny_model(tiny_config(model_type), None)
-    with finite_masks():
-        loss = whole(**batch, use_cache=False).loss
-    loss.backward()
-    return largest_difference(found, [loss.detach()] + [parameter.grad for parameter in whole.parameters()])
-
-
-@pytest.mark.parametrize("model_type", ["llama4_text", "llama", "bloom"])
-def test_positions_need_not_begin_at_0(on_ranks, model_type):
-    """Llama 4 computes its temperature from the index of a token, and RoPE from its position."""
-    assert max(on_ranks(2, loss_with_offset, model_type)) < 2e-6  # norms and softmax compute in float32
-
-
-def refusal_without_a_dictionary(model_type: str) -> str:
-    model = tiny_model(tiny_config(model_type), "context_parallel")
-    with (
-        pytest.raises(ValueError) as refusal,
-        context().shard({**batch_of(2, 24), "return_dict": False}, model) as local,
-    ):
-        model(**local)
-    return str(refusal.value)
-
-
-@pytest.mark.parametrize("model_type", ["bart", "xlnet"])
-def test_a_loss_that_is_put_right_needs_a_dictionary(on_ranks, model_type):
-    for told in on_ranks(2, refusal_without_a_dictionary, model_type):
-        assert f"return_dict=False: the loss of a {model_type} is a mean over its shard" in told
 
 
 def refusal_of_generating() -> str:

@@ -6,16 +6,12 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-import hf_context_parallel as hcp
 from hf_context_parallel.integration import model_registry
-from hf_context_parallel.integration.checks.model import check_model
-from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states, known_tensor_parallel
+from hf_context_parallel.integration.model_registry import known_states, known_tensor_parallel
 from hf_context_parallel.verification.types import check, survey
-from hf_context_parallel.verification.types.command import PAGE, run_check
-from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
-from tests.helpers.models import needs_chunks_of_documents, needs_sharding_while_loading, needs_the_tables_version
+from hf_context_parallel.verification.types.tiny import tiny_config
+from tests.helpers.models import needs_chunks_of_documents, needs_sharding_while_loading
 
 SAMPLE = {
     "llama4_text": (2, 3),  # chunks, and a temperature that follows positions
@@ -65,43 +61,6 @@ def test_what_is_known_of_a_type_with_tensor_parallelism_is_so(on_ranks, model_t
     found = survey.examine(on_ranks, model_type, [2], {}, 2)
     assert found.state == state, found.reason
     assert (known_tensor_parallel()[model_type]["state"] == "exact") == (state != "wrong")
-
-
-@needs_the_tables_version
-def test_every_type_is_known_and_few_are_refused():
-    known = known_states()
-    assert sorted(known) == survey.model_types()
-    refused = [name for name, finding in known.items() if finding["state"] == "refused"]
-    assert len(refused) < len(known) / 10
-    assert all(known[name]["reason"] for name in refused)
-
-
-@pytest.mark.exhaustive
-@needs_the_tables_version
-def test_what_is_known_as_exact_is_not_refused():
-    """Build models as a user does, by the class's own configuration, whose type may differ from that in the table."""
-    exact = [name for name, finding in known_states().items() if finding["state"] != "refused"]
-    with torch.device("meta"):
-        for name in exact:
-            config = survey.configuration(name)
-            check_model(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
-
-
-@pytest.mark.exhaustive
-@needs_the_tables_version
-def test_every_type_that_is_known_as_exact_runs_in_a_block():
-    cp = hcp.ContextParallel(hcp.ContextParallelConfig())
-    for name in (name for name, finding in known_states().items() if finding["state"] != "refused"):
-        model = tiny_model(tiny_config(name), NAME, torch.float32)
-        input_ids = torch.randint(3, VOCABULARY, (1, 40))
-        with cp.shard({"input_ids": input_ids, "labels": input_ids}, model) as local:
-            assert model(**local).loss.isfinite(), name
-
-
-def test_the_page_shows_what_is_known():
-    import json
-
-    assert PAGE.read_text() == survey.page_of(json.loads(KNOWN.read_text()))
 
 
 SETTINGS = {
@@ -162,35 +121,6 @@ def error_without_resharding() -> float:
 
 def test_a_mixer_that_nobody_handles_shows(on_ranks):
     assert min(on_ranks(2, error_without_resharding)) > 1e-3
-
-
-def test_a_check_prints_a_table_and_fails_where_something_is_wrong(capsys):
-    assert run_check("git", False, "2", "p2p", None, False) == 0
-    assert "refused" in capsys.readouterr().out
-    assert run_check("no-such-model", False, "2", "p2p", None, False) == 1
-    printed = capsys.readouterr()
-    assert "wrong" in printed.out and "no-such-model" in printed.err
-
-
-def test_a_folder_is_checked_by_its_configuration(on_ranks, tmp_path):
-    tiny_config("gemma2").save_pretrained(tmp_path)
-    finding = survey.examine(on_ranks, str(tmp_path), (2,), {})
-    assert finding.state == "exact" and set(finding.handled) == {"Gemma2Attention"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((None, False, "2", "p2p", None, False), "or --all"),
-        (("llama", True, "2", "p2p", None, False), "or --all"),
-        (("llama", False, "two", "p2p", None, False), "--ranks='two'"),
-        (("llama", False, "2", "ring", None, False), "--comm='ring' is not one of p2p"),
-        (("llama", False, "2", "p2p", None, True), "--write needs --all"),
-    ],
-)
-def test_wrong_arguments_are_told(arguments, message, capsys):
-    assert run_check(*arguments) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_unrounded_models_compute_in_float64():

@@ -1,0 +1,52 @@
+"""Tests of the tables that the survey of all types has made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_context_parallel as hcp
+from hf_context_parallel.integration.checks.model import check_model
+from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states
+from hf_context_parallel.verification.types import survey
+from hf_context_parallel.verification.types.command import PAGE
+from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
+from tests.helpers.models import needs_the_tables_version
+
+
+@needs_the_tables_version
+def test_every_type_is_known_and_few_are_refused():
+    known = known_states()
+    assert sorted(known) == survey.model_types()
+    refused = [name for name, finding in known.items() if finding["state"] == "refused"]
+    assert len(refused) < len(known) / 10
+    assert all(known[name]["reason"] for name in refused)
+
+
+@pytest.mark.exhaustive
+@needs_the_tables_version
+def test_what_is_known_as_exact_is_not_refused():
+    """Build models as a user does, by the class's own configuration, whose type may differ from that in the table."""
+    exact = [name for name, finding in known_states().items() if finding["state"] != "refused"]
+    with torch.device("meta"):
+        for name in exact:
+            config = survey.configuration(name)
+            check_model(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
+
+
+@pytest.mark.exhaustive
+@needs_the_tables_version
+def test_every_type_that_is_known_as_exact_runs_in_a_block():
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig())
+    for name in (name for name, finding in known_states().items() if finding["state"] != "refused"):
+        model = tiny_model(tiny_config(name), NAME, torch.float32)
+        input_ids = torch.randint(3, VOCABULARY, (1, 40))
+        with cp.shard({"input_ids": input_ids, "labels": input_ids}, model) as local:
+            assert model(**local).loss.isfinite(), name
+
+
+def test_the_page_shows_what_is_known():
+    import json
+
+    assert PAGE.read_text() == survey.page_of(json.loads(KNOWN.read_text()))
