@@ -115,7 +115,7 @@ def set_attention_name(config: PreTrainedConfig, name: str) -> None:
 
 def default_attention(model_class: type[PreTrainedModel]) -> str:
     """Return `"sdpa"` or `"eager"`: the default attention of Transformers for a model class."""
-    require({model_class: ["_supports_sdpa"]}, "every model type")
+    require({PreTrainedModel: ["_supports_sdpa"]}, "every model type")
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 

@@ -3,8 +3,8 @@
 On Hopper it is 1.6 to 1.8 times as fast as FlashAttention-2 (`benchmarks/results/gpu_suite.md`). It computes calls of
 one long segment that is read entirely, or is a square with a causal mask. All calls of a ring over one long document
 are such. PyTorch's flash attention computes the others: windows, packed documents, short tiles, and causal tiles of
-`all_gather`, which have more keys than queries. cuDNN compiles a plan for each
-new shape, once in each thread, in up to 1.4 s. So it is worth while if shapes repeat.
+`all_gather`, which have more keys than queries. cuDNN compiles a plan for each new shape, once in each thread, in up
+to 1.4 s. So it is worth while if shapes repeat.
 """
 
 from __future__ import annotations

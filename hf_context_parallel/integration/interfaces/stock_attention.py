@@ -115,9 +115,9 @@ def whole_mask(
     # Without padding Transformers may skip the mask, and some models then compute another attention. In a batch with
     # padding it makes the mask for all rows, so here it must not be skipped either. A causal mask is never skipped:
     # Transformers takes a shard whose positions are not consecutive for packed documents, so ranks would differ.
-    options = dict.fromkeys(mask.options, False)
-    if padding is None:
-        options |= {name: value for name, value in mask.options.items() if name != "allow_is_causal_skip"}
+    options = {
+        name: value and padding is None and name != "allow_is_causal_skip" for name, value in mask.options.items()
+    }
     causal, window, chunk = mask.pattern
     parts = [mask_piece("causal_mask_function" if causal else "bidirectional_mask_function")]
     if window is not None:

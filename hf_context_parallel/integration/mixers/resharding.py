@@ -96,8 +96,7 @@ def deal(lengths: list[int], size: int, turn: int) -> list[int]:
 class Resharding:
     """Exchange that turns shards into whole sequences, and its reverse.
 
-    The attribute `mine` lists the sequences that this rank gets, shortest first. The attribute `most_lengths` is the
-    number of different lengths on the rank that has most.
+    The attribute `mine` lists the sequences that this rank gets, shortest first.
 
     Args:
         shard: the shard of this rank.
@@ -113,7 +112,6 @@ class Resharding:
         for owner, sequence in sorted(zip(owners, everything), key=lambda pair: pair[1].length):
             dealt[owner].append(sequence)
         self.mine = dealt[shard.rank]
-        self.most_lengths = max(len({sequence.length for sequence in theirs}) for theirs in dealt)
 
         sent = [held(shard, theirs)[shard.rank] for theirs in dealt]
         received = held(shard, self.mine)

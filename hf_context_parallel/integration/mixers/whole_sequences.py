@@ -13,6 +13,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -33,8 +35,8 @@ class _Call(NamedTuple):
     """One call of a module, with sequences of one length.
 
     A call without sequences takes a few tokens of this rank, and its result is dropped. It is made on a rank that has
-    no sequence, and in a whole model on a rank that has fewer lengths than another. So all parameters have gradients
-    on all ranks, and all ranks enter the same collectives.
+    no sequence, and in a whole model under FSDP on a rank that has fewer lengths than another. So all parameters have
+    gradients on all ranks, and all ranks enter the same collectives.
 
     Args:
         sequences: the rows of the call.
@@ -69,8 +71,7 @@ class WholeSequences(ModulePatch):
         whole = _together(resharding.whole, expanded, leading=2)
 
         results, output_form = [], None
-        # FSDP gathers the parameters of each layer of a model within its call, so all ranks make as many calls.
-        least = resharding.most_lengths if isinstance(module, PreTrainedModel) else 1
+        least = _least_calls(module, len({sequence.length for sequence in resharding.mine}))
         for call in _calls(resharding.mine, least, self._batch.shard.local_shape[1]):
             if call.sequences:
                 given = [tensor[call.tokens].unflatten(0, call.shape) for tensor in whole]
@@ -147,6 +148,27 @@ class WholeSequences(ModulePatch):
             return None
         rows = [sequence.row for sequence in call.sequences]
         return padding[rows] if rows else torch.ones(call.shape, dtype=torch.long)
+
+
+def _least_calls(module: torch.nn.Module, wanted: int) -> int:
+    """Agree on a number of calls that all ranks make: within a call of a whole model, FSDP gathers parameters.
+
+    Args:
+        wanted: the number of calls that this rank makes for its sequences.
+
+    Returns:
+        The largest number of all ranks that hold parts of the parameters, other CP groups included; 1 if no other
+        rank does.
+    """
+    sharded = (x for x in module.parameters() if isinstance(x, DTensor)) if isinstance(module, PreTrainedModel) else ()
+    meshes = dict.fromkeys(parameter.device_mesh for parameter in sharded)
+    least = max(1, wanted)
+    for mesh in meshes:
+        most = torch.tensor(least, device=mesh.device_type)
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(most, dist.ReduceOp.MAX, mesh.get_group(dimension))
+        least = int(most)
+    return least if meshes else 1
 
 
 def _calls(mine: list[Sequence], least: int, local_length: int) -> list[_Call]:
