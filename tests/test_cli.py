@@ -97,6 +97,7 @@ def test_models_of_the_hub_run_dry(run, tmp_path, model_type):
     assert f"model: a tiny {model_type} with random weights, for somebody/something" in result.stdout
 
 
+@pytest.mark.versions
 def test_a_split_run_equals_one_process(run, tmp_path):
     output = tmp_path / "output"
     changes = [f"training.output_dir={output}", "training.max_steps=2", "training.save_strategy=steps"]

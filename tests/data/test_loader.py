@@ -60,7 +60,13 @@ def dealt_to_groups(iterable: bool, workers: int, spawned: bool) -> list[list[in
 
 @pytest.mark.parametrize(
     ("iterable", "workers", "spawned"),
-    [(False, 0, False), (False, 2, False), (False, 1, True), (True, 0, False), (True, 1, False)],
+    [
+        (False, 0, False),
+        (False, 2, False),
+        pytest.param(False, 1, True, marks=pytest.mark.exhaustive),
+        (True, 0, False),
+        (True, 1, False),
+    ],
 )
 def test_ranks_of_a_group_get_the_same_samples(on_ranks, iterable, workers, spawned):
     first, second, third, fourth = on_ranks(4, dealt_to_groups, iterable, workers, spawned)
@@ -107,7 +113,15 @@ def trained(kind, folder, data, count, options) -> tuple[list[tuple[float, float
     return history, trainer.state.epoch
 
 
-@pytest.mark.parametrize(("data", "count"), [("streamed", 14), ("streamed", 7), ("plain", 7), ("sized", 7)])
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        ("streamed", 14),
+        pytest.param("streamed", 7, marks=pytest.mark.exhaustive),
+        ("plain", 7),
+        pytest.param("sized", 7, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_training_is_that_of_as_many_processes(on_ranks, tmp_path, data, count):
     options = {"gradient_accumulation_steps": 2, "max_steps": 6}  # more than an epoch
     expected, epoch = on_ranks(2, trained, STOCK, tmp_path, data, count, options)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import transformers
 
 from hf_context_parallel.integration import model_registry
 from hf_context_parallel.integration.model_registry import known_states
@@ -14,7 +13,7 @@ def test_another_version_is_told_once_by_rank_0(version, rank, warnings, monkeyp
     told = []
     monkeypatch.setattr(model_registry.logger, "warning", told.append)
     if version is not None:
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(model_registry.transformers, "__version__", version)
     monkeypatch.setenv("RANK", str(rank))
     known_states.cache_clear()
     known_states()

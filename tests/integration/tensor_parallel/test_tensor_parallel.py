@@ -94,9 +94,13 @@ CASES = {
         {"collator": "packed", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
     ),
 }
+SIMPLER = {"padding", "sequence parallel"}
+"""Cases that the other ones contain."""
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.exhaustive] * (case in SIMPLER)) for case in CASES]
+)
 def test_trainer_gives_the_losses_and_gradient_norms_of_one_process(on_ranks, tmp_path, case):
     model_type, settings, options = CASES[case]
     model = AutoModelForCausalLM.from_pretrained(saved(tmp_path, model_type))
