@@ -123,6 +123,7 @@ def test_recipes_of_several_dimensions_equal_one_process(run, tmp_path, name):
     assert "The losses are the same" in result.stdout
 
 
+@pytest.mark.versions
 def test_the_example_trains(run, tmp_path):
     model = tmp_path / "model"
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}

@@ -156,9 +156,13 @@ CASES = {
         "gradient_accumulation_steps": 2,
     },
 }
+SIMPLER = {"padding", "packing", "reentrant checkpointing"}
+"""Cases that other ones contain, or that make test-all runs alone."""
 
 
-@pytest.mark.parametrize("case", [*list(CASES)[:-1], pytest.param(list(CASES)[-1], marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.exhaustive] * (case in SIMPLER)) for case in CASES]
+)
 def test_dynamic_training_is_that_of_one_process(on_ranks, tmp_path, case):
     options = {"max_steps": 3, "global_batch": 4, **CASES[case]}
     [(expected, _, _)] = on_ranks(1, history, STOCK, tmp_path, options)

@@ -27,6 +27,8 @@ CASES = {
     },
     "workers": {"dataloader_num_workers": 2},
 }
+SIMPLER = {"padding", "packing", "accumulation", "workers"}
+"""Cases that other ones contain, or that make test-all runs alone."""
 DEPENDS_ON_GROUPS = ("left padding", "tokens not averaged", "a model that takes no loss keywords")
 """Cases in which two data-parallel ranks differ from one process even without CP.
 
@@ -35,7 +37,7 @@ two processes."""
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.exhaustive] * (case == "workers")) for case in CASES]
+    "case", [pytest.param(case, marks=[pytest.mark.exhaustive] * (case in SIMPLER)) for case in CASES]
 )
 def test_losses_and_gradient_norms_are_those_of_one_process(on_ranks, tmp_path, case):
     check_histories(on_ranks, tmp_path, case, [(2, 2), (4, 2)])

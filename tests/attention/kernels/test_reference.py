@@ -64,7 +64,7 @@ def test_dropout_is_another_for_every_query(layout, most, monkeypatch):
     assert len(tiles) == 2 * 4 * size * tokens * size == len(tiles.unique(dim=0))
 
 
-@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+@pytest.mark.parametrize("dropout_p", [pytest.param(0.1, marks=pytest.mark.exhaustive), 0.5])
 def test_dropout_is_right_on_average(dropout_p):
     """Check dropout over many seeds: the mean and the spread of the weights, and the share that is dropped."""
     seeds = 300

@@ -54,7 +54,12 @@ def test_what_is_known_of_a_type_is_so(on_ranks, model_type):
 
 @needs_sharding_while_loading
 @pytest.mark.parametrize(
-    ("model_type", "state"), [("deepseek_v3", "exact"), ("glm_moe_dsa", "exact by resharding"), ("apertus", "wrong")]
+    ("model_type", "state"),
+    [
+        ("deepseek_v3", "exact"),
+        ("glm_moe_dsa", "exact by resharding"),
+        pytest.param("apertus", "wrong", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_what_is_known_of_a_type_with_tensor_parallelism_is_so(on_ranks, model_type, state):
     """Check types with a router in float32, with layers of FSDP in a whole model, and with a wrong plan."""
