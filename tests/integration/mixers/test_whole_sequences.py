@@ -147,39 +147,18 @@ def test_a_data_parallel_model_is_exact(on_ranks, model_type):
     assert max(on_ranks(3, data_parallel_difference, model_type)) < 1e-12
 
 
-def fully_sharded_difference(model_type: str) -> float:
-    """Compare FSDP2 over the ranks of the group with no wrapper."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
+def fully_sharded_difference(model_type: str, size: int, documents: tuple[tuple[int, ...], ...]) -> float:
+    """Compare FSDP2 over all ranks with no wrapper.
 
-    cp, batch = context(), batch_of(1, 26)
-    expected = loss_and_gradients(tiny_model(tiny_config(model_type), "context_parallel"), batch, cp)
-    model = tiny_model(tiny_config(model_type), "context_parallel")
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    with cp.shard(batch, model) as local:
-        loss = model(**local).loss
-        loss.backward()
-    loss = loss.detach().clone()
-    dist.all_reduce(loss)
-    grads = [parameter.grad for parameter in model.parameters()]
-    full = [grad.full_tensor() * cp.size if isinstance(grad, DTensor) else grad for grad in grads]  # from mean to sum
-    return largest_difference([loss, *full], expected)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "lfm2", "jamba"])
-def test_a_fully_sharded_model_is_exact(on_ranks, model_type):
-    assert max(on_ranks(2, fully_sharded_difference, model_type)) < 1e-12
-
-
-def sharded_over_groups_difference(model_type: str) -> float:
-    """Compare FSDP2 over two CP groups, whose documents have three lengths and one, with no wrapper."""
+    Args:
+        size: ranks of a CP group.
+        documents: the lengths of the documents of each CP group.
+    """
     from torch.distributed.fsdp import fully_shard
 
-    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
-    lengths = ((5, 1, 8, 5), (19,))[cp.groups.data_rank]
-    batch = batch_of(1, 19, position_ids=document_positions(*lengths))
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=size))
+    lengths = documents[cp.groups.data_rank]
+    batch = batch_of(1, sum(lengths), position_ids=document_positions(*lengths))
     expected = loss_and_gradients(tiny_model(tiny_config(model_type), "context_parallel"), batch, cp)
     model = tiny_model(tiny_config(model_type), "context_parallel")
     for layer in model.model.layers:
@@ -191,14 +170,20 @@ def sharded_over_groups_difference(model_type: str) -> float:
     loss = loss.detach().clone()
     dist.all_reduce(loss)
     grads = [parameter.grad for parameter in model.parameters()]  # None where nothing is learned
-    full = [torch.zeros(()) if grad is None else grad.full_tensor() * dist.get_world_size() for grad in grads]
+    world = dist.get_world_size()  # from mean to sum
+    full = [torch.zeros(()) if grad is None else grad.full_tensor() * world for grad in grads]
     return largest_difference([loss, *full], expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "lfm2", "jamba"])
+def test_a_fully_sharded_model_is_exact(on_ranks, model_type):
+    assert max(on_ranks(2, fully_sharded_difference, model_type, 2, ((26,),))) < 1e-12
 
 
 @pytest.mark.parametrize("model_type", ["glm_moe_dsa", "lfm2"])
 def test_groups_with_documents_of_other_lengths_share_parameters(on_ranks, model_type):
     """A whole model, and a module in a layer: both run once for each length of sequences on a rank."""
-    assert max(on_ranks(4, sharded_over_groups_difference, model_type)) < 1e-12
+    assert max(on_ranks(4, fully_sharded_difference, model_type, 2, ((5, 1, 8, 5), (19,)))) < 1e-12
 
 
 def refusal_of_generating() -> str:
