@@ -76,6 +76,8 @@ def survey(
         report: a function that is called with each finding as soon as there is one.
         tp_size: the number of ranks that share each layer.
     """
+    if not models:
+        return []
     pools = [WorkerPool(max(ranks) * tp_size, TIMEOUT) for _ in range(min(jobs, len(models)))]
     free = list(pools)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,6 +15,15 @@ from hf_context_parallel.verification.types import survey
 from hf_context_parallel.verification.types.command import PAGE
 from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
 from tests.helpers.models import needs_the_tables_version
+
+
+def test_tensor_parallelism_of_types_without_a_plan_or_that_fail_finds_nothing_more(monkeypatch):
+    """Sequence parallelism is compared for types that are exact without it, of which there may be none."""
+    wrong = survey.Finding("apertus", "wrong", reason="as it is")
+    monkeypatch.setattr(survey, "examine", lambda pool, model, *_: wrong)
+    monkeypatch.setattr(survey, "WorkerPool", lambda *_: SimpleNamespace(close=lambda: None))
+    assert survey.survey_tensor_parallel(["apertus"], 2, 1, lambda finding: None) == [wrong]
+    assert survey.survey_tensor_parallel(["bert"], 2, 1, lambda finding: None) == []
 
 
 @needs_the_tables_version
