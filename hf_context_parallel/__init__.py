@@ -9,6 +9,7 @@ from .data.collator import ContextParallelDataCollator
 from .distributed.mesh import mesh_of
 from .integration.interfaces import attention as attention_interface
 from .integration.interfaces import masks as mask_interface
+from .integration.parallelize import parallelize
 from .trainer.mixin import ContextParallelMixin, ContextParallelTrainer
 from .verification.verify import verify
 
@@ -24,5 +25,6 @@ __all__ = [
     "ContextParallelMixin",
     "ContextParallelTrainer",
     "mesh_of",
+    "parallelize",
     "verify",
 ]

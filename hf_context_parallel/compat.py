@@ -70,6 +70,13 @@ def causal_lm_classes() -> dict[str, str]:
 
 
 @functools.cache
+def language_model_classes() -> frozenset[str]:
+    """Return the class names that `AutoModelForCausalLM` and `AutoModelForMaskedLM` choose from."""
+    masked = lookup("transformers.models.auto.modeling_auto", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "every model type")
+    return frozenset((*causal_lm_classes().values(), *masked.values()))
+
+
+@functools.cache
 def base_class_names() -> frozenset[str]:
     """Return the class names that `AutoModel` chooses from."""
     by_type = lookup("transformers.models.auto.modeling_auto", "MODEL_MAPPING_NAMES", "every model type")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 LAYOUTS = ("zigzag", "contiguous", "balanced")
+LOGITS = ("auto", "whole", "shard")
 KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "reference")
 
 
@@ -50,6 +51,13 @@ class ContextParallelConfig:
             step. It stops if a layer differs by more than rounding; see `verify`.
         sequence_parallel: True to shard activations between the regions of tensor parallelism (norms, residuals,
             their dropout) over the ranks of a tensor-parallel group, by tokens, as in Megatron-LM.
+        logits: the logits that a language model returns.
+            `"auto"`: None in training with labels, where the loss makes the logits of some tokens at a time. Otherwise
+            those of the whole batch.
+            `"whole"`: those of the whole batch, `[B, S, V]`, on every rank.
+            `"shard"`: those of this rank's tokens, which `cp.sharded` takes of other tensors.
+        loss_chunk_tokens: number of tokens whose logits the loss makes at a time. None takes as many as have 2**25
+            logits together, 128 MiB in float32.
         dynamic: True to let the Trainer deal the samples of a global batch to groups of `size` ranks and fewer, so
             that short samples are split less than long ones.
         max_tokens_per_rank: largest number of packed tokens that a rank holds with `dynamic`. A sample must fit on the
@@ -67,6 +75,8 @@ class ContextParallelConfig:
     check_batch: bool = True
     verify: bool = True
     sequence_parallel: bool = False
+    logits: str = "auto"
+    loss_chunk_tokens: int | None = None
     dynamic: bool = False
     max_tokens_per_rank: int | None = None
 
@@ -79,11 +89,16 @@ class ContextParallelConfig:
                 f"a2a_size={self.a2a_size!r} does not divide size={self.size}. Give one of "
                 f"{', '.join(str(n) for n in range(1, self.size + 1) if self.size % n == 0)}, or None."
             )
-        for field, allowed in (("layout", LAYOUTS), ("kernel", KERNELS)):
+        for field, allowed in (("layout", LAYOUTS), ("kernel", KERNELS), ("logits", LOGITS)):
             _check_choice(field, getattr(self, field), allowed)
         for field in ("check_batch", "verify", "sequence_parallel", "dynamic"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r} is not a bool. Give true or false.")
+        if self.loss_chunk_tokens is not None and not _is_count(self.loss_chunk_tokens):
+            raise ValueError(
+                f"loss_chunk_tokens={self.loss_chunk_tokens!r} is not a number of tokens. Give an integer of 1 or "
+                "more, or None."
+            )
         most = self.max_tokens_per_rank
         if most is not None and (not _is_count(most) or most < 2):
             raise ValueError(f"max_tokens_per_rank={most!r} is not a number of tokens. Give an integer of 2 or more.")

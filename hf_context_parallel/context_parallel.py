@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from .distributed.agreement import collective, fingerprint, odd_rank
 from .distributed.mesh import world
 from .distributed.messages import Exchange, GroupExchange
 from .distributed.process_groups import Groups, build_groups
-from .integration.active_batch import active_batch
+from .integration.active_batch import ActiveBatch, active_batch
+from .integration.parallelize import whole
 from .integration.sharded_batch import ShardedBatch
 from .planning import mask as masks
 from .planning.balanced import make_layout
@@ -170,23 +171,37 @@ class ContextParallel:
         Args:
             batch: the whole batch, as one process would give it to the model, and the same on all ranks of the group.
                 Or a batch of `ContextParallelDataCollator`. See `data.shard.shard_batch` for its contents.
-            model: the model that is going to run. If it is given, a model that would not be exact, or whose weights
-                differ between ranks, is refused on entering.
+            model: the model that is going to run. A model that would not be exact, or whose weights differ between
+                ranks, is refused on entering. It may be left out for a model that `parallelize` has prepared, and for
+                a model that calls `attention` itself.
 
         Returns:
             A context manager that yields the inputs of the model. It can be entered once. Both `labels` and
             `shift_labels` are shifted: the label of a token is the next token. Blocks for different batches may be
-            nested. Outputs at padded positions are unspecified. Call the model itself and not its `forward`, since the
-            check of the model runs in the call.
+            nested. Outputs at padded positions are unspecified. Backward may run inside the block or after it.
 
         Raises:
             ValueError: on entering, with the same message on all ranks of the group, if the batch or model of a rank
                 cannot be exact, or if batches, models or a sample of their weights differ. In the call of the model,
                 if its inputs or a layer cannot be exact.
-            RuntimeError: on entering twice; on backward, or recomputation by gradient checkpointing, after leaving;
-                after the call of a model none of whose layers used our attention.
+            RuntimeError: on entering twice; after the call of a model none of whose layers used our attention.
         """
         return ShardedBatch(self.group, batch, model)
+
+    def sharded(self, x: torch.Tensor) -> torch.Tensor:
+        """Take this rank's tokens of a tensor `[B, S, ...]` of the active batch: `[B, S_local, ...]`. Differentiable.
+
+        The padding of the layout is 0.
+
+        Raises:
+            RuntimeError: outside `cp.shard`.
+            ValueError: if the first two dimensions of the tensor are not those of the whole batch.
+        """
+        return self._active("sharded").take(x)
+
+    def whole(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """Run a model that `parallelize` has prepared on whole batches in a `with` block, on every rank alike."""
+        return whole(model)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Gather `[B, S_local, ...]` of the active batch to `[B, S, ...]` on every rank, in the original order.
@@ -200,10 +215,15 @@ class ContextParallel:
             ValueError: if the first two dimensions of the tensor are not those of the shard. Only this rank raises it,
                 and the other ranks wait for it.
         """
+        return self._active("gather").gather(x)
+
+    def _active(self, caller: str) -> ActiveBatch:
         batch = active_batch()
         if batch is None or batch.group is not self.group:
-            raise RuntimeError("cp.gather() was called without an active batch. Call it inside `with cp.shard(...)`.")
-        return batch.gather(x)
+            raise RuntimeError(
+                f"cp.{caller}() was called without an active batch. Call it inside `with cp.shard(...)`."
+            )
+        return batch
 
     def positions(self, seq_len: int, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """List the positions of a sequence of `seq_len` tokens that this rank holds, in local order.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -127,13 +126,11 @@ class CPGroup:
         call: AttentionCall,
         strategy: Strategy,
         sinks: torch.Tensor | None = None,
-        guard: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Compute attention of this rank's queries to the keys of the group: `[B, S_local, H, D_v]`.
 
         Args:
             sinks: `[H]`, one more score for each head, with a value of 0.
-            guard: function called before backward. It raises if the gradients cannot be computed.
         """
         return attend(
             call.query,
@@ -144,5 +141,4 @@ class CPGroup:
             kernel=call.kernel,
             scores=call.scores,
             sinks=sinks,
-            guard=guard,
         )

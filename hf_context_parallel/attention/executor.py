@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +39,6 @@ def attention(
     kernel: Kernel,
     scores: Scores,
     sinks: torch.Tensor | None = None,
-    guard: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Compute attention of this rank's queries to the keys that they read, on all ranks.
 
@@ -49,7 +47,6 @@ def attention(
         key, value: `[T, H_kv, D]` and `[T, H_kv, D_v]`, of the same dtype. H_kv divides H.
         exchange: the messages of the group.
         sinks: `[H]`, one more score for each head, with a value of 0 (learnable, `s_aux`).
-        guard: function called before backward. It raises if the batch is no longer the one being computed.
 
     Returns:
         `[T, H, D_v]` in the dtype of `query`; 0 for tokens that read no key.
@@ -62,7 +59,7 @@ def attention(
         raise ValueError(f"{refusal}.")
     # All ranks have the same seed, so the rank is mixed in to make their dropout differ.
     scores = scores.of(strategy.rank)
-    how: dict[str, Any] = {"kernel": kernel, "sinks": sinks, "guard": guard}
+    how: dict[str, Any] = {"kernel": kernel, "sinks": sinks}
     parts = []
     if strategy.plan is not None:
         shared = strategy.shared_heads(exchange, query.shape[1], key.shape[1], query.device)
@@ -71,7 +68,10 @@ def attention(
     if strategy.own is not None:
         how |= {"scores": scores.of("own"), "exchange": exchange}
         parts.append(planned_attention(query, key, value, plan=strategy.own, **how))
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]  # each part is 0 at the tokens of the other
+    if strategy.padding is not None:
+        how |= {"scores": scores.of("padding"), "exchange": exchange}
+        parts.append(planned_attention(query, key, value, plan=strategy.padding, **how))
+    return sum(parts[1:], parts[0])  # each part is 0 at the tokens of the others
 
 
 def one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:

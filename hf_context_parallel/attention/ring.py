@@ -7,7 +7,7 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -36,7 +36,6 @@ def planned_attention(
     kernel: Kernel,
     scores: Scores,
     sinks: torch.Tensor | None = None,
-    guard: Callable[[], None] = lambda: None,
     shared: SharedHeads | None = None,
 ) -> torch.Tensor:
     """Compute attention of this rank's queries to the keys that the plan lists, on all ranks.
@@ -46,14 +45,13 @@ def planned_attention(
         key, value: `[T, H_kv, D]` and `[T, H_kv, D_v]`, of the same dtype. H_kv divides H.
         scores: rule for scores. Its seed differs between ranks.
         sinks: `[H]`, one more score for each head, with a value of 0 (learnable, `s_aux`).
-        guard: function called before backward. It raises if the batch is no longer the one being computed.
         shared: exchange of heads in a subgroup. The plan then numbers the tokens of the subgroup that travel.
 
     Returns:
         `[T, H, D_v]` in the dtype of `query`; 0 for tokens that are in no call of the plan.
     """
     key_value = torch.cat([key, value], dim=-1)  # so that a transfer takes one message instead of two
-    arguments = key.shape[-1], plan, exchange, kernel, scores, guard, shared
+    arguments = key.shape[-1], plan, exchange, kernel, scores, shared
     output: torch.Tensor = _Attention.apply(query.contiguous(), key_value, sinks, *arguments)
     return output
 
@@ -70,7 +68,6 @@ class _Attention(torch.autograd.Function):
         exchange: Exchange,
         kernel: Kernel,
         scores: Scores,
-        guard: Callable[[], None],
         shared: SharedHeads | None,
     ) -> torch.Tensor:
         dtype, heads = query.dtype, slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
@@ -85,7 +82,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key_value, sinks, output, lse)
         # Backward may run in a thread of autograd, where the active batch cannot be looked up. So it is all kept here.
         ctx.environment = (key_dim, plan, exchange, kernel, scores)
-        ctx.guard, ctx.shared, ctx.heads = guard, shared, heads
+        ctx.shared, ctx.heads = shared, heads
         if shared is None:
             return output
         with span("forward/to tokens"):
@@ -94,7 +91,6 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.guard()  # before saved tensors are read: gradient checkpointing would recompute them, and communicate
         query, key_value, sinks, output, lse = ctx.saved_tensors
         shared, grad_sinks = ctx.shared, None
         with torch.autocast(grad_output.device.type, enabled=False):

@@ -12,7 +12,7 @@ single rank between two exchanges of heads. And p2p is a plan for subgroups of o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from ..distributed.messages import Exchange, Subset, accumulation_dtype
 from ..distributed.rows import Rows
 from ..distributed.token_exchange import TokenExchange
 from ..planning.layout import Layout
-from ..planning.mask import Document, Mask
+from ..planning.mask import Document, Mask, readers_in_padding
 from ..planning.plan import Plan, build_gathering_plan, build_own_plan, build_plan
 from .ulysses import SharedHeads
 
@@ -59,6 +59,7 @@ class Strategy:
         tokens: number of tokens that this rank holds, all rows counted.
         plan: plan for the tokens of the subgroup, with the other subgroups. None if no document travels.
         own: plan for the documents that lie on this rank alone, if heads are exchanged and there are such documents.
+        padding: plan for the queries of padding, which read the tokens of their row, if their outputs are wanted.
         exchanged: tokens that travel from each rank of the subgroup, as rows of that rank.
         places: the same tokens as rows of the plan.
     """
@@ -69,6 +70,7 @@ class Strategy:
     tokens: int
     plan: Plan | None
     own: Plan | None = None
+    padding: Plan | None = None
     exchanged: tuple[Rows, ...] = ()
     places: tuple[Rows, ...] = ()
 
@@ -145,6 +147,12 @@ def bytes_of_heads(shape: Shape, shared: SharedHeads) -> Sent:
     return Sent(forward, backward + sums * shared.returning(0, width))
 
 
+def with_padding(strategy: Strategy, layout: Layout, mask: Mask) -> Strategy:
+    """Let a strategy compute the queries of padding too, in a ring of their own."""
+    pair = readers_in_padding(mask)
+    return strategy if pair is None else replace(strategy, padding=build_plan(layout, pair[0], strategy.rank, pair[1]))
+
+
 def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank: int) -> Strategy:
     """Make the part of `rank` in computing `mask` by the strategy `comm_type`.
 
@@ -172,7 +180,7 @@ def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank:
         moving.append(Rows(travels.flatten().nonzero().flatten()))
         places.append(Rows((rows + torch.searchsorted(whole, positions))[travels]))
     plan = build_plan(merged, exchanged, rank // inner)
-    return Strategy(comm_type, rank, inner, tokens, plan, own, tuple(moving), tuple(places))
+    return Strategy(comm_type, rank, inner, tokens, plan, own, None, tuple(moving), tuple(places))
 
 
 def _split(layout: Layout, mask: Mask) -> tuple[Mask, Mask]:

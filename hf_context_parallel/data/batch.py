@@ -14,16 +14,21 @@ IGNORED = -100
 """Label of the tokens that the loss leaves out."""
 SHARD = "context_parallel_shard"
 """Key under which a sharded batch holds its `Shard`."""
+AXES = "position_axes"
+"""Key under which a batch that is read holds positions on several axes."""
+TEXT_AND_AXES = 4
+"""Number of axes of positions whose first is the position in the text."""
 PADDING = {
     "input_ids": 0,
     "inputs_embeds": 0,
     "token_type_ids": 0,
     "position_ids": 0,
+    "position_axes": 0,
     "labels": IGNORED,
     "shift_labels": IGNORED,
 }
 """Inputs whose second dimension is the sequence, each with the value that pads it."""
-CONSUMED = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+CONSUMED = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
 """Inputs that describe the documents. A shard does not hold them, because its plan describes the documents."""
 PASSED_ON = ("num_items_in_batch", "return_dict", "output_hidden_states")
 """Inputs that have the same meaning for a shard and for the whole batch. They are passed on unchanged."""
@@ -35,12 +40,14 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
     Returns:
         The inputs that are not None, the documents of each row, and the inputs with a sequence dimension, `[B, S]` or
         `[B, S, hidden]`. The last include the `position_ids` and the `shift_labels` that one process would make. If
-        the batch has labels, `labels` is the same tensor as `shift_labels`.
+        the batch has labels, `labels` is the same tensor as `shift_labels`. If a token has a position on each of k
+        axes, these are `AXES`, `[B, S, k]`, and `position_ids` are those in the text.
 
     Raises:
         ValueError: if the batch holds an input that cannot be exact on a shard, as for `shard_batch`.
     """
     batch = {name: value for name, value in batch.items() if value is not None}
+    axes = _take_axes(batch)
     if "input_ids" not in batch and "inputs_embeds" not in batch:
         raise ValueError(
             f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}. Add one of the two."
@@ -50,6 +57,8 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
     batch_size, length = tokens.shape[:2]
     _check_shapes(batch, batch_size, length)
     rows = _documents(batch, batch_size, length)
+    if "seq_idx" in batch:
+        _check_seq_idx(batch["seq_idx"], rows, length)
 
     whole = {name: batch[name] for name in PADDING if name in batch}
     if "position_ids" not in whole:
@@ -57,12 +66,33 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
             positions_in_documents(rows, length) if "cu_seq_lens_q" in batch else torch.arange(length)
         )
     whole["position_ids"] = whole["position_ids"].to(tokens.device).expand(batch_size, -1)
+    if axes is not None:
+        if tuple(axes.shape[1:]) not in ((batch_size, length), (1, length)):
+            raise ValueError(
+                f"position_ids has shape {tuple(axes.shape)}, and the batch has {batch_size} rows of {length} tokens. "
+                "Give [B, S], or [k, B, S] for positions on k axes."
+            )
+        whole[AXES] = axes.expand(-1, batch_size, -1).permute(1, 2, 0)
     if "labels" in whole or "shift_labels" in whole:
         if "shift_labels" not in whole:
             whole["shift_labels"] = pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:]
         whole["labels"] = whole["shift_labels"]
         _refuse_padded_targets(whole["shift_labels"], batch.get("attention_mask"))
     return batch, rows, whole
+
+
+def _take_axes(batch: dict[str, Any]) -> torch.Tensor | None:
+    """Take positions on several axes, `[k, B, S]`, out of a batch, and leave its positions in the text.
+
+    Of four axes the first is the position in the text, as in the models of Transformers. Others have none.
+    """
+    positions = batch.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 3:
+        return None
+    del batch["position_ids"]
+    if len(positions) == TEXT_AND_AXES:
+        batch["position_ids"] = positions[0]
+    return positions
 
 
 def positions_in_documents(rows: tuple[tuple[masks.Document, ...], ...], length: int) -> torch.Tensor:
@@ -86,7 +116,13 @@ def take_columns(tensor: torch.Tensor, positions: torch.Tensor, length: int, fil
 def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[tuple[masks.Document, ...], ...]:
     """Find the documents of each row, from `cu_seq_lens_q`, `attention_mask` or `position_ids`."""
     mask, position_ids, cu_seqlens = (batch.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
-    packed = position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
+    packed = position_ids is not None and _begins_again(position_ids, mask)
+    if mask is not None and bool((mask > 1).any()):
+        raise ValueError(
+            f"attention_mask has the value {int(mask.max())}, and Transformers reads it as 1, so that documents that "
+            "it counts see each other. Describe documents by position_ids that begin again, or by cu_seq_lens_q, and "
+            "leave the attention_mask out."
+        )
     if mask is not None and (packed or cu_seqlens is not None):
         source = "cu_seq_lens_q" if cu_seqlens is not None else "position_ids that do not count up by 1"
         raise ValueError(
@@ -122,6 +158,30 @@ def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[
     if packed:
         return masks.from_position_ids(position_ids.expand(batch_size, -1))
     return masks.whole_rows(batch_size, length)
+
+
+def _begins_again(position_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Return whether positions do not count up by 1 somewhere. Positions of padding do not matter."""
+    jumps = position_ids.diff(dim=-1) != 1
+    if mask is not None and mask.dim() == 2 and mask.shape[1] == position_ids.shape[1]:
+        tokens = mask.bool().to(jumps.device)
+        jumps = jumps & tokens[:, 1:] & tokens[:, :-1]
+    return bool(jumps.any())
+
+
+def _check_seq_idx(seq_idx: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...], length: int) -> None:
+    """Refuse a `seq_idx` that does not number the documents which other inputs describe."""
+    numbers = torch.zeros(len(rows), length, dtype=torch.long)
+    for row, documents in enumerate(rows):
+        for number, document in enumerate(documents):
+            for start, stop in document:
+                numbers[row, start:stop] = number
+    found = seq_idx.cpu().expand(len(rows), -1)
+    if found.shape != numbers.shape or not torch.equal(found.diff(dim=-1) != 0, numbers.diff(dim=-1) != 0):
+        raise ValueError(
+            "seq_idx numbers other documents than position_ids or cu_seq_lens_q describe. Give position_ids that "
+            "begin again in each document of seq_idx, or leave it out."
+        )
 
 
 def _refuse_unknown(batch: Mapping[str, Any]) -> None:
@@ -162,11 +222,9 @@ def _check_shapes(batch: Mapping[str, Any], batch_size: int, length: int) -> Non
             )
         rows = (1, batch_size) if name == "position_ids" else (batch_size,)
         if len(shape) != (3 if name == "inputs_embeds" else 2) or shape[0] not in rows or shape[1] != length:
-            hint = " For text alone all axes of M-RoPE are equal: leave it out." if len(shape) == 3 else ""
             raise ValueError(
                 f"{name} has shape {shape}, and the batch has {batch_size} rows of {length} tokens. Its shape must "
                 f"begin with these, and have {3 if name == 'inputs_embeds' else 2} dimensions."
-                f"{hint if name == 'position_ids' else ''}"
             )
 
 

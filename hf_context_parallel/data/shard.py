@@ -18,7 +18,7 @@ from ..distributed.agreement import fingerprint
 from ..planning import mask as masks
 from ..planning.balanced import padded_layout
 from ..planning.layout import Layout
-from .batch import IGNORED, PADDING, PASSED_ON, SHARD, read_batch, take_columns
+from .batch import AXES, IGNORED, PADDING, PASSED_ON, SHARD, read_batch, take_columns
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,16 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     positions = layout.positions(rank).to(tokens.device)
     local = {name: batch[name] for name in PASSED_ON if name in batch}
     local |= {name: take_columns(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
+    if AXES in local:
+        local["position_ids"] = local.pop(AXES).permute(2, 0, 1)
     if "labels" in local:
         local["labels"] = local["shift_labels"]  # the same tensor, so that no check has to compare values
     local["use_cache"] = False
     if num_items is not None:
         local.setdefault("num_items_in_batch", num_items)
     packed = "attention_mask" not in batch and any(len(row) > 1 for row in rows)
-    reach = _reach(whole["position_ids"].cpu(), rows, packed)
+    largest = whole[AXES].amax(-1) if AXES in whole else whole["position_ids"]
+    reach = _reach(largest.cpu(), rows, packed)
     lengths = take_columns(reach, layout.positions(rank), layout.length, int(reach.max()))
     unshifted, count = None, None
     if "labels" in batch:
@@ -134,7 +137,7 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
         layout=layout,
         rank=rank,
         rows=rows,
-        positioned="position_ids" in batch,
+        positioned="position_ids" in batch or AXES in whole,
         packed=packed,
         fingerprint=mark,
         lengths=lengths,

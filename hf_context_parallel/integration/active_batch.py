@@ -1,24 +1,30 @@
 """The active batch: the shard, the group and the strategies that patches and the attention function look up.
 
 Transformers passes the tensors of a layer to the attention function and the mask function, and no batch. They find the
-batch here. `ShardedBatch` alone enters and leaves it. Batches nest: evaluation may run inside a training step.
+batch here. The border of a decoder enters and leaves it, and so does the block of `cp.shard`. Gradient checkpointing
+recomputes a layer in backward, perhaps in another thread: the function that is checkpointed carries the batch, and
+enters it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import Any, TypeVar
 
 import torch
 
 from ..attention.auto_strategy import Choice
-from ..attention.strategy import Shape, Strategy, build_strategy
+from ..attention.strategy import Shape, Strategy, build_strategy, with_padding
 from ..cp_group import CPGroup
-from ..data.batch import positions_in_documents
+from ..data.batch import positions_in_documents, take_columns
 from ..data.shard import Shard
 from ..distributed.gather import gather_sequence
 from ..planning.mask import Pattern, layer_type
+
+Part = TypeVar("Part")
 
 
 class ActiveBatch:
@@ -27,16 +33,29 @@ class ActiveBatch:
     Args:
         shard: the tokens of the batch that this rank holds.
         group: the ranks that hold all shards.
+        padding_reads: True to compute attention for the queries of padding too. Their outputs are those of
+            Transformers then, and 0 otherwise. No token reads padding.
+        run_outermost: in the block of `cp.shard`, a function that runs the outermost model on the shard. It is called
+            as `run_outermost(module, forward, args, kwargs)`.
     """
 
-    def __init__(self, shard: Shard, group: CPGroup):
-        self.shard, self.group = shard, group
+    def __init__(
+        self, shard: Shard, group: CPGroup, padding_reads: bool = False, run_outermost: Callable | None = None
+    ):
+        self.shard, self.group, self.run_outermost = shard, group, run_outermost
+        self._padding_reads = padding_reads and shard.padding is not None
         self.handled: dict[str, set[str]] = {}
         """Class names of modules that mix tokens, each with the ways in which they were computed."""
         self.strategies: dict[tuple, Strategy] = {}
         """Strategies of the layers so far, by pattern, communication type and size of a subgroup."""
         self._choices: dict[tuple, Choice] = {}
-        self._closed = False
+        self._parts: dict[type, Any] = {}
+
+    def part(self, kind: type[Part]) -> Part:
+        """Return the part of this batch of a class, `kind(self)`, which is made in the first call."""
+        if kind not in self._parts:
+            self._parts[kind] = kind(self)  # type: ignore[call-arg]
+        return self._parts[kind]
 
     def note(self, module: torch.nn.Module, how: str) -> None:
         """Remember how a module that mixes tokens is computed."""
@@ -55,7 +74,9 @@ class ActiveBatch:
             self._choices[key] = self.group.choice(comm_type, shard.layout, shard.mask(pattern), shape, device)
         made = pattern, *self._choices[key][:2]
         if made not in self.strategies:
-            self.strategies[made] = build_strategy(*made[1:], shard.layout, shard.mask(pattern), shard.rank)
+            mask = shard.mask(pattern)
+            strategy = build_strategy(*made[1:], shard.layout, mask, shard.rank)
+            self.strategies[made] = with_padding(strategy, shard.layout, mask) if self._padding_reads else strategy
         return self.strategies[made]
 
     @cached_property
@@ -64,6 +85,20 @@ class ActiveBatch:
         shard = self.shard
         rows = shard.rows if shard.packed else ((),) * shard.batch_size
         return positions_in_documents(rows, shard.layout.length)[:, shard.layout.positions(shard.rank)]
+
+    def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """Take the tokens of this rank, `[B, S_local, ...]`, of `[B, S, ...]`. Padding of the layout is `fill`.
+
+        Raises:
+            ValueError: if the first two dimensions of the tensor are not those of the whole batch.
+        """
+        shard, found = self.shard, tuple(x.shape[:2])
+        if found != (shard.batch_size, shard.length):
+            raise ValueError(
+                f"a tensor has shape {tuple(x.shape)}, and the batch has {shard.batch_size} rows of {shard.length} "
+                "tokens. Give a tensor whose shape begins with these."
+            )
+        return take_columns(x, shard.layout.positions(shard.rank).to(x.device), shard.layout.length, fill)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Gather `[B, S_local, ...]` to `[B, S, ...]` in the original order, on every rank. Differentiable.
@@ -80,59 +115,68 @@ class ActiveBatch:
             )
         return gather_sequence(x, shard.layout, shard.length, self.group.groups.group)
 
-    def close(self) -> None:
-        """Refuse backward from now on."""
-        self._closed = True
 
-    def check_backward(self) -> None:
-        """Raise unless the gradients of this batch can be computed now."""
-        if self._closed:
-            raise RuntimeError(
-                "backward of a sharded batch ran after its block was left. Call backward() inside "
-                "`with cp.shard(...)`."
-            )
-        if active_batch() is not self:
-            raise RuntimeError(
-                "backward of a sharded batch ran inside the block of another batch. Before backward() of the outer "
-                "batch, leave the inner one first."
-            )
+class _Entered(threading.local):
+    """Stack of the batches that a thread has entered and not left. A None stands for no batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[ActiveBatch | None] = []
 
 
-# This is not a context variable. On CUDA, backward runs in a thread of autograd, which does not see the context
-# variables of another thread. The recomputation of gradient checkpointing runs there too.
-_open: list[ActiveBatch | None] = []
+_entered = _Entered()
 
 
 def active_batch() -> ActiveBatch | None:
-    """Return the innermost batch that has been entered and not left, or None."""
-    return _open[-1] if _open else None
+    """Return the innermost batch that this thread has entered and not left, or None."""
+    return _entered.batches[-1] if _entered.batches else None
 
 
-def enter(batch: ActiveBatch) -> None:
-    """Make a batch the innermost one."""
-    _open.append(batch)
+def enter(batch: ActiveBatch | None) -> None:
+    """Make a batch the innermost one of this thread."""
+    _entered.batches.append(batch)
 
 
-def leave(batch: ActiveBatch) -> None:
-    """Close a batch, which must be the innermost one.
+def leave(batch: ActiveBatch | None) -> None:
+    """Leave a batch, which must be the innermost one of this thread.
 
     Raises:
         RuntimeError: if another batch was entered later and has not been left.
     """
-    batch.close()
-    if _open[-1] is not batch:
-        _open.remove(batch)
+    if _entered.batches[-1] is not batch:
+        _entered.batches.remove(batch)
         raise RuntimeError(
             "a sharded batch was left before one that was entered later. Leave the batch that was entered last first."
         )
-    _open.pop()
+    _entered.batches.pop()
 
 
 @contextmanager
-def no_batch() -> Iterator[None]:
-    """Compute without an active batch: attention is that of Transformers."""
-    _open.append(None)
+def entered(batch: ActiveBatch | None) -> Iterator[None]:
+    """Compute the shard of a batch in this block. With None, attention is that of Transformers."""
+    enter(batch)
     try:
         yield
     finally:
-        _open.pop()
+        leave(batch)
+
+
+def carrying(checkpoint: Callable) -> Callable:
+    """Wrap a function for gradient checkpointing, `checkpoint(run, ...)`, so that `run` carries the active batch.
+
+    The batch is active whenever `run` is called: in the first pass, and in recomputation after the batch was left.
+    """
+
+    @wraps(checkpoint)
+    def carry(run: Callable, *args: Any, **kwargs: Any):
+        batch = active_batch()
+        if batch is None:
+            return checkpoint(run, *args, **kwargs)
+
+        def run_in_batch(*args: Any, **kwargs: Any):
+            with entered(batch):
+                return run(*args, **kwargs)
+
+        return checkpoint(run_in_batch, *args, **kwargs)
+
+    vars(carry)["carries_batch"] = True
+    return carry

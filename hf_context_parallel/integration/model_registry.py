@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -205,15 +206,33 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 
 
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
-    """Return the outermost Transformers model inside a wrapper such as DDP.
+    """Return the first of the outermost Transformers models inside a wrapper such as DDP.
 
     Raises:
         ValueError: if there is none.
     """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ValueError(
-        f"{type(model).__name__} holds no Transformers model, and no other model can be sharded. Pass a Transformers "
-        "model, or call cp.attention in your own model."
-    )
+    return outermost_models(model)[0]
+
+
+def outermost_models(model: torch.nn.Module) -> list[PreTrainedModel]:
+    """List the Transformers models of a module that lie in no other one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = list(models_inside(model))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} holds no Transformers model, and no other model can be sharded. Pass a "
+            "Transformers model, or call cp.attention in your own model."
+        )
+    return found
+
+
+def models_inside(model: torch.nn.Module) -> Iterator[PreTrainedModel]:
+    """Iterate over the Transformers models of a module that lie in no other one, which may be the module itself."""
+    if isinstance(model, PreTrainedModel):
+        yield model
+        return
+    for child in model.children():
+        yield from models_inside(child)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .intervals import Interval, intersection
+from .intervals import Interval, difference, intersection
 
 MOST_STRETCHES = 256
 """Most stretches of tokens between padding in a row. The size of a plan grows with their square."""
@@ -75,8 +75,38 @@ def chunks(document: Document, size: int) -> list[Document]:
     """Cut a document every `size` positions, counted from its first token."""
     (first, _), (_, last) = document[0], document[-1]
     edges = [(start, start + size) for start in range(first, last, size)]
-    cut = (tuple(intersection(list(document), [edge])) for edge in edges)
+    cut = (_cut(document, edge) for edge in edges)
     return [chunk for chunk in cut if chunk]
+
+
+def readers_in_padding(mask: Mask) -> tuple[Mask, Mask] | None:
+    """Describe what padding reads: the tokens of its row, by the same pattern. No token reads padding.
+
+    Attention of Transformers masks the keys of padding and not its queries, so a model has outputs at padding too.
+
+    Returns:
+        Two masks whose documents belong together: the tokens that are read, and the padding that reads them. None if
+        no row has one document and padding.
+    """
+    size, length = mask.pattern.chunk_size, mask.length
+    read, readers = [], []
+    for row in mask.rows:
+        pairs = []
+        if len(row) == 1 and row[0] != ((0, length),):
+            padding = tuple(difference([(0, length)], list(row[0])))
+            edges = [(0, length)]
+            if size is not None:
+                edges = [(start, min(start + size, length)) for start in range(row[0][0][0], length, size)]
+            pairs = [(_cut(row[0], edge), _cut(padding, edge)) for edge in edges]
+        pairs = [(tokens, others) for tokens, others in pairs if tokens and others]
+        read.append(tuple(tokens for tokens, _ in pairs))
+        readers.append(tuple(others for _, others in pairs))
+    pattern = mask.pattern._replace(chunk_size=None)
+    return (Mask(length, tuple(read), pattern), Mask(length, tuple(readers), pattern)) if any(read) else None
+
+
+def _cut(intervals: Document, edge: Interval) -> Document:
+    return tuple(intersection(list(intervals), [edge]))
 
 
 def whole_rows(batch_size: int, length: int) -> tuple[tuple[Document, ...], ...]:

@@ -109,9 +109,13 @@ class Plan:
         return sum(t.stop - t.start for transfers in of_steps for t in transfers if t.peer != self.rank)
 
 
-def build_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
-    """Make the plan of `rank` for a batch with this mask, dealt to the ranks by this layout."""
-    reads = ReadSets(layout, mask)
+def build_plan(layout: Layout, mask: Mask, rank: int, readers: Mask | None = None) -> Plan:
+    """Make the plan of `rank` for a batch with this mask, dealt to the ranks by this layout.
+
+    Args:
+        readers: tokens that read the documents in place of their own tokens; see `readers_in_padding`.
+    """
+    reads = ReadSets(layout, mask, readers)
     steps = [_own_step(reads, rank)]
     steps += [_step(reads, rank, distance) for distance in range(1, layout.size)]
     return Plan(rank, layout.size, steps[0].tokens, tuple(steps))

@@ -28,18 +28,24 @@ class _Gathered(NamedTuple):
 
 
 class ReadSets:
-    """Keys of each `owner` that each `reader` reads, and the ranks that send them."""
+    """Keys of each `owner` that each `reader` reads, and the ranks that send them.
 
-    def __init__(self, layout: Layout, mask: Mask):
+    Args:
+        layout: the rank of each token.
+        mask: the documents, whose tokens read each other by its pattern.
+        readers: tokens that read the documents in place of their own tokens: a mask with as many documents.
+    """
+
+    def __init__(self, layout: Layout, mask: Mask, readers: Mask | None = None):
         self.layout = layout
         self.mask = mask
-        documents = [document for row in mask.apart() for document in row]
-        self.spans = [document[-1][1] - document[0][0] for document in documents]
+        both = zip(_edges(mask), _edges(mask if readers is None else readers))
+        self.spans = [max(a[1], b[1]) - min(a[0], b[0]) for a, b in both]
         self.documents = pieces_of_documents(layout, mask)
-        self.of_rank: list[set[int]] = [set() for _ in range(layout.size)]
-        for number, pieces in enumerate(self.documents):
-            for rank in pieces:
-                self.of_rank[rank].add(number)
+        self.of_rank = _by_rank(self.documents, layout.size)
+        self.are_apart = readers is not None
+        self.queries = self.documents if readers is None else pieces_of_documents(layout, readers)
+        self.read_by = _by_rank(self.queries, layout.size)
         self.needed = lru_cache(maxsize=None)(self._needed)
 
     def tokens(self, rank: int) -> int:
@@ -48,8 +54,8 @@ class ReadSets:
 
     def _shared(self, reader: int, owner: int) -> Iterator[tuple[int, list[Piece], list[Piece]]]:
         """Yield, for each document that both ranks hold, its number, the reader's pieces and the owner's pieces."""
-        for number in sorted(self.of_rank[reader] & self.of_rank[owner]):
-            yield number, self.documents[number][reader], self.documents[number][owner]
+        for number in sorted(self.read_by[reader] & self.of_rank[owner]):
+            yield number, self.queries[number][reader], self.documents[number][owner]
 
     def _visible(self, number: int, query: Piece, keys: list[Piece]) -> list[Piece]:
         """Parts that `query` reads of `keys`, which are the pieces of document `number` on another rank.
@@ -166,7 +172,7 @@ class ReadSets:
             assert nearest is not None  # a window has both ends
             for query, key, band in _windowed_tiles(queries, keys, nearest, furthest):
                 yield query, key, band.within(query[1] - query[0], key[1] - key[0])
-        elif own and nearest == 0:
+        elif own and nearest == 0 and not self.are_apart:
             # A rank holds its tokens in order. So a run of them is causal within itself, even with gaps.
             runs = runs_of(queries)
             for index, run in enumerate(runs):
@@ -181,6 +187,20 @@ class ReadSets:
                 for query in runs_of(group):
                     for key in runs_of(keys[:count]):
                         yield query, key, FULL
+
+
+def _edges(mask: Mask) -> list[Interval]:
+    """List the first position of each document, and the one after its last."""
+    return [(document[0][0], document[-1][1]) for row in mask.apart() for document in row]
+
+
+def _by_rank(documents: list[dict[int, list[Piece]]], size: int) -> list[set[int]]:
+    """List the numbers of the documents of which each rank holds tokens."""
+    numbers: list[set[int]] = [set() for _ in range(size)]
+    for number, pieces in enumerate(documents):
+        for rank in pieces:
+            numbers[rank].add(number)
+    return numbers
 
 
 def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furthest: int) -> Iterator[Tile]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,25 @@ class CpAccelerator(Accelerator):
 
     cp: ContextParallel
     _for_metrics = False
+    _counts_groups = False
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes, or, where a loss is computed, of those that a mean over processes counts for one."""
+        processes = super().num_processes
+        return processes // self.cp.size if self._counts_groups else processes
+
+    @contextmanager
+    def counting_groups(self) -> Iterator[None]:
+        """Count each CP group as one process in this block.
+
+        The Trainer multiplies a loss by the number of processes that hold other samples, since DDP divides by it.
+        """
+        before, self._counts_groups = self._counts_groups, True
+        try:
+            yield
+        finally:
+            self._counts_groups = before
 
     def prepare_data_loader(
         self,
@@ -186,7 +206,7 @@ class CpAccelerator(Accelerator):
         return loader
 
     def _prepare_cp(self, *args: Any):
-        """Skip accelerate's own context parallelism, which supports causal SDPA alone; `cp.shard` shards batches."""
+        """Skip accelerate's own context parallelism, which supports causal SDPA alone."""
         return args
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
@@ -205,7 +225,7 @@ class CpAccelerator(Accelerator):
         loader = self.gradient_state.active_dataloader
         # After the groups were resized, an older loader still deals to the groups that it was prepared for.
         groups = getattr(loader, "groups", self.cp.groups)
-        ranks = gathered.unflatten(0, (self.num_processes, -1))[groups.first_ranks]
+        ranks = gathered.unflatten(0, (self.state.num_processes, -1))[groups.first_ranks]
         counts = getattr(loader, "counts", None)
         if counts is None:
             return ranks.flatten(0, 1)

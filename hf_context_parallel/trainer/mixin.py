@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import ParallelismConfig
-from accelerate.utils import recursively_apply
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
@@ -20,10 +18,8 @@ from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
 from ..distributed.mesh import mesh_of
 from ..dynamic.scheduler import Scheduler
-from ..integration.active_batch import active_batch
-from ..integration.checks.model import check_model
+from ..integration.parallelize import models_to_shard, parallelize
 from ..integration.patches.randomness import share_streams
-from ..integration.tensor_parallel.checks import check_parallelism
 from ..verification.verify import verify
 from .accelerate import (
     ENABLED,
@@ -43,14 +39,14 @@ from .step_state import StepState
 class ContextParallelMixin:
     """Makes a Trainer split each sequence over the ranks of a CP group: `class Mine(ContextParallelMixin, Trainer)`.
 
-    The Trainer takes the same data set, collator and arguments as on one process. The collator yields whole batches,
-    and the mixin shards them. All ranks of a CP group get the same samples, and different groups get different
-    samples. The batch size is per CP group. Losses, gradient norms, evaluations and predictions equal those of one
-    process. For packed batches they equal those of each document alone, even where Transformers' own attention lets
-    documents see each other.
+    The Trainer takes the same data set, collator and arguments as on one process. All ranks of a CP group get the same
+    whole batches, and different groups get different samples. The batch size is per CP group. The model is prepared by
+    `parallelize`, so `compute_loss`, `compute_loss_func`, metrics and predictions see whole batches, as on one
+    process, and losses, gradient norms, evaluations and predictions equal those of one process. For packed batches
+    they equal those of each document alone, even where Transformers' own attention lets documents see each other.
 
-    A subclass that overrides `compute_loss` begins with `super().compute_loss`. This scales the loss so that its mean
-    over all ranks is the loss of one process. The inputs and outputs that `compute_loss` sees are those of a shard.
+    Other models that the Trainer holds, such as a reference or a teacher, are prepared too if they were loaded with
+    `attn_implementation="context_parallel"`.
 
     Training logs gain `tokens_per_second` (of all ranks), `tokens_per_second_per_rank`, `sequence_length` (the longest
     since the last log) and `peak_memory_gib` (above the start of a step, of the rank that needed most).
@@ -75,9 +71,9 @@ class ContextParallelMixin:
         self._step_state = StepState()
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
-            self.data_collator = self.data_collator.collator  # the mixin shards: predictions need whole batches
-        check_model(self.model)
-        check_parallelism(self.model, self.cp.group)
+            self.data_collator = self.data_collator.collator  # the model shards, and takes whole batches
+        for model in (self.model, *models_to_shard(self)):
+            parallelize(model, self.cp)
         check_trainer(self, self._config)
         if self._config.verify and self.cp.size > 1:
             self.add_callback(_Verification(self))
@@ -112,45 +108,18 @@ class ContextParallelMixin:
         self.accelerator.cp = self.cp
         self.gather_function = self.accelerator.gather_for_metrics
 
+    def call_model_init(self, trial: Any = None) -> torch.nn.Module:
+        """Make a model by `model_init`, for a run of `train` too, and prepare it."""
+        model = super().call_model_init(trial)
+        return parallelize(model, self.cp) if hasattr(self, "cp") else model
+
     def get_cp_size(self) -> int:
         """Return the size of a CP group, by which Trainer divides batch sizes."""
         return self.cp.size
 
     def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: Mapping[str, Any]):
-        """Shard the inputs of a step, as the hook of the Trainer that returns the step's context and its inputs."""
-        if self._step_state.predicting:  # prediction_step has already sharded the inputs
-            return nullcontext, inputs
-        sharded = self.cp.shard(self._prepare_inputs(inputs), model)
-        step = ExitStack()
-        local = step.enter_context(sharded)
-        step.enter_context(self._prepared(local))
-        if self._scheduler is None:
-            self._count(sharded.shard.batch_size * sharded.shard.length, sharded.shard.length)
-        return lambda: step, local
-
-    @contextmanager
-    def _prepared(self, local: Mapping[str, Any]) -> Iterator[None]:
-        """Leave the shard unchanged when Trainer calls `_prepare_inputs` with it.
-
-        The whole batch has already been prepared. Preparing twice could be wrong, because a subclass may do more than
-        move tensors, such as masking labels.
-        """
-        prepare, own = self._prepare_inputs, vars(self).get("_prepare_inputs")
-
-        def prepare_others(inputs):
-            # The shard is recognised by its tensors, since a subclass may have put them into another dictionary.
-            tensors = {name: value for name, value in local.items() if isinstance(value, torch.Tensor)}
-            ours = isinstance(inputs, Mapping) and any(inputs.get(name) is tensors[name] for name in tensors)
-            return inputs if ours else prepare(inputs)
-
-        self._prepare_inputs = prepare_others
-        try:
-            yield
-        finally:
-            if own is None:
-                del self._prepare_inputs
-            else:
-                self._prepare_inputs = own
+        """Leave the inputs whole. Trainer would shard them for accelerate's own context parallelism."""
+        return nullcontext, inputs
 
     def _count(self, tokens: int, longest: int) -> None:
         """Count the tokens that this rank's group computes, for the logs."""
@@ -173,9 +142,11 @@ class ContextParallelMixin:
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run a training step, with `dynamic` round by round. Its loss must come from the mixin's `compute_loss`."""
+        """Run a training step, with `dynamic` round by round."""
         if self._scheduler is None:
-            return self._finite_together(self._checked_step(model, inputs, num_items_in_batch))
+            rows, length = _shape_of(inputs)
+            self._count(rows * length, length)
+            return super().training_step(model, inputs, num_items_in_batch)
         rounds = self._step_state.rounds.pop(0) if self._step_state.rounds else self._scheduler.rounds([inputs])
         loss = torch.zeros((), device=self.args.device)
         sync = self.accelerator.gradient_state.sync_gradients
@@ -186,22 +157,11 @@ class ContextParallelMixin:
                 self._count(round.tokens, round.longest)
                 self.accelerator.gradient_state._set_sync_gradients(sync and last)
                 with nullcontext() if last else self._without_reduction(model):
-                    loss = loss + self._checked_step(model, round.batch, num_items_in_batch)
+                    loss = loss + super().training_step(model, round.batch, num_items_in_batch)
         finally:
             self.cp.switch(self._config.size)
             self.accelerator.gradient_state._set_sync_gradients(sync)
-        return self._finite_together(loss)
-
-    def _finite_together(self, loss: torch.Tensor) -> torch.Tensor:
-        """Make the loss non-finite on all ranks if it is non-finite on one.
-
-        The `logging_nan_inf_filter` then leaves a step out of the logs on all ranks or on none.
-        """
-        if not self.args.logging_nan_inf_filter or not dist.is_initialized():
-            return loss
-        total = loss.clone()
-        dist.all_reduce(total, group=self.cp.groups.group if self._scheduler is None else None)
-        return torch.where(total.isfinite(), loss, total)
+        return loss
 
     def _without_reduction(self, model: torch.nn.Module) -> AbstractContextManager:
         """Return a context in which backward adds up gradients without reducing them over ranks."""
@@ -211,94 +171,33 @@ class ContextParallelMixin:
             return self._defer_fsdp_gradient_reduction()  # accelerate does not know of a model sharded while loading
         return self.accelerator.no_sync(model)
 
-    def _checked_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
-        self._step_state.loss_is_ours = False
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._refuse_other_losses()
-        return loss
-
-    def _refuse_other_losses(self) -> None:
-        if not self._step_state.loss_is_ours:
-            raise ValueError(
-                f"{type(self).__name__}.compute_loss does not call super().compute_loss, and a mean over a shard "
-                "is not the mean over the batch. Begin with super().compute_loss(..., return_outputs=True), and keep "
-                "its loss, or add sums over the tokens of this shard that are divided by the same count."
-            )
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Compute Trainer's loss, scaled so that its mean over all ranks is the loss of one process."""
-        self._step_state.loss_is_ours = True
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            return result  # Trainer has scaled it
-        if active_batch() is None:
-            return result  # a user's own call on whole sequences
-        # The model divided its sum by the count of the whole batch, and DDP takes the mean over the group's sums.
-        if return_outputs:
-            return result[0] * self.cp.size, result[1]
-        return result * self.cp.size
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of the whole batch, as the Trainer does where each CP group is one process."""
+        with self.accelerator.counting_groups():
+            return super().compute_loss(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the targets of the samples of all CP groups, each sample once.
 
-        Without `average_tokens_across_devices`, it is the count of this rank's samples, divided by the size of the
-        group, because DDP takes the mean over its ranks.
+        Without `average_tokens_across_devices`, it is the count of this rank's samples.
         """
-        if self._step_state.predicting:
-            return self._step_state.whole_num_items
-        labelled = batch_samples and not {"labels", "shift_labels"}.isdisjoint(batch_samples[0])
-        if not (self.model_accepts_loss_kwargs and labelled):
+        wanted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        targets = [self._targets(batch) for batch in batch_samples] if wanted else []
+        if not targets or any(labels is None for labels in targets):
             return None
-        count = torch.stack([self._targets(batch).ne(IGNORED).sum() for batch in batch_samples]).sum().to(device)
+        count = torch.stack([labels.ne(IGNORED).sum() for labels in targets]).sum().to(device)
         if self.args.average_tokens_across_devices:
             return self.accelerator.gather(count[None])[self.cp.groups.first_ranks].sum()
-        return count / self.cp.groups.size
+        return count
 
-    def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        if "shift_labels" in batch:
-            return batch["shift_labels"]
-        return batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Run a prediction step, which returns whole outputs in the order of the batch on every rank."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.get("labels")
-        self._step_state.whole_num_items = self._get_num_items_in_batch([inputs], self.args.device)
-        with self.cp.shard(inputs, model) as local, self._prepared(local):
-            self._step_state.predicting, self._step_state.loss_is_ours = True, False
-            try:
-                loss, outputs, _ = super().prediction_step(model, local, prediction_loss_only, ignore_keys)
-                outputs = recursively_apply(self._gather_output, outputs) if outputs is not None else None
-            finally:
-                self._step_state.predicting = False
-        if loss is not None:
-            self._refuse_other_losses()
-        if loss is not None and self.cp.size > 1:
-            dist.all_reduce(loss, group=self.cp.groups.group)
-            loss = loss / self.cp.size
-        return loss, outputs, labels if outputs is not None else None
-
-    def _gather_output(self, output: torch.Tensor) -> torch.Tensor:
-        shard = active_batch().shard
-        if tuple(output.shape[:2]) != shard.local_shape:
-            raise ValueError(
-                f"the model returned an output of shape {tuple(output.shape)}, which does not begin with the rows and "
-                f"tokens of the shard, {shard.local_shape}, so it cannot be gathered. Name it in ignore_keys, or set "
-                "prediction_loss_only=True."
-            )
-        return self.cp.gather(output)
+    def _targets(self, batch: Any) -> torch.Tensor | None:
+        """Return the targets of a batch, or None if it has none that can be counted."""
+        if not isinstance(batch, Mapping):
+            return None
+        labels, shifted = batch.get("labels"), batch.get("shift_labels")
+        if shifted is None and isinstance(labels, torch.Tensor):
+            return labels[..., 1:] if self._loss_shifts_labels else labels
+        return shifted if isinstance(shifted, torch.Tensor) else None
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
         """Compute this rank's share of the operations of the whole batch, since Trainer sums over ranks."""
@@ -346,6 +245,13 @@ class ContextParallelMixin:
 
 class ContextParallelTrainer(ContextParallelMixin, Trainer):
     """Trainer of Transformers with `context_parallel=ContextParallelConfig(...)`. See `ContextParallelMixin`."""
+
+
+def _shape_of(inputs: Any) -> tuple[int, int]:
+    """Return rows and tokens of the inputs of a step, and zeros if they hold no tokens."""
+    tokens = [inputs.get(name) for name in ("input_ids", "inputs_embeds")] if isinstance(inputs, Mapping) else []
+    shapes = [tuple(x.shape[:2]) for x in tokens if isinstance(x, torch.Tensor) and x.dim() > 1]
+    return shapes[0] if shapes else (0, 0)
 
 
 class _Verification(TrainerCallback):

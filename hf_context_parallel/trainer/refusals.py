@@ -15,7 +15,6 @@ UNDOCUMENTED = {
         "create_accelerator_and_postprocess",
         "_build_accelerator_args",
         "_prepare_context_parallel_inputs",
-        "_prepare_inputs",
         "_get_num_items_in_batch",
         "_track_num_input_tokens",
         "_load_rng_state",
@@ -46,27 +45,9 @@ def check_trainer(trainer: Trainer, config: ContextParallelConfig) -> None:
     """
     cases = (
         (
-            trainer.label_smoother is not None,
-            f"label_smoothing_factor={trainer.args.label_smoothing_factor} shifts labels within a shard. Set it to 0",
-        ),
-        (
-            trainer.compute_loss_func is not None,
-            "compute_loss_func would get the outputs of a shard, and labels that are already shifted. Override "
-            "compute_loss instead, and begin with super().compute_loss",
-        ),
-        (
             getattr(trainer.args, "train_sampling_strategy", None) == "batch_rebalance",
             "train_sampling_strategy='batch_rebalance' deals samples to ranks and not to CP groups. Leave it at "
             "its default",
-        ),
-        (
-            trainer.args.neftune_noise_alpha is not None,
-            f"neftune_noise_alpha={trainer.args.neftune_noise_alpha} would scale noise by the length of a shard. Set "
-            "it to None",
-        ),
-        (
-            trainer.label_names != ["labels"],
-            f"label_names={trainer.label_names} cannot be sharded. Use ['labels']",
         ),
         (
             trainer.args.n_gpu > 1,

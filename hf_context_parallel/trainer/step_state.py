@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from ..dynamic.scheduler import Round
 
 
@@ -14,18 +12,12 @@ class StepState:
     """State of the present step, and counts since the last log.
 
     Args:
-        predicting: True if `prediction_step` has sharded the inputs.
-        whole_num_items: the number of targets of the whole batch in a prediction step.
-        loss_is_ours: True if the step has called the mixin's `compute_loss`.
         all_log: True while all ranks log together.
         rounds: with `dynamic`, the rounds of each training step until the next optimizer step.
         tokens: this rank's share of the tokens since the last log.
         longest: tokens of the longest row since the last log.
     """
 
-    predicting: bool = False
-    whole_num_items: torch.Tensor | int | None = None
-    loss_is_ours: bool = False
     all_log: bool = False
     rounds: list[list[Round]] = field(default_factory=list)
     tokens: float = 0.0

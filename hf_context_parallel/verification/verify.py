@@ -22,12 +22,11 @@ from torch.distributed.fsdp import FSDPModule
 from ..context_parallel import ContextParallel
 from ..distributed.agreement import collective, fingerprint
 from ..distributed.mesh import world
-from ..integration.checks.model import check_model
 from ..integration.model_registry import transformers_model
+from ..integration.parallelize import parallelize
 from ..integration.patches.rope import follows_length
-from ..integration.tensor_parallel.checks import check_parallelism
 from ..integration.tensor_parallel.plan_styles import styles_of
-from ..integration.tensor_parallel.replicated import ReplicatedParameters
+from ..integration.tensor_parallel.replicated import AlwaysReplicated
 from .layers.batches import make_batches
 from .layers.runs import Difference, Sharded, Whole
 
@@ -52,11 +51,10 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
 
     Raises:
         ValueError: on every rank, if a layer differs by more than rounding explains. The error names the first such
-            layer. It is also raised if `cp.shard` would refuse the model.
+            layer. It is also raised if `parallelize` refuses the model.
     """
     with collective(world(), "models", "Give every process the same model.") as notes:
-        check_model(model)
-        check_parallelism(model, cp.group)
+        parallelize(model, cp)
         with _untouched(model), _summed(model, cp):
             differences = _compare_batches(model, cp)
         notes.fingerprint = fingerprint({"compared": [difference[:3] for difference in differences]})
@@ -104,7 +102,7 @@ def _compare_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Differ
     for batch in make_batches(model, cp):
         try:
             records = Whole(model, batch).run()
-            differences += Sharded(model, batch, records).run(cp)
+            differences += Sharded(model, batch, records).run()
         except ValueError as error:  # some models refuse packed rows, or padding
             refusal = error
     if not differences:
@@ -117,7 +115,7 @@ def _compare_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Differ
 @contextmanager
 def _summed(model: torch.nn.Module, cp: ContextParallel) -> Iterator[None]:
     """Remove the hooks of Transformers on replicated parameters, in the run on whole sequences as on shards."""
-    replacement = ReplicatedParameters(cp.groups.tensor.group)
+    replacement = AlwaysReplicated(cp.groups.tensor.group)
     if cp.groups.tensor.size > 1:
         replacement.replace_all(styles_of(transformers_model(model)))
     try:

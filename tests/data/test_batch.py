@@ -84,9 +84,38 @@ def test_lengths_of_keys_alone_are_refused():
         pass
 
 
-def test_three_axes_of_positions_say_what_to_do():
-    with (
-        pytest.raises(ValueError, match=r"have 2 dimensions\. For text alone all axes of M-RoPE are equal: leave"),
-        context().shard({**labelled(), "position_ids": torch.arange(19).expand(3, 2, 19)}),
-    ):
+def test_positions_on_several_axes_are_sharded_on_each():
+    axes = torch.randint(50, (3, 2, 19), generator=torch.Generator().manual_seed(0))
+    with context().shard({**labelled(), "position_ids": axes}) as local:
+        assert torch.equal(local["position_ids"][..., :19], axes)
+    text = torch.cat([torch.arange(9), torch.arange(10)]).expand(1, 2, 19)  # of four axes the first is of the text
+    block = context().shard({**labelled(), "position_ids": torch.cat([text, axes])})
+    with block:
+        assert block.shard.packed and [len(row) for row in block.shard.rows] == [2, 2]
+
+
+def test_positions_that_count_the_tokens_of_a_mask_make_one_document():
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[0, :5] = mask[1, 12:] = 0
+    for fill in (0, 1):
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, fill)
+        batch = {"input_ids": tokens(2, 19), "attention_mask": mask, "position_ids": positions}
+        block = context().shard(batch)
+        with block:
+            assert not block.shard.packed and block.shard.rows == ((((5, 19),),), (((0, 12),),))
+
+
+def test_seq_idx_repeats_what_positions_say():
+    positions, numbers = document_positions(7, 12), torch.tensor([[0] * 7 + [1] * 12])
+    with context().shard({"input_ids": tokens(1, 19), "position_ids": positions, "seq_idx": numbers}) as local:
+        assert "seq_idx" not in local
+    wrong = {"input_ids": tokens(1, 19), "position_ids": positions, "seq_idx": numbers.roll(1)}
+    for batch in (wrong, {"input_ids": tokens(1, 19), "seq_idx": numbers}):
+        with pytest.raises(ValueError, match="seq_idx numbers other documents"), context().shard(batch):
+            pass
+
+
+def test_a_mask_that_counts_documents_is_refused():
+    batch = {"input_ids": tokens(1, 6), "attention_mask": torch.tensor([[1, 1, 1, 2, 2, 3]])}
+    with pytest.raises(ValueError, match="attention_mask has the value 3"), context().shard(batch):
         pass

@@ -100,20 +100,25 @@ def test_blocks_nest(on_ranks, checkpointing):
     assert max(on_ranks(2, nested_errors, checkpointing)) < 1e-6
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-def test_backward_belongs_inside_the_block(checkpointing):
-    cp, batch, model = context(), labelled(), tiny_model("llama", "context_parallel")
+def errors_of_two_batches(checkpointing: dict | None) -> float:
+    """Compute the gradients of two batches together, after both blocks were left."""
+    cp, both = context(), (labelled(), labelled(1, 7, seed=5))
+    whole, sharded = tiny_model("llama", None), tiny_model("llama", "context_parallel")
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(checkpointing)
-        model.train()
-    with cp.shard(batch, model) as local:
-        loss = model(**local).loss
-    with pytest.raises(RuntimeError, match=r"backward\(\) inside `with cp.shard"):
-        loss.backward()
-    with cp.shard(batch, model) as local:
-        loss = model(**local).loss
-        with pytest.raises(RuntimeError, match="leave the inner one first"), cp.shard(labelled(seed=3), model):
-            loss.backward()
+        sharded.gradient_checkpointing_enable(checkpointing)
+        sharded.train()
+    sum(whole(**batch, use_cache=False).loss for batch in both).backward()
+    losses = []
+    for batch in both:
+        with cp.shard(batch, sharded) as local:
+            losses.append(sharded(**local).loss)
+    sum(losses).backward()
+    return max(error(reduced(a.grad), b.grad) for a, b in zip(sharded.parameters(), whole.parameters()))
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_backward_may_run_after_the_block_and_of_several_batches_at_once(on_ranks, checkpointing):
+    assert max(on_ranks(2, errors_of_two_batches, checkpointing)) < 1e-6
 
 
 def test_a_block_is_entered_once():
@@ -132,14 +137,3 @@ def test_training_goes_on_unsharded_after_a_shard():
     with cp.shard(batch, model) as local:
         model(**local).loss.backward()
     model(**batch, use_cache=False).loss.backward()
-
-
-def test_backward_of_two_batches_at_once_is_refused():
-    """Backward of two batches is refused under reentrant checkpointing, whose graph is made in backward."""
-    cp, model = context(), tiny_model("llama", "context_parallel")
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.train()
-    with cp.shard(labelled(), model) as local:
-        first = model(**local).loss
-    with pytest.raises(RuntimeError, match="backward"), cp.shard(labelled(seed=3), model) as local:
-        (first + model(**local).loss).backward()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...compat import attention_name, base_class_names, causal_lm_classes, causal_lm_loss
+from ...cp_group import CPGroup
 from ..model_registry import (
     CHECKED_AS,
     NAME,
@@ -17,9 +19,13 @@ from ..model_registry import (
     known_states,
     transformers_model,
 )
-from ..patches.module_patch import own_forward
+from ..patches.module_patch import inside_patches
 from ..switches import switches
-from .peft import check_tuners
+from .inputs import ENCODED
+from .peft import check_adapters, check_tuners
+
+WRAPPERS = ("accelerate", "torch", "transformers")
+"""Packages whose wrappers around a forward do not change its results."""
 
 
 def check_model(model: torch.nn.Module) -> None:
@@ -34,8 +40,8 @@ def check_model(model: torch.nn.Module) -> None:
     module = transformers_model(model)
     config, name = module.config, type(module).__name__
     check_config(config)
-    stock = _stock_class(module)
-    if stock is None or not _has_forward_of(stock, module):
+    stock = stock_class(module, base_class_names().union(causal_lm_classes().values()))
+    if stock is None or not has_forward_of(stock, module):
         raise ValueError(
             f"{name} is not one of Transformers' causal language models, or has a forward of its own, as fused losses "
             "(liger, unsloth) give it, and that would run on the outputs of a shard. Use a class that "
@@ -63,26 +69,112 @@ def check_model(model: torch.nn.Module) -> None:
         )
 
 
-def _stock_class(model: PreTrainedModel) -> type | None:
-    """Return the class of the model, or a base of it, that `AutoModelForCausalLM` or `AutoModel` chooses, or None."""
-    names = base_class_names().union(causal_lm_classes().values())
+def stock_class(model: PreTrainedModel, names: Container[str] | None = None) -> type | None:
+    """Return the class of a model, or a base of it, that Transformers wrote, or None.
+
+    Args:
+        names: the names that the class may have; None for all.
+    """
     for kind in type(model).__mro__:
-        if kind.__module__.startswith("transformers.") and kind.__name__ in names:
+        if kind.__module__.startswith("transformers.models.") and (names is None or kind.__name__ in names):
             return kind
     return None
 
 
-def _has_forward_of(stock: type, model: PreTrainedModel) -> bool:
+def has_forward_of(stock: type, model: PreTrainedModel) -> bool:
     """Return whether the model runs the forward that Transformers wrote.
 
-    The model, its class and the stock class must all have that forward. A wrapper may lie around it if it sets
-    `__wrapped__`, as the one of accelerate does.
+    The model, its class and the stock class must all have that forward. Wrappers of accelerate, torch and Transformers
+    may lie around it. Any other wrapper may do more than calling it, whatever it says by `__wrapped__`.
     """
-    original = inspect.unwrap(stock.forward)
-    if type(model).forward is not stock.forward or not original.__module__.startswith("transformers."):
+    original = _unwrapped(stock.forward)
+    if type(model).forward is not stock.forward or not _package(original).startswith("transformers.models."):
         return False
-    own = inspect.unwrap(own_forward(model))
-    return getattr(own, "__func__", own) is original
+    return _unwrapped(model.forward) is original
+
+
+def _unwrapped(function: Callable) -> Any:
+    """Return the function inside of the wrappers of accelerate, torch, Transformers and this package."""
+    while True:
+        function = inside_patches(function)
+        function = getattr(function, "__func__", function)
+        if not hasattr(function, "__wrapped__") or _package(function).split(".")[0] not in WRAPPERS:
+            return function
+        function = function.__wrapped__
+
+
+def _package(function: Any) -> str:
+    """Return the module that holds the code of a function. `__module__` is copied by `functools.wraps`."""
+    return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+
+
+def check_decoder(decoder: PreTrainedModel, outermost: PreTrainedModel) -> None:
+    """Refuse a model whose decoder would not be exact on shards. What lies around the decoder sees whole batches.
+
+    Args:
+        decoder: the module that holds all layers that mix tokens.
+        outermost: the Transformers model around it, or the decoder itself.
+
+    Raises:
+        ValueError: naming the type or setting, and what to do.
+    """
+    if getattr(outermost.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(outermost).__name__} is an encoder and a decoder, which read different sequences, and the decoder "
+            "alone is exact. Load the decoder with AutoModelForCausalLM."
+        )
+    types = dict.fromkeys(CHECKED_AS.get(x.config.model_type, x.config.model_type) for x in (decoder, outermost))
+    known = [name for name in types if name in known_states()]
+    for model in (decoder, outermost):
+        if not known or CHECKED_AS.get(model.config.model_type, model.config.model_type) in known:
+            check_config(model.config)
+    stock = stock_class(decoder)
+    if stock is None or not has_forward_of(stock, decoder):
+        raise ValueError(
+            f"{type(decoder).__name__} is no model of Transformers, or has a forward of its own, which may mix "
+            "tokens. Use a model whose decoder is one of Transformers, with its forward unchanged."
+        )
+    attention = attention_name(decoder.config)
+    if attention != NAME:
+        raise ValueError(
+            f"{type(decoder).__name__} was loaded with attn_implementation={attention!r}. Load it with "
+            f"attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})."
+        )
+
+
+def check_call(decoder: PreTrainedModel, outer: PreTrainedModel, given: Mapping[str, Any], group: CPGroup) -> None:
+    """Refuse a call of a decoder that would not be exact on shards.
+
+    Args:
+        decoder: the decoder.
+        outer: the model around it that was called, or the decoder itself.
+        given: the arguments of the call of the decoder by name.
+
+    Raises:
+        ValueError: naming the setting or the argument, and what to do.
+    """
+    for model in {decoder, outer}:
+        check_adapters(model)
+    if decoder.training:
+        _refuse_layer_drop(decoder.config)
+    group.config.check_layers(getattr(decoder.config, "num_hidden_layers", None))
+    if given.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: no rank holds the attention weights of whole sequences. Leave it out, or run the "
+            "model in `with cp.whole(model):`."
+        )
+    for name in ENCODED:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name}: cross-attention to the tokens of an encoder has not been found exact on shards of the "
+                "decoder. Leave it out, or run the model in `with cp.whole(model):`."
+            )
+    wanted = given.get("output_hidden_states")
+    if group.config.sequence_parallel and (decoder.config.output_hidden_states if wanted is None else wanted):
+        raise ValueError(
+            "output_hidden_states=True: with sequence_parallel=True a layer returns a part of the tokens of the "
+            "shard, which cannot be gathered. Switch one of the two off."
+        )
 
 
 def _refuse_layer_drop(config: PreTrainedConfig) -> None:

@@ -11,9 +11,10 @@ from ...compat import add_to_attention_tables
 from ...planning.mask import Pattern
 from ..active_batch import ActiveBatch, active_batch
 from ..model_registry import NAME, TEXT_ALONE, attends_to_layers, sees_whole
+from ..patches.module_patch import ran_sharded
 from ..patches.positions import corrected_query
 from .planned_mask import PlannedMask
-from .stock_attention import ran_sharded, unsharded_attention
+from .stock_attention import unsharded_attention
 
 HARMLESS = {
     "cache_position",
@@ -92,7 +93,7 @@ def context_parallel_attention(
         query, key, value, scale=scaling, softcap=softcap, dropout_p=dropout, deterministic=deterministic
     )
     strategy = batch.strategy(module, pattern, call.shape, query.device)
-    return batch.group.attend(call, strategy, s_aux, batch.check_backward), None
+    return batch.group.attend(call, strategy, s_aux), None
 
 
 def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:

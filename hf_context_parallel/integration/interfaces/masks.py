@@ -11,8 +11,11 @@ from typing import Any
 from transformers import AttentionMaskInterface
 
 from ...compat import chunks_count_from_documents
+from ...data.shard import Shard
+from ...planning.mask import Pattern
 from ..active_batch import active_batch
 from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
+from ..outer_call import outer_call
 from ..switches import switches
 from .mask_patterns import read_pattern
 from .planned_mask import PlannedMask
@@ -36,7 +39,11 @@ def context_parallel_mask(**kwargs: Any) -> Any:
         ValueError: if the mask cannot be sharded, or if the model type needs another attention outside of a batch.
     """
     config = kwargs["config"]
-    batch = active_batch()
+    batch, call = active_batch(), outer_call()
+    options = {name: value for name, value in kwargs.items() if name.startswith("allow_is_")}
+    if batch is None and call is not None:  # the decoder is going to get this mask, and to shard it
+        pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not call.typed)
+        return PlannedMask(pattern, config, options, padding=kwargs.get("attention_mask"))
     if batch is None:
         if config.model_type in DEPENDS_ON_ATTN_NAME and not switches.stock_attn_name:
             raise ValueError(
@@ -50,16 +57,24 @@ def context_parallel_mask(**kwargs: Any) -> Any:
     if given is not None and not given.all():  # some models make a mask of ones when they are given none
         raise ValueError(GIVEN_A_MASK)
     pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not batch.shard.typed)
-    if pattern.chunk_size is not None and not chunks_count_from_documents() and batch.shard.packed:
+    check_chunks(pattern, config.model_type, batch.shard)
+    return PlannedMask(pattern, config, options)
+
+
+def check_chunks(pattern: Pattern, model_type: str, shard: Shard) -> None:
+    """Refuse chunked attention of documents that Transformers would cut into other chunks.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    if pattern.chunk_size is not None and not chunks_count_from_documents() and shard.packed:
         raise ValueError(
-            f"{config.model_type!r} has chunked attention, and the installed version of Transformers counts chunks "
+            f"{model_type!r} has chunked attention, and the installed version of Transformers counts chunks "
             "from the start of the row and not of each document. Install Transformers 5.18 or newer, or do not pack."
         )
-    if pattern.chunk_size is not None and batch.shard.begins % pattern.chunk_size:
+    if pattern.chunk_size is not None and shard.begins % pattern.chunk_size:
         raise ValueError(
-            f"{config.model_type!r} has attention in chunks of {pattern.chunk_size} positions, and a packed document "
+            f"{model_type!r} has attention in chunks of {pattern.chunk_size} positions, and a packed document "
             "begins at a position that is no multiple of it, so Transformers would cut other chunks than this "
             "package. Let the position_ids of each document begin at 0."
         )
-    options = {name: value for name, value in kwargs.items() if name.startswith("allow_is_")}
-    return PlannedMask(pattern, config, options)

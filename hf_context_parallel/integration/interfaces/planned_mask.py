@@ -25,21 +25,28 @@ class PlannedMask:
         pattern: the keys that a token of the layer reads, apart from documents and padding.
         config: the configuration of the model.
         options: the keywords `allow_is_...` that Transformers gave for the mask.
+        padding: `[B, S]`, the padding mask of the whole batch, if the mask was made outside of the decoder.
         dtype: dtype to which the layer has cast the mask, or None.
     """
 
     def __init__(
-        self, pattern: Pattern, config: PreTrainedConfig, options: dict[str, Any], dtype: torch.dtype | None = None
+        self,
+        pattern: Pattern,
+        config: PreTrainedConfig,
+        options: dict[str, Any],
+        dtype: torch.dtype | None = None,
+        padding: torch.Tensor | None = None,
     ):
         self.pattern = pattern
         self.dtype = dtype
         self.config = config
         self.options = options
+        self.padding = padding
 
     def to(self, *args: Any, **kwargs: Any) -> PlannedMask:
         """Return the mask with a dtype, for when it becomes a tensor. A device is ignored."""
         dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), self.dtype)
-        return PlannedMask(self.pattern, self.config, self.options, dtype)
+        return PlannedMask(self.pattern, self.config, self.options, dtype, self.padding)
 
     def _refuse(self, use: str):
         raise _NotATensor(

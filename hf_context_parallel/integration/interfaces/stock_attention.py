@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,11 +14,9 @@ from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterfa
 
 from ...compat import attention_name, default_attention, mask_piece, set_attention_name
 from ..model_registry import NAME
+from ..patches.module_patch import refuse_recomputation
 from ..switches import switches
 from .planned_mask import PlannedMask
-
-ran_sharded = weakref.WeakSet()
-"""Modules whose last forward ran on a shard. Gradient checkpointing must recompute them on that shard."""
 
 
 def unsharded_attention(
@@ -35,16 +32,9 @@ def unsharded_attention(
     """Compute attention with the implementation that Transformers would choose for the class of the model.
 
     Raises:
-        RuntimeError: if a layer that ran on a shard is recomputed after its batch was left.
+        RuntimeError: if a layer that ran on a shard is recomputed without its batch.
     """
-    if torch._C._current_graph_task_id() != -1:  # inside a backward pass, so a recomputation
-        if module in ran_sharded:
-            raise RuntimeError(
-                f"gradient checkpointing recomputes a {type(module).__name__} of a sharded batch after its block was "
-                "left. Call backward() inside `with cp.shard(...)`."
-            )
-    else:
-        ran_sharded.discard(module)
+    refuse_recomputation(module)
     for listener in switches.listeners:
         listener(module)
     eager = _eager(module)

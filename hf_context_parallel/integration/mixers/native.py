@@ -17,8 +17,8 @@ import torch
 
 from ...data.batch import take_columns
 from ...distributed.token_exchange import deal_heads
-from ..active_batch import ActiveBatch, active_batch
-from ..patches.module_patch import ModulePatch, by_name
+from ..active_batch import ActiveBatch
+from ..patches.module_patch import BatchPatch, by_name
 from .halo import Halo
 from .scan_heads import Heads
 from .token_functions import CONVOLUTION, CONVOLUTION_ARGUMENTS, FUSED, SCANS, token_functions
@@ -37,33 +37,26 @@ NOT_OF_MIXERS = frozenset(
 """Arguments that models pass to all of their layers, and that mixers do not use."""
 
 
-class NativeMixers(ModulePatch):
-    """Runs mixers on shards while a batch is open.
+class NativeMixers:
+    """Part of an active batch: it runs mixers on shards."""
 
-    Args:
-        whole: computes calls that the ranks cannot share, on whole sequences.
-    """
-
-    def __init__(self, batch: ActiveBatch, whole: WholeSequences):
-        super().__init__()
-        self._batch, self._whole = batch, whole
+    def __init__(self, batch: ActiveBatch):
+        self._batch = batch
         self._heads: Heads | None = None
         self._halos: dict[tuple[int, torch.device], Halo] = {}
         self._paddings: dict[torch.device, torch.Tensor | None] = {}
 
-    @torch.compiler.disable
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         """Run `forward` on the tokens of this rank. Its convolutions and scans see the tokens of the other ranks.
 
         Raises:
             RuntimeError: if it does not call the functions that were found in its code.
         """
-        if active_batch() is not self._batch:
-            return forward(*args, **kwargs)
         arguments, parameters = by_name(forward, args, kwargs), inspect.signature(forward).parameters.keys()
         unused = NOT_OF_MIXERS - parameters
         if not all(_is_nothing(value) for name, value in arguments.items() if name not in {"hidden_states"} | unused):
-            return self._whole.run(module, forward, turn, *args, **kwargs)
+            # The ranks cannot share such a call.
+            return self._batch.part(WholeSequences).run(module, forward, turn, *args, **kwargs)
         called = token_functions(module)
         self._batch.note(module, "halo" if called <= {CONVOLUTION} else "heads")
         arguments = {name: value for name, value in arguments.items() if name not in unused}
@@ -172,6 +165,12 @@ class NativeMixers(ModulePatch):
         if (width, device) not in self._halos:
             self._halos[width, device] = Halo(self._batch.shard, width, self._batch.group.groups.group, device)
         return self._halos[width, device]
+
+
+class NativePatch(BatchPatch):
+    """Runs mixers natively while a batch is active."""
+
+    part = NativeMixers
 
 
 def _is_nothing(value: Any) -> bool:

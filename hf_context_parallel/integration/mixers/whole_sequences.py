@@ -1,4 +1,4 @@
-"""Modules that see whole sequences: their forward is replaced while a sharded batch is open.
+"""Modules that see whole sequences: their forward is replaced, and runs on whole sequences while a batch is active.
 
 Arguments that hold a value for each token are resharded (see `resharding`), and so are the outputs. The attention mask
 is that of the whole sequences. A forward hook would not do, since a rank calls the module once for each length of
@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..active_batch import ActiveBatch, no_batch
+from ..active_batch import ActiveBatch, entered
 from ..interfaces.planned_mask import PlannedMask
 from ..interfaces.stock_attention import stock_attention, whole_mask
-from ..patches.module_patch import ModulePatch, by_name
+from ..patches.module_patch import BatchPatch, by_name
 from ..patches.positions import MADE_BY_MODEL
 from .recognise import makes_positions
 from .resharding import Resharding, Sequence
@@ -49,15 +49,13 @@ class _Call(NamedTuple):
     shape: tuple[int, int]
 
 
-class WholeSequences(ModulePatch):
-    """Runs modules on whole sequences while a batch is open."""
+class WholeSequences:
+    """Part of an active batch: it runs modules on whole sequences."""
 
     def __init__(self, batch: ActiveBatch):
-        super().__init__()
         self._batch = batch
         self._reshardings: dict[tuple[int, torch.device], Resharding] = {}
 
-    @torch.compiler.disable
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         """Run `forward` on whole sequences, and return its outputs as shards."""
         turn %= self._batch.group.size
@@ -78,7 +76,7 @@ class WholeSequences(ModulePatch):
             else:
                 given = [leaves[index][:1, : call.shape[1]] for index in local]
             arguments = self._arguments(module, parameters, leaves, dict(zip(local, given)), form, call)
-            with no_batch(), stock_attention(module):
+            with entered(None), stock_attention(module):
                 output = forward(**arguments)
             if isinstance(
                 output, ModelOutput
@@ -148,6 +146,12 @@ class WholeSequences(ModulePatch):
             return None
         rows = [sequence.row for sequence in call.sequences]
         return padding[rows] if rows else torch.ones(call.shape, dtype=torch.long)
+
+
+class WholePatch(BatchPatch):
+    """Lets modules see whole sequences while a batch is active."""
+
+    part = WholeSequences
 
 
 def _least_calls(module: torch.nn.Module, wanted: int) -> int:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ...data.shard import Shard
 from ..active_batch import ActiveBatch
-from .module_patch import ModulePatch
+from .module_patch import BatchPatch
 
 
 def follows_length(module: torch.nn.Module) -> bool:
@@ -24,11 +24,10 @@ def follows_length(module: torch.nn.Module) -> bool:
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
 
 
-class RopeByLength(ModulePatch):
-    """Gives RoPE modules the lengths of the whole rows or documents, while a batch is open."""
+class RopeByLength:
+    """Part of an active batch: it gives RoPE modules the lengths of the whole rows or documents."""
 
     def __init__(self, batch: ActiveBatch):
-        super().__init__()
         self._batch = batch
 
     def run(
@@ -53,6 +52,12 @@ class RopeByLength(ModulePatch):
             chosen = (lengths == length)[..., None].to(x.device)
             result = part if result is None else _where(chosen, part, result)
         return result
+
+
+class RopePatch(BatchPatch):
+    """Gives RoPE modules the lengths of whole rows or documents while a batch is active."""
+
+    part = RopeByLength
 
 
 def _where(chosen: torch.Tensor, new: Any, old: Any) -> Any:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ...compat import sums_after_accumulation
+from ..active_batch import active_batch
 from ..patches.module_patch import ModulePatch
 
 SUMMED = "replicated_with_grad_allreduce"
@@ -51,11 +52,14 @@ def summed_gradients(module: torch.nn.Module, group: dist.ProcessGroup) -> Itera
 
 
 class ReplicatedParameters(ModulePatch):
-    """Sums the gradients of replicated parameters in the place of Transformers, until `restore`.
+    """Sums the gradients of replicated parameters in the place of Transformers, while a batch is active.
 
     Args:
         group: the tensor-parallel group.
     """
+
+    always = False
+    """True to sum without an active batch too."""
 
     def __init__(self, group: dist.ProcessGroup):
         super().__init__()
@@ -68,14 +72,22 @@ class ReplicatedParameters(ModulePatch):
                 self.replace(module)
 
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
+        if active_batch() is None and not self.always:
+            return forward(*args, **kwargs)
         for parameter in module.parameters(recurse=False):
             hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
             if any(map(sums_after_accumulation, hooks.values())):
                 raise ValueError(
-                    f"{type(module).__name__} has been trained outside of cp.shard, and Transformers would now sum "
+                    f"{type(module).__name__} has been trained on whole sequences, and Transformers would now sum "
                     "its gradients over the tensor-parallel ranks a second time. Load the model again, and train it "
-                    "inside of cp.shard only."
+                    "on shards only."
                 )
         # Transformers has put a forward on the instance, which adds that hook. So the forward of the class is called.
         with summed_gradients(module, self._group):
             return type(module).forward(module, *args, **kwargs)
+
+
+class AlwaysReplicated(ReplicatedParameters):
+    """Sums the gradients of replicated parameters, with and without a batch, until `restore`."""
+
+    always = True

@@ -2,7 +2,7 @@
 
 A region is a module of a decoder layer that holds column-wise and row-wise layers: attention or MLP. The input of a
 region is gathered, and the output of its row-wise layer is reduce-scattered. Norms and residuals in between are
-computed on the part. Modules are replaced while a batch is open. Outside, the model runs as Transformers sharded it.
+computed on the part. Without an active batch, the model runs as Transformers sharded it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from ...distributed.mesh import Ranks
 from ..active_batch import ActiveBatch
-from ..patches.module_patch import ModulePatch
+from ..patches.module_patch import BatchPatch
 from .plan_styles import styles_of
 from .replicated import SUMMED, SumGradients, summed_gradients
 
@@ -86,24 +86,13 @@ class _Move(torch.autograd.Function):
         return ctx.back(grad), None, None
 
 
-class SequenceParallel(ModulePatch):
-    """Runs the layers of a model on parts of the tokens while a batch is open."""
+class SequenceParallel:
+    """Part of an active batch: it runs the layers of a model on parts of the tokens."""
 
     def __init__(self, batch: ActiveBatch):
-        super().__init__()
-        self._batch = batch
-        self._runs: dict[torch.nn.Module, Callable] = {}
-
-    def replace_parts(self, model: PreTrainedModel) -> None:
-        """Replace every module of the model that takes part in sequence parallelism.
-
-        Raises:
-            ValueError: if the model does not have the form that `parts` requires.
-        """
-        self._ranks = self._batch.group.groups.tensor
-        shard = self._batch.shard
-        self._shares = Shares(self._ranks, shard.layout.local_length(shard.rank))
-        runs = {
+        self._ranks = batch.group.groups.tensor
+        self._shares = Shares(self._ranks, batch.shard.layout.local_length(batch.shard.rank))
+        self._runs = {
             FIRST: self._first,
             REGION: self._region,
             COLUMN: self._column,
@@ -111,13 +100,10 @@ class SequenceParallel(ModulePatch):
             NORM: self._norm,
             LAST: self._last,
         }
-        for module, part in parts(model):
-            self._runs[module] = runs[part]
-            self.replace(module)
 
-    @torch.compiler.disable
-    def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
-        return self._runs[module](module, forward, args, kwargs)
+    def run(self, module: torch.nn.Module, forward: Callable, part: str, *args: Any, **kwargs: Any) -> Any:
+        """Run a module that takes part in sequence parallelism as `part`, such as `REGION`."""
+        return self._runs[part](module, forward, args, kwargs)
 
     def _first(self, module, forward, args, kwargs):
         """Run the first layer. It is given all tokens, and gets the part of this rank."""
@@ -143,6 +129,21 @@ class SequenceParallel(ModulePatch):
     def _last(self, module, forward, args, kwargs):
         """Run the norm after the layers, and gather its output. All ranks then compute the same, with one gradient."""
         return _Move.apply(self._norm(module, forward, args, kwargs), self._shares.join, self._shares.cut)
+
+
+class SequenceParallelPatch(BatchPatch):
+    """Runs the layers of a model on parts of the tokens while a batch is active."""
+
+    part = SequenceParallel
+
+    def replace_parts(self, model: PreTrainedModel) -> None:
+        """Replace every module of the model that takes part in sequence parallelism.
+
+        Raises:
+            ValueError: if the model does not have the form that `parts` requires.
+        """
+        for module, part in parts(model):
+            self.replace(module, part)
 
 
 def _with_hidden(forward: Callable, args: tuple, kwargs: dict[str, Any], there: Callable, back: Callable) -> Any:

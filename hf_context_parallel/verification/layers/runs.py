@@ -13,10 +13,10 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import GradientCheckpointingLayer
 
-from ...context_parallel import ContextParallel
 from ...integration.checks.inputs import accepted
 from ...integration.mixers.recognise import mixers
 from ...integration.model_registry import transformers_model
+from ...integration.parallelize import whole
 from ...integration.switches import computed_otherwise, heard_by
 from .batches import Batch
 from .modules import INPUT, OUTPUT, hidden_output, hidden_states, replaced, run_alone, stock_forwards, take
@@ -138,7 +138,7 @@ class Whole(_Watch):
 
     def run(self) -> dict[torch.nn.Module, list[_Record]]:
         """Run the model, and return the records of each module's calls. Modules are in the order of their calls."""
-        with self.watching(), heard_by(self._hear), stock_forwards(self.resharded):
+        with self.watching(), whole(self.model), heard_by(self._hear), stock_forwards(self.resharded):
             for piece in self.batch.pieces:
                 self._piece, self._begun_calls, self._done_calls = piece, {}, {}
                 with torch.no_grad():
@@ -224,10 +224,10 @@ class Sharded(_Watch):
         self._differences: list[Difference] = []
         self._shape = len(batch.real), len(batch.columns)
 
-    def run(self, cp: ContextParallel) -> list[Difference]:
+    def run(self) -> list[Difference]:
         """Run the model, and return the differences on this rank."""
-        with torch.no_grad(), cp.shard(self.batch.inputs, self.model) as local, self.watching():
-            self.model(**local)
+        with torch.no_grad(), self.watching():
+            self.model(**self.batch.inputs)
         for module, records in self._records.items():
             if self._done_calls.get(module, -1) + 1 != len(records):
                 raise RuntimeError(

@@ -18,7 +18,9 @@ from ...config import ContextParallelConfig
 from ...context_parallel import ContextParallel
 from ...data.batch import IGNORED
 from ...distributed.mesh import mesh_of
+from ...integration.deferred_logits import DeferredLogits
 from ...integration.model_registry import NAME, UNSHIFTED
+from ...integration.parallelize import borders_of, parallelize
 from ...integration.switches import allow_unchecked_models
 from .tiny import VOCABULARY, tiny_model
 
@@ -47,6 +49,9 @@ class Unrounded(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if DeferredLogits in types:  # a mode is off while it handles a function, and this one calls others
+            with self:
+                return DeferredLogits.__torch_function__(function, types, args, kwargs)
         if function is torch.Tensor.float:
             return args[0].double()
         is_cast = function in (torch.Tensor.to, torch.Tensor.type)
@@ -130,16 +135,15 @@ def errors(
         sharded.zero_grad(set_to_none=True)
         sharded.config.output_router_logits = kind == AUXILIARY
         with allow_unchecked_models(), unrounded(config):
-            sharding = cp.shard(batch, sharded)
-            with sharding as local:
-                loss = sharded(**local).loss
-                (loss if tp_size == 1 else loss * size).backward()  # FSDP2 takes the mean over the CP group
-        for name, how in sharding.handled.items():
+            parallelize(sharded, cp)
+            loss = sharded(**batch).loss
+            loss.backward()
+        for name, how in borders_of(sharded)[0].handled.items():
             handled.setdefault(name, set()).update(how)
         referee = number % min(size, 2)  # ranks 0 and 1 for all sizes, which cache their references
         is_referee = not dist.is_initialized() or dist.get_rank() == referee
         truth = _reference(pickle.dumps(config), kind) if is_referee else None
-        found[kind] = _compare(cp, referee, truth, loss / tp_size, sharded)
+        found[kind] = _compare(cp, referee, truth, loss, sharded)
     return found, {name: sorted(how) for name, how in handled.items()}
 
 
@@ -222,36 +226,47 @@ def _sum_of_parts(model: torch.nn.Module, parts: list[dict[str, torch.Tensor]]) 
 def _compare(
     cp: ContextParallel, referee: int, truth: tuple | None, loss: torch.Tensor, model: torch.nn.Module
 ) -> Errors:
-    """Sum loss and gradients over ranks on the referee, compare them there, and broadcast the errors.
+    """Take the mean of the gradients over ranks on the referee, compare it and the losses there, and broadcast errors.
 
     Args:
         cp: the CP group.
         referee: the rank that has the reference.
         truth: loss and gradients of one process on the referee, None on other ranks.
-        loss: this rank's loss.
+        loss: this rank's loss, which is the same on all ranks.
         model: the model, whose parameters have this rank's gradients.
     """
-    total = _summed(cp, loss.double(), referee)
+    losses = _gathered(loss)
     worst, name_of_worst = 0.0, ""
     for number, (name, parameter) in enumerate(model.named_parameters()):
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if cp.groups.tensor.size > 1:  # FSDP2 has already summed it, on every rank
-            grad = (grad.full_tensor() if isinstance(grad, DTensor) else grad) / dist.get_world_size()
-        grad = _summed(cp, grad, referee)
+        if cp.groups.tensor.size > 1:  # FSDP2 has already taken the mean, on every rank
+            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        grad = _mean(grad, referee)
         if truth is not None:
             error = _error(grad, truth[1][number])
             if not error <= worst:  # true for NaN as well
                 worst, name_of_worst = error, name
-    answer = [None if truth is None else Errors(_error(total, truth[0]), worst, name_of_worst)]
+    answer = [None if truth is None else Errors(max(_error(x, truth[0]) for x in losses), worst, name_of_worst)]
     if cp.size > 1:
         dist.broadcast_object_list(answer, src=referee)
     return answer[0]
 
 
-def _summed(cp: ContextParallel, tensor: torch.Tensor, referee: int) -> torch.Tensor:
+def _gathered(loss: torch.Tensor) -> list[torch.Tensor]:
+    """Return the losses of all ranks."""
+    loss = loss.detach().double()
+    losses = [torch.empty_like(loss) for _ in range(dist.get_world_size() if dist.is_initialized() else 1)]
+    if dist.is_initialized():
+        dist.all_gather(losses, loss)
+    return losses if dist.is_initialized() else [loss]
+
+
+def _mean(tensor: torch.Tensor, referee: int) -> torch.Tensor:
+    """Compute the mean of a tensor over all ranks, on the referee."""
     tensor = tensor.detach().clone()
-    if cp.size > 1:
+    if dist.is_initialized():
         dist.reduce(tensor, referee)
+        tensor /= dist.get_world_size()
     return tensor
 
 

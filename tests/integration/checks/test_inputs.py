@@ -11,9 +11,9 @@ from tests.helpers.models import context, labelled, loss_in, tiny_model, tokens
 def test_calls_without_all_that_shard_yields_are_refused():
     model = tiny_model("llama", "context_parallel")
     for left_out in ("position_ids", "use_cache", "shift_labels", "num_items_in_batch"):
-        with pytest.raises(ValueError, match=r"cp\.shard yields"), context().shard(labelled()) as local:
+        with pytest.raises(ValueError, match=r"cp\.shard yields"), context().shard(labelled(), model) as local:
             model(**{name: value for name, value in local.items() if name != left_out})
-    with pytest.raises(ValueError, match=r"cp\.shard yields"), context().shard(labelled()) as local:
+    with pytest.raises(ValueError, match=r"cp\.shard yields"), context().shard(labelled(), model) as local:
         model.generate(local["input_ids"], max_new_tokens=1)
 
 
@@ -43,6 +43,6 @@ def test_cross_attention_is_refused():
     model = tiny_model("gpt2", "context_parallel", add_cross_attention=True)
     with (
         pytest.raises(ValueError, match="encoder_hidden_states: cross-attention"),
-        context().shard(labelled()) as local,
+        context().shard(labelled(), model) as local,
     ):
         model(**local, encoder_hidden_states=torch.zeros(2, 20, model.config.n_embd, dtype=torch.float64))

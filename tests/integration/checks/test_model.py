@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+from hf_context_parallel import parallelize
 from hf_context_parallel.integration.model_registry import TEXT_ALONE
 from hf_context_parallel.verification.types import tiny
 from hf_context_parallel.verification.types.tiny import tiny_config
@@ -25,7 +26,7 @@ def test_a_model_without_our_attention_is_noticed():
         layer.self_attn.config = model.config
     with (
         pytest.raises(ValueError, match="computes with its attention mask itself"),
-        context().shard(labelled()) as local,
+        context().shard(labelled(), changed) as local,
     ):
         changed(**local)
 
@@ -86,13 +87,22 @@ def refused_model(change: str):
         ("packed documents and dynamic RoPE", "depends on their order"),
     ],
 )
-@pytest.mark.parametrize("told", [True, False])
-def test_models_that_would_not_be_exact_are_refused_by_name(change, message, told):
-    """A model is refused when it is passed to `shard`, and when it runs without having been passed."""
+def test_models_that_would_not_be_exact_are_refused_by_name(change, message):
     model = refused_model(change)
     batch = {**labelled(1, 10), "position_ids": document_positions(6, 4)}
-    with pytest.raises(ValueError, match=message), context().shard(batch, model if told else None) as local:
+    with pytest.raises(ValueError, match=message), context().shard(batch, model) as local:
         model(**local)
+    with pytest.raises(ValueError, match=message):
+        parallelize(model, context())(**batch)
+
+
+def test_a_model_that_was_not_prepared_is_refused():
+    model = tiny_model("llama", "context_parallel")
+    with pytest.raises(ValueError, match=r"was not prepared\. Pass it"), context().shard(labelled()) as local:
+        model(**local)
+    parallelize(model, context())
+    with context().shard(labelled()) as local:
+        assert model(**local).loss.isfinite()
 
 
 @pytest.mark.filterwarnings("error")
@@ -140,13 +150,13 @@ def test_a_forward_that_is_only_wrapped_is_not():
     assert loss_in(labelled(), model) == expected
 
 
-def test_the_forward_of_a_model_with_a_loss_is_not_called_unseen():
+def test_a_part_of_a_model_with_a_loss_does_not_run_unseen():
     model = tiny_model("qwen3_moe", "context_parallel")
     with (
-        pytest.raises(ValueError, match=r"Qwen3MoeModel runs by itself .* Call it as model"),
+        pytest.raises(ValueError, match=r"Qwen3MoeModel runs by itself"),
         context().shard(labelled(), model) as local,
     ):
-        model.forward(**local)
+        model.model(**{name: value for name, value in local.items() if name != "labels"})
     with context().shard({"input_ids": tokens(2, 19)}, model) as local:  # no loss, nothing to be missed
         model.model(**local)
 

@@ -16,7 +16,7 @@ def test_prefix_tuning_is_refused():
     model = get_peft_model(model, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5))
     with (
         pytest.raises(ValueError, match=r"prefix tuning|given an attention_mask"),
-        context().shard(labelled()) as local,
+        context().shard(labelled(), model) as local,
     ):
         model(**local)
 

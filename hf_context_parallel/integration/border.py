@@ -1,0 +1,300 @@
+"""The border of a decoder: whole batches come in, shards are computed, whole outputs go out.
+
+What lies outside of the border (embeddings of images, heads, losses, metrics, loops) is stock and sees whole batches.
+All N ranks compute it alike, each with the whole loss. The gradient of one process is then the *mean* over the ranks,
+as DDP and FSDP2 compute it. What a rank computes of its shard alone gets N times its gradient, since all N losses
+depend on it, and the mean divides by N again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from ..cp_group import CPGroup
+from ..data.batch import CONSUMED, PADDING, SHARD, take_columns
+from ..data.shard import shard_batch
+from ..distributed.agreement import collective, fingerprint
+from ..distributed.failures import FailureReport
+from .active_batch import ActiveBatch, active_batch, entered
+from .checks.agreement import SAME_BATCHES, check_weights, sampled, signature
+from .checks.inputs import accepted, check_range
+from .checks.model import check_call
+from .head import HasGroup, HeadCall
+from .installation import carry_batches
+from .interfaces.masks import check_chunks
+from .interfaces.planned_mask import PlannedMask
+from .model_registry import NAME
+from .outer_call import outer_call
+from .patches.module_patch import ModulePatch, by_name
+from .patches.randomness import own_stream
+
+OF_LOSSES = ("labels", "shift_labels", "num_items_in_batch")
+"""Arguments that models pass down to all layers, and that only losses use."""
+CACHES = ("cache", "past_key_values")
+"""Names of the argument that holds a key/value cache."""
+
+
+class DecoderBorder(ModulePatch):
+    """Shards whole batches as they enter a decoder, and gathers its outputs.
+
+    Args:
+        cp: knows the CP group that is in use.
+    """
+
+    def __init__(self, cp: HasGroup):
+        super().__init__()
+        self.cp = cp
+        self.handled: dict[str, set[str]] = {}
+        """Class names of modules that mixed tokens in the last sharded call, each with how they were computed."""
+        self._whole = 0
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Run the decoder on whole batches in this block."""
+        self._whole += 1
+        try:
+            yield
+        finally:
+            self._whole -= 1
+
+    def shards(self, given: Mapping[str, Any]) -> bool:
+        """Return whether a call is sharded: not inside of another batch, and not to fill or read a cache.
+
+        Args:
+            given: the arguments of the call by name.
+        """
+        if active_batch() is not None or self._whole:
+            return False
+        if any(given.get(name) is not None for name in CACHES):
+            return False
+        return not given.get("use_cache") or torch.is_grad_enabled()
+
+    def run(self, module: torch.nn.Module, forward: Callable, turn: Any, *args: Any, **kwargs: Any) -> Any:
+        given = by_name(forward, args, kwargs)
+        if not self.shards(given):
+            return forward(*args, **kwargs)
+        call = _Call(module, given, self.cp.group)
+        try:
+            with entered(call.batch), call.environment():
+                output = forward(**call.local)
+            self.handled = call.batch.handled
+            return call.gathered(output)
+        except BaseException as error:
+            call.failure_report.publish(error)
+            raise
+
+
+class _Call:
+    """One call of a decoder with a whole batch.
+
+    Args:
+        decoder: the decoder.
+        given: its arguments by name, for the whole batch.
+        group: the ranks that hold the shards.
+
+    Raises:
+        ValueError: on all ranks of the group, if the batch or the model of a rank cannot be exact, or they differ.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, given: dict[str, Any], group: CPGroup):
+        self._decoder, self._group = decoder, group
+        self.failure_report = FailureReport()
+        given = {name: value for name, value in given.items() if value is not None and name not in OF_LOSSES}
+        call, masks = outer_call(), _take_masks(given)
+        _add_documents(decoder, given)
+        compared = []
+        try:
+            with collective(group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
+                check_call(decoder, decoder if call is None else call.model, given, group)
+                compared = sampled(decoder, group)
+                self.local = self._shard(_embedded(decoder, given))
+                shard = self.local[SHARD]
+                check_range(decoder, given, shard, values=group.config.check_batch)
+                for mask in _planned(masks):
+                    check_chunks(mask.pattern, decoder.config.model_type, shard)
+                mark = (*signature(decoder), len(compared))
+                notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark})
+            check_weights(compared, group.groups)
+        except RuntimeError as failure:
+            self.failure_report.explain(failure, self.failure_report.block - 1)
+            raise
+        except ValueError as refusal:
+            self.failure_report.publish(refusal)  # for other groups: they go on, and then wait for this one
+            raise
+        self.batch = ActiveBatch(self.local.pop(SHARD), group, padding_reads=call is None or call.uses_padding)
+        self.local |= masks
+        carry_batches(decoder)
+
+    def _shard(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments for the shard of this rank."""
+        known = {*PADDING, *CONSUMED, "seq_idx", "return_dict", "output_hidden_states"}
+        inputs = {name: value for name, value in given.items() if name in known}
+        local = shard_batch(inputs, self._group.config, self._group.rank)
+        shard = local[SHARD]
+        positions = shard.layout.positions(shard.rank)
+        for name, value in given.items():
+            if name in known or name in ("use_cache", *CACHES):
+                continue
+            if isinstance(value, torch.Tensor) and value.dim():
+                if tuple(value.shape[:2]) != (shard.batch_size, shard.length):
+                    raise ValueError(
+                        f"{type(self._decoder).__name__} was given {name} of shape {tuple(value.shape)}, and only "
+                        f"tensors that begin with its {shard.batch_size} rows of {shard.length} tokens can be "
+                        "sharded. Leave it out, or run the model in `with cp.whole(model):`."
+                    )
+                value = take_columns(value, positions.to(value.device), shard.layout.length, 0)
+            local[name] = value
+        unknown = {"position_ids", "use_cache"} - set(accepted(self._decoder, ("position_ids", "use_cache")))
+        return {name: value for name, value in local.items() if name not in unknown}
+
+    @contextmanager
+    def environment(self) -> Iterator[None]:
+        """Give this rank random numbers of its own in training, for dropout of its tokens."""
+        with own_stream(self._group) if self._decoder.training else nullcontext():
+            yield
+
+    def gathered(self, output: Any) -> Any:
+        """Gather the outputs of the shards. A language-model head gets the hidden states of the shard.
+
+        Raises:
+            RuntimeError: if no layer used our attention.
+        """
+        if not self.batch.handled:
+            raise RuntimeError(
+                f"{type(self._decoder).__name__} ran on a shard, and none of its attention layers used {NAME!r}, so "
+                f"each rank attended to its own shard alone. Load the model with attn_implementation={NAME!r}."
+            )
+        call = outer_call()
+        keep = isinstance(call, HeadCall) and call.take_shard(self._decoder, ShardTokens(self.batch))
+        if isinstance(output, Mapping):
+            values = {
+                name: value if keep and name == "last_hidden_state" else self._gathered(value, name == "router_logits")
+                for name, value in output.items()
+            }
+            return type(output)(**values)
+        if isinstance(output, tuple):
+            return tuple(x if keep and not place else self._gathered(x) for place, x in enumerate(output))
+        return output if keep else self._gathered(output)
+
+    def _gathered(self, value: Any, by_rows: bool = False) -> Any:
+        """Gather each tensor `[B, S_local, ...]` inside a value.
+
+        Args:
+            by_rows: True if tensors may be `[B * S_local, ...]` too.
+        """
+        rows, length = self.batch.shard.local_shape
+
+        def gather(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            if by_rows and x.dim() == 2 and len(x) == rows * length:
+                return self.batch.gather(x.unflatten(0, (rows, length))).flatten(0, 1)
+            return self.batch.gather(x) if x.dim() > 2 and tuple(x.shape[:2]) == (rows, length) else x
+
+        return tree_map(gather, value)
+
+
+class ShardTokens:
+    """Tokens of an active batch that this rank holds; see `deferred_logits.Tokens`."""
+
+    def __init__(self, batch: ActiveBatch):
+        self._batch = batch
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """Rows and tokens of the whole batch."""
+        return self._batch.shard.batch_size, self._batch.shard.length
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """Rows and tokens of this rank."""
+        return self._batch.shard.local_shape
+
+    def take(self, x: torch.Tensor, fill: int) -> torch.Tensor:
+        """Take the tokens of this rank, `[B, S_local, ...]`, of `[B, S, ...]`. Padding of the layout is `fill`."""
+        return self._batch.take(x, fill)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Gather `[B, S_local, ...]` to `[B, S, ...]`."""
+        return self._batch.gather(x)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the ranks. Every rank's loss depends on the sum, so backward counts it for each."""
+        total: torch.Tensor = _Sum.apply(x, self._batch.group)
+        return total
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: CPGroup) -> torch.Tensor:
+        ctx.size = group.size
+        total = x.clone()
+        if group.size > 1:
+            dist.all_reduce(total, group=group.groups.group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad * ctx.size, None
+
+
+def _take_masks(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the masks that the model around the decoder has made out of its arguments, and leave their padding there.
+
+    Returns:
+        The arguments of the decoder that hold planned masks, or dictionaries of them by layer type.
+    """
+    masks = {name: value for name, value in given.items() if _planned({name: value})}
+    for name in masks:
+        del given[name]
+    for mask in _planned(masks):
+        if mask.padding is not None:
+            given["attention_mask"] = mask.padding
+    return masks
+
+
+def _planned(masks: Mapping[str, Any]) -> list[PlannedMask]:
+    values = [x for value in masks.values() for x in (value.values() if isinstance(value, Mapping) else [value])]
+    return [value for value in values if isinstance(value, PlannedMask)]
+
+
+def _add_documents(decoder: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Add what the model around the decoder was told of documents, and did not pass on as the decoder cannot take it.
+
+    Without it, documents would see each other, as they do in Transformers.
+    """
+    call = outer_call()
+    if call is None:
+        return
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    parameters = inspect.signature(decoder.forward).parameters
+    for name in ("position_ids", *CONSUMED[1:]):
+        value = call.given.get(name)
+        if value is None or name in given or name in parameters or tokens is None:
+            continue
+        if name != "position_ids" or tuple(value.shape[-1:]) == tuple(tokens.shape[1:2]):
+            given[name] = value
+
+
+def _embedded(decoder: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """Embed whole rows if hooks change what the embedding returns, as NEFTune's noise does by the length of rows."""
+    embeddings = decoder.get_input_embeddings()
+    if "input_ids" not in given or isinstance(embeddings, FSDPModule) or not isinstance(embeddings, torch.nn.Module):
+        return given
+    if not embeddings._forward_hooks and not embeddings._forward_pre_hooks:
+        return given
+    if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
+        return given
+    given = dict(given)
+    return given | {"inputs_embeds": embeddings(given.pop("input_ids"))}

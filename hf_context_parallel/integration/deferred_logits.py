@@ -1,0 +1,275 @@
+"""Logits that are not made before they are needed: hidden states of the shard, and the steps that lead to logits.
+
+The forward of a language model applies its output embeddings to the hidden states, scales or caps the result token by
+token, and computes a cross entropy. Here the output embeddings return this object. It records the steps. The cross
+entropy replays them for some tokens at a time, so that neither whole logits nor those of a shard are ever held. Any
+other use makes the logits, and gathers them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .chunked_loss import chunked_sum
+
+
+class Tokens(Protocol):
+    """Tokens of a batch that this rank holds."""
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """Rows and tokens of the whole batch."""
+
+    def take(self, x: torch.Tensor, fill: int) -> torch.Tensor:
+        """Take the tokens of this rank, `[B, S_local, ...]`, of `[B, S, ...]`. Padding of the layout is `fill`."""
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Gather `[B, S_local, ...]` to `[B, S, ...]`."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks that hold tokens of the batch."""
+
+
+class Step(NamedTuple):
+    """Function that is applied to the logits of each token, with its other arguments."""
+
+    function: Callable
+    before: tuple
+    after: tuple
+    options: dict[str, Any]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.function(*self.before, logits, *self.after, **self.options)
+
+
+CASTS = ("float", "double", "half", "bfloat16", "to", "type", "contiguous")
+METHODS = (*CASTS, "tanh", "mul", "div", "add", "sub", "neg")
+"""Methods of tensors that act on each entry by itself. They are recorded."""
+FUNCTIONS = {
+    torch.tanh,
+    torch.mul,
+    torch.div,
+    torch.true_divide,
+    torch.add,
+    torch.sub,
+    torch.neg,
+    *(getattr(torch.Tensor, name) for name in METHODS),
+}
+"""Functions that act on each entry by itself. They are recorded."""
+
+
+class DeferredLogits:
+    """Logits `[B, S, V]` of the whole batch, or `[B * S, V]`, that are made when they are used.
+
+    Args:
+        tokens: the tokens that this rank holds.
+        hidden: `[B, S_local, D]`, the input of the output embeddings.
+        embeddings: the function of `[..., D]` that computes `[..., V]`.
+        parameters: the parameters of that function that are trained.
+        chunk: number of tokens whose logits are held at a time; None chooses it by the vocabulary.
+        steps: what is applied to the logits.
+        flat: True for `[B * S, V]`.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        hidden: torch.Tensor,
+        embeddings: Callable[[torch.Tensor], torch.Tensor],
+        parameters: list[torch.Tensor],
+        chunk: int | None,
+        steps: tuple[Step, ...] = (),
+        flat: bool = False,
+    ):
+        self._tokens, self._hidden, self._embeddings, self._parameters = tokens, hidden, embeddings, parameters
+        self._chunk, self._steps, self._flat = chunk, steps, flat
+
+    @cached_property
+    def local(self) -> torch.Tensor:
+        """Logits of this rank's tokens, `[B, S_local, V]`."""
+        return self._logits(self._hidden)
+
+    @cached_property
+    def whole(self) -> torch.Tensor:
+        """Logits of all tokens, on every rank."""
+        logits = self._tokens.gather(self.local)
+        return logits.flatten(0, 1) if self._flat else logits
+
+    @cached_property
+    def _one(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self._logits(self._hidden[:1, :1])
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole logits."""
+        rows, length = self._tokens.whole_shape
+        leading = (rows * length,) if self._flat else (rows, length)
+        return torch.Size((*leading, self._one.shape[-1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the logits."""
+        return self._one.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the logits."""
+        return self._hidden.device
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape of the whole logits, or one dimension of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def view(self, *shape: Any) -> Any:
+        """Return the logits in another shape. `[B * S, V]` is recorded."""
+        asked = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        rows, length, width = self.shape if not self._flat else (1, *self.shape)
+        if asked in ((-1, width), (rows * length, width), (-1, -1)):
+            return self._with(self._steps, flat=True)
+        return self.whole.view(*shape)
+
+    reshape = view
+
+    def cross_entropy(
+        self, target: torch.Tensor, ignore_index: int, reduction: str, label_smoothing: float
+    ) -> torch.Tensor:
+        """Compute the cross entropy of all tokens of the batch, on every rank.
+
+        Args:
+            target: `[B * S]`, the targets of the whole batch.
+            ignore_index: target of the tokens that are left out.
+            reduction: `"sum"` or `"mean"`.
+        """
+        mine = self._tokens.take(target.view(self._tokens.whole_shape), ignore_index).flatten()
+        chosen = (mine != ignore_index).nonzero()[:, 0]
+        mine = mine[chosen]
+
+        def loss(hidden: torch.Tensor, tokens: slice) -> torch.Tensor:
+            logits = self._logits(hidden)
+            return cross_entropy(logits, mine[tokens], reduction="sum", label_smoothing=label_smoothing)
+
+        trained = [*self._parameters, *self._trained_arguments()]
+        total = chunked_sum(self._hidden.flatten(0, 1)[chosen], loss, self._one.shape[-1], trained, self._chunk)
+        total = self._tokens.sum(total)
+        return total if reduction == "sum" else total / (target != ignore_index).sum()
+
+    def _trained_arguments(self) -> list[torch.Tensor]:
+        arguments = (x for step in self._steps for x in (*step.before, *step.after))
+        return [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._embeddings(hidden)
+        for step in self._steps:
+            logits = step(logits)
+        return logits
+
+    def _with(self, steps: tuple[Step, ...], flat: bool) -> DeferredLogits:
+        return DeferredLogits(self._tokens, self._hidden, self._embeddings, self._parameters, self._chunk, steps, flat)
+
+    def _apply(self, function: Callable, args: tuple, options: dict[str, Any]) -> Any:
+        """Record a function of these logits, or compute it if it is not token by token."""
+        place = next((number for number, x in enumerate(args) if x is self), None)
+        others = [x for x in args if x is not self]
+        if place is not None and len(others) == len(args) - 1 and all(map(self._is_constant, others)):
+            step = Step(function, args[:place], args[place + 1 :], options)
+            return self._with((*self._steps, step), self._flat)
+        args, options = _made(args), dict(zip(options, _made(tuple(options.values()))))
+        return function(*args, **options)
+
+    def _is_constant(self, x: Any) -> bool:
+        """Return whether an argument is the same for all tokens."""
+        if not isinstance(x, torch.Tensor):
+            return not isinstance(x, DeferredLogits)
+        return x.dim() == 0 or (x.numel() == x.shape[-1] == self._one.shape[-1])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in METHODS:
+            method = getattr(torch.Tensor, name)
+            return lambda *args, **options: self._apply(method, (self, *args), options)
+        return getattr(self.whole, name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if function is cross_entropy:
+            given = dict(zip(("input", "target"), args)) | options
+            logits, target = given["input"], given["target"]
+            plain = given.keys() <= {"input", "target", "ignore_index", "reduction", "label_smoothing", "weight"}
+            if (
+                isinstance(logits, DeferredLogits)
+                and plain
+                and len(args) <= 2
+                and given.get("weight") is None
+                and logits._flat
+                and target.dim() == 1
+                and given.get("reduction", "mean") in ("sum", "mean")
+            ):
+                return logits.cross_entropy(
+                    target,
+                    given.get("ignore_index", -100),
+                    given.get("reduction", "mean"),
+                    given.get("label_smoothing", 0.0),
+                )
+        deferred = next((x for x in args if isinstance(x, DeferredLogits)), None)
+        if deferred is not None and function in FUNCTIONS:
+            return deferred._apply(function, args, options)
+        return function(*_made(args), **dict(zip(options, _made(tuple(options.values())))))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.whole[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __mul__(self, other: Any) -> Any:
+        return self._apply(operator.mul, (self, other), {})
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._apply(operator.mul, (other, self), {})
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._apply(operator.truediv, (self, other), {})
+
+    def __add__(self, other: Any) -> Any:
+        return self._apply(operator.add, (self, other), {})
+
+    def __radd__(self, other: Any) -> Any:
+        return self._apply(operator.add, (other, self), {})
+
+    def __sub__(self, other: Any) -> Any:
+        return self._apply(operator.sub, (self, other), {})
+
+    def __neg__(self) -> Any:
+        return self._apply(operator.neg, (self,), {})
+
+
+def _made(values: tuple) -> tuple:
+    """Replace deferred logits by the whole ones, also inside of a list."""
+    return tuple(
+        value.whole
+        if isinstance(value, DeferredLogits)
+        else type(value)(_made(tuple(value)))
+        if type(value) in (list, tuple)
+        else value
+        for value in values
+    )

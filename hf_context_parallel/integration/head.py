@@ -1,0 +1,158 @@
+"""The head of a language model: it stays on the shard, and makes logits of some tokens at a time, for the loss.
+
+Any other head gets the hidden states of the whole batch, and runs as it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from ..compat import language_model_classes
+from ..config import ContextParallelConfig
+from ..cp_group import CPGroup
+from .checks.model import has_forward_of, stock_class
+from .deferred_logits import DeferredLogits, Tokens
+from .outer_call import OuterCall, in_call, outer_call
+from .patches.module_patch import ModulePatch, by_name
+
+Z_LOSS = "z_loss_coefficient"
+"""Field of a configuration that weighs a mean over all logits, those of padding too."""
+
+
+class HasGroup(Protocol):
+    """Object that knows the CP group that is in use, such as `ContextParallel`."""
+
+    @property
+    def group(self) -> CPGroup:
+        """The CP group that is in use."""
+
+
+class Border(Protocol):
+    """Border of a decoder, as the model around it sees it."""
+
+    cp: HasGroup
+
+    def shards(self, given: Mapping[str, Any]) -> bool:
+        """Return whether a call with these arguments is sharded."""
+
+
+class HeadCall(OuterCall):
+    """One call of a language model. Its output embeddings return deferred logits.
+
+    Args:
+        model: the language model.
+        decoder: its decoder.
+        given: the arguments of the call by name.
+        config: the CP settings.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, decoder: PreTrainedModel, given: Mapping[str, Any], config: ContextParallelConfig
+    ):
+        super().__init__(model, given)
+        self._decoder, self._config = decoder, config
+        self._tokens: Tokens | None = None
+
+    @property
+    def uses_padding(self) -> bool:
+        """Return whether the caller may use outputs of the decoder at padding: not if it gets the loss alone."""
+        asked = self.given.get("output_hidden_states"), getattr(self.model.config, "output_hidden_states", False)
+        return not self._leaves_out_logits or any(asked) or bool(getattr(self.model.config, Z_LOSS, 0))
+
+    @property
+    def _leaves_out_logits(self) -> bool:
+        return self._config.logits == "auto" and self.given.get("labels") is not None and self.model.training
+
+    def take_shard(self, decoder: PreTrainedModel, tokens: Tokens) -> bool:
+        """Return whether the head takes the hidden states of the shard, which the decoder is about to return."""
+        if decoder is not self._decoder:
+            return False
+        self._tokens = tokens
+        return True
+
+    def defer(self, embeddings: torch.nn.Module, hidden: torch.Tensor) -> DeferredLogits | None:
+        """Return deferred logits for the hidden states of the shard, or None for other hidden states."""
+        if self._tokens is None or hidden.dim() != 3 or tuple(hidden.shape[:2]) != self._tokens.local_shape:
+            return None
+
+        def embed(x: torch.Tensor) -> torch.Tensor:
+            with in_call(None):  # so that the output embeddings compute
+                return embeddings(x)
+
+        trained = [parameter for parameter in embeddings.parameters() if parameter.requires_grad]
+        return DeferredLogits(self._tokens, hidden, embed, trained, self._config.loss_chunk_tokens)
+
+    def finished(self, output: Any) -> Any:
+        """Return the output of the model with logits, or with None in their place.
+
+        Logits are left out in training with labels, unless `config.logits` asks for them.
+        """
+        if isinstance(output, Mapping):
+            return type(output)(**{name: self._made(value) for name, value in output.items()})
+        return tuple(map(self._made, output)) if isinstance(output, tuple) else self._made(output)
+
+    def _made(self, value: Any) -> Any:
+        if not isinstance(value, DeferredLogits):
+            return value
+        if self._config.logits == "shard":
+            return value.local
+        return None if self._leaves_out_logits else value.whole
+
+
+class OuterPatch(ModulePatch):
+    """Opens the calls of a model around a decoder.
+
+    Args:
+        border: the border of the decoder.
+        decoder: returns the decoder of a model.
+    """
+
+    def __init__(self, border: Border, decoder: Callable[[PreTrainedModel], PreTrainedModel]):
+        super().__init__()
+        self._border, self._decoder = border, decoder
+
+    def run(self, module: torch.nn.Module, forward: Callable, turn: Any, *args: Any, **kwargs: Any) -> Any:
+        given = by_name(forward, args, kwargs)
+        if not self._border.shards(given):
+            return forward(*args, **kwargs)
+        if not stays_on_shard(module, given):
+            with in_call(OuterCall(module, given)):
+                return forward(*args, **kwargs)
+        call = HeadCall(module, self._decoder(module), given, self._border.cp.group.config)
+        with in_call(call):
+            return call.finished(forward(*args, **kwargs))
+
+
+class EmbeddingsPatch(ModulePatch):
+    """Lets the output embeddings of a language model return deferred logits."""
+
+    def run(self, module: torch.nn.Module, forward: Callable, turn: Any, *args: Any, **kwargs: Any) -> Any:
+        call = outer_call()
+        if isinstance(call, HeadCall) and len(args) == 1 and not kwargs:
+            deferred = call.defer(module, args[0])
+            if deferred is not None:
+                return deferred
+        return forward(*args, **kwargs)
+
+
+def stays_on_shard(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
+    """Return whether a model is a language model of Transformers whose head acts on each token by itself.
+
+    Args:
+        given: the arguments of its call by name.
+    """
+    kept = given.get("logits_to_keep")
+    if isinstance(kept, torch.Tensor) or kept:
+        return False
+    embeddings = model.get_output_embeddings()
+    if not isinstance(embeddings, torch.nn.Module) or isinstance(embeddings, FSDPModule):
+        return False
+    if embeddings._forward_hooks or embeddings._forward_pre_hooks:  # they would see no logits
+        return False
+    stock = stock_class(model, language_model_classes())
+    return stock is not None and has_forward_of(stock, model)

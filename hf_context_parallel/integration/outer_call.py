@@ -1,0 +1,58 @@
+"""Calls of the models around decoders: what they were given, for code that lies between them and the decoder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+class OuterCall:
+    """Call of the outermost model with a whole batch, which its decoder is going to shard.
+
+    Args:
+        model: the model.
+        given: its arguments by name.
+    """
+
+    def __init__(self, model: PreTrainedModel, given: Mapping[str, Any]):
+        self.model, self.given = model, given
+
+    @property
+    def uses_padding(self) -> bool:
+        """Return whether the caller may use outputs of the decoder at padding."""
+        return True
+
+    @property
+    def typed(self) -> bool:
+        """Return whether a token has a token type other than 0, as the tokens of an image have."""
+        types = self.given.get("token_type_ids")
+        return types is not None and bool(types.any())
+
+
+class _Calls(threading.local):
+    """Stack of the calls that a thread is in. A None stands for no call."""
+
+    def __init__(self) -> None:
+        self.open: list[OuterCall | None] = []
+
+
+_calls = _Calls()
+
+
+def outer_call() -> OuterCall | None:
+    """Return the innermost call that this thread is in, or None."""
+    return _calls.open[-1] if _calls.open else None
+
+
+@contextmanager
+def in_call(call: OuterCall | None) -> Iterator[None]:
+    """Make a call the innermost one in this block."""
+    _calls.open.append(call)
+    try:
+        yield
+    finally:
+        _calls.open.pop()

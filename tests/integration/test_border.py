@@ -1,0 +1,392 @@
+"""Prepared models on ranks against the same models on one process: outputs, losses and gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_context_parallel as hcp
+from hf_context_parallel.integration.parallelize import borders_of
+from tests.helpers.border import batch_for, errors_of, mean_gradients, model_with
+from tests.helpers.models import context, document_positions, error, labelled, some_labels, tokens
+
+NO_PADDING = labelled()
+LEFT = {name: value.flip(1) for name, value in batch_for("causal").items()}
+
+LANGUAGE_MODELS = {
+    "rows": ("llama", {}, NO_PADDING),
+    "padding": ("llama", {}, batch_for("causal")),
+    "padding on the left": ("qwen3", {}, LEFT),
+    "a scale of logits": ("cohere", {}, NO_PADDING),
+    "divided logits": ("granite", {}, NO_PADDING),
+    "softcaps": ("gemma2", {}, NO_PADDING),
+    "sinks and windows": ("gpt_oss", {}, NO_PADDING),
+    "tied embeddings": ("gemma3_text", {"tie_word_embeddings": True}, NO_PADDING),
+    "biases": ("phi", {}, NO_PADDING),
+    "the squares of logits": ("bamba", {"z_loss_coefficient": 0.1}, batch_for("causal")),
+    "masks of a composite": ("gemma3", {}, batch_for("causal")),
+    "labels of their own tokens": ("xlm", {}, NO_PADDING),
+    "a window": ("mistral", {"sliding_window": 5}, batch_for("causal")),
+    "hidden states": ("llama", {"output_hidden_states": True}, batch_for("causal")),
+}
+HEADS = {
+    "sequence": ("llama", {"pad_token_id": 0}),
+    "token": ("qwen2", {"classifier_dropout": 0.0}),
+    "question": ("llama", {}),
+    "base": ("llama4_text", {"attention_chunk_size": 4}),
+}
+ENCODERS = {
+    "base": ("bert", {}),
+    "masked": ("modernbert", {}),
+    "sequence": ("bert", {}),
+    "token": ("eurobert", {}),
+    "question": ("roberta", {}),
+    "choice": ("bert", {}),
+}
+MODELS = {
+    **{kind: ("causal", *case) for kind, case in LANGUAGE_MODELS.items()},
+    **{f"{head} of a decoder": (head, *case, None) for head, case in HEADS.items()},
+    **{f"{head} of an encoder": (head, *case, None) for head, case in ENCODERS.items()},
+}
+SIMPLER = {"rows", "divided logits", "biases", "hidden states", "sequence of an encoder", "token of an encoder"}
+"""Cases that make test-all runs alone."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.exhaustive] * (case in SIMPLER)) for case in MODELS]
+)
+def test_models_return_what_one_process_returns(on_ranks, case):
+    """Compare outputs in training and evaluation, at padding too, and the mean of the gradients."""
+    head, model_type, changes, batch = MODELS[case]
+    for ranks in (2, 3):
+        assert max(on_ranks(ranks, errors_of, head, model_type, changes, batch)) < 1e-7
+
+
+@pytest.mark.parametrize("settings", [{"comm_type": "all_gather"}, {"comm_type": "a2a"}, {"layout": "contiguous"}])
+def test_padding_reads_by_every_strategy(on_ranks, settings):
+    assert max(on_ranks(2, errors_of, "base", "llama", {}, None, settings)) < 1e-7
+
+
+def packed_errors() -> float:
+    """Compare packed documents, which are described in several ways, with each document alone."""
+    lengths = (7, 1, 12, 3)
+    whole, sharded = (model_with("causal", "llama", name) for name in (None, "context_parallel"))
+    hcp.parallelize(sharded, context())
+    ids = tokens(1, sum(lengths))
+    labels = some_labels(ids).masked_fill(document_positions(*lengths) == 0, -100)
+    count = (labels != -100).sum()
+    expected = torch.zeros((), dtype=torch.float64)
+    for part, targets in zip(ids.split(lengths, 1), labels.split(lengths, 1)):
+        if (targets != -100).any():
+            expected = expected + whole(input_ids=part, labels=targets, num_items_in_batch=count).loss
+    expected.backward()
+    edges = torch.tensor([0, *lengths]).cumsum(0).int()
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    positions = document_positions(*lengths)
+    ways = ({}, {"seq_idx": numbers}, {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": 12})
+    worst = 0.0
+    for way in ways:
+        sharded.zero_grad()
+        found = sharded(input_ids=ids, labels=labels, position_ids=positions, **way).loss
+        found.backward()
+        gradients = zip(mean_gradients(sharded), whole.parameters())
+        worst = max(worst, error(found, expected), *(error(a, b.grad) for a, b in gradients))
+    return worst
+
+
+def test_packed_documents_stay_apart(on_ranks):
+    assert max(on_ranks(3, packed_errors)) < 1e-6
+
+
+# Wrappers
+
+
+def stock_loop(model: torch.nn.Module, batches: list[dict]) -> list[float]:
+    """Take steps of plain SGD, without any factor."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def trained(wrapper: str, checkpointing: dict | None, first: bool) -> float:
+    """Train a wrapped model by the stock loop, and return the largest error of losses and weights."""
+    batches = [labelled(seed=number) for number in range(3)]
+    whole, model = (model_with("causal", "llama", name).train() for name in (None, "context_parallel"))
+    losses = stock_loop(whole, batches)
+    cp = context()
+    wrapped = model
+    if first:
+        hcp.parallelize(model, cp)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
+    if wrapper == "DDP":
+        wrapped = DistributedDataParallel(model)
+    elif wrapper == "FSDP2":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    hcp.parallelize(wrapped, cp)
+    found = stock_loop(wrapped, batches)
+    pairs = zip(model.parameters(), whole.parameters())
+    weights = [error(a.full_tensor() if isinstance(a, DTensor) else a, b) for a, b in pairs]
+    return max(*weights, *(abs(a - b) / b for a, b in zip(found, losses)))
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_the_stock_loop_trains_as_on_one_process(on_ranks, wrapper, checkpointing):
+    for first in (True, False):
+        assert max(on_ranks(2, trained, wrapper, checkpointing, first)) < 1e-6
+
+
+def peft_errors(tuner: str) -> float:
+    from peft import AdaLoraConfig, LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+
+    config = {
+        "LoRA": lambda: LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+        "AdaLoRA": lambda: AdaLoraConfig(
+            target_modules=["q_proj"], total_step=10, tinit=1, tfinal=2, task_type="CAUSAL_LM"
+        ),
+        "prompt tuning": lambda: PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+        "p-tuning": lambda: PromptEncoderConfig(
+            num_virtual_tokens=5, encoder_hidden_size=8, task_type="CAUSAL_LM", encoder_dropout=0.0
+        ),
+    }[tuner]
+    models = []
+    for name in (None, "context_parallel"):
+        model = model_with("causal", "llama", name)
+        torch.manual_seed(1)
+        models.append(get_peft_model(model, config()).double().train())
+    whole, sharded = models
+    hcp.parallelize(sharded, context())
+    batch = batch_for("causal")
+    expected, found = whole(**batch).loss, sharded(**batch).loss
+    expected.backward()
+    found.backward()
+    pairs = zip(mean_gradients(sharded), whole.parameters())
+    return max(error(found, expected), *(error(a, b.grad) for a, b in pairs if b.grad is not None))
+
+
+@pytest.mark.parametrize("tuner", ["LoRA", "AdaLoRA", "prompt tuning", "p-tuning"])
+def test_tuners_are_exact(on_ranks, tuner):
+    assert max(on_ranks(2, peft_errors, tuner)) < 1e-6
+
+
+def test_an_adapter_that_counts_places_of_whole_rows_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    model = get_peft_model(model_with("causal", "llama", "context_parallel"), config)
+    cp = context()
+    hcp.parallelize(model, cp)
+    with pytest.raises(ValueError, match=r"alora_invocation_tokens=\[5, 6\]: it acts from a place"):
+        model(**labelled())
+    with cp.whole(model):
+        assert model(**labelled()).loss.isfinite()
+
+
+# Several models and batches
+
+
+def several_errors(checkpointing: dict | None) -> float:
+    """Compare a loss over two batches, and over two models that see the same batch."""
+    worst = 0.0
+    for kind in ("towers", "teacher"):
+        results = []
+        for name in (None, "context_parallel"):
+            student = model_with("causal", "llama", name).train()
+            teacher = copy.deepcopy(student) if kind == "teacher" else student
+            if name is not None:
+                hcp.parallelize(student, context())
+                hcp.parallelize(teacher, context())
+            if checkpointing is not None:
+                student.gradient_checkpointing_enable(checkpointing)
+            one, two = tokens(2, 19), tokens(3, 11, seed=4)
+            if kind == "towers":
+                first, second = (student.model(x).last_hidden_state.mean(1) for x in (one, two))
+                loss = torch.logsumexp(first @ second.T, dim=-1).sum()
+            else:
+                with torch.no_grad():
+                    for parameter in teacher.parameters():
+                        parameter.mul_(1.01)
+                    wanted = teacher(one).logits.log_softmax(-1)
+                loss = torch.nn.functional.kl_div(student(one).logits.log_softmax(-1), wanted, log_target=True)
+            loss.backward()
+            results.append(
+                (loss.detach(), mean_gradients(student) if name else [p.grad for p in student.parameters()])
+            )
+        (expected, theirs), (found, mine) = results
+        pairs = [(a, b) for a, b in zip(mine, theirs) if b is not None]
+        worst = max(worst, error(found, expected), *(error(a, b) for a, b in pairs))
+    return worst
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}])
+def test_losses_over_two_batches_and_two_models_are_exact(on_ranks, checkpointing):
+    assert max(on_ranks(2, several_errors, checkpointing)) < 1e-6
+
+
+def recomputed_errors() -> float:
+    """Recompute the whole model in backward, as gradient caches do."""
+    whole, sharded = (model_with("causal", "llama", name) for name in (None, "context_parallel"))
+    hcp.parallelize(sharded, context())
+    batch = labelled()
+    whole(**batch).loss.backward()
+    run = torch.utils.checkpoint.checkpoint
+    run(lambda: sharded(**batch).loss, use_reentrant=False).backward()
+    return max(error(a, b.grad) for a, b in zip(mean_gradients(sharded), whole.parameters()))
+
+
+def test_a_whole_model_may_be_recomputed(on_ranks):
+    assert max(on_ranks(2, recomputed_errors)) < 1e-7
+
+
+def custom_errors() -> float:
+    """Compare a module of a user around two models of Transformers."""
+
+    class Towers(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.left, self.right = (model_with("base", kind, name) for kind in ("llama", "bert"))
+
+        def forward(self, ids):
+            left, right = self.left(ids).last_hidden_state, self.right(ids).last_hidden_state
+            return (left.mean(1) * right.amax(1)).sum()
+
+    whole, sharded = Towers(None), Towers("context_parallel")
+    hcp.parallelize(sharded, context())
+    expected, found = whole(tokens(2, 19)), sharded(tokens(2, 19))
+    expected.backward()
+    found.backward()
+    pairs = [(a, b.grad) for a, b in zip(mean_gradients(sharded), whole.parameters()) if b.grad is not None]
+    return max(error(found, expected), *(error(a, b) for a, b in pairs))
+
+
+def test_models_inside_of_a_module_of_a_user_are_sharded(on_ranks):
+    assert max(on_ranks(2, custom_errors)) < 1e-6
+
+
+# What comes before the decoder
+
+
+def hooked_errors() -> float:
+    """Add noise to the embeddings by a hook whose size depends on the length of a row, as NEFTune does."""
+
+    def noise(module, args, output):
+        drawn = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+        return output + drawn / (output.shape[1] * output.shape[2]) ** 0.5
+
+    return errors_of(
+        "causal",
+        "llama",
+        prepare=lambda model: model.get_input_embeddings().register_forward_hook(noise) and None,
+    )
+
+
+def test_hooks_on_the_embedding_see_whole_rows(on_ranks):
+    assert max(on_ranks(3, hooked_errors)) < 1e-7
+
+
+def embedded_errors() -> float:
+    whole, sharded = (model_with("causal", "llama", name) for name in (None, "context_parallel"))
+    hcp.parallelize(sharded, context())
+    embeds = [model.get_input_embeddings()(tokens(2, 19)).detach().requires_grad_() for model in (whole, sharded)]
+    labels = some_labels(tokens(2, 19))
+    expected, found = (m(inputs_embeds=x, labels=labels).loss for m, x in zip((whole, sharded), embeds))
+    expected.backward()
+    found.backward()
+    gradient = embeds[1].grad
+    if dist.is_initialized():
+        dist.all_reduce(gradient)
+    return max(error(found, expected), error(gradient / context().size, embeds[0].grad))
+
+
+def test_embeddings_may_come_in(on_ranks):
+    assert max(on_ranks(3, embedded_errors)) < 1e-6
+
+
+# Calls
+
+
+def test_logits_are_made_where_they_are_asked_for():
+    model = hcp.parallelize(model_with("causal", "llama", "context_parallel"), context())
+    batch = labelled()
+    assert model.train()(**batch).logits is None
+    assert model(input_ids=batch["input_ids"]).logits.shape == (2, 19, model.config.vocab_size)
+    assert model(**batch, return_dict=False)[1] is None
+    assert model.eval()(**batch).logits.shape == (2, 19, model.config.vocab_size)
+    assert model(batch["input_ids"], logits_to_keep=2).logits.shape == (2, 2, model.config.vocab_size)
+    hcp.parallelize(model, context(logits="whole"))
+    assert model.train()(**batch).logits.shape == (2, 19, model.config.vocab_size)
+    hcp.parallelize(model, context(logits="shard"))
+    assert model(**batch).logits.shape == (2, 20, model.config.vocab_size)  # padded for two chunks
+
+
+def lengths_of_shards() -> tuple[int, int]:
+    """Count the tokens that layers see in a sharded call, and in one that is not."""
+    seen = []
+    model = model_with("causal", "llama", "context_parallel")
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    cp = context()
+    hcp.parallelize(model, cp)
+    ids = tokens(2, 20)
+    sharded = model(ids).logits
+    with cp.whole(model):
+        assert error(sharded, model(ids).logits) < 1e-10
+    assert len(borders_of(model)) == 1
+    generated = model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert generated.shape == (2, 22)
+    return seen[0], seen[1]
+
+
+def test_generation_and_whole_calls_are_not_sharded(on_ranks):
+    assert on_ranks(2, lengths_of_shards) == [(10, 20)] * 2
+
+
+def both_ways() -> float:
+    """Compare `cp.shard`, whose losses and gradients are summed over the ranks, with a prepared model."""
+    cp, batch = context(), batch_for("causal")
+    model = hcp.parallelize(model_with("causal", "llama", "context_parallel"), cp)
+    found = model(**batch).loss
+    found.backward()
+    mine = [gradient.clone() for gradient in mean_gradients(model)]
+    model.zero_grad()
+    weights = torch.rand(3, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with cp.shard(batch, model) as local:
+        loss = model(**local).loss
+        loss.backward()
+        assert error(cp.gather(cp.sharded(weights)), weights) == 0
+        with pytest.raises(ValueError, match="the batch has 3 rows of 19 tokens"):
+            cp.sharded(weights[:, :4])
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    pairs = zip(mean_gradients(model), mine)
+    return max(error(total, found), *(error(a * cp.size, b) for a, b in pairs))
+
+
+def test_both_ways_of_sharding_agree(on_ranks):
+    assert max(on_ranks(2, both_ways)) < 1e-10
+
+
+def test_models_that_cannot_be_exact_are_refused():
+    with pytest.raises(ValueError, match=r"loaded with attn_implementation='sdpa'"):
+        hcp.parallelize(model_with("causal", "llama", "sdpa"), context())
+    with pytest.raises(ValueError, match="BartModel is an encoder and a decoder"):
+        hcp.parallelize(model_with("base", "bart", "context_parallel"), context())
+    model = hcp.parallelize(model_with("causal", "llama", "context_parallel"), context())
+    with pytest.raises(ValueError, match="no rank holds the attention weights"):
+        model(**labelled(), output_attentions=True)
+    with pytest.raises(ValueError, match="given extra of shape"):
+        model(**labelled(), extra=torch.zeros(3, 4))
