@@ -32,9 +32,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_context_parallel as hcp
 from hf_context_parallel.distributed.worker_pool import WorkerPool
-from hf_context_parallel.integration.active_batch import active_batch
-from hf_context_parallel.integration.mixers.native import NativeMixers
-from hf_context_parallel.integration.mixers.whole_sequences import WholeSequences
+from hf_context_parallel.integration.mixers.native import NativePatch
+from hf_context_parallel.integration.mixers.whole_sequences import WholePatch
 
 from . import report
 
@@ -110,9 +109,7 @@ def measure(name: str, tokens: int, rounds: int) -> dict[str, list[float]]:
         runs = {"one process": passes(whole, x, grad_output) if cp.rank == 0 else list}
         half = slice(cp.rank * tokens // RANKS, (cp.rank + 1) * tokens // RANKS)
         runs["halves"] = passes(whole, x[:, half].clone(), grad_output[:, half])
-        batch = active_batch()
-        resharding = WholeSequences(batch)
-        replacements = {"whole sequences": resharding, "native": NativeMixers(batch, resharding)}
+        replacements = {"whole sequences": WholePatch(), "native": NativePatch()}
         positions = sharding.shard.layout.positions(cp.rank)
         for variant, replacement in replacements.items():
             mixer, _ = build(name)

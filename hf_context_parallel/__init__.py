@@ -7,9 +7,9 @@ from .config import ContextParallelConfig
 from .context_parallel import ContextParallel
 from .data.collator import ContextParallelDataCollator
 from .distributed.mesh import mesh_of
+from .integration.border.parallelize import parallelize
 from .integration.interfaces import attention as attention_interface
 from .integration.interfaces import masks as mask_interface
-from .integration.parallelize import parallelize
 from .trainer.mixin import ContextParallelMixin, ContextParallelTrainer
 from .verification.verify import verify
 

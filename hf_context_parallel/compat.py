@@ -64,6 +64,13 @@ def _missing(what: str, package: str, needed_by: str) -> ValueError:
     )
 
 
+set_compiler = torch._C._dynamo.eval_frame.set_eval_frame
+"""Function by which `torch.compile` sets what compiles the frames that this thread enters. It returns what was set.
+
+`torch.compiler.disable` sets None for all that a function calls, and has no way to compile some of it.
+"""
+
+
 def causal_lm_classes() -> dict[str, str]:
     """Return the class names that `AutoModelForCausalLM` chooses from, by model type."""
     return lookup("transformers.models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "every model type")

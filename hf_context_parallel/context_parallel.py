@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
@@ -14,13 +15,14 @@ from . import functional
 from .attention.kernels.registry import named_kernel
 from .config import ContextParallelConfig
 from .cp_group import CPGroup
+from .data.accelerator import share_groups
 from .data.loader import prepare_data_loader
 from .distributed.agreement import collective, fingerprint, odd_rank
 from .distributed.mesh import world
 from .distributed.messages import Exchange, GroupExchange
 from .distributed.process_groups import Groups, build_groups
 from .integration.active_batch import ActiveBatch, active_batch
-from .integration.parallelize import whole
+from .integration.border.parallelize import whole
 from .integration.sharded_batch import ShardedBatch
 from .planning import mask as masks
 from .planning.balanced import make_layout
@@ -306,6 +308,15 @@ class ContextParallel:
             comm_type=comm_type,
         )
 
-    def prepare_data_loader(self, loader: DataLoader) -> DataLoader:
-        """Prepare a data loader: each CP group reads samples of its own, and all ranks of a group read the same."""
-        return prepare_data_loader(loader, self.groups)
+    def prepare_data_loader(self, loader: DataLoader, accelerator: Accelerator | None = None) -> DataLoader:
+        """Prepare a data loader: each CP group reads samples of its own, and all ranks of a group read the same.
+
+        Args:
+            loader: the loader of whole batches.
+            accelerator: the Accelerator of the loop. It prepares the loader, and from then on takes a CP group for one
+                process: `gather_for_metrics` gathers each sample once, and loaders that it prepares later are shared.
+        """
+        if accelerator is None:
+            return prepare_data_loader(loader, self.groups)
+        share_groups(accelerator, self)
+        return accelerator.prepare_data_loader(loader)

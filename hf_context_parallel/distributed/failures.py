@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -11,8 +13,9 @@ import torch.distributed as dist
 class FailureReport:
     """Error message that a failing rank publishes so that its peers can raise it.
 
-    All ranks open the same blocks (of `cp.shard`), so the number of a block identifies its message. The message is
-    written to the store of the default process group, which outlives the connections between processes.
+    All ranks open the same blocks (of `cp.shard`, calls of a decoder, steps of the Trainer), so the number of a block
+    identifies its message. The message is written to the store of the default process group, which outlives the
+    connections between processes.
     """
 
     _opened: ClassVar[WeakKeyDictionary[object, int]] = WeakKeyDictionary()
@@ -28,7 +31,7 @@ class FailureReport:
         Raises:
             RuntimeError: with the message of another rank, if `error` only says that waiting for a rank failed.
         """
-        if dist.is_initialized() and not _is_of_waiting(error):
+        if dist.is_initialized() and not _is_of_waiting(error) and not _is_of_waiting(error.__cause__):
             store = dist.distributed_c10d._get_default_store()
             store.set(self._key(self.block), f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
         self.explain(error, self.block)
@@ -51,6 +54,17 @@ class FailureReport:
         return f"context_parallel/failed_in_block_{block}"
 
 
-def _is_of_waiting(error: BaseException) -> bool:
+@contextmanager
+def reported_failures() -> Iterator[None]:
+    """Publish an exception of this block. All ranks enter the same blocks."""
+    report = FailureReport()
+    try:
+        yield
+    except BaseException as error:
+        report.publish(error)
+        raise
+
+
+def _is_of_waiting(error: BaseException | None) -> bool:
     """Return True for the error of a failed message or collective. Gloo raises RuntimeErrors that name its files."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))

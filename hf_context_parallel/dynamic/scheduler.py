@@ -201,6 +201,7 @@ class Scheduler:
             lengths = [here[sample].shape[1] for sample in group.samples]
             edges = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
         batch = {name: values[None].contiguous() for name, values in zip(CARRIED, row)}
+        batch["labels"] = batch["shift_labels"]  # without labels a model computes no loss
         batch["cu_seq_lens_q"] = torch.tensor(edges, dtype=torch.int32)
         return Round(group.size, batch, sum(lengths), max(lengths, default=0))
 

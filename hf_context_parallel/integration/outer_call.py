@@ -16,10 +16,12 @@ class OuterCall:
     Args:
         model: the model.
         given: its arguments by name.
+        is_alone: True if one rank computes the whole batch.
+        compiler: what compiles the decoder, where the model around it is not compiled; see `compat.set_compiler`.
     """
 
-    def __init__(self, model: PreTrainedModel, given: Mapping[str, Any]):
-        self.model, self.given = model, given
+    def __init__(self, model: PreTrainedModel, given: Mapping[str, Any], is_alone: bool, compiler: Any = None):
+        self.model, self.given, self.is_alone, self.compiler = model, given, is_alone, compiler
 
     @property
     def uses_padding(self) -> bool:

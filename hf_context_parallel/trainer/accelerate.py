@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
-import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, recursively_apply
-from torch.utils.data import DataLoader, IterableDataset
+from accelerate.utils import DistributedType
 
 from ..config import ContextParallelConfig, refuse
-from ..context_parallel import ContextParallel
-from ..data.loader import prepare_data_loader
 
 CP_SIZE = "parallelism_config_cp_size"
 """Option of `accelerate launch` for the CP size. The environment variable that it sets has the name in capitals."""
@@ -149,84 +142,3 @@ class AnyDeviceParallelism(ParallelismConfig):
             values = {name: getattr(accelerator, name) for name in names}
             accelerator = SimpleNamespace(**values, multi_device=True)
         super()._validate_accelerator(accelerator)
-
-
-class CpAccelerator(Accelerator):
-    """Accelerator that gives all ranks of a CP group the same samples, and counts them once in metrics."""
-
-    cp: ContextParallel
-    _for_metrics = False
-    _counts_groups = False
-
-    @property
-    def num_processes(self) -> int:
-        """Number of processes, or, where a loss is computed, of those that a mean over processes counts for one."""
-        processes = super().num_processes
-        return processes // self.cp.size if self._counts_groups else processes
-
-    @contextmanager
-    def counting_groups(self) -> Iterator[None]:
-        """Count each CP group as one process in this block.
-
-        The Trainer multiplies a loss by the number of processes that hold other samples, since DDP divides by it.
-        """
-        before, self._counts_groups = self._counts_groups, True
-        try:
-            yield
-        finally:
-            self._counts_groups = before
-
-    def prepare_data_loader(
-        self,
-        data_loader: DataLoader,
-        device_placement: bool | None = None,
-        slice_fn_for_dispatch: Callable | None = None,
-    ) -> DataLoader:
-        if getattr(data_loader, "_is_accelerate_prepared", False):
-            return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
-        seed = data_loader.worker_init_fn
-        if isinstance(seed, functools.partial) and "rank" in seed.keywords:  # from the Trainer
-            # Workers of a CP group draw alike. Every rank reads all samples of an iterable data set.
-            rank = 0 if isinstance(data_loader.dataset, IterableDataset) else self.cp.groups.data_rank
-            data_loader.worker_init_fn = functools.partial(seed.func, *seed.args, **{**seed.keywords, "rank": rank})
-        loader = prepare_data_loader(
-            data_loader,
-            self.cp.groups,
-            device=self.device,
-            split_batches=self.split_batches,
-            put_on_device=self.device_placement if device_placement is None else device_placement,
-            rng_types=self.rng_types.copy(),
-            even_batches=self.even_batches,
-            use_seedable_sampler=self.use_seedable_sampler,
-            data_seed=self.dataloader_config.data_seed,
-            non_blocking=self.non_blocking,
-            use_stateful_dataloader=self.use_stateful_dataloader,
-        )
-        self._dataloaders.append(loader)
-        return loader
-
-    def _prepare_cp(self, *args: Any):
-        """Skip accelerate's own context parallelism, which supports causal SDPA alone."""
-        return args
-
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """Gather each sample once, from the first rank of each CP group."""
-        self._for_metrics = True
-        try:
-            return super().gather_for_metrics(input_data, use_gather_object)
-        finally:
-            self._for_metrics = False
-
-    def gather(self, tensor: Any) -> Any:
-        gathered = super().gather(tensor)
-        return recursively_apply(self._first_of_each_group, gathered) if self._for_metrics else gathered
-
-    def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
-        loader = self.gradient_state.active_dataloader
-        # After the groups were resized, an older loader still deals to the groups that it was prepared for.
-        groups = getattr(loader, "groups", self.cp.groups)
-        ranks = gathered.unflatten(0, (self.state.num_processes, -1))[groups.first_ranks]
-        counts = getattr(loader, "counts", None)
-        if counts is None:
-            return ranks.flatten(0, 1)
-        return torch.cat([samples[:count] for samples, count in zip(ranks, counts)])

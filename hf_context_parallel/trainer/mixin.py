@@ -14,17 +14,18 @@ from transformers import Trainer, TrainerCallback
 
 from ..config import ContextParallelConfig
 from ..context_parallel import ContextParallel
+from ..data.accelerator import share_groups
 from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
+from ..distributed.failures import reported_failures
 from ..distributed.mesh import mesh_of
 from ..dynamic.scheduler import Scheduler
-from ..integration.parallelize import models_to_shard, parallelize
+from ..integration.border.parallelize import models_to_shard, parallelize
 from ..integration.patches.randomness import share_streams
 from ..verification.verify import verify
 from .accelerate import (
     ENABLED,
     AnyDeviceParallelism,
-    CpAccelerator,
     launcher_command,
     refuse_ignored_size,
     refuse_unknown,
@@ -103,9 +104,7 @@ class ContextParallelMixin:
         self._config = with_launched_size(self._config, self.accelerator)
         mesh = mesh_of(self.model) if self.model is not None else None
         self.cp = ContextParallel(self._config, self.accelerator.torch_device_mesh if mesh is None else mesh)
-        # The Trainer has no hook for the class of its Accelerator, so the class is set afterwards.
-        self.accelerator.__class__ = CpAccelerator
-        self.accelerator.cp = self.cp
+        share_groups(self.accelerator, self.cp)
         self.gather_function = self.accelerator.gather_for_metrics
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
@@ -143,10 +142,18 @@ class ContextParallelMixin:
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run a training step, with `dynamic` round by round."""
-        if self._scheduler is None:
-            rows, length = _shape_of(inputs)
-            self._count(rows * length, length)
-            return super().training_step(model, inputs, num_items_in_batch)
+        with reported_failures():
+            if self._scheduler is None:
+                rows, length = _shape_of(inputs)
+                self._count(rows * length, length)
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._rounds(model, inputs, num_items_in_batch)
+
+    def _rounds(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Run the rounds of a training step, and return the sum of their losses."""
+        assert self._scheduler is not None
         rounds = self._step_state.rounds.pop(0) if self._step_state.rounds else self._scheduler.rounds([inputs])
         loss = torch.zeros((), device=self.args.device)
         sync = self.accelerator.gradient_state.sync_gradients
@@ -175,6 +182,11 @@ class ContextParallelMixin:
         """Compute the loss of the whole batch, as the Trainer does where each CP group is one process."""
         with self.accelerator.counting_groups():
             return super().compute_loss(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a prediction step, which returns whole outputs on every rank."""
+        with reported_failures():
+            return super().prediction_step(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the targets of the samples of all CP groups, each sample once.

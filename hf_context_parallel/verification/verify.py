@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from ..context_parallel import ContextParallel
 from ..distributed.agreement import collective, fingerprint
 from ..distributed.mesh import world
+from ..integration.border.parallelize import parallelize
 from ..integration.model_registry import transformers_model
-from ..integration.parallelize import parallelize
 from ..integration.patches.rope import follows_length
 from ..integration.tensor_parallel.plan_styles import styles_of
 from ..integration.tensor_parallel.replicated import AlwaysReplicated

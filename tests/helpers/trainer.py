@@ -57,7 +57,7 @@ def no_labels_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def shifted_labels_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
     batch = padding_collator(rows)
-    batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    batch["shift_labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     return batch
 
 

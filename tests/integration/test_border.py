@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_context_parallel as hcp
-from hf_context_parallel.integration.parallelize import borders_of
+from hf_context_parallel.integration.border.parallelize import borders_of
 from tests.helpers.border import batch_for, errors_of, mean_gradients, model_with
 from tests.helpers.models import context, document_positions, error, labelled, some_labels, tokens
 

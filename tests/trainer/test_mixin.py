@@ -135,7 +135,7 @@ def history_with_an_infinite_loss(kind, folder, settings) -> list[float]:
     class Overflowing(type(trainer)):
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            infinite = self.state.global_step == 1 and self.args.process_index == self.args.world_size - 1
+            infinite = self.state.global_step == 1
             return loss + float("inf") if infinite else loss  # the gradient is unchanged
 
     trainer.__class__ = Overflowing
@@ -144,7 +144,7 @@ def history_with_an_infinite_loss(kind, folder, settings) -> list[float]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])
-def test_an_infinite_loss_on_one_rank_is_left_out_of_logs_on_all(on_ranks, tmp_path, settings):
+def test_an_infinite_loss_is_left_out_of_logs(on_ranks, tmp_path, settings):
     [expected] = on_ranks(1, history_with_an_infinite_loss, STOCK, tmp_path, None)
     assert expected[1] == 0
     for found in on_ranks(2, history_with_an_infinite_loss, 2, tmp_path, settings):
@@ -256,18 +256,3 @@ def test_autocast_sends_bfloat16(on_ranks, tmp_path):
     for found, dtypes in on_ranks(2, autocast_history, tmp_path):
         assert dtypes == {"torch.bfloat16", "torch.float32"}  # bfloat16 keys, and float32 sums of their gradients
         np.testing.assert_allclose(found, expected, rtol=3e-2)
-
-
-def test_a_loss_that_is_not_trainers_is_refused(tmp_path):
-    trainer = make_trainer(1, tmp_path)
-
-    class OwnLoss(type(trainer)):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            logits = model(**inputs).logits
-            return torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
-            )
-
-    trainer.__class__ = OwnLoss
-    with pytest.raises(ValueError, match="does not call super"):
-        trainer.train()

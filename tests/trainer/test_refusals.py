@@ -10,9 +10,7 @@ from tests.helpers.trainer import make_trainer
 
 REFUSED = {
     "attn_implementation='context_parallel'": lambda: {"model": tiny_model("llama", "sdpa", torch.float32)},
-    "label_smoothing_factor": lambda: {"label_smoothing_factor": 0.1},
-    "neftune_noise_alpha": lambda: {"neftune_noise_alpha": 5.0},
-    "label_names": lambda: {"label_names": ["labels", "attention_mask"]},
+    "eval_use_gather_object=True": lambda: {"eval_use_gather_object": True},
 }
 
 

@@ -47,6 +47,7 @@ def _no_entry(config: PreTrainedConfig, table: str) -> ValueError:
     )
 
 
+@torch.compiler.disable
 def context_parallel_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

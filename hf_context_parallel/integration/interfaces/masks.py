@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AttentionMaskInterface
 
 from ...compat import chunks_count_from_documents
@@ -32,6 +33,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, context_parallel_mask)
 
 
+@torch.compiler.disable
 def context_parallel_mask(**kwargs: Any) -> Any:
     """Make the mask of one layer type: a `PlannedMask` for a shard, else the mask that Transformers would make.
 
@@ -41,7 +43,9 @@ def context_parallel_mask(**kwargs: Any) -> Any:
     config = kwargs["config"]
     batch, call = active_batch(), outer_call()
     options = {name: value for name, value in kwargs.items() if name.startswith("allow_is_")}
-    if batch is None and call is not None:  # the decoder is going to get this mask, and to shard it
+    if (
+        batch is None and call is not None and not call.is_alone
+    ):  # the decoder is going to get this mask, and to shard it
         pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not call.typed)
         return PlannedMask(pattern, config, options, padding=kwargs.get("attention_mask"))
     if batch is None:

@@ -13,10 +13,10 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import GradientCheckpointingLayer
 
+from ...integration.border.parallelize import whole
 from ...integration.checks.inputs import accepted
 from ...integration.mixers.recognise import mixers
 from ...integration.model_registry import transformers_model
-from ...integration.parallelize import whole
 from ...integration.switches import computed_otherwise, heard_by
 from .batches import Batch
 from .modules import INPUT, OUTPUT, hidden_output, hidden_states, replaced, run_alone, stock_forwards, take

@@ -18,9 +18,9 @@ from ...config import ContextParallelConfig
 from ...context_parallel import ContextParallel
 from ...data.batch import IGNORED
 from ...distributed.mesh import mesh_of
-from ...integration.deferred_logits import DeferredLogits
+from ...integration.border.deferred_logits import DeferredLogits
+from ...integration.border.parallelize import borders_of, parallelize
 from ...integration.model_registry import NAME, UNSHIFTED
-from ...integration.parallelize import borders_of, parallelize
 from ...integration.switches import allow_unchecked_models
 from .tiny import VOCABULARY, tiny_model
 

@@ -97,25 +97,6 @@ def test_settings_that_look_at_the_whole_are_exact(on_ranks, name):
     assert max(on_ranks(3, largest_error, model_type, changes)) < 1e-9
 
 
-def errors_of_a_penalty_on_logits() -> tuple[float, str]:
-    kinds = check.batches
-    config = tiny_config("bamba", z_loss_coefficient=0.1)
-    try:
-        check.batches = lambda config: {"dense": kinds(config)["dense"]}
-        (found,) = check.errors(config, {})[0].values()
-        check.batches = lambda config: {"padded left": kinds(config)["padded left"]}
-        with pytest.raises(ValueError) as refusal:
-            check.errors(config, {})
-    finally:
-        check.batches = kinds
-    return max(found.loss, found.gradients), str(refusal.value)
-
-
-def test_a_penalty_on_logits_is_a_mean_over_the_batch(on_ranks):
-    for error, refusal in on_ranks(3, errors_of_a_penalty_on_logits):
-        assert error < 1e-9 and "the logits of padding differ from those of one process" in refusal
-
-
 def error_without_resharding() -> float:
     model_registry.SEES_WHOLE, kept = re.compile("nothing"), model_registry.SEES_WHOLE
     try:

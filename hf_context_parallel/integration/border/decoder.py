@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,23 +21,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from ..cp_group import CPGroup
-from ..data.batch import CONSUMED, PADDING, SHARD, take_columns
-from ..data.shard import shard_batch
-from ..distributed.agreement import collective, fingerprint
-from ..distributed.failures import FailureReport
-from .active_batch import ActiveBatch, active_batch, entered
-from .checks.agreement import SAME_BATCHES, check_weights, sampled, signature
-from .checks.inputs import accepted, check_range
-from .checks.model import check_call
+from ...compat import set_compiler
+from ...cp_group import CPGroup
+from ...data.batch import CONSUMED, PADDING, SHARD, take_columns
+from ...data.shard import shard_batch
+from ...distributed.agreement import collective, fingerprint
+from ...distributed.failures import FailureReport
+from ..active_batch import ActiveBatch, active_batch, entered
+from ..checks.agreement import SAME_BATCHES, check_weights, sampled, signature
+from ..checks.inputs import accepted, check_range
+from ..checks.model import check_call
+from ..installation import carry_batches
+from ..interfaces.masks import check_chunks
+from ..interfaces.planned_mask import PlannedMask
+from ..model_registry import NAME
+from ..outer_call import outer_call
+from ..patches.module_patch import ModulePatch, by_name
+from ..patches.randomness import own_stream
 from .head import HasGroup, HeadCall
-from .installation import carry_batches
-from .interfaces.masks import check_chunks
-from .interfaces.planned_mask import PlannedMask
-from .model_registry import NAME
-from .outer_call import outer_call
-from .patches.module_patch import ModulePatch, by_name
-from .patches.randomness import own_stream
 
 OF_LOSSES = ("labels", "shift_labels", "num_items_in_batch")
 """Arguments that models pass down to all layers, and that only losses use."""
@@ -79,19 +81,53 @@ class DecoderBorder(ModulePatch):
             return False
         return not given.get("use_cache") or torch.is_grad_enabled()
 
+    def is_alone(self, given: Mapping[str, Any]) -> bool:
+        """Return whether this rank computes a batch without any other, and as Transformers does.
+
+        Documents are kept apart on one rank too, so a batch that describes some is not computed so.
+
+        Args:
+            given: the arguments of the call by name.
+        """
+        group = self.cp.group
+        described = ("position_ids", *CONSUMED[1:])
+        return (
+            group.size == group.first_size == group.groups.tensor.size == 1
+            and not group.config.sequence_parallel
+            and all(given.get(name) is None for name in described)
+        )
+
+    @partial(torch.compiler.disable, recursive=False)
     def run(self, module: torch.nn.Module, forward: Callable, turn: Any, *args: Any, **kwargs: Any) -> Any:
-        given = by_name(forward, args, kwargs)
-        if not self.shards(given):
-            return forward(*args, **kwargs)
-        call = _Call(module, given, self.cp.group)
+        compiler = set_compiler(None)  # nothing but the decoder is compiled
+        outer = outer_call()
         try:
-            with entered(call.batch), call.environment():
-                output = forward(**call.local)
-            self.handled = call.batch.handled
-            return call.gathered(output)
-        except BaseException as error:
-            call.failure_report.publish(error)
-            raise
+            given = by_name(forward, args, kwargs)
+            if not self.shards(given):
+                set_compiler(compiler)
+                return forward(*args, **kwargs)
+            resumed = outer.compiler if compiler is None and outer is not None else compiler
+            if self.is_alone(given) if outer is None else outer.is_alone:
+                set_compiler(resumed)
+                output = forward(*args, **kwargs)
+                if isinstance(outer, HeadCall):
+                    outer.take_shard(module, AllTokens(given))
+                return output
+            call = _Call(module, given, self.cp.group)
+            try:
+                with entered(call.batch), call.environment():
+                    set_compiler(resumed)
+                    try:
+                        output = forward(**call.local)
+                    finally:
+                        set_compiler(None)
+                self.handled = call.batch.handled
+                return call.gathered(output)
+            except BaseException as error:
+                call.failure_report.publish(error)
+                raise
+        finally:
+            set_compiler(compiler)
 
 
 class _Call:
@@ -232,6 +268,26 @@ class ShardTokens:
         """Sum a tensor over the ranks. Every rank's loss depends on the sum, so backward counts it for each."""
         total: torch.Tensor = _Sum.apply(x, self._batch.group)
         return total
+
+
+class AllTokens:
+    """Tokens of a batch that one rank holds; see `deferred_logits.Tokens`."""
+
+    def __init__(self, given: Mapping[str, Any]):
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        self.whole_shape = self.local_shape = tuple(tokens.shape[:2])
+
+    def take(self, x: torch.Tensor, fill: int) -> torch.Tensor:
+        """Return the tensor."""
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the tensor."""
+        return x
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the tensor."""
+        return x
 
 
 class _Sum(torch.autograd.Function):

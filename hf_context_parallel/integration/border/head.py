@@ -6,19 +6,20 @@ Any other head gets the hidden states of the whole batch, and runs as it was wri
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from ..compat import language_model_classes
-from ..config import ContextParallelConfig
-from ..cp_group import CPGroup
-from .checks.model import has_forward_of, stock_class
+from ...compat import language_model_classes, set_compiler
+from ...config import ContextParallelConfig
+from ...cp_group import CPGroup
+from ..checks.model import has_forward_of, stock_class
+from ..outer_call import OuterCall, in_call, outer_call
+from ..patches.module_patch import ModulePatch, by_name
 from .deferred_logits import DeferredLogits, Tokens
-from .outer_call import OuterCall, in_call, outer_call
-from .patches.module_patch import ModulePatch, by_name
 
 Z_LOSS = "z_loss_coefficient"
 """Field of a configuration that weighs a mean over all logits, those of padding too."""
@@ -40,6 +41,9 @@ class Border(Protocol):
     def shards(self, given: Mapping[str, Any]) -> bool:
         """Return whether a call with these arguments is sharded."""
 
+    def is_alone(self, given: Mapping[str, Any]) -> bool:
+        """Return whether one rank computes a batch with these arguments as Transformers does."""
+
 
 class HeadCall(OuterCall):
     """One call of a language model. Its output embeddings return deferred logits.
@@ -48,13 +52,21 @@ class HeadCall(OuterCall):
         model: the language model.
         decoder: its decoder.
         given: the arguments of the call by name.
+        is_alone: True if one rank computes the whole batch.
         config: the CP settings.
+        compiler: what compiles the decoder. The head is not compiled.
     """
 
     def __init__(
-        self, model: PreTrainedModel, decoder: PreTrainedModel, given: Mapping[str, Any], config: ContextParallelConfig
+        self,
+        model: PreTrainedModel,
+        decoder: PreTrainedModel,
+        given: Mapping[str, Any],
+        is_alone: bool,
+        config: ContextParallelConfig,
+        compiler: Any,
     ):
-        super().__init__(model, given)
+        super().__init__(model, given, is_alone, compiler)
         self._decoder, self._config = decoder, config
         self._tokens: Tokens | None = None
 
@@ -116,16 +128,24 @@ class OuterPatch(ModulePatch):
         super().__init__()
         self._border, self._decoder = border, decoder
 
+    @partial(torch.compiler.disable, recursive=False)
     def run(self, module: torch.nn.Module, forward: Callable, turn: Any, *args: Any, **kwargs: Any) -> Any:
-        given = by_name(forward, args, kwargs)
-        if not self._border.shards(given):
-            return forward(*args, **kwargs)
-        if not stays_on_shard(module, given):
-            with in_call(OuterCall(module, given)):
+        compiler = set_compiler(None)
+        try:
+            given = by_name(forward, args, kwargs)
+            if not self._border.shards(given):
+                set_compiler(compiler)
                 return forward(*args, **kwargs)
-        call = HeadCall(module, self._decoder(module), given, self._border.cp.group.config)
-        with in_call(call):
-            return call.finished(forward(*args, **kwargs))
+            alone = self._border.is_alone(given)
+            if not stays_on_shard(module, given):
+                with in_call(OuterCall(module, given, alone)):
+                    set_compiler(compiler)
+                    return forward(*args, **kwargs)
+            call = HeadCall(module, self._decoder(module), given, alone, self._border.cp.group.config, compiler)
+            with in_call(call):
+                return call.finished(forward(*args, **kwargs))
+        finally:
+            set_compiler(compiler)
 
 
 class EmbeddingsPatch(ModulePatch):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..distributed.messages import accumulation_dtype
+from ...distributed.messages import accumulation_dtype
 
 LOGITS = 2**25
 """Number of logits that are made at a time: 128 MiB in float32."""

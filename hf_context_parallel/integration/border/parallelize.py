@@ -9,14 +9,14 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..compat import attention_name
-from .border import DecoderBorder
-from .checks.model import check_decoder, stock_class
+from ...compat import attention_name
+from ..checks.model import check_decoder, stock_class
+from ..installation import decoder_of, install
+from ..model_registry import NAME, models_inside, outermost_models
+from ..patches.module_patch import patch_of
+from ..tensor_parallel.checks import check_parallelism
+from .decoder import DecoderBorder
 from .head import EmbeddingsPatch, HasGroup, OuterPatch
-from .installation import decoder_of, install
-from .model_registry import NAME, models_inside, outermost_models
-from .patches.module_patch import patch_of
-from .tensor_parallel.checks import check_parallelism
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

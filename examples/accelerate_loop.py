@@ -1,0 +1,55 @@
+"""Fine-tune a causal language model in a plain loop of Accelerate, with each sequence split over two processes.
+
+    accelerate launch --multi_gpu --num_processes 4 examples/accelerate_loop.py --model Qwen/Qwen3-0.6B --files a.txt
+
+Without GPUs, add `--cpu`.
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+import hf_context_parallel as hcp
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True, help="a hub id or a folder")
+parser.add_argument("--files", required=True, nargs="+", help="text files, each of which is one document")
+parser.add_argument("--max-length", type=int, default=32768, help="most tokens of a sequence")
+parser.add_argument("--cpu", action="store_true")
+options = parser.parse_args()
+
+set_seed(0)
+accelerator = Accelerator(cpu=options.cpu, gradient_accumulation_steps=2)
+cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
+tokenizer = AutoTokenizer.from_pretrained(options.model)
+model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation="context_parallel")
+
+
+def tokenize(batch):
+    ids = tokenizer(batch["text"], truncation=True, max_length=options.max_length)["input_ids"]
+    return {"input_ids": ids, "labels": ids}
+
+
+documents = load_dataset("text", data_files=options.files, sample_by="document", split="train")
+documents = documents.map(tokenize, batched=True, remove_columns=["text"])
+loader = DataLoader(documents, batch_size=1, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+
+loader = cp.prepare_data_loader(loader, accelerator)  # each group of two processes reads samples of its own
+model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-5))
+hcp.parallelize(model, cp)  # whole batches in, whole outputs out
+
+model.train()
+for batch in loader:
+    with accelerator.accumulate(model):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    losses = accelerator.gather_for_metrics(loss.detach()[None])  # one of each sample
+    accelerator.print(f"loss {losses.mean():.4f}")

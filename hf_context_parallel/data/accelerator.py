@@ -1,0 +1,118 @@
+"""Accelerator whose data loaders, metrics and losses take a CP group for one process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..distributed.process_groups import Groups
+from .loader import prepare_data_loader
+
+
+class HasGroups(Protocol):
+    """Object that knows the process groups that are in use, such as `ContextParallel`."""
+
+    @property
+    def groups(self) -> Groups:
+        """Process groups around this rank."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks of a CP group."""
+
+
+def share_groups(accelerator: Accelerator, cp: HasGroups) -> None:
+    """Let an Accelerator take each CP group for one process, in place.
+
+    It cannot be told the class of its loaders, so its own class is set.
+    """
+    accelerator.__class__ = CpAccelerator
+    accelerator.cp = cp
+
+
+class CpAccelerator(Accelerator):
+    """Accelerator that gives all ranks of a CP group the same samples, and counts them once in metrics."""
+
+    cp: HasGroups
+    _for_metrics = False
+    _counts_groups = False
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes, or, where a loss is computed, of those that a mean over processes counts for one."""
+        processes = super().num_processes
+        return processes // self.cp.size if self._counts_groups else processes
+
+    @contextmanager
+    def counting_groups(self) -> Iterator[None]:
+        """Count each CP group as one process in this block.
+
+        The Trainer multiplies a loss by the number of processes that hold other samples, since DDP divides by it.
+        """
+        before, self._counts_groups = self._counts_groups, True
+        try:
+            yield
+        finally:
+            self._counts_groups = before
+
+    def prepare_data_loader(
+        self,
+        data_loader: DataLoader,
+        device_placement: bool | None = None,
+        slice_fn_for_dispatch: Callable | None = None,
+    ) -> DataLoader:
+        if getattr(data_loader, "_is_accelerate_prepared", False):
+            return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        seed = data_loader.worker_init_fn
+        if isinstance(seed, functools.partial) and "rank" in seed.keywords:  # from the Trainer
+            # Workers of a CP group draw alike. Every rank reads all samples of an iterable data set.
+            rank = 0 if isinstance(data_loader.dataset, IterableDataset) else self.cp.groups.data_rank
+            data_loader.worker_init_fn = functools.partial(seed.func, *seed.args, **{**seed.keywords, "rank": rank})
+        loader = prepare_data_loader(
+            data_loader,
+            self.cp.groups,
+            device=self.device,
+            split_batches=self.split_batches,
+            put_on_device=self.device_placement if device_placement is None else device_placement,
+            rng_types=self.rng_types.copy(),
+            even_batches=self.even_batches,
+            use_seedable_sampler=self.use_seedable_sampler,
+            data_seed=self.dataloader_config.data_seed,
+            non_blocking=self.non_blocking,
+            use_stateful_dataloader=self.use_stateful_dataloader,
+        )
+        self._dataloaders.append(loader)
+        return loader
+
+    def _prepare_cp(self, *args: Any):
+        """Skip accelerate's own context parallelism, which supports causal SDPA alone."""
+        return args
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """Gather each sample once, from the first rank of each CP group."""
+        self._for_metrics = True
+        try:
+            return super().gather_for_metrics(input_data, use_gather_object)
+        finally:
+            self._for_metrics = False
+
+    def gather(self, tensor: Any) -> Any:
+        gathered = super().gather(tensor)
+        return recursively_apply(self._first_of_each_group, gathered) if self._for_metrics else gathered
+
+    def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
+        loader = self.gradient_state.active_dataloader
+        # After the groups were resized, an older loader still deals to the groups that it was prepared for.
+        groups = getattr(loader, "groups", self.cp.groups)
+        ranks = gathered.unflatten(0, (self.state.num_processes, -1))[groups.first_ranks]
+        counts = getattr(loader, "counts", None)
+        if counts is None:
+            return ranks.flatten(0, 1)
+        return torch.cat([samples[:count] for samples, count in zip(ranks, counts)])
