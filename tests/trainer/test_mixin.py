@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
+from hf_context_parallel.verification.types.tiny import tiny_config
 from tests.helpers.models import tiny_model
 from tests.helpers.trainer import STOCK, history, make_trainer, padding_collator, random_crops, samples
 
@@ -116,6 +118,110 @@ def test_a_subclass_prepares_each_whole_batch_once(on_ranks, tmp_path):
         np.testing.assert_allclose(found[1], loss, rtol=1e-5)
         np.testing.assert_array_equal(found[2], labels)
         assert found[3] == shapes
+
+
+# Losses, heads and metrics of a user
+
+
+def mean_of_tokens(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
+    """Compute a loss for the Trainer's `compute_loss_func`: a sum over tokens, divided by the count."""
+    losses = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    return losses / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum())
+
+
+def with_own_loss(trainer):
+    """Let a trainer compute a loss of its own: a mean over the last tokens of rows, and a distance to a teacher."""
+
+    class OwnLoss(type(trainer)):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            with torch.no_grad():
+                wanted = self.teacher(**inputs).logits.softmax(-1)
+            mask = inputs["attention_mask"][..., None]
+            distance = ((outputs.logits.softmax(-1) - wanted).pow(2) * mask).sum() / mask.sum()
+            last = inputs["attention_mask"].sum(1) - 1
+            chosen = outputs.logits[torch.arange(len(last)), last]
+            loss = distance + torch.nn.functional.cross_entropy(chosen, labels.clamp(min=0)[:, 3])
+            return (loss, outputs) if return_outputs else loss
+
+    trainer.__class__ = OwnLoss
+    trainer.teacher = copy.deepcopy(trainer.model)
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.mul_(1.02)
+    return trainer
+
+
+class SeededSteps(TrainerCallback):
+    """Callback that seeds each step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(state.global_step)
+
+
+def own_history(kind, folder, case, accumulation) -> tuple[list[tuple[float, float]], float]:
+    """Train with a loss of the user, and evaluate."""
+    options = {
+        "label smoothing": {"label_smoothing_factor": 0.1},
+        "NEFTune": {"neftune_noise_alpha": 5.0},
+    }.get(case, {})
+    trainer = make_trainer(kind, folder, gradient_accumulation_steps=accumulation, max_steps=3, **options)
+    if case == "compute_loss_func":
+        trainer.compute_loss_func = mean_of_tokens
+    if case == "NEFTune":
+        trainer.add_callback(SeededSteps())  # samplers draw another number of times with several processes
+    if case == "own loss with a teacher":
+        with_own_loss(trainer)
+        trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return steps, trainer.evaluate(samples(4))["eval_loss"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("case", ["label smoothing", "NEFTune", "compute_loss_func", "own loss with a teacher"])
+def test_losses_of_the_user_are_those_of_one_process(on_ranks, tmp_path, case, accumulation):
+    [(expected, evaluated)] = on_ranks(1, own_history, STOCK, tmp_path, case, accumulation)
+    for found, loss in on_ranks(2, own_history, 2, tmp_path, case, accumulation):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        np.testing.assert_allclose(loss, evaluated, rtol=1e-5)
+    if case != "NEFTune":  # two groups draw other noise
+        groups = on_ranks(2, own_history, STOCK, tmp_path, case, accumulation)[0]
+        for found in on_ranks(4, own_history, 2, tmp_path, case, accumulation):
+            np.testing.assert_allclose(found[0], groups[0], rtol=1e-5)
+            np.testing.assert_allclose(found[1], groups[1], rtol=1e-5)
+
+
+def classification(kind, folder) -> tuple[list[tuple[float, float]], dict[str, float], np.ndarray]:
+    """Train a classifier of sequences with metrics of its own."""
+    torch.manual_seed(0)
+    config = tiny_config("qwen2", pad_token_id=0, num_labels=3)
+    name = {} if kind == STOCK else {"attn_implementation": "context_parallel"}
+    model = AutoModelForSequenceClassification.from_config(config, **name)
+
+    def collate(rows):
+        batch = padding_collator(rows)
+        return {**batch, "labels": batch["input_ids"][:, 2] % 3}
+
+    trainer = make_trainer(kind, folder, model=model, max_steps=3, eval_strategy="no")
+    trainer.data_collator = collate
+    trainer.compute_metrics = lambda found: {"accuracy": float((found.predictions == found.label_ids).mean())}
+    trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+    trainer.train()
+    steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    metrics = trainer.evaluate(samples(7))
+    return steps, {name: metrics[name] for name in ("eval_loss", "eval_accuracy")}, trainer.predict(samples(7))[0]
+
+
+def test_a_classifier_and_its_metrics_are_those_of_one_process(on_ranks, tmp_path):
+    [(expected, metrics, predictions)] = on_ranks(1, classification, STOCK, tmp_path)
+    for found in on_ranks(3, classification, 3, tmp_path):
+        np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+        assert found[1] == pytest.approx(metrics, rel=1e-5)
+        np.testing.assert_array_equal(found[2], predictions)
 
 
 def loss_of_a_call(kind, folder) -> float:

@@ -8,8 +8,9 @@ other use makes the logits, and gathers them.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -132,6 +133,11 @@ class DeferredLogits:
         """Return the number of dimensions."""
         return len(self.shape)
 
+    @property
+    def is_flat(self) -> bool:
+        """Return whether the logits are `[B * S, V]`."""
+        return self._flat
+
     def size(self, dim: int | None = None) -> Any:
         """Return the shape of the whole logits, or one dimension of it."""
         return self.shape if dim is None else self.shape[dim]
@@ -212,24 +218,11 @@ class DeferredLogits:
     ) -> Any:
         options = kwargs or {}
         if function is cross_entropy:
-            given = dict(zip(("input", "target"), args)) | options
-            logits, target = given["input"], given["target"]
-            plain = given.keys() <= {"input", "target", "ignore_index", "reduction", "label_smoothing", "weight"}
-            if (
-                isinstance(logits, DeferredLogits)
-                and plain
-                and len(args) <= 2
-                and given.get("weight") is None
-                and logits._flat
-                and target.dim() == 1
-                and given.get("reduction", "mean") in ("sum", "mean")
-            ):
-                return logits.cross_entropy(
-                    target,
-                    given.get("ignore_index", -100),
-                    given.get("reduction", "mean"),
-                    given.get("label_smoothing", 0.0),
-                )
+            given = inspect.signature(cross_entropy).bind(*args, **options)
+            given.apply_defaults()
+            loss = _deferred_loss(given.arguments)
+            if loss is not None:
+                return loss
         deferred = next((x for x in args if isinstance(x, DeferredLogits)), None)
         if deferred is not None and function in FUNCTIONS:
             return deferred._apply(function, args, options)
@@ -261,6 +254,24 @@ class DeferredLogits:
 
     def __neg__(self) -> Any:
         return self._apply(operator.neg, (self,), {})
+
+
+LOSS_ARGUMENTS = {"input", "target", "ignore_index", "reduction", "label_smoothing"}
+"""Arguments of the cross entropy that deferred logits take. Others must be None."""
+
+
+def _deferred_loss(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """Compute a cross entropy of deferred logits, or return None if it needs whole logits.
+
+    Args:
+        given: all arguments of `torch.nn.functional.cross_entropy` by name.
+    """
+    logits, target, reduction = given["input"], given["target"], given["reduction"]
+    if not isinstance(logits, DeferredLogits) or not logits.is_flat or target.dim() != 1:
+        return None
+    if reduction not in ("sum", "mean") or any(given[name] is not None for name in given.keys() - LOSS_ARGUMENTS):
+        return None
+    return logits.cross_entropy(target, given["ignore_index"], reduction, given["label_smoothing"])
 
 
 def _made(values: tuple) -> tuple:

@@ -1,10 +1,10 @@
 """Random streams: each rank draws its own random numbers while it computes its shard.
 
 The Trainer seeds all ranks alike, so that weights and samples are the same on all of them. Dropout must differ: with
-one stream, ranks would drop the same entries of different tokens. So each rank has its own stream while a batch is
-open. Its seed comes from the shared stream and the rank. The shared stream goes on afterwards as if one number had
-been drawn from it. Ranks of a tensor-parallel group hold the same tokens and draw alike, unless sequence parallelism
-divides these tokens too.
+one stream, ranks would drop the same entries of different tokens. So each rank has its own stream while it computes a
+shard. Its seed comes from the shared stream and the rank. If anything was drawn from it, the shared stream goes on as
+if one number had been drawn there. Ranks of a tensor-parallel group hold the same tokens and draw alike, unless
+sequence parallelism divides these tokens too.
 """
 
 from __future__ import annotations
@@ -33,11 +33,23 @@ def own_stream(group: CPGroup) -> Iterator[None]:
     if group.size == group.first_size == 1 and not group.config.sequence_parallel:
         yield
         return
+    before = torch.get_rng_state()
     shared = int(torch.empty((), dtype=torch.int64).random_())
+    after, is_drawn = torch.get_rng_state(), True
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed_of(shared, group.rank, tensor_rank))
-        yield
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed_of(shared, group.rank, tensor_rank))
+            begun = _states()
+            yield
+            is_drawn = any(not torch.equal(a, b) for a, b in zip(begun, _states()))
+    finally:
+        torch.set_rng_state(after if is_drawn else before)
+
+
+def _states() -> list[torch.Tensor]:
+    """Return the random states of the CPU and the current GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def share_streams(ranks: Ranks) -> None:
