@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -66,14 +68,24 @@ def check(
     write: Annotated[
         bool, typer.Option("--write", help="with --all: write the results into the package and its docs")
     ] = False,
+    module: Annotated[
+        str | None, typer.Option("--import", metavar="MODULE", help="a module that registers a model of your own")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the code that comes with MODEL_OR_TYPE")
+    ] = False,
 ) -> None:
     """Compare a tiny model of MODEL_OR_TYPE on shards with the same model on one process.
 
-    The weights are random. For a model of the hub, only its configuration is read.
+    The weights are random. For a model of the hub, only its configuration is read. A model that is found exact is
+    admitted from then on, whatever its sizes.
     """
     from hf_context_parallel.verification.types.command import run_check
 
-    sys.exit(run_check(model, every, ranks, comm, jobs, write, tp))
+    if module is not None:
+        sys.path.insert(0, os.getcwd())
+        importlib.import_module(module)
+    sys.exit(run_check(model, every, ranks, comm, jobs, write, tp, trust_remote_code, module))
 
 
 def main() -> None:

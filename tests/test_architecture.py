@@ -32,6 +32,7 @@ LEVELS = (
     "context_parallel",
     "dynamic",
     "verification.layers",
+    "verification.whole_model",
     "verification.verify",
     "verification.types",
     "trainer",

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed import DistributedConfig
@@ -136,6 +137,12 @@ def loop(folder: Path) -> dict:
     return {"hcp": hcp, "cp": cp, "model": model, "loader": loader, "batch": next(iter(loader))}
 
 
+def own_loop(folder: Path) -> dict:
+    given = loop(folder)
+    optimizer = torch.optim.AdamW(given["model"].parameters())
+    return {**given, "accelerator": Accelerator(cpu=True), "optimizer": optimizer, "name": str(folder / "model")}
+
+
 def attention(folder: Path) -> dict:
     cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
     q, k, v = torch.randn(3, 1, 4, len(cp.positions(1000)), 8)
@@ -146,7 +153,13 @@ def tensor_parallel(folder: Path) -> dict:
     return {**training(folder), "hcp": hcp, "DistributedConfig": DistributedConfig}
 
 
-GIVEN = {"training": training, "loop": loop, "attention": attention, "tensor_parallel": tensor_parallel}
+GIVEN = {
+    "training": training,
+    "loop": loop,
+    "own_loop": own_loop,
+    "attention": attention,
+    "tensor_parallel": tensor_parallel,
+}
 
 
 def run_block(source: str, given: str | None, folder: Path) -> None:

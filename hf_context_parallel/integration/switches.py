@@ -16,12 +16,14 @@ class Switches:
     Args:
         unchecked_models: run model types that have not been found exact.
         stock_attn_name: report the name of a Transformers attention to layers that ask which attention they have.
+        shards_on_one_rank: shard batches in CP groups of one rank too, where Transformers would compute them.
         other_attention: outside of a batch, compute attention with the other implementation of Transformers.
         listeners: functions called with each layer whose attention is computed outside of a batch.
     """
 
     unchecked_models: bool = False
     stock_attn_name: bool = False
+    shards_on_one_rank: bool = False
     other_attention: bool = False
     listeners: list[Callable[[torch.nn.Module], None]] = field(default_factory=list)
 
@@ -47,6 +49,11 @@ def allow_unchecked_models() -> AbstractContextManager[None]:
 def report_stock_attn_name() -> AbstractContextManager[None]:
     """Report the name of a Transformers attention to layers that ask, so that their models run outside of a batch."""
     return _on("stock_attn_name")
+
+
+def sharded_on_one_rank() -> AbstractContextManager[None]:
+    """Shard batches in CP groups of one rank too, so that they can be compared."""
+    return _on("shards_on_one_rank")
 
 
 def computed_otherwise() -> AbstractContextManager[None]:

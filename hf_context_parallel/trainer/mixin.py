@@ -21,7 +21,9 @@ from ..distributed.failures import reported_failures
 from ..distributed.mesh import mesh_of
 from ..dynamic.scheduler import Scheduler
 from ..integration.border.parallelize import models_to_shard, parallelize
+from ..integration.checks.proofs import Unproven
 from ..integration.patches.randomness import share_streams
+from ..integration.switches import allow_unchecked_models
 from ..verification.verify import verify
 from .accelerate import (
     ENABLED,
@@ -73,8 +75,9 @@ class ContextParallelMixin:
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # the model shards, and takes whole batches
+        self._unproven: list[torch.nn.Module] = []
         for model in (self.model, *models_to_shard(self)):
-            parallelize(model, self.cp)
+            self._prepare(model)
         check_trainer(self, self._config)
         if self._config.verify and self.cp.size > 1:
             self.add_callback(_Verification(self))
@@ -84,6 +87,20 @@ class ContextParallelMixin:
         if self._config.dynamic:
             sharded = self.is_fsdp_enabled or isinstance(self.model, FSDPModule)
             self._scheduler = Scheduler(self.cp, self.model, sharded)
+
+    def _prepare(self, model: torch.nn.Module) -> None:
+        """Prepare a model. One that is in no table is compared before the first step."""
+        try:
+            parallelize(model, self.cp)
+        except Unproven:
+            with allow_unchecked_models():
+                parallelize(model, self.cp)
+            self._unproven.append(model)
+
+    def _prove(self) -> None:
+        """Compare the models that are in no table."""
+        while self._unproven:
+            verify(self._unproven.pop(), self.cp)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
@@ -110,7 +127,9 @@ class ContextParallelMixin:
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         """Make a model by `model_init`, for a run of `train` too, and prepare it."""
         model = super().call_model_init(trial)
-        return parallelize(model, self.cp) if hasattr(self, "cp") else model
+        if hasattr(self, "cp"):
+            self._prepare(model)
+        return model
 
     def get_cp_size(self) -> int:
         """Return the size of a CP group, by which Trainer divides batch sizes."""
@@ -142,6 +161,7 @@ class ContextParallelMixin:
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run a training step, with `dynamic` round by round."""
+        self._prove()
         with reported_failures():
             if self._scheduler is None:
                 rows, length = _shape_of(inputs)
@@ -185,6 +205,7 @@ class ContextParallelMixin:
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prediction step, which returns whole outputs on every rank."""
+        self._prove()
         with reported_failures():
             return super().prediction_step(*args, **kwargs)
 

@@ -9,6 +9,7 @@ neither DDP nor FSDP sees a backward pass.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Iterator
@@ -22,13 +23,16 @@ from torch.distributed.fsdp import FSDPModule
 from ..context_parallel import ContextParallel
 from ..distributed.agreement import collective, fingerprint
 from ..distributed.mesh import world
-from ..integration.border.parallelize import parallelize
-from ..integration.model_registry import transformers_model
+from ..integration.border.parallelize import decoders_of, parallelize
+from ..integration.checks.proofs import keep_proof
+from ..integration.model_registry import outermost_models, transformers_model
 from ..integration.patches.rope import follows_length
+from ..integration.switches import allow_unchecked_models
 from ..integration.tensor_parallel.plan_styles import styles_of
 from ..integration.tensor_parallel.replicated import AlwaysReplicated
 from .layers.batches import make_batches
 from .layers.runs import Difference, Sharded, Whole
+from .whole_model import compare_model
 
 
 def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
@@ -37,7 +41,11 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
     Attention and all other modules that mix tokens are compared by their outputs and the gradients of their inputs.
     Decoder layers are compared by their outputs, and the first decoder layer by its input too. With sequence
     parallelism that input is not compared, because it is the input of all tensor-parallel ranks together. A layer with
-    experts is compared on most tokens only, since rounding may route a token to other experts.
+    experts is compared on most tokens only, since rounding may route a token to other experts. Then the whole model is
+    compared by its loss and the gradient of its embeddings.
+
+    A model that is found exact is admitted from then on, in this process and in later ones, though no table of the
+    package has it; see `integration/checks/proofs.py`.
 
     Every process of the world calls this with the model that it trains, which may be quantised or wrapped by DDP, FSDP
     or PEFT. Weights, gradients, buffers, random states and training modes stay unchanged.
@@ -54,14 +62,20 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
             layer. It is also raised if `parallelize` refuses the model.
     """
     with collective(world(), "models", "Give every process the same model.") as notes:
-        parallelize(model, cp)
+        with allow_unchecked_models():
+            parallelize(model, cp)
         with _untouched(model), _summed(model, cp):
             differences = _compare_batches(model, cp)
+        if not all(math.isfinite(difference.found) for difference in differences):
+            _refuse_non_finite(model)
         notes.fingerprint = fingerprint({"compared": [difference[:3] for difference in differences]})
     differences = _of_all_ranks(differences, cp)
     with collective(world()):
         if (error := _first_error(differences)) is not None:
             raise error
+    for inner in outermost_models(model):
+        for _, decoder in decoders_of(inner):
+            keep_proof(decoder)
     return differences
 
 
@@ -77,6 +91,16 @@ def _of_all_ranks(differences: list[Difference], cp: ContextParallel) -> list[Di
         difference._replace(found=found, bound=bound)
         for difference, (found, bound) in zip(differences, figures.tolist())
     ]
+
+
+def _refuse_non_finite(model: torch.nn.Module) -> None:
+    """Refuse a model that has weights which are no finite numbers."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
+            raise ValueError(
+                f"{name} holds NaN or infinite weights, so that nothing can be compared. Load the model again, or "
+                "train from an earlier checkpoint."
+            )
 
 
 def _first_error(differences: list[Difference]) -> ValueError | None:
@@ -103,6 +127,8 @@ def _compare_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Differ
         try:
             records = Whole(model, batch).run()
             differences += Sharded(model, batch, records).run()
+            if len(batch.pieces) == 1:  # Transformers may let packed documents see each other
+                differences += compare_model(model, cp, batch)
         except ValueError as error:  # some models refuse packed rows, or padding
             refusal = error
     if not differences:

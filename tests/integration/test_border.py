@@ -25,6 +25,7 @@ LEFT = {name: value.flip(1) for name, value in batch_for("causal").items()}
 LANGUAGE_MODELS = {
     "rows": ("llama", {}, NO_PADDING),
     "padding": ("llama", {}, batch_for("causal")),
+    "labels at padding": ("llama", {}, batch_for("causal") | {"labels": tokens(3, 19)}),
     "padding on the left": ("qwen3", {}, LEFT),
     "a scale of logits": ("cohere", {}, NO_PADDING),
     "divided logits": ("granite", {}, NO_PADDING),

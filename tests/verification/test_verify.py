@@ -136,7 +136,7 @@ def wrapped_steps(wrapper: str, model_type: str) -> tuple[int, list[bool]]:
 )
 def test_wrapped_models_pass_and_train_as_if_nothing_had_been(on_ranks, wrapper, model_type):
     for compared, same in on_ranks(2, wrapped_steps, wrapper, model_type):
-        assert compared == 14
+        assert compared == (15 if "FSDP2" in wrapper else 16)  # gradients of sharded models are not compared
         assert same and all(same)
 
 

@@ -37,7 +37,9 @@ from ..interfaces.planned_mask import PlannedMask
 from ..model_registry import NAME
 from ..outer_call import outer_call
 from ..patches.module_patch import ModulePatch, by_name
+from ..patches.positions import MADE_BY_MODEL
 from ..patches.randomness import own_stream
+from ..switches import switches
 from .head import HasGroup, HeadCall
 
 OF_LOSSES = ("labels", "shift_labels", "num_items_in_batch")
@@ -94,6 +96,7 @@ class DecoderBorder(ModulePatch):
         return (
             group.size == group.first_size == group.groups.tensor.size == 1
             and not group.config.sequence_parallel
+            and not switches.shards_on_one_rank
             and all(given.get(name) is None for name in described)
         )
 
@@ -343,6 +346,13 @@ def _add_documents(decoder: PreTrainedModel, given: dict[str, Any]) -> None:
             given[name] = value
 
 
+def reads_ids(decoder: PreTrainedModel) -> bool:
+    """Return whether a decoder reads its ids beside their embeddings, so that embeddings alone do not do."""
+    readers = {name for name, argument in MADE_BY_MODEL if argument == "input_ids"}
+    by_layer = "per_layer_inputs" in inspect.signature(decoder.forward).parameters
+    return by_layer or any(type(module).__name__ in readers for module in decoder.modules())
+
+
 def _embedded(decoder: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """Embed whole rows if hooks change what the embedding returns, as NEFTune's noise does by the length of rows."""
     embeddings = decoder.get_input_embeddings()
@@ -352,5 +362,11 @@ def _embedded(decoder: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]
         return given
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
         return given
+    if reads_ids(decoder):
+        raise ValueError(
+            f"{type(decoder).__name__} reads input_ids beside their embeddings, and hooks on its embedding, such as "
+            "those of NEFTune, need embeddings of whole rows. Remove the hooks, or run the model in "
+            "`with cp.whole(model):`."
+        )
     given = dict(given)
     return given | {"inputs_embeds": embeddings(given.pop("input_ids"))}

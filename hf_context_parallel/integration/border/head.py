@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ...compat import language_model_classes, set_compiler
 from ...config import ContextParallelConfig
 from ...cp_group import CPGroup
+from ...data.batch import IGNORED
 from ..checks.model import has_forward_of, stock_class
 from ..outer_call import OuterCall, in_call, outer_call
 from ..patches.module_patch import ModulePatch, by_name
@@ -74,7 +76,21 @@ class HeadCall(OuterCall):
     def uses_padding(self) -> bool:
         """Return whether the caller may use outputs of the decoder at padding: not if it gets the loss alone."""
         asked = self.given.get("output_hidden_states"), getattr(self.model.config, "output_hidden_states", False)
-        return not self._leaves_out_logits or any(asked) or bool(getattr(self.model.config, Z_LOSS, 0))
+        uses = any(asked) or bool(getattr(self.model.config, Z_LOSS, 0))
+        return uses or not self._leaves_out_logits or self._has_targets_in_padding
+
+    @property
+    def _has_targets_in_padding(self) -> bool:
+        """Return whether a target may be predicted from padding: a label lies on padding, or on the token after it."""
+        mask = self.given.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return False
+        padding = mask == 0
+        near = padding | pad(padding, (1, 0))[:, :-1]
+        labels = (self.given.get(name) for name in ("labels", "shift_labels"))
+        return any(
+            x.shape == near.shape and bool(((x != IGNORED) & near.to(x.device)).any()) for x in labels if x is not None
+        )
 
     @property
     def _leaves_out_logits(self) -> bool:

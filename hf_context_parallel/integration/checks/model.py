@@ -23,6 +23,7 @@ from ..patches.module_patch import inside_patches
 from ..switches import switches
 from .inputs import ENCODED
 from .peft import check_adapters, check_tuners
+from .proofs import Unproven, is_proven
 
 WRAPPERS = ("accelerate", "torch", "transformers")
 """Packages whose wrappers around a forward do not change its results."""
@@ -117,6 +118,7 @@ def check_decoder(decoder: PreTrainedModel, outermost: PreTrainedModel) -> None:
 
     Raises:
         ValueError: naming the type or setting, and what to do.
+        Unproven: if the model is in no table and has not been compared.
     """
     if getattr(outermost.config, "is_encoder_decoder", False):
         raise ValueError(
@@ -124,21 +126,28 @@ def check_decoder(decoder: PreTrainedModel, outermost: PreTrainedModel) -> None:
             "alone is exact. Load the decoder with AutoModelForCausalLM."
         )
     types = dict.fromkeys(CHECKED_AS.get(x.config.model_type, x.config.model_type) for x in (decoder, outermost))
-    known = [name for name in types if name in known_states()]
+    known = [name for name in types if name in known_states() or name in REFUSED]
     for model in (decoder, outermost):
-        if not known or CHECKED_AS.get(model.config.model_type, model.config.model_type) in known:
+        if CHECKED_AS.get(model.config.model_type, model.config.model_type) in known:
             check_config(model.config)
-    stock = stock_class(decoder)
-    if stock is None or not has_forward_of(stock, decoder):
-        raise ValueError(
-            f"{type(decoder).__name__} is no model of Transformers, or has a forward of its own, which may mix "
-            "tokens. Use a model whose decoder is one of Transformers, with its forward unchanged."
-        )
     attention = attention_name(decoder.config)
     if attention != NAME:
         raise ValueError(
             f"{type(decoder).__name__} was loaded with attn_implementation={attention!r}. Load it with "
             f"attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})."
+        )
+    stock = stock_class(decoder)
+    if not known:
+        what = f"model type {decoder.config.model_type!r} is in no table of this package"
+    elif stock is None or not has_forward_of(stock, decoder):
+        what = f"{type(decoder).__name__} is no model of Transformers, or has a forward of its own"
+    else:
+        return
+    if not switches.unchecked_models and not is_proven(decoder):
+        raise Unproven(
+            f"{what}, and it has not been compared with itself on whole sequences. Call "
+            "hf_context_parallel.verify(model, cp), which compares it and keeps the result, run `hf-context-parallel "
+            "check`, or train it by ContextParallelTrainer, which compares it before the first step."
         )
 
 

@@ -17,7 +17,7 @@ from ...integration.border.parallelize import whole
 from ...integration.checks.inputs import accepted
 from ...integration.mixers.recognise import mixers
 from ...integration.model_registry import transformers_model
-from ...integration.switches import computed_otherwise, heard_by
+from ...integration.switches import computed_otherwise, heard_by, sharded_on_one_rank
 from .batches import Batch
 from .modules import INPUT, OUTPUT, hidden_output, hidden_states, replaced, run_alone, stock_forwards, take
 
@@ -226,7 +226,7 @@ class Sharded(_Watch):
 
     def run(self) -> list[Difference]:
         """Run the model, and return the differences on this rank."""
-        with torch.no_grad(), self.watching():
+        with torch.no_grad(), sharded_on_one_rank(), self.watching():
             self.model(**self.batch.inputs)
         for module, records in self._records.items():
             if self._done_calls.get(module, -1) + 1 != len(records):

@@ -26,7 +26,15 @@ PAGE = Path("docs/models.md")
 
 
 def run_check(
-    model: str | None, every: bool, ranks: str | None, comm_type: str, jobs: int | None, keep: bool, tp_size: int = 1
+    model: str | None,
+    every: bool,
+    ranks: str | None,
+    comm_type: str,
+    jobs: int | None,
+    keep: bool,
+    tp_size: int = 1,
+    trust_remote_code: bool = False,
+    module: str | None = None,
 ) -> int:
     """Check one model or all model types, and print a table of the findings.
 
@@ -38,6 +46,8 @@ def run_check(
         jobs: models to check at a time. By default `default_jobs()`.
         keep: write the findings into the package and its documentation.
         tp_size: ranks of tensor parallelism.
+        trust_remote_code: run the code that comes with the model.
+        module: a module that registers the model.
 
     Returns:
         The exit status: 0 if everything is exact or refused, 1 if a model is wrong, 2 if an argument is.
@@ -59,7 +69,8 @@ def run_check(
             findings = survey_tensor_parallel(models, tp_size, jobs or default_jobs(), report)
         else:
             sizes = [2, 3, 4] if ranks is None else [int(size) for size in ranks.split(",")]
-            findings = survey(models, sizes, {"comm_type": comm_type}, jobs or default_jobs(), report)
+            settings = {"comm_type": comm_type}
+            findings = survey(models, sizes, settings, jobs or default_jobs(), report, 1, trust_remote_code, module)
     print(table(findings))
     if keep and tp_size > 1:
         write_tensor_parallel(findings, KNOWN_TENSOR_PARALLEL)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import transformers
 from tabulate import tabulate
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ...compat import causal_lm_classes
 from ...distributed.worker_pool import WorkerPool
 from ...integration.model_registry import REFUSED
-from .check import Errors, errors, tolerance
+from .check import Errors, errors, import_into_this_process, tolerance
 from .tiny import shrink, tiny_config
 
 TIMEOUT = 120
@@ -51,11 +51,11 @@ def model_types() -> list[str]:
     return sorted(causal_lm_classes())
 
 
-def configuration(model: str) -> PreTrainedConfig:
+def configuration(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Make the tiny configuration of a model type, or of a model in a folder or on the hub."""
-    if model in causal_lm_classes():
+    if model in causal_lm_classes() or model in CONFIG_MAPPING:
         return tiny_config(model)
-    return shrink(AutoConfig.from_pretrained(model))
+    return shrink(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
 
 
 def survey(
@@ -65,6 +65,8 @@ def survey(
     jobs: int,
     report: Callable[[Finding], None],
     tp_size: int = 1,
+    trust_remote_code: bool = False,
+    module: str | None = None,
 ) -> list[Finding]:
     """Check several models, and return their findings in the same order.
 
@@ -75,6 +77,8 @@ def survey(
         jobs: models to check at a time.
         report: a function that is called with each finding as soon as there is one.
         tp_size: the number of ranks that share each layer.
+        trust_remote_code: run the code that comes with a model.
+        module: a module that registers models, which all processes import.
     """
     if not models:
         return []
@@ -84,11 +88,13 @@ def survey(
     def one(model: str) -> Finding:
         pool = free.pop()
         try:
-            return examine(pool, model, ranks, settings, tp_size)
+            return examine(pool, model, ranks, settings, tp_size, trust_remote_code)
         finally:
             free.append(pool)
 
     try:
+        for pool in pools if module is not None else ():
+            pool(max(ranks) * tp_size, import_into_this_process, module)
         with ThreadPoolExecutor(len(pools)) as executor:
             futures = {executor.submit(one, model): model for model in models}
             findings = {}
@@ -101,12 +107,19 @@ def survey(
     return [findings[model] for model in models]
 
 
-def examine(pool: WorkerPool, model: str, ranks: Sequence[int], settings: dict[str, Any], tp_size: int = 1) -> Finding:
+def examine(
+    pool: WorkerPool,
+    model: str,
+    ranks: Sequence[int],
+    settings: dict[str, Any],
+    tp_size: int = 1,
+    trust_remote_code: bool = False,
+) -> Finding:
     """Check one model on groups of each size in `ranks`; see `survey`."""
     if model in REFUSED:
         return Finding(model, "refused", reason=REFUSED[model])
     try:
-        config = configuration(model)
+        config = configuration(model, trust_remote_code)
     except Exception as error:  # the checks of a configuration raise errors of many kinds
         return Finding(model, "wrong", reason=f"no tiny model of this type can be made: {last_line(error)}")
     if config.model_type in REFUSED:

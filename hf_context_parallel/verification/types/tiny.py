@@ -238,7 +238,9 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 def shrink(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     """Make a small configuration of the same architecture, without dropout. `changes` are fields to set afterwards."""
     small = _shrunk(config.to_dict(), _limits(VOCABULARY, tensor_ranks=1, expert_ranks=1))
-    return type(config).from_dict({**_without_randomness(small), **changes})
+    made = type(config).from_dict({**_without_randomness(small), **changes})
+    made.name_or_path = config.name_or_path  # where code of its own comes from
+    return made
 
 
 def with_small_sizes(
@@ -266,7 +268,11 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = copy.deepcopy(config)  # the model writes the implementation into it
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        # A configuration whose code came with the model was loaded by a user who trusts that code.
+        trusted = type(config).__module__.startswith("transformers_modules.")
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attn_implementation, trust_remote_code=trusted
+        )
         if dtype == torch.float64:
             model.set_experts_implementation("eager")  # the default, a grouped product, has no float64
         model.to(dtype)
