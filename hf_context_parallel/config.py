@@ -55,7 +55,8 @@ class ContextParallelConfig:
             `"auto"`: None in training with labels, where the loss makes the logits of some tokens at a time. Otherwise
             those of the whole batch.
             `"whole"`: those of the whole batch, `[B, S, V]`, on every rank.
-            `"shard"`: those of this rank's tokens, which `cp.sharded` takes of other tensors.
+            `"shard"`: those of this rank's tokens, padded for the layout. A loss of these alone is a part of the loss
+            of the batch, and has to be multiplied by the size of the group.
         loss_chunk_tokens: number of tokens whose logits the loss makes at a time. None takes as many as have 2**25
             logits together, 128 MiB in float32.
         dynamic: True to let the Trainer deal the samples of a global batch to groups of `size` ranks and fewer, so

@@ -46,9 +46,9 @@ class ContextParallel:
     Example:
 
         cp = ContextParallel(ContextParallelConfig(size=2))
-        with cp.shard(batch, model) as local:
-            loss = model(**local).loss
-            loss.backward()
+        parallelize(model, cp)
+        loss = model(**batch).loss  # of the whole batch
+        loss.backward()
     """
 
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):

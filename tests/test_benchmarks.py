@@ -24,6 +24,13 @@ def run(tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
+def test_border(run):
+    results = run("border", "--tokens", "64", "--rounds", "2", "--memory-tokens", "512")
+    assert results["peak_mib"]["prepared"] < results["peak_mib"]["stock"]
+    assert set(results["seconds"]) == {"stock", "prepared"}
+
+
+@pytest.mark.exhaustive
 def test_attention(run):
     sizes = ("--ranks", "2", "--tokens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
     results = run("attention", *sizes, "--packed", "96", "--dtypes", "float32,bfloat16", "--rounds", "2")["results"]

@@ -338,6 +338,22 @@ def test_hooks_on_the_embedding_see_whole_rows(on_ranks):
     assert max(on_ranks(3, hooked_errors)) < 1e-7
 
 
+def hooked_lengths() -> list[int]:
+    """Return the lengths of rows that a hook on an embedding sees which FSDP2 shards by itself."""
+    seen = []
+    model = model_with("causal", "llama", "context_parallel")
+    fully_shard(model.get_input_embeddings())
+    fully_shard(model)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    hcp.parallelize(model, context())
+    model(**labelled()).loss.backward()
+    return seen
+
+
+def test_hooks_on_an_embedding_under_fsdp_see_whole_rows(on_ranks):
+    assert on_ranks(2, hooked_lengths) == [[19], [19]]
+
+
 def embedded_errors() -> float:
     whole, sharded = (model_with("causal", "llama", name) for name in (None, "context_parallel"))
     hcp.parallelize(sharded, context())
@@ -443,6 +459,26 @@ def test_both_ways_of_sharding_agree(on_ranks):
     assert max(on_ranks(2, both_ways)) < 1e-6
 
 
+def graphs_of_a_compiled_model(nested: bool) -> tuple[int, float]:
+    """Compile a prepared model of four layers, and return the number of graphs and the error of its loss."""
+    from torch._dynamo.testing import CompileCounter
+
+    model = model_with("causal", "llama", "context_parallel", num_hidden_layers=4).train()
+    hcp.parallelize(model, context())
+    expected, counter = model(**labelled()).loss, CompileCounter()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(nested_graph_breaks=nested):
+        compiled = torch.compile(model, backend=counter)
+        compiled(**labelled()).loss.backward()
+        return counter.frame_count, error(compiled(**labelled()).loss, expected)
+
+
+@pytest.mark.parametrize(("nested", "most"), [(False, 8), (True, 6)])
+def test_a_compiled_model_has_few_graphs(on_ranks, nested, most):
+    for graphs, worst in on_ranks(2, graphs_of_a_compiled_model, nested):
+        assert graphs <= most and worst < 1e-6
+
+
 def test_models_that_cannot_be_exact_are_refused():
     with pytest.raises(ValueError, match=r"loaded with attn_implementation='sdpa'"):
         hcp.parallelize(model_with("causal", "llama", "sdpa"), context())
@@ -453,3 +489,12 @@ def test_models_that_cannot_be_exact_are_refused():
         model(**positioned(), output_attentions=True)
     with pytest.raises(ValueError, match="given extra of shape"):
         model(**positioned(), extra=torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="given extra, a list of tensors"):
+        model(**positioned(), extra=[torch.zeros(3, 4)])
+    with pytest.raises(ValueError, match="labels has 64, and LlamaForCausalLM takes 0 to 63"):
+        model(**positioned() | {"labels": torch.full((2, 19), 64)})
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "deepseek_v32"])
+def test_types_that_ask_for_the_name_of_their_attention_run_on_one_rank(model_type):
+    assert errors_of("causal", model_type, batch=NO_PADDING) < 1e-6

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from ...compat import set_compiler
@@ -34,7 +33,7 @@ from ..checks.model import check_call
 from ..installation import carry_batches
 from ..interfaces.masks import check_chunks
 from ..interfaces.planned_mask import PlannedMask
-from ..model_registry import NAME
+from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
 from ..outer_call import outer_call
 from ..patches.module_patch import ModulePatch, by_name
 from ..patches.positions import MADE_BY_MODEL
@@ -53,11 +52,12 @@ class DecoderBorder(ModulePatch):
 
     Args:
         cp: knows the CP group that is in use.
+        model_type: the type of the decoder.
     """
 
-    def __init__(self, cp: HasGroup):
+    def __init__(self, cp: HasGroup, model_type: str):
         super().__init__()
-        self.cp = cp
+        self.cp, self._model_type = cp, model_type
         self.handled: dict[str, set[str]] = {}
         """Class names of modules that mixed tokens in the last sharded call, each with how they were computed."""
         self._whole = 0
@@ -97,6 +97,7 @@ class DecoderBorder(ModulePatch):
             group.size == group.first_size == group.groups.tensor.size == 1
             and not group.config.sequence_parallel
             and not switches.shards_on_one_rank
+            and self._model_type not in DEPENDS_ON_ATTN_NAME
             and all(given.get(name) is None for name in described)
         )
 
@@ -158,7 +159,10 @@ class _Call:
                 compared = sampled(decoder, group)
                 self.local = self._shard(_embedded(decoder, given))
                 shard = self.local[SHARD]
-                check_range(decoder, given, shard, values=group.config.check_batch)
+                labels = call.given if isinstance(call, HeadCall) else {}
+                targets = {name: labels.get(name) for name in ("labels", "shift_labels")}
+                model = call.model if isinstance(call, HeadCall) else decoder
+                check_range(model, {**given, **targets}, shard, values=group.config.check_batch)
                 for mask in _planned(masks):
                     check_chunks(mask.pattern, decoder.config.model_type, shard)
                 mark = (*signature(decoder), len(compared))
@@ -184,6 +188,12 @@ class _Call:
         for name, value in given.items():
             if name in known or name in ("use_cache", *CACHES):
                 continue
+            inside = () if isinstance(value, torch.Tensor) else tree_leaves(value)
+            if any(isinstance(leaf, torch.Tensor) for leaf in inside):
+                raise ValueError(
+                    f"{type(self._decoder).__name__} was given {name}, a {type(value).__name__} of tensors, which "
+                    "cannot be sharded. Leave it out, or run the model in `with cp.whole(model):`."
+                )
             if isinstance(value, torch.Tensor) and value.dim():
                 if tuple(value.shape[:2]) != (shard.batch_size, shard.length):
                     raise ValueError(
@@ -356,9 +366,10 @@ def reads_ids(decoder: PreTrainedModel) -> bool:
 def _embedded(decoder: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """Embed whole rows if hooks change what the embedding returns, as NEFTune's noise does by the length of rows."""
     embeddings = decoder.get_input_embeddings()
-    if "input_ids" not in given or isinstance(embeddings, FSDPModule) or not isinstance(embeddings, torch.nn.Module):
+    if "input_ids" not in given or not isinstance(embeddings, torch.nn.Module):
         return given
-    if not embeddings._forward_hooks and not embeddings._forward_pre_hooks:
+    hooks = (*embeddings._forward_hooks.values(), *embeddings._forward_pre_hooks.values())
+    if all(getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks):  # those of FSDP
         return given
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
         return given

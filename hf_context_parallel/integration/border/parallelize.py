@@ -58,7 +58,7 @@ def parallelize(model: Model, cp: HasGroup) -> Model:
         if border is not None:
             border.cp = cp
             continue
-        border = DecoderBorder(cp)
+        border = DecoderBorder(cp, decoder.config.model_type)
         border.replace(decoder)
         if inner is not decoder:
             OuterPatch(border, decoder_of).replace(inner)

@@ -12,6 +12,10 @@ WHOLE_POSITIONS = ("alora_invocation_tokens",)
 """Options of adapters that act from a token on, whose place they count in whole rows."""
 
 
+X_LORA = "XLORA"
+"""The type of a tuner that weighs the adapters of each token by an earlier pass over whole rows."""
+
+
 def check_tuners(model: torch.nn.Module) -> None:
     """Refuse tuners whose results on shards do not add up to those of one process.
 
@@ -46,6 +50,11 @@ def check_adapters(model: torch.nn.Module) -> None:
         ValueError: naming the adapter and its option.
     """
     for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(config, "peft_type", None) == X_LORA:
+            raise ValueError(
+                f"the adapter {name!r} is of X-LoRA, which weighs adapters by the hidden states of whole rows, and a "
+                "layer has those of a shard. Take LoRA, or run the model in `with cp.whole(model):`."
+            )
         for option in RANDOM_WEIGHTS:
             value = getattr(config, option, None)
             if model.training and value:

@@ -111,7 +111,7 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
         if name not in HARMLESS and not off:
             raise ValueError(
                 f"{layer} asks for {name}={value if isinstance(value, (int, float, str)) else type(value).__name__}, "
-                "which context-parallel attention does not know. Call the model outside cp.shard."
+                "which context-parallel attention does not know. Run the model in `with cp.whole(model):`."
             )
     if isinstance(attention_mask, PlannedMask):
         pattern = attention_mask.pattern
@@ -119,10 +119,10 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
         if window is not None and pattern.sliding_window not in (window, window + 1):  # some count the token itself
             raise ValueError(
                 f"{layer} asks for sliding_window={window} and its mask has {pattern.sliding_window}: SDPA would use "
-                "the mask, and flash attention the keyword. Call the model outside cp.shard."
+                "the mask, and flash attention the keyword. Run the model in `with cp.whole(model):`."
             )
         if kwargs.get("is_causal") is False and pattern.causal:
-            raise ValueError(f"{layer} is not causal and its mask is. Call the model outside cp.shard.")
+            raise ValueError(f"{layer} is not causal and its mask is. Run the model in `with cp.whole(model):`.")
         return pattern
     if attention_mask is not None:
         raise ValueError(
@@ -132,7 +132,7 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
     if kwargs.get("sliding_window") is not None:
         raise ValueError(
             f"{layer} asks for sliding_window={kwargs['sliding_window']} without a mask: SDPA would ignore the "
-            "window, and flash attention would use it. Call the model outside cp.shard."
+            "window, and flash attention would use it. Run the model in `with cp.whole(model):`."
         )
     causal = kwargs.get("is_causal")
     return Pattern(causal=getattr(module, "is_causal", True) if causal is None else causal)

@@ -45,7 +45,7 @@ def read_pattern(function: Callable, model_type: str, text_only: bool = True) ->
         return Pattern(causal=False)
     raise ValueError(
         f"{model_type!r} masks attention by {name!r}, and only causal, bidirectional, sliding-window and chunked "
-        "masks can be sharded. Call the model outside cp.shard."
+        "masks can be sharded. Run the model in `with cp.whole(model):`."
     )
 
 
@@ -56,7 +56,7 @@ def _both(patterns: list[Pattern], model_type: str) -> Pattern:
     if len(set(sizes)) > 1:
         raise ValueError(
             f"{model_type!r} masks attention by chunks of several sizes at once, {sizes}, and only chunks of one size "
-            "can be sharded. Call the model outside cp.shard."
+            "can be sharded. Run the model in `with cp.whole(model):`."
         )
     return Pattern(any(x.causal for x in patterns), min(windows, default=None), min(sizes, default=None))
 
@@ -72,7 +72,7 @@ def _either(patterns: list[Pattern], model_type: str) -> Pattern:
             return widest
     raise ValueError(
         f"{model_type!r} masks attention by the union of {patterns}, none of which contains all others, and such a "
-        "mask cannot be sharded. Call the model outside cp.shard."
+        "mask cannot be sharded. Run the model in `with cp.whole(model):`."
     )
 
 

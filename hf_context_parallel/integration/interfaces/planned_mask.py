@@ -51,7 +51,7 @@ class PlannedMask:
     def _refuse(self, use: str):
         raise _NotATensor(
             f"{self.config.model_type!r} computes with its attention mask itself ({use}), which is no tensor on a "
-            "shard. Call the model outside cp.shard."
+            "shard. Run the model in `with cp.whole(model):`."
         )
 
     def __getattr__(self, name: str):

@@ -184,8 +184,8 @@ def _named(function: str, positional: tuple[str, ...], args: tuple, kwargs: dict
     """
     if len(args) > len(positional):
         raise ValueError(
-            f"{function} was given {len(args)} arguments by position, and {len(positional)} are known. Call the model "
-            "outside cp.shard."
+            f"{function} was given {len(args)} arguments by position, and {len(positional)} are known. Run the model "
+            "in `with cp.whole(model):`."
         )
     return {**dict(zip(positional, args)), **kwargs}
 
@@ -194,8 +194,8 @@ def _refuse_unknown(function: str, given: dict[str, Any], known: tuple[str, ...]
     unknown = sorted(name for name, value in given.items() if name not in known and not _is_nothing(value))
     if unknown:
         raise ValueError(
-            f"{function} was given {', '.join(unknown)}, which this package cannot share among ranks. Call the model "
-            "outside cp.shard."
+            f"{function} was given {', '.join(unknown)}, which this package cannot share among ranks. Run the model "
+            "in `with cp.whole(model):`."
         )
 
 

@@ -24,7 +24,7 @@ from ...integration.border.parallelize import borders_of, decoders_of, paralleli
 from ...integration.checks.proofs import keep_proof
 from ...integration.model_registry import NAME, UNSHIFTED, known_states
 from ...integration.switches import allow_unchecked_models
-from .tiny import VOCABULARY, tiny_model
+from .tiny import VOCABULARY, is_encoder, tiny_model
 
 DOCUMENTS = (11, 1, 2, 20, 7)
 """Lengths of the documents in the packed batch."""
@@ -229,7 +229,7 @@ def finite_masks() -> Iterator[None]:
 
 def _sum_of_parts(model: torch.nn.Module, parts: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Run the model on each part, and compute the mean loss over the targets of all parts, with its gradients."""
-    shifted = model.config.model_type not in UNSHIFTED
+    shifted = model.config.model_type not in UNSHIFTED and not is_encoder(model.config)
     counts = [(part["labels"][:, int(shifted) :] != IGNORED).sum() for part in parts]
     total = torch.zeros((), dtype=torch.float64)
     for part, count in zip(parts, counts):

@@ -12,7 +12,15 @@ from math import lcm
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 VOCABULARY = 64
 _POSITIONS = 256
@@ -258,6 +266,11 @@ def with_small_sizes(
     return type(config).from_dict(_shrunk(config.to_dict(), _limits(vocabulary, tensor_ranks, expert_ranks)))
 
 
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Return whether a type has a masked language model and no causal one."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def tiny_model(
     config: PreTrainedConfig, attn_implementation: str | None, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> PreTrainedModel:
@@ -270,9 +283,8 @@ def tiny_model(
         config = copy.deepcopy(config)  # the model writes the implementation into it
         # A configuration whose code came with the model was loaded by a user who trusts that code.
         trusted = type(config).__module__.startswith("transformers_modules.")
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attn_implementation, trust_remote_code=trusted
-        )
+        auto = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+        model = auto.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trusted)
         if dtype == torch.float64:
             model.set_experts_implementation("eager")  # the default, a grouped product, has no float64
         model.to(dtype)
