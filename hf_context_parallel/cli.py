@@ -57,7 +57,7 @@ def check(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL_OR_TYPE]", help="a model type, a folder, or a model of the hub")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="every causal language model of Transformers")] = False,
+    every: Annotated[bool, typer.Option("--all", help="every language model of Transformers")] = False,
     ranks: Annotated[str | None, typer.Option(help="sizes of the groups to compare; 2,3,4 by default")] = None,
     comm: Annotated[str, typer.Option(help="how keys and values travel")] = "p2p",
     tp: Annotated[

@@ -76,11 +76,15 @@ def causal_lm_classes() -> dict[str, str]:
     return lookup("transformers.models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "every model type")
 
 
+def masked_lm_classes() -> dict[str, str]:
+    """Return the class names that `AutoModelForMaskedLM` chooses from, by model type."""
+    return lookup("transformers.models.auto.modeling_auto", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "every model type")
+
+
 @functools.cache
 def language_model_classes() -> frozenset[str]:
     """Return the class names that `AutoModelForCausalLM` and `AutoModelForMaskedLM` choose from."""
-    masked = lookup("transformers.models.auto.modeling_auto", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "every model type")
-    return frozenset((*causal_lm_classes().values(), *masked.values()))
+    return frozenset((*causal_lm_classes().values(), *masked_lm_classes().values()))
 
 
 @functools.cache

@@ -52,7 +52,7 @@ SHORT_CONVOLUTIONS = re.compile(r"\w+ShortConv")
 
 MAKES_POSITIONS = re.compile(
     r"OPTLearnedPositionalEmbedding"
-    r"|(Camembert|Data2VecText|Roberta|RobertaPreLayerNorm|XLMRoberta|XLMRobertaXL|Xmod)\w*Embeddings"
+    r"|(Camembert|Data2VecText|Esm|Roberta|RobertaPreLayerNorm|XLMRoberta|XLMRobertaXL|Xmod)\w*Embeddings"
 )
 """Class names of modules that count positions themselves, from the first token or the first one after padding."""
 
@@ -137,6 +137,9 @@ REFUSED_SETTINGS = {
 KNOWN = Path(__file__).parent.parent / "models.json"
 """File with the result of every model type, which `hf-context-parallel check --all --write` makes."""
 
+NOT_MADE = "no tiny model of this type can be made"
+"""Beginning of the reason of a type that could not be checked."""
+
 KNOWN_TENSOR_PARALLEL = KNOWN.with_name("tensor_parallel.json")
 """File with the result of every model type that has a tensor-parallel plan.
 
@@ -176,6 +179,12 @@ def known_states() -> dict[str, dict]:
             f"{transformers.__version__} is installed. Run `hf-context-parallel check TYPE` to compare yours."
         )
     return content["types"]
+
+
+def is_decided(name: str) -> bool:
+    """Return whether the table says of a type that it is exact, or that it is not."""
+    found = known_states().get(name)
+    return found is not None and not found.get("reason", "").startswith(NOT_MADE)
 
 
 def is_table_of_installed(content: dict) -> bool:

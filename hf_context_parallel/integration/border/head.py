@@ -71,6 +71,7 @@ class HeadCall(OuterCall):
         super().__init__(model, given, is_alone, compiler)
         self._decoder, self._config = decoder, config
         self._tokens: Tokens | None = None
+        self._has_deferred = False
 
     @property
     def uses_padding(self) -> bool:
@@ -112,6 +113,7 @@ class HeadCall(OuterCall):
             with in_call(None):  # so that the output embeddings compute
                 return embeddings(x)
 
+        self._has_deferred = True
         trained = [parameter for parameter in embeddings.parameters() if parameter.requires_grad]
         return DeferredLogits(self._tokens, hidden, embed, trained, self._config.loss_chunk_tokens)
 
@@ -119,7 +121,15 @@ class HeadCall(OuterCall):
         """Return the output of the model with logits, or with None in their place.
 
         Logits are left out in training with labels, unless `config.logits` asks for them.
+
+        Raises:
+            ValueError: if the model made its logits without calling its output embeddings.
         """
+        if self._tokens is not None and not self._has_deferred:
+            raise ValueError(
+                f"{type(self.model).__name__} did not call its output embeddings, so that its logits are those of a "
+                "shard. Take the base model and a head of your own, or run the model in `with cp.whole(model):`."
+            )
         if isinstance(output, Mapping):
             return type(output)(**{name: self._made(value) for name, value in output.items()})
         return tuple(map(self._made, output)) if isinstance(output, tuple) else self._made(output)

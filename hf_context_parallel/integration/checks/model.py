@@ -16,6 +16,7 @@ from ..model_registry import (
     REFUSED,
     REFUSED_SETTINGS,
     TEXT_ALONE,
+    is_decided,
     known_states,
     transformers_model,
 )
@@ -126,7 +127,7 @@ def check_decoder(decoder: PreTrainedModel, outermost: PreTrainedModel) -> None:
             "alone is exact. Load the decoder with AutoModelForCausalLM."
         )
     types = dict.fromkeys(CHECKED_AS.get(x.config.model_type, x.config.model_type) for x in (decoder, outermost))
-    known = [name for name in types if name in known_states() or name in REFUSED]
+    known = [name for name in types if name in REFUSED or is_decided(name)]
     for model in (decoder, outermost):
         if CHECKED_AS.get(model.config.model_type, model.config.model_type) in known:
             check_config(model.config)

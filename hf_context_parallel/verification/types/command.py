@@ -40,7 +40,7 @@ def run_check(
 
     Args:
         model: a model type, a folder or a hub id; None with `every`.
-        every: check all causal language models of Transformers.
+        every: check all causal and masked language models of Transformers.
         ranks: sizes of the CP groups, separated by commas. By default 2, 3 and 4.
         comm_type: the `comm_type` of `ContextParallelConfig`.
         jobs: models to check at a time. By default `default_jobs()`.

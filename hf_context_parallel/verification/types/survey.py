@@ -15,9 +15,9 @@ import transformers
 from tabulate import tabulate
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ...compat import causal_lm_classes
+from ...compat import causal_lm_classes, masked_lm_classes
 from ...distributed.worker_pool import WorkerPool
-from ...integration.model_registry import REFUSED
+from ...integration.model_registry import NOT_MADE, REFUSED
 from .check import Errors, errors, import_into_this_process, tolerance
 from .tiny import shrink, tiny_config
 
@@ -47,13 +47,13 @@ class Finding:
 
 
 def model_types() -> list[str]:
-    """List the types of all causal language models of the installed Transformers."""
-    return sorted(causal_lm_classes())
+    """List the types of all causal and masked language models of the installed Transformers."""
+    return sorted({*causal_lm_classes(), *masked_lm_classes()})
 
 
 def configuration(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Make the tiny configuration of a model type, or of a model in a folder or on the hub."""
-    if model in causal_lm_classes() or model in CONFIG_MAPPING:
+    if model in CONFIG_MAPPING:
         return tiny_config(model)
     return shrink(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
 
@@ -121,7 +121,7 @@ def examine(
     try:
         config = configuration(model, trust_remote_code)
     except Exception as error:  # the checks of a configuration raise errors of many kinds
-        return Finding(model, "wrong", reason=f"no tiny model of this type can be made: {last_line(error)}")
+        return Finding(model, "wrong", reason=f"{NOT_MADE}: {last_line(error)}")
     if config.model_type in REFUSED:
         return Finding(model, "refused", reason=REFUSED[config.model_type])
     worst: dict[str, float] = {}
@@ -224,7 +224,7 @@ def page_of(content: dict) -> str:
         [
             "# Models",
             "",
-            f"Every causal language model of Transformers {content['transformers']}: {len(types)} types, "
+            f"Every causal or masked language model of Transformers {content['transformers']}: {len(types)} types, "
             + ", ".join(f"{count} {state}" for state, count in counts.items())
             + ".",
             "",

@@ -1,4 +1,4 @@
-"""Tiny models of all causal language model types, with random weights that are the same in every process.
+"""Tiny models of all language model types, with random weights that are the same in every process.
 
 A configuration is shrunk by the field names that configurations share. Widths, heads, ranks, experts, windows and so
 on become small. Few layers are kept, but at least one of each kind. Everything else (activations, norms, biases, kind
@@ -190,6 +190,7 @@ UNSTATED: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 64, "mask_token_id": 4, "pad_token_id": 1},
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": _HEAD,
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},

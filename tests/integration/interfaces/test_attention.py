@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import hf_context_parallel as hcp
 from tests.helpers.models import context, labelled, tiny_model, tokens
 
 
 def test_keywords_and_masks_that_are_not_known_are_refused():
-    model = tiny_model("llama", "context_parallel")
+    model = hcp.parallelize(tiny_model("llama", "context_parallel"), context())
     for extra, message in (
         ({"alibi_slopes": torch.ones(4)}, "asks for alibi_slopes=Tensor"),
         ({"rescale": 30.0}, "asks for rescale=30.0"),
@@ -22,6 +23,6 @@ def test_keywords_and_masks_that_are_not_known_are_refused():
 
 
 def test_lengths_that_are_not_the_plans_are_refused_with_what_would_do():
-    model = tiny_model("llama", "context_parallel")
+    model = hcp.parallelize(tiny_model("llama", "context_parallel"), context())
     with pytest.raises(ValueError, match="'vision_config': 'sdpa'"), context().shard(labelled()):
         model(input_ids=tokens(2, 9))
