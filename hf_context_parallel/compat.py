@@ -64,7 +64,7 @@ def _missing(what: str, package: str, needed_by: str) -> ValueError:
     )
 
 
-set_compiler = torch._C._dynamo.eval_frame.set_eval_frame
+set_compiler: Callable = getattr(torch._C._dynamo.eval_frame, "set_eval_frame", lambda callback: None)
 """Function by which `torch.compile` sets what compiles the frames that this thread enters. It returns what was set.
 
 `torch.compiler.disable` sets None for all that a function calls, and has no way to compile some of it.

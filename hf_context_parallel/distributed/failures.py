@@ -36,6 +36,21 @@ class FailureReport:
             store.set(self._key(self.block), f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
         self.explain(error, self.block)
 
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Publish a refusal in this block, and explain an error of waiting by the block before.
+
+        Ranks of other groups go on after a refusal, and then wait for this rank.
+        """
+        try:
+            yield
+        except RuntimeError as failure:
+            self.explain(failure, self.block - 1)
+            raise
+        except ValueError as refusal:
+            self.publish(refusal)
+            raise
+
     def explain(self, error: BaseException, block: int) -> None:
         """Raise the message that another rank published in a block, if `error` only says that waiting failed.
 

@@ -60,7 +60,7 @@ class ShardedBatch(AbstractContextManager):
         self._entered = True
         self._failure_report = FailureReport()
         compared = []
-        try:
+        with self._failure_report.opening():
             with collective(self._group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
                 mark = ()
                 if self._model is not None:
@@ -72,12 +72,6 @@ class ShardedBatch(AbstractContextManager):
                     check_range(self._passed, self._batch, local[SHARD], values=self._group.config.check_batch)
                 notes.fingerprint = fingerprint({"batch": local[SHARD].fingerprint, "model": mark})
             check_weights(compared, self._group.groups)
-        except RuntimeError as failure:
-            self._failure_report.explain(failure, self._failure_report.block - 1)
-            raise
-        except ValueError as refusal:
-            self._failure_report.publish(refusal)  # for other groups: they go on, and then wait for this one
-            raise
         self._active, self._positions = (
             ActiveBatch(local.pop(SHARD), self._group, run_outermost=self._run),
             local["position_ids"],

@@ -498,3 +498,22 @@ def test_models_that_cannot_be_exact_are_refused():
 @pytest.mark.parametrize("model_type", ["falcon", "deepseek_v32"])
 def test_types_that_ask_for_the_name_of_their_attention_run_on_one_rank(model_type):
     assert errors_of("causal", model_type, batch=NO_PADDING) < 1e-6
+
+
+def peaks_under_fsdp() -> tuple[float, int]:
+    """Train a model whose head FSDP2 wraps by itself, and count the tokens whose logits it makes at a time."""
+    whole, model = (model_with("causal", "llama", name).train() for name in (None, "context_parallel"))
+    head = CountingHead(32, 64, bias=False, dtype=torch.float64)
+    head.weight, head.counts, model.lm_head = model.lm_head.weight, [], head
+    fully_shard(model.lm_head, reshard_after_forward=False)
+    fully_shard(model)
+    hcp.parallelize(model, context(loss_chunk_tokens=4))
+    losses = stock_loop(whole, [labelled(seed=number) for number in range(2)])
+    found = stock_loop(model, [labelled(seed=number) for number in range(2)])
+    weights = [error(a.full_tensor(), b) for a, b in zip(model.parameters(), whole.parameters())]
+    return max(*weights, *(abs(a - b) / b for a, b in zip(found, losses))), max(head.counts)
+
+
+def test_a_head_that_fsdp_wraps_stays_on_the_shard(on_ranks):
+    for worst, count in on_ranks(2, peaks_under_fsdp):
+        assert worst < 1e-6 and count == 4

@@ -35,7 +35,7 @@ from ..interfaces.masks import check_chunks
 from ..interfaces.planned_mask import PlannedMask
 from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
 from ..outer_call import outer_call
-from ..patches.module_patch import ModulePatch, by_name
+from ..patches.module_patch import ModulePatch, by_name, has_hooks
 from ..patches.positions import MADE_BY_MODEL
 from ..patches.randomness import own_stream
 from ..switches import switches
@@ -153,7 +153,7 @@ class _Call:
         call, masks = outer_call(), _take_masks(given)
         _add_documents(decoder, given)
         compared = []
-        try:
+        with self.failure_report.opening():
             with collective(group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
                 check_call(decoder, decoder if call is None else call.model, given, group)
                 compared = sampled(decoder, group)
@@ -168,12 +168,6 @@ class _Call:
                 mark = (*signature(decoder), len(compared))
                 notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark})
             check_weights(compared, group.groups)
-        except RuntimeError as failure:
-            self.failure_report.explain(failure, self.failure_report.block - 1)
-            raise
-        except ValueError as refusal:
-            self.failure_report.publish(refusal)  # for other groups: they go on, and then wait for this one
-            raise
         self.batch = ActiveBatch(self.local.pop(SHARD), group, padding_reads=call is None or call.uses_padding)
         self.local |= masks
         carry_batches(decoder)
@@ -368,8 +362,7 @@ def _embedded(decoder: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]
     embeddings = decoder.get_input_embeddings()
     if "input_ids" not in given or not isinstance(embeddings, torch.nn.Module):
         return given
-    hooks = (*embeddings._forward_hooks.values(), *embeddings._forward_pre_hooks.values())
-    if all(getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks):  # those of FSDP
+    if not has_hooks(embeddings):
         return given
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
         return given

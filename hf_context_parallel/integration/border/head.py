@@ -20,7 +20,7 @@ from ...cp_group import CPGroup
 from ...data.batch import IGNORED
 from ..checks.model import has_forward_of, stock_class
 from ..outer_call import OuterCall, in_call, outer_call
-from ..patches.module_patch import ModulePatch, by_name
+from ..patches.module_patch import ModulePatch, by_name, has_hooks
 from .deferred_logits import DeferredLogits, Tokens
 
 Z_LOSS = "z_loss_coefficient"
@@ -104,12 +104,21 @@ class HeadCall(OuterCall):
         self._tokens = tokens
         return True
 
-    def defer(self, embeddings: torch.nn.Module, hidden: torch.Tensor) -> DeferredLogits | None:
-        """Return deferred logits for the hidden states of the shard, or None for other hidden states."""
+    def defer(self, embeddings: torch.nn.Module, forward: Callable, hidden: torch.Tensor) -> DeferredLogits | None:
+        """Return deferred logits for the hidden states of the shard, or None for other hidden states.
+
+        Args:
+            embeddings: the output embeddings.
+            forward: their forward without the patch.
+            hidden: the input of the output embeddings.
+        """
         if self._tokens is None or hidden.dim() != 3 or tuple(hidden.shape[:2]) != self._tokens.local_shape:
             return None
 
         def embed(x: torch.Tensor) -> torch.Tensor:
+            if isinstance(embeddings, FSDPModule):  # its hooks belong to the pass that has called this patch
+                embeddings.unshard()
+                return forward(x)
             with in_call(None):  # so that the output embeddings compute
                 return embeddings(x)
 
@@ -180,7 +189,7 @@ class EmbeddingsPatch(ModulePatch):
     def run(self, module: torch.nn.Module, forward: Callable, turn: Any, *args: Any, **kwargs: Any) -> Any:
         call = outer_call()
         if isinstance(call, HeadCall) and len(args) == 1 and not kwargs:
-            deferred = call.defer(module, args[0])
+            deferred = call.defer(module, forward, args[0])
             if deferred is not None:
                 return deferred
         return forward(*args, **kwargs)
@@ -196,9 +205,7 @@ def stays_on_shard(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
     if isinstance(kept, torch.Tensor) or kept:
         return False
     embeddings = model.get_output_embeddings()
-    if not isinstance(embeddings, torch.nn.Module) or isinstance(embeddings, FSDPModule):
-        return False
-    if embeddings._forward_hooks or embeddings._forward_pre_hooks:  # they would see no logits
+    if not isinstance(embeddings, torch.nn.Module) or has_hooks(embeddings):  # hooks would see no logits
         return False
     stock = stock_class(model, language_model_classes())
     return stock is not None and has_forward_of(stock, model)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...cp_group import CPGroup
 from ...data.batch import IGNORED
@@ -118,23 +118,36 @@ def check_inputs(
             "labels and shift_labels differ: cp.shard yields the same shifted labels under both names, and the loss "
             "uses shift_labels. Change both alike, or change the labels of the batch before cp.shard."
         )
-    for name in ENCODED:
-        if given.get(name) is not None:
-            raise ValueError(
-                f"{name}: cross-attention to the tokens of an encoder has not been found exact on shards of the "
-                "decoder. Leave it out, or run the model outside the block."
-            )
+    check_decoder_inputs(module.config, given, group)
     kept = given.get("logits_to_keep")
     if isinstance(kept, torch.Tensor) or kept:
         raise ValueError(
             "logits_to_keep would keep the last tokens of each rank's shard, and not those of the sequence. Leave it "
             "out, and slice cp.gather(logits)."
         )
+
+
+def check_decoder_inputs(config: PreTrainedConfig, given: Mapping[str, Any], group: CPGroup) -> None:
+    """Refuse arguments of a decoder that would not be exact on shards.
+
+    Args:
+        config: the configuration of the decoder.
+        given: its arguments by name.
+
+    Raises:
+        ValueError: naming the argument, and what to do.
+    """
+    for name in ENCODED:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name}: cross-attention to the tokens of an encoder has not been found exact on shards of the "
+                "decoder. Leave it out, or run the model on whole batches, in `with cp.whole(model):`."
+            )
     wanted = given.get("output_hidden_states")
-    if group.config.sequence_parallel and (module.config.output_hidden_states if wanted is None else wanted):
+    if group.config.sequence_parallel and (config.output_hidden_states if wanted is None else wanted):
         raise ValueError(
             "output_hidden_states=True: with sequence_parallel=True a layer returns a part of the tokens of the "
-            "shard, which cp.gather does not restore. Switch one of the two off."
+            "shard, which cannot be gathered. Switch one of the two off."
         )
 
 

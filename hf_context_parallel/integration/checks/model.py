@@ -22,7 +22,7 @@ from ..model_registry import (
 )
 from ..patches.module_patch import inside_patches
 from ..switches import switches
-from .inputs import ENCODED
+from .inputs import check_decoder_inputs
 from .peft import check_adapters, check_tuners
 from .proofs import Unproven, is_proven
 
@@ -173,18 +173,7 @@ def check_call(decoder: PreTrainedModel, outer: PreTrainedModel, given: Mapping[
             "output_attentions=True: no rank holds the attention weights of whole sequences. Leave it out, or run the "
             "model in `with cp.whole(model):`."
         )
-    for name in ENCODED:
-        if given.get(name) is not None:
-            raise ValueError(
-                f"{name}: cross-attention to the tokens of an encoder has not been found exact on shards of the "
-                "decoder. Leave it out, or run the model in `with cp.whole(model):`."
-            )
-    wanted = given.get("output_hidden_states")
-    if group.config.sequence_parallel and (decoder.config.output_hidden_states if wanted is None else wanted):
-        raise ValueError(
-            "output_hidden_states=True: with sequence_parallel=True a layer returns a part of the tokens of the "
-            "shard, which cannot be gathered. Switch one of the two off."
-        )
+    check_decoder_inputs(decoder.config, given, group)
 
 
 def _refuse_layer_drop(config: PreTrainedConfig) -> None:

@@ -119,6 +119,12 @@ def inside_patches(forward: Callable) -> Callable:
     return forward
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Return whether a module has hooks on its forward, apart from those of FSDP."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks)
+
+
 def by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments of a call by name."""
     signature = inspect.signature(function)
