@@ -58,7 +58,18 @@ MODELS = {
     **{f"{head} of a decoder": (head, *case, None) for head, case in HEADS.items()},
     **{f"{head} of an encoder": (head, *case, None) for head, case in ENCODERS.items()},
 }
-SIMPLER = {"rows", "divided logits", "biases", "hidden states", "sequence of an encoder", "token of an encoder"}
+SIMPLER = {
+    "rows",
+    "padding",
+    "divided logits",
+    "biases",
+    "hidden states",
+    "tied embeddings",
+    "sinks and windows",
+    "sequence of an encoder",
+    "token of an encoder",
+    "question of an encoder",
+}
 """Cases that make test-all runs alone."""
 
 
@@ -72,7 +83,14 @@ def test_models_return_what_one_process_returns(on_ranks, case):
         assert max(on_ranks(ranks, errors_of, head, model_type, changes, batch)) < 1e-7
 
 
-@pytest.mark.parametrize("settings", [{"comm_type": "all_gather"}, {"comm_type": "a2a"}, {"layout": "contiguous"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"comm_type": "all_gather"},
+        pytest.param({"comm_type": "a2a"}, marks=pytest.mark.exhaustive),
+        pytest.param({"layout": "contiguous"}, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_padding_reads_by_every_strategy(on_ranks, settings):
     assert max(on_ranks(2, errors_of, "base", "llama", {}, None, settings)) < 1e-7
 
@@ -148,7 +166,10 @@ def trained(wrapper: str, checkpointing: dict | None, first: bool) -> float:
     return max(*weights, *(abs(a - b) / b for a, b in zip(found, losses)))
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [pytest.param(None, marks=pytest.mark.exhaustive), {"use_reentrant": False}, {"use_reentrant": True}],
+)
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 def test_the_stock_loop_trains_as_on_one_process(on_ranks, wrapper, checkpointing):
     for first in (True, False):
@@ -183,7 +204,9 @@ def peft_errors(tuner: str) -> float:
     return max(error(found, expected), *(error(a, b.grad) for a, b in pairs if b.grad is not None))
 
 
-@pytest.mark.parametrize("tuner", ["LoRA", "AdaLoRA", "prompt tuning", "p-tuning"])
+@pytest.mark.parametrize(
+    "tuner", ["LoRA", pytest.param("AdaLoRA", marks=pytest.mark.exhaustive), "prompt tuning", "p-tuning"]
+)
 def test_tuners_are_exact(on_ranks, tuner):
     assert max(on_ranks(2, peft_errors, tuner)) < 1e-6
 
@@ -312,7 +335,7 @@ def patched_errors(how: str) -> float:
     return max(error(found, expected), *(error(a, b) for a, b in zip(mine, theirs)))
 
 
-@pytest.mark.parametrize("how", ["before", "after", "wrapped"])
+@pytest.mark.parametrize("how", [pytest.param("before", marks=pytest.mark.exhaustive), "after", "wrapped"])
 def test_replaced_forwards_around_the_decoder_see_whole_batches(on_ranks, how):
     assert max(on_ranks(2, patched_errors, how)) < 1e-6
 
@@ -407,7 +430,10 @@ def counts_of_tokens(model_type: str) -> list[int]:
     return model.lm_head.counts
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere", "granite", "phi"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma2", "cohere", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("llama", "granite", "phi"))],
+)
 def test_the_loss_makes_the_logits_of_few_tokens(on_ranks, model_type):
     for counts in on_ranks(2, counts_of_tokens, model_type):
         assert max(counts) == 4 and len(counts) > 2

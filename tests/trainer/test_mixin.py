@@ -181,7 +181,7 @@ def own_history(kind, folder, case, accumulation) -> tuple[list[tuple[float, flo
     return steps, trainer.evaluate(samples(4))["eval_loss"]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 @pytest.mark.parametrize("case", ["label smoothing", "NEFTune", "compute_loss_func", "own loss with a teacher"])
 def test_losses_of_the_user_are_those_of_one_process(on_ranks, tmp_path, case, accumulation):
     [(expected, evaluated)] = on_ranks(1, own_history, STOCK, tmp_path, case, accumulation)
