@@ -505,6 +505,21 @@ def test_a_compiled_model_has_few_graphs(on_ranks, nested, most):
         assert graphs <= most and worst < 1e-6
 
 
+def message_of_other_labels() -> str:
+    model = hcp.parallelize(model_with("causal", "llama", "context_parallel"), context())
+    batch = labelled()
+    if dist.get_rank() == 1:
+        batch["labels"] = batch["labels"].roll(1)
+    with pytest.raises(ValueError) as refusal:
+        model(**batch)
+    return str(refusal.value)
+
+
+def test_ranks_with_other_labels_are_refused(on_ranks):
+    first, second = on_ranks(2, message_of_other_labels)
+    assert first == second and "batches or models" in first
+
+
 def test_models_that_cannot_be_exact_are_refused():
     with pytest.raises(ValueError, match=r"loaded with attn_implementation='sdpa'"):
         hcp.parallelize(model_with("causal", "llama", "sdpa"), context())

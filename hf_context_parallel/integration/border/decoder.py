@@ -159,14 +159,17 @@ class _Call:
                 compared = sampled(decoder, group)
                 self.local = self._shard(_embedded(decoder, given))
                 shard = self.local[SHARD]
-                labels = call.given if isinstance(call, HeadCall) else {}
-                targets = {name: labels.get(name) for name in ("labels", "shift_labels")}
-                model = call.model if isinstance(call, HeadCall) else decoder
-                check_range(model, {**given, **targets}, shard, values=group.config.check_batch)
+                labels = {} if call is None else {name: call.given.get(name) for name in OF_LOSSES[:2]}
+                labels = {name: value for name, value in labels.items() if isinstance(value, torch.Tensor)}
+                if isinstance(call, HeadCall):
+                    check_range(call.model, {**given, **labels}, shard, values=group.config.check_batch)
+                else:
+                    check_range(decoder, given, shard, values=group.config.check_batch)
                 for mask in _planned(masks):
                     check_chunks(mask.pattern, decoder.config.model_type, shard)
                 mark = (*signature(decoder), len(compared))
-                notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark})
+                compared_labels = labels if group.config.check_batch else {}
+                notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark, **compared_labels})
             check_weights(compared, group.groups)
         self.batch = ActiveBatch(self.local.pop(SHARD), group, padding_reads=call is None or call.uses_padding)
         self.local |= masks
