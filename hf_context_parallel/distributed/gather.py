@@ -24,6 +24,31 @@ def gather_sequence(x: torch.Tensor, layout: Layout, length: int, group: dist.Pr
     return gathered
 
 
+def sum_over_ranks(x: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum a tensor over the ranks of a group of this size.
+
+    The objective is the sum of the losses of all ranks, which all depend on the sum alike. So backward counts the
+    gradient once for each rank.
+    """
+    total: torch.Tensor = _Sum.apply(x, size, group)
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.size = size
+        total = x.clone()
+        if size > 1:
+            dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad * ctx.size, None, None
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(

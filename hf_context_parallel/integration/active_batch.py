@@ -21,7 +21,7 @@ from ..attention.strategy import Shape, Strategy, build_strategy, with_padding
 from ..cp_group import CPGroup
 from ..data.batch import positions_in_documents, take_columns
 from ..data.shard import Shard
-from ..distributed.gather import gather_sequence
+from ..distributed.gather import gather_sequence, sum_over_ranks
 from ..planning.mask import Pattern, layer_type
 
 Part = TypeVar("Part")
@@ -86,14 +86,24 @@ class ActiveBatch:
         rows = shard.rows if shard.packed else ((),) * shard.batch_size
         return positions_in_documents(rows, shard.layout.length)[:, shard.layout.positions(shard.rank)]
 
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """Rows and tokens of the whole batch."""
+        return self.shard.batch_size, self.shard.length
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """Rows and tokens of this rank."""
+        return self.shard.local_shape
+
     def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
         """Take the tokens of this rank, `[B, S_local, ...]`, of `[B, S, ...]`. Padding of the layout is `fill`.
 
         Raises:
             ValueError: if the first two dimensions of the tensor are not those of the whole batch.
         """
-        shard, found = self.shard, tuple(x.shape[:2])
-        if found != (shard.batch_size, shard.length):
+        shard = self.shard
+        if tuple(x.shape[:2]) != self.whole_shape:
             raise ValueError(
                 f"a tensor has shape {tuple(x.shape)}, and the batch has {shard.batch_size} rows of {shard.length} "
                 "tokens. Give a tensor whose shape begins with these."
@@ -114,6 +124,10 @@ class ActiveBatch:
                 f"Pass a tensor whose shape begins with {expected}."
             )
         return gather_sequence(x, shard.layout, shard.length, self.group.groups.group)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the ranks. Differentiable; see `sum_over_ranks`."""
+        return sum_over_ranks(x, self.group.size, self.group.groups.group)
 
 
 class _Entered(threading.local):

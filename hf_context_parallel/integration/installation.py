@@ -88,15 +88,18 @@ class OutermostPatch(ModulePatch):
         return batch.run_outermost(module, forward, args, kwargs)
 
 
+class Pooling:
+    """Part of an active batch: it gathers the input of a pooler."""
+
+    def __init__(self, batch: ActiveBatch):
+        self._batch = batch
+
+    def run(self, module: torch.nn.Module, forward: Callable, turn: Any, hidden_states: torch.Tensor) -> Any:
+        """Pool `[B, S, D]`."""
+        return forward(self._batch.gather(hidden_states))
+
+
 class PoolerPatch(BatchPatch):
     """Gives the pooler of a base model whole sequences: it takes the first token, or the mean of all."""
 
-    class part:
-        """Part of an active batch: it gathers the input of a pooler."""
-
-        def __init__(self, batch: ActiveBatch):
-            self._batch = batch
-
-        def run(self, module: torch.nn.Module, forward: Callable, turn: Any, hidden_states: torch.Tensor) -> Any:
-            """Pool `[B, S, D]`."""
-            return forward(self._batch.gather(hidden_states))
+    part = Pooling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -72,10 +72,8 @@ class ShardedBatch(AbstractContextManager):
                     check_range(self._passed, self._batch, local[SHARD], values=self._group.config.check_batch)
                 notes.fingerprint = fingerprint({"batch": local[SHARD].fingerprint, "model": mark})
             check_weights(compared, self._group.groups)
-        self._active, self._positions = (
-            ActiveBatch(local.pop(SHARD), self._group, run_outermost=self._run),
-            local["position_ids"],
-        )
+        self._active = ActiveBatch(local.pop(SHARD), self._group, run_outermost=self._run)
+        self._positions = local["position_ids"]
         if self._passed is not None:
             install(self._passed, self._group)
             optional = {"position_ids", "use_cache", "shift_labels", "num_items_in_batch"}
@@ -151,7 +149,7 @@ class ShardedBatch(AbstractContextManager):
         carry_batches(module)
         self._running, self._active.handled = module, {}
         try:
-            with BalancingLoss(self._active, module), own_stream(self._group) if module.training else nullcontext():
+            with BalancingLoss(self._active, module), own_stream(self._group, module.training):
                 output = forward(*args, **kwargs)
         finally:
             self._running = None

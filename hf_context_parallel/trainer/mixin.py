@@ -295,3 +295,4 @@ class _Verification(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs: Any):
         verify(self._trainer.model_wrapped, self._trainer.cp)
+        self._trainer._unproven = [model for model in self._trainer._unproven if model is not self._trainer.model]

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from ...compat import set_compiler
 from ...cp_group import CPGroup
-from ...data.batch import CONSUMED, PADDING, SHARD, take_columns
+from ...data.batch import CONSUMED, PADDING, PASSED_ON, SHARD, take_columns
 from ...data.shard import shard_batch
 from ...distributed.agreement import collective, fingerprint
 from ...distributed.failures import FailureReport
@@ -119,7 +117,7 @@ class DecoderBorder(ModulePatch):
                 return output
             call = _Call(module, given, self.cp.group)
             try:
-                with entered(call.batch), call.environment():
+                with entered(call.batch), own_stream(self.cp.group, module.training):
                     set_compiler(resumed)
                     try:
                         output = forward(**call.local)
@@ -177,7 +175,7 @@ class _Call:
 
     def _shard(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments for the shard of this rank."""
-        known = {*PADDING, *CONSUMED, "seq_idx", "return_dict", "output_hidden_states"}
+        known = {*PADDING, *CONSUMED, *PASSED_ON}
         inputs = {name: value for name, value in given.items() if name in known}
         local = shard_batch(inputs, self._group.config, self._group.rank)
         shard = local[SHARD]
@@ -203,12 +201,6 @@ class _Call:
         unknown = {"position_ids", "use_cache"} - set(accepted(self._decoder, ("position_ids", "use_cache")))
         return {name: value for name, value in local.items() if name not in unknown}
 
-    @contextmanager
-    def environment(self) -> Iterator[None]:
-        """Give this rank random numbers of its own in training, for dropout of its tokens."""
-        with own_stream(self._group) if self._decoder.training else nullcontext():
-            yield
-
     def gathered(self, output: Any) -> Any:
         """Gather the outputs of the shards. A language-model head gets the hidden states of the shard.
 
@@ -221,7 +213,7 @@ class _Call:
                 f"each rank attended to its own shard alone. Load the model with attn_implementation={NAME!r}."
             )
         call = outer_call()
-        keep = isinstance(call, HeadCall) and call.take_shard(self._decoder, ShardTokens(self.batch))
+        keep = isinstance(call, HeadCall) and call.take_shard(self._decoder, self.batch)
         if isinstance(output, Mapping):
             values = {
                 name: value if keep and name == "last_hidden_state" else self._gathered(value, name == "router_logits")
@@ -250,36 +242,6 @@ class _Call:
         return tree_map(gather, value)
 
 
-class ShardTokens:
-    """Tokens of an active batch that this rank holds; see `deferred_logits.Tokens`."""
-
-    def __init__(self, batch: ActiveBatch):
-        self._batch = batch
-
-    @property
-    def whole_shape(self) -> tuple[int, int]:
-        """Rows and tokens of the whole batch."""
-        return self._batch.shard.batch_size, self._batch.shard.length
-
-    @property
-    def local_shape(self) -> tuple[int, int]:
-        """Rows and tokens of this rank."""
-        return self._batch.shard.local_shape
-
-    def take(self, x: torch.Tensor, fill: int) -> torch.Tensor:
-        """Take the tokens of this rank, `[B, S_local, ...]`, of `[B, S, ...]`. Padding of the layout is `fill`."""
-        return self._batch.take(x, fill)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Gather `[B, S_local, ...]` to `[B, S, ...]`."""
-        return self._batch.gather(x)
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over the ranks. Every rank's loss depends on the sum, so backward counts it for each."""
-        total: torch.Tensor = _Sum.apply(x, self._batch.group)
-        return total
-
-
 class AllTokens:
     """Tokens of a batch that one rank holds; see `deferred_logits.Tokens`."""
 
@@ -298,21 +260,6 @@ class AllTokens:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Return the tensor."""
         return x
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: CPGroup) -> torch.Tensor:
-        ctx.size = group.size
-        total = x.clone()
-        if group.size > 1:
-            dist.all_reduce(total, group=group.groups.group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad * ctx.size, None
 
 
 def _take_masks(given: dict[str, Any]) -> dict[str, Any]:

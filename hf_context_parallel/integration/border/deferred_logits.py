@@ -8,6 +8,7 @@ other use makes the logits, and gathers them.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Callable, Mapping
@@ -65,6 +66,15 @@ FUNCTIONS = {
 """Functions that act on each entry by itself. They are recorded."""
 
 
+def _operator(function: Callable, is_right: bool = False) -> Callable:
+    """Make a method for an operator, whose left or right operand is the logits."""
+
+    def method(self: DeferredLogits, *others: Any) -> Any:
+        return self._apply(function, (*others, self) if is_right else (self, *others), {})
+
+    return method
+
+
 class DeferredLogits:
     """Logits `[B, S, V]` of the whole batch, or `[B * S, V]`, that are made when they are used.
 
@@ -103,21 +113,23 @@ class DeferredLogits:
         return logits.flatten(0, 1) if self._flat else logits
 
     @cached_property
-    def _one(self) -> torch.Tensor:
+    def _width(self) -> int:
+        """Number of logits of a token. No step changes it, so what is made of these logits keeps it."""
         with torch.no_grad():
-            return self._logits(self._hidden[:1, :1])
+            return self._embeddings(self._hidden[:1, :1]).shape[-1]
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the whole logits."""
         rows, length = self._tokens.whole_shape
         leading = (rows * length,) if self._flat else (rows, length)
-        return torch.Size((*leading, self._one.shape[-1]))
+        return torch.Size((*leading, self._width))
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the logits."""
-        return self._one.dtype
+        with torch.no_grad():
+            return self._logits(self._hidden[:1, :1]).dtype
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +159,7 @@ class DeferredLogits:
         asked = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         rows, length, width = self.shape if not self._flat else (1, *self.shape)
         if asked in ((-1, width), (rows * length, width), (-1, -1)):
-            return self._with(self._steps, flat=True)
+            return self._with(_flat=True)
         return self.whole.view(*shape)
 
     reshape = view
@@ -171,7 +183,7 @@ class DeferredLogits:
             return cross_entropy(logits, mine[tokens], reduction="sum", label_smoothing=label_smoothing)
 
         trained = [*self._parameters, *self._trained_arguments()]
-        total = chunked_sum(self._hidden.flatten(0, 1)[chosen], loss, self._one.shape[-1], trained, self._chunk)
+        total = chunked_sum(self._hidden.flatten(0, 1)[chosen], loss, self._width, trained, self._chunk)
         total = self._tokens.sum(total)
         return total if reduction == "sum" else total / (target != ignore_index).sum()
 
@@ -185,8 +197,12 @@ class DeferredLogits:
             logits = step(logits)
         return logits
 
-    def _with(self, steps: tuple[Step, ...], flat: bool) -> DeferredLogits:
-        return DeferredLogits(self._tokens, self._hidden, self._embeddings, self._parameters, self._chunk, steps, flat)
+    def _with(self, **changes: Any) -> DeferredLogits:
+        made = copy.copy(self)
+        for name in ("local", "whole"):  # these are computed anew
+            vars(made).pop(name, None)
+        vars(made).update(changes)
+        return made
 
     def _apply(self, function: Callable, args: tuple, options: dict[str, Any]) -> Any:
         """Record a function of these logits, or compute it if it is not token by token."""
@@ -194,15 +210,14 @@ class DeferredLogits:
         others = [x for x in args if x is not self]
         if place is not None and len(others) == len(args) - 1 and all(map(self._is_constant, others)):
             step = Step(function, args[:place], args[place + 1 :], options)
-            return self._with((*self._steps, step), self._flat)
-        args, options = _made(args), dict(zip(options, _made(tuple(options.values()))))
-        return function(*args, **options)
+            return self._with(_steps=(*self._steps, step))
+        return _of_whole(function, args, options)
 
     def _is_constant(self, x: Any) -> bool:
         """Return whether an argument is the same for all tokens."""
         if not isinstance(x, torch.Tensor):
             return not isinstance(x, DeferredLogits)
-        return x.dim() == 0 or (x.numel() == x.shape[-1] == self._one.shape[-1])
+        return x.dim() == 0 or (x.numel() == x.shape[-1] == self._width)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -226,7 +241,7 @@ class DeferredLogits:
         deferred = next((x for x in args if isinstance(x, DeferredLogits)), None)
         if deferred is not None and function in FUNCTIONS:
             return deferred._apply(function, args, options)
-        return function(*_made(args), **dict(zip(options, _made(tuple(options.values())))))
+        return _of_whole(function, args, options)
 
     def __getitem__(self, index: Any) -> Any:
         return self.whole[index]
@@ -234,26 +249,9 @@ class DeferredLogits:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __mul__(self, other: Any) -> Any:
-        return self._apply(operator.mul, (self, other), {})
-
-    def __rmul__(self, other: Any) -> Any:
-        return self._apply(operator.mul, (other, self), {})
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._apply(operator.truediv, (self, other), {})
-
-    def __add__(self, other: Any) -> Any:
-        return self._apply(operator.add, (self, other), {})
-
-    def __radd__(self, other: Any) -> Any:
-        return self._apply(operator.add, (other, self), {})
-
-    def __sub__(self, other: Any) -> Any:
-        return self._apply(operator.sub, (self, other), {})
-
-    def __neg__(self) -> Any:
-        return self._apply(operator.neg, (self,), {})
+    __mul__, __rmul__ = _operator(operator.mul), _operator(operator.mul, is_right=True)
+    __add__, __radd__ = _operator(operator.add), _operator(operator.add, is_right=True)
+    __truediv__, __sub__, __neg__ = _operator(operator.truediv), _operator(operator.sub), _operator(operator.neg)
 
 
 LOSS_ARGUMENTS = {"input", "target", "ignore_index", "reduction", "label_smoothing"}
@@ -272,6 +270,11 @@ def _deferred_loss(given: Mapping[str, Any]) -> torch.Tensor | None:
     if reduction not in ("sum", "mean") or any(given[name] is not None for name in given.keys() - LOSS_ARGUMENTS):
         return None
     return logits.cross_entropy(target, given["ignore_index"], reduction, given["label_smoothing"])
+
+
+def _of_whole(function: Callable, args: tuple, options: dict[str, Any]) -> Any:
+    """Compute a function of whole logits."""
+    return function(*_made(args), **dict(zip(options, _made(tuple(options.values())))))
 
 
 def _made(values: tuple) -> tuple:

@@ -19,6 +19,7 @@ from ...config import ContextParallelConfig
 from ...cp_group import CPGroup
 from ...data.batch import IGNORED
 from ..checks.model import has_forward_of, stock_class
+from ..installation import decoder_of
 from ..outer_call import OuterCall, in_call, outer_call
 from ..patches.module_patch import ModulePatch, by_name, has_hooks
 from .deferred_logits import DeferredLogits, Tokens
@@ -156,12 +157,11 @@ class OuterPatch(ModulePatch):
 
     Args:
         border: the border of the decoder.
-        decoder: returns the decoder of a model.
     """
 
-    def __init__(self, border: Border, decoder: Callable[[PreTrainedModel], PreTrainedModel]):
+    def __init__(self, border: Border):
         super().__init__()
-        self._border, self._decoder = border, decoder
+        self._border = border
 
     @partial(torch.compiler.disable, recursive=False)
     def run(self, module: torch.nn.Module, forward: Callable, turn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ class OuterPatch(ModulePatch):
                 with in_call(OuterCall(module, given, alone)):
                     set_compiler(compiler)
                     return forward(*args, **kwargs)
-            call = HeadCall(module, self._decoder(module), given, alone, self._border.cp.group.config, compiler)
+            call = HeadCall(module, decoder_of(module), given, alone, self._border.cp.group.config, compiler)
             with in_call(call):
                 return call.finished(forward(*args, **kwargs))
         finally:

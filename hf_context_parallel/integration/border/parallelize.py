@@ -61,7 +61,7 @@ def parallelize(model: Model, cp: HasGroup) -> Model:
         border = DecoderBorder(cp, decoder.config.model_type)
         border.replace(decoder)
         if inner is not decoder:
-            OuterPatch(border, decoder_of).replace(inner)
+            OuterPatch(border).replace(inner)
             embeddings = inner.get_output_embeddings()
             if isinstance(embeddings, torch.nn.Module):
                 EmbeddingsPatch().replace(embeddings)

@@ -49,11 +49,7 @@ def check_model(model: torch.nn.Module) -> None:
             "(liger, unsloth) give it, and that would run on the outputs of a shard. Use a class that "
             "AutoModelForCausalLM or AutoModel chooses, with its forward unchanged."
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder and a decoder, which read different sequences, and the decoder alone is exact. "
-            "Load the decoder with AutoModelForCausalLM."
-        )
+    _refuse_encoder_decoder(module)
     if stock.__name__ in causal_lm_classes().values() and module.loss_function is not causal_lm_loss():
         raise ValueError(
             f"{name} has a loss function of its own, {module.loss_function!r}, which may not use shift_labels and "
@@ -63,11 +59,24 @@ def check_model(model: torch.nn.Module) -> None:
     check_tuners(model)
     if model.training:
         _refuse_layer_drop(config)
-    attention = attention_name(config.get_text_config())
+    _check_attention(module, config.get_text_config())
+
+
+def _refuse_encoder_decoder(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder and a decoder, which read different sequences, and the decoder "
+            "alone is exact. Load the decoder with AutoModelForCausalLM."
+        )
+
+
+def _check_attention(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Refuse a model whose text configuration names another attention."""
+    attention = attention_name(config)
     if attention != NAME:
         raise ValueError(
-            f"{name} was loaded with attn_implementation={attention!r}. Load it with attn_implementation={NAME!r}, or "
-            f"call model.set_attn_implementation({NAME!r})."
+            f"{type(model).__name__} was loaded with attn_implementation={attention!r}. Load it with "
+            f"attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})."
         )
 
 
@@ -121,22 +130,13 @@ def check_decoder(decoder: PreTrainedModel, outermost: PreTrainedModel) -> None:
         ValueError: naming the type or setting, and what to do.
         Unproven: if the model is in no table and has not been compared.
     """
-    if getattr(outermost.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(outermost).__name__} is an encoder and a decoder, which read different sequences, and the decoder "
-            "alone is exact. Load the decoder with AutoModelForCausalLM."
-        )
+    _refuse_encoder_decoder(outermost)
     types = dict.fromkeys(CHECKED_AS.get(x.config.model_type, x.config.model_type) for x in (decoder, outermost))
     known = [name for name in types if name in REFUSED or is_decided(name)]
     for model in (decoder, outermost):
         if CHECKED_AS.get(model.config.model_type, model.config.model_type) in known:
             check_config(model.config)
-    attention = attention_name(decoder.config)
-    if attention != NAME:
-        raise ValueError(
-            f"{type(decoder).__name__} was loaded with attn_implementation={attention!r}. Load it with "
-            f"attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r})."
-        )
+    _check_attention(decoder, decoder.config)
     stock = stock_class(decoder)
     if not known:
         what = f"model type {decoder.config.model_type!r} is in no table of this package"

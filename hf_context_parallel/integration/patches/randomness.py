@@ -23,14 +23,17 @@ from ...distributed.mesh import Ranks
 
 
 @contextmanager
-def own_stream(group: CPGroup) -> Iterator[None]:
+def own_stream(group: CPGroup, training: bool = True) -> Iterator[None]:
     """Draw from the stream of this rank in this block, on the CPU and on the current GPU.
 
     A rank that always holds all tokens keeps the shared stream. A group that `resize` made one rank small does not:
     other ranks may draw more or fewer numbers, and the shared stream must stay the same for the larger group.
+
+    Args:
+        training: False for a model in evaluation, which draws nothing.
     """
     tensor_rank = group.groups.tensor.rank if group.config.sequence_parallel else 0
-    if group.size == group.first_size == 1 and not group.config.sequence_parallel:
+    if not training or (group.size == group.first_size == 1 and not group.config.sequence_parallel):
         yield
         return
     before = torch.get_rng_state()
