@@ -31,7 +31,8 @@ def prepare_data_loader(loader: DataLoader, groups: Groups, **options: Any) -> D
     """
     _share_seed(loader)
     share = {"num_processes": groups.data_size, "process_index": groups.data_rank}
-    if isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None and groups.data_size > 1:
+    shared = groups.data_size > 1 or groups.same_batch.size > 1
+    if isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None and shared:
         counted = options.get("put_on_device", False) and options.get("device") is not None
         size = loader.batch_size * (1 if options.get("split_batches") else groups.data_size)
         # Accelerate makes a new loader from the attributes of this one, and DataLoader forbids setting them.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from hf_context_parallel.verification.types.tiny import tiny_config
@@ -281,6 +282,24 @@ def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path, 
                 assert found_labels is None
             else:
                 np.testing.assert_array_equal(found_labels, labels)
+
+
+class Stream(IterableDataset):
+    """Documents of unknown number."""
+
+    def __iter__(self):
+        return iter(samples(7))
+
+
+def evaluation_of_a_stream(kind, folder) -> float:
+    trainer = make_trainer(kind, folder)
+    trainer.args.per_device_eval_batch_size = 2
+    return trainer.evaluate(Stream())["eval_loss"]
+
+
+def test_the_short_last_batch_of_a_stream_counts_as_on_one_process(on_ranks, tmp_path):
+    [expected] = on_ranks(1, evaluation_of_a_stream, STOCK, tmp_path)
+    np.testing.assert_allclose(on_ranks(2, evaluation_of_a_stream, 2, tmp_path), expected, rtol=1e-5)
 
 
 def resumed(kind, folder, checkpoint) -> list[tuple[float, float]]:
