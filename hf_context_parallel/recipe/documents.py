@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
+from hf_context_parallel.data.batch import IGNORED
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import DataSection
 
@@ -42,11 +43,12 @@ def to_rows(
 ) -> Dataset | IterableDataset:
     """Make rows of `input_ids` and `labels`, of at most `max_length` tokens.
 
-    A packed row holds a list of documents in each column, and an unpacked row holds one document. Documents of fewer
-    than two tokens are left out, since they have nothing to predict.
+    A packed row holds a list of documents in each column, and an unpacked row holds one document. Documents without a
+    token to predict are left out: those of fewer than two tokens, and those whose labels are all -100.
 
     Raises:
-        RecipeError: if the documents lack the column, no document is left, or chats come without a chat template.
+        RecipeError: if the documents lack the column, no document is left, a document has more or fewer labels than
+            tokens, or chats come without a chat template.
     """
     column = section.column or COLUMNS[section.format]
     present = documents.column_names  # None for a stream, whose columns are known only after reading
@@ -56,21 +58,22 @@ def to_rows(
         raise RecipeError(
             "data.format: 'chat' needs a chat template, and the tokenizer has none. Name another in model.tokenizer."
         )
-    encode = partial(encode_documents, column=column, form=section.format, tokenizer=tokenizer)
-    shorten = pack if section.packing else truncate
+    cut = None if section.packing else section.max_length
+    encode = partial(encode_documents, column=column, form=section.format, tokenizer=tokenizer, cut=cut)
     encoded = documents.map(encode, batched=True, remove_columns=present)
-    if isinstance(encoded, Dataset) and not len(encoded):
+    if next(iter(encoded), None) is None:
         raise RecipeError(
-            f"data: {section.path!r} has no document of two tokens or more. Check data.path and data.column."
+            f"data: {section.path!r} has no document with a token to predict: of two tokens or more, with a label "
+            f"other than {IGNORED} behind its first. Check data.path, data.column and data.max_length."
         )
     encoded = encoded.select_columns(["input_ids", "labels"])
-    return encoded.map(partial(shorten, max_length=section.max_length), batched=True)
+    return encoded.map(partial(pack, max_length=section.max_length), batched=True) if section.packing else encoded
 
 
 def encode_documents(
-    batch: dict[str, list], column: str, form: str, tokenizer: PreTrainedTokenizerBase
+    batch: dict[str, list], column: str, form: str, tokenizer: PreTrainedTokenizerBase, cut: int | None
 ) -> dict[str, list[list[int]]]:
-    """Encode a batch of documents as `input_ids` and `labels`."""
+    """Encode a batch of documents as `input_ids` and `labels`, each of at most `cut` tokens."""
     if form == "tokens":
         documents = batch[column]
     elif form == "chat":
@@ -80,13 +83,15 @@ def encode_documents(
         documents = [ids if ids[-1:] == eos else ids + eos for ids in tokenizer(batch[column])["input_ids"]]
     # Only documents of token ids can have a column of labels.
     labels = batch.get("labels", documents) if form == "tokens" else documents
-    kept = [index for index, ids in enumerate(documents) if len(ids) > 1]
-    return {"input_ids": [documents[i] for i in kept], "labels": [labels[i] for i in kept]}
-
-
-def truncate(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
-    """Cut each document at `max_length` tokens."""
-    return {column: [document[:max_length] for document in documents] for column, documents in batch.items()}
+    for ids, targets in zip(documents, labels):
+        if len(ids) != len(targets):
+            raise RecipeError(
+                f"data: a document has {len(ids)} input_ids and {len(targets)} labels. Give each token a label, "
+                f"{IGNORED} where it is not to be learnt."
+            )
+    pairs = [(ids[:cut], targets[:cut]) for ids, targets in zip(documents, labels)]
+    kept = [pair for pair in pairs if any(label != IGNORED for label in pair[1][1:])]
+    return {"input_ids": [ids for ids, _ in kept], "labels": [targets for _, targets in kept]}
 
 
 def pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[list[int]]]]:

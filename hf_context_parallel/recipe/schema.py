@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import sysconfig
 from math import prod
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from omegaconf import OmegaConf
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, PositiveInt, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.dataclasses import dataclass
 from transformers import CONFIG_MAPPING, DistributedConfig, TrainingArguments
 
@@ -122,13 +122,13 @@ class DataSection:
         format: the format of a document: `text`; `chat`, a list of messages; or `tokens`, a list of token ids. With
             `tokens`, a column `labels` may hold -100 for tokens that are not to be learnt.
         column: the column of the documents. By default `text`, `messages` or `input_ids`.
-        max_length: the most tokens of a row.
+        max_length: the most tokens of a row, two or more.
         packing: join documents into rows of `max_length` tokens, where no document sees another. Without packing, a
             row is one document, cut at `max_length` and padded to the longest row of its batch.
     """
 
     path: str
-    max_length: PositiveInt
+    max_length: Annotated[int, Field(ge=2)]
     name: str | None = None
     split: str = "train"
     eval_split: str | None = None

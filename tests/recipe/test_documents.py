@@ -67,8 +67,28 @@ def test_data_that_is_not_there_is_refused(tmp_path):
         load_documents(section(path="text", data_files=str(tmp_path / "nothing.txt")), "train")
     with pytest.raises(RecipeError, match=r"no column 'text'.*body"):
         to_rows(Dataset.from_dict({"body": ["abc"]}), section(), ByT5Tokenizer())
-    with pytest.raises(RecipeError, match="no document of two tokens"):
-        to_rows(Dataset.from_dict({"text": ["", ""]}), section(), ByT5Tokenizer())
+
+
+NOTHING_TO_PREDICT = {
+    "one token": {"input_ids": [[5], [6]]},
+    "no label": {"input_ids": [[5, 6, 7]], "labels": [[5, -100, -100]]},
+    "labels behind the cut": {"input_ids": [list(range(10))], "labels": [[-100] * 8 + [8, 9]]},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", NOTHING_TO_PREDICT)
+def test_data_without_a_token_to_predict_is_refused(case, stream):
+    data = Dataset.from_dict(NOTHING_TO_PREDICT[case])
+    data = data.to_iterable_dataset() if stream else data
+    with pytest.raises(RecipeError, match=r"no document with a token to predict.*data.max_length"):
+        to_rows(data, section(format="tokens"), ByT5Tokenizer())
+
+
+def test_labels_of_other_lengths_are_refused():
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[6, 7]]})
+    with pytest.raises(RecipeError, match="3 input_ids and 2 labels"):
+        to_rows(data, section(format="tokens"), ByT5Tokenizer())
 
 
 @given(st.lists(st.integers(1, 40), max_size=12), st.integers(1, 16))

@@ -57,7 +57,7 @@ def test_overrides_win_and_remove(minimal):
         ("context_parallel.size=0", ["context_parallel", "size=0"]),
         ("context_parallel.size=true", ["context_parallel.size", "integer"]),
         ("context_parallel.layout=zigzg", ["context_parallel", "layout='zigzg'", "'zigzag'"]),
-        ("data.max_length=0", ["data.max_length", "greater than 0"]),
+        ("data.max_length=0", ["data.max_length", "greater than or equal to 2"]),
         ("data.path=null", ["data.path", "string"]),
         ("data.format=csv", ["data.format", "'text', 'chat' or 'tokens'"]),
         ("lora.r=[1]", ["lora.r", "integer"]),

@@ -40,10 +40,11 @@ def weights_differ(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> bo
     if not parameters:
         return False
     sample = torch.stack([_sample(parameter, ranks.device) for parameter in parameters])
-    extremes = torch.stack([sample, -sample]).nan_to_num_(float("-inf"))
+    extremes = torch.stack([sample, -sample]).nan_to_num_(float("-inf"), float("inf"), float("-inf"))
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
     most, least = extremes[0], -extremes[1]
-    largest = torch.maximum(most.abs(), least.abs()).where(most.isfinite(), 0).amax(dim=1, keepdim=True)
+    numbers = most.isfinite() & least.isfinite()
+    largest = torch.maximum(most.abs(), least.abs()).where(numbers, 0).amax(dim=1, keepdim=True)
     rounding = [torch.finfo(p.dtype).eps if p.is_floating_point() else 0.0 for p in parameters]
     return bool((most - least > ROUNDING * largest * largest.new_tensor(rounding)[:, None]).any())
 
@@ -56,7 +57,8 @@ def _sample(parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor
         while weights.dim() > 1:  # so that no whole weight is copied, whatever its strides and dtype
             weights = weights[-1]
         elements = _spread(weights.reshape(-1), ELEMENTS)
-        sample[: len(elements)] = elements.to(device, torch.float64)
+        # A weight that is no number is compared as infinity, so that it differs from numbers and from what is missing.
+        sample[: len(elements)] = elements.to(device, torch.float64).nan_to_num(*[float("inf")] * 3)
     return sample
 
 

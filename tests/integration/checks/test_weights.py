@@ -57,6 +57,25 @@ def test_weights_may_be_apart_by_rounding(on_ranks):
         assert message.startswith("the ranks of the group have different weights")
 
 
+def message_of_broken_weights(rank: int, value: float) -> str:
+    """Outcome for a model whose head is `value` on one rank, or on all for the rank -1."""
+    cp, model = context(), tiny_model("llama", "context_parallel", torch.float32)
+    if rank in (dist.get_rank(), -1):
+        torch.nn.init.constant_(model.lm_head.weight, value)
+    try:
+        with cp.shard(labelled(), model):
+            return "entered"
+    except ValueError as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_broken_on_one_rank_are_refused(on_ranks, value):
+    for message in on_ranks(2, message_of_broken_weights, 1, value):
+        assert message.startswith("the ranks of the group have different weights")
+    assert on_ranks(2, message_of_broken_weights, -1, value) == ["entered"] * 2
+
+
 def message_of_weights(trained: list[str], drawn: list[str]) -> str:
     """Outcome for a model whose `drawn` parameters differ between ranks, and whose `trained` ones are trained."""
     cp, model = context(), tiny_model("llama", "context_parallel")
