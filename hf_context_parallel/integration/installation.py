@@ -13,6 +13,7 @@ from .active_batch import ActiveBatch, active_batch, carrying
 from .mixers.native import NativePatch
 from .mixers.recognise import is_native, mixers
 from .mixers.whole_sequences import WholePatch
+from .patches.loss import install_balancing_loss
 from .patches.module_patch import BatchPatch, ModulePatch, patch_of
 from .patches.rope import RopePatch, follows_length
 from .tensor_parallel.plan_styles import styles_of
@@ -47,6 +48,7 @@ def install(model: PreTrainedModel, group: CPGroup) -> None:
         ReplicatedParameters(group.groups.tensor.group).replace_all(styles_of(model))
     if group.config.sequence_parallel:
         SequenceParallelPatch().replace_parts(model)
+    install_balancing_loss(model)
     outermost = OutermostPatch()
     outermost.replace(model)
     if (decoder := decoder_of(model)) is not model:

@@ -23,7 +23,7 @@ from .checks.model import check_model
 from .installation import OutermostPatch, carry_batches, install
 from .interfaces.masks import GIVEN_A_MASK
 from .model_registry import NAME, transformers_model
-from .patches.loss import BalancingLoss, corrected_loss
+from .patches.loss import corrected_loss
 from .patches.module_patch import by_name, patch_of
 from .patches.randomness import own_stream
 from .tensor_parallel.checks import check_parallelism
@@ -149,7 +149,7 @@ class ShardedBatch(AbstractContextManager):
         carry_batches(module)
         self._running, self._active.handled = module, {}
         try:
-            with BalancingLoss(self._active, module), own_stream(self._group, module.training):
+            with own_stream(self._group, module.training):
                 output = forward(*args, **kwargs)
         finally:
             self._running = None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ...compat import causal_lm_loss
 from ...data.shard import Shard
-from ..active_batch import ActiveBatch
+from ..active_batch import active_batch
 from ..model_registry import UNSHIFTED
 from .module_patch import by_name
 
@@ -19,42 +19,34 @@ BALANCING = "load_balancing_loss_func"
 """Name of the function by which mixtures of experts in Transformers compute their auxiliary loss."""
 
 
-class BalancingLoss:
-    """Block in which the auxiliary loss of a mixture of experts is computed on the whole batch.
+def install_balancing_loss(model: PreTrainedModel) -> None:
+    """Let the auxiliary loss of a mixture of experts be computed on the whole batch in the block of `cp.shard`.
 
     This loss is a product of means over tokens, so the values of the shards do not add up to it. Each of N ranks
     gathers the router logits, computes the loss of the whole batch, and returns 1/N of it. Models look the function up
-    by name in their module, so it is replaced there.
+    by name in their module, so it is replaced there, once.
     """
+    names = inspect.unwrap(type(model).forward).__globals__
+    original = names.get(BALANCING)
+    if original is None or inspect.unwrap(original) is not original:
+        return
 
-    def __init__(self, batch: ActiveBatch, model: PreTrainedModel):
-        self._batch = batch
-        self._names = inspect.unwrap(type(model).forward).__globals__
-        self._original: Callable | None = None
-
-    def __enter__(self) -> None:
-        if BALANCING in self._names:
-            self._original = self._names[BALANCING]
-            self._names[BALANCING] = self._of_whole_batch
-
-    def __exit__(self, *_: Any) -> None:
-        if self._original is not None:
-            self._names[BALANCING] = self._original
-
-    def _of_whole_batch(self, *args: Any, **kwargs: Any):
-        given = by_name(self._original, args, kwargs)  # the function of Doge takes more arguments
+    @wraps(original)
+    def of_whole_batch(*args: Any, **kwargs: Any) -> Any:
+        batch = active_batch()
+        if batch is None or batch.run_outermost is None:
+            return original(*args, **kwargs)
+        given = by_name(original, args, kwargs)  # the function of Doge takes more arguments
         router = given["gate_logits"]
         if not isinstance(router, (tuple, list)):
-            return self._original(**given)
-        given["gate_logits"] = tuple(self._gathered(logits) for logits in router)
-        padding = self._batch.shard.padding
-        given["attention_mask"] = None if padding is None else padding.to(given["gate_logits"][0].device)
-        return self._original(**given) / self._batch.group.size
+            return original(**given)
+        rows = batch.shard.batch_size
+        gathered = [batch.gather(logits.reshape(rows, -1, logits.shape[-1])).flatten(0, 1) for logits in router]
+        padding = batch.shard.padding
+        mask = None if padding is None else padding.to(gathered[0].device)
+        return original(**given | {"gate_logits": tuple(gathered), "attention_mask": mask}) / batch.group.size
 
-    def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
-        shard = self._batch.shard
-        by_row = logits.reshape(shard.batch_size, -1, logits.shape[-1])
-        return self._batch.gather(by_row).flatten(0, 1)
+    names[BALANCING] = of_whole_batch
 
 
 def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any], shard: Shard) -> Any:
