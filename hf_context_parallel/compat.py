@@ -9,7 +9,8 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,17 @@ set_compiler: Callable = getattr(torch._C._dynamo.eval_frame, "set_eval_frame", 
 
 `torch.compiler.disable` sets None for all that a function calls, and has no way to compile some of it.
 """
+
+
+_DISPATCH = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+"""What PyTorch does beside each operation, outside of any operator."""
+
+
+@contextmanager
+def recording_gradients() -> Iterator[None]:
+    """Let autograd record in this block. It does not record inside of an operator unless it is told to."""
+    with torch._C._ForceDispatchKeyGuard(*_DISPATCH), torch.enable_grad():
+        yield
 
 
 def causal_lm_classes() -> dict[str, str]:

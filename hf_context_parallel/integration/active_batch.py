@@ -57,18 +57,21 @@ class ActiveBatch:
             self._parts[kind] = kind(self)  # type: ignore[call-arg]
         return self._parts[kind]
 
-    def note(self, module: torch.nn.Module, how: str) -> None:
-        """Remember how a module that mixes tokens is computed."""
-        self.handled.setdefault(type(module).__name__, set()).add(how)
+    def note(self, module: str, how: str) -> None:
+        """Remember how a class of modules that mix tokens is computed."""
+        self.handled.setdefault(module, set()).add(how)
 
-    def strategy(self, module: torch.nn.Module, pattern: Pattern, shape: Shape, device: torch.device) -> Strategy:
+    def strategy(self, layer: int | None, pattern: Pattern, shape: Shape, device: torch.device) -> Strategy:
         """Return the strategy of a layer. Layers with the same pattern, shapes and communication type share one.
+
+        Args:
+            layer: number of the layer in the model, or None if it has none.
 
         Raises:
             ValueError: if the configuration names no communication type for such a layer.
         """
         shard = self.shard
-        comm_type = self.group.config.comm_type_of(layer_type(pattern), getattr(module, "layer_idx", None))
+        comm_type = self.group.config.comm_type_of(layer_type(pattern), layer)
         key = pattern, comm_type, shape, device
         if key not in self._choices:
             self._choices[key] = self.group.choice(comm_type, shard.layout, shard.mask(pattern), shape, device)
@@ -187,6 +190,8 @@ def carrying(checkpoint: Callable) -> Callable:
             return checkpoint(run, *args, **kwargs)
 
         def run_in_batch(*args: Any, **kwargs: Any):
+            if torch.compiler.is_compiling():  # compiled layers find their batch by their mask
+                return run(*args, **kwargs)
             with entered(batch):
                 return run(*args, **kwargs)
 

@@ -29,6 +29,7 @@ from ..checks.agreement import SAME_BATCHES, check_weights, sampled, signature
 from ..checks.inputs import accepted, check_range
 from ..checks.model import check_call
 from ..installation import carry_batches
+from ..interfaces.compiled_attention import of_batch
 from ..interfaces.masks import check_chunks
 from ..interfaces.planned_mask import PlannedMask
 from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
@@ -170,6 +171,8 @@ class _Call:
                 notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark, **compared_labels})
             check_weights(compared, group.groups)
         self.batch = ActiveBatch(self.local.pop(SHARD), group, padding_reads=call is None or call.uses_padding)
+        for mask in _planned(masks):
+            of_batch(mask, self.batch)
         self.local |= masks
         carry_batches(decoder)
 

@@ -9,11 +9,13 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from ...compat import add_to_attention_tables
 from ...planning.mask import Pattern
-from ..active_batch import ActiveBatch, active_batch
+from ..active_batch import active_batch
 from ..model_registry import NAME, TEXT_ALONE, attends_to_layers, sees_whole
 from ..patches.module_patch import ran_sharded
-from ..patches.positions import corrected_query
+from ..patches.positions import corrected_query, counts_tokens
+from .compiled_attention import attention_in_graph
 from .planned_mask import PlannedMask
+from .sharded_attention import sharded_attention
 from .stock_attention import unsharded_attention
 
 HARMLESS = {
@@ -47,7 +49,6 @@ def _no_entry(config: PreTrainedConfig, table: str) -> ValueError:
     )
 
 
-@torch.compiler.disable
 def context_parallel_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -79,22 +80,37 @@ def context_parallel_attention(
     Raises:
         ValueError: for arguments with which attention on shards would not be exact.
     """
+    # A planned mask is that of a shard. A compiled layer that is computed again would drop other weights.
+    planned = isinstance(attention_mask, PlannedMask)
+    if torch.compiler.is_compiling() and planned and not dropout and not counts_tokens(module):
+        pattern = _pattern(module, attention_mask, kwargs)
+        return attention_in_graph(module, query, key, value, attention_mask, pattern, scaling, softcap, s_aux), None
+    return _attention(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, **kwargs)
+
+
+@torch.compiler.disable
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: PlannedMask | torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     batch = active_batch()
     if batch is None or attends_to_layers(module):
         asked = {"softcap": softcap, "s_aux": s_aux}
         kwargs |= {name: value for name, value in asked.items() if value is not None}
         return unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     pattern = _pattern(module, attention_mask, kwargs)
-    _check_lengths(batch, query, key)
     ran_sharded.add(module)
-    batch.note(module, "ring")
     query = corrected_query(module, query, batch)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    call = batch.group.prepare(
-        query, key, value, scale=scaling, softcap=softcap, dropout_p=dropout, deterministic=deterministic
-    )
-    strategy = batch.strategy(module, pattern, call.shape, query.device)
-    return batch.group.attend(call, strategy, s_aux), None
+    layer = type(module).__name__, getattr(module, "layer_idx", None)
+    return sharded_attention(batch, *layer, query, key, value, s_aux, pattern, scaling, softcap, dropout), None
 
 
 def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:
@@ -136,16 +152,3 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
         )
     causal = kwargs.get("is_causal")
     return Pattern(causal=getattr(module, "is_causal", True) if causal is None else causal)
-
-
-def _check_lengths(batch: ActiveBatch, query: torch.Tensor, key: torch.Tensor) -> None:
-    expected = batch.shard.local_shape
-    for name, tensor in (("queries", query), ("keys", key)):
-        found = (tensor.shape[0], tensor.shape[2])
-        if found != expected:
-            raise ValueError(
-                f"a layer has {found[0]} rows of {found[1]} {name}, and the shard has {expected[0]} rows of "
-                f"{expected[1]}: prompt and prefix tuning, generate() and caches add tokens that no shard holds. Run "
-                "them outside cp.shard, and give a vision tower, or another part that does not see the text, its own "
-                f"attention: attn_implementation={TEXT_ALONE}."
-            )

@@ -18,6 +18,7 @@ from ..active_batch import active_batch
 from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
 from ..outer_call import outer_call
 from ..switches import switches
+from .compiled_attention import of_batch
 from .mask_patterns import read_pattern
 from .planned_mask import PlannedMask
 from .stock_attention import unsharded_implementation
@@ -62,7 +63,7 @@ def context_parallel_mask(**kwargs: Any) -> Any:
         raise ValueError(GIVEN_A_MASK)
     pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not batch.shard.typed)
     check_chunks(pattern, config.model_type, batch.shard)
-    return PlannedMask(pattern, config, options)
+    return of_batch(PlannedMask(pattern, config, options), batch)
 
 
 def check_chunks(pattern: Pattern, model_type: str, shard: Shard) -> None:

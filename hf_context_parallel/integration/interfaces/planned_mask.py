@@ -42,11 +42,17 @@ class PlannedMask:
         self.config = config
         self.options = options
         self.padding = padding
+        self.batch: torch.Tensor | None = None
+        """Ticket of the batch, for compiled layers; see `compiled_attention`."""
+        self.by_layer = False
+        """True if layers with this mask may be computed by different strategies."""
 
     def to(self, *args: Any, **kwargs: Any) -> PlannedMask:
         """Return the mask with a dtype, for when it becomes a tensor. A device is ignored."""
         dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), self.dtype)
-        return PlannedMask(self.pattern, self.config, self.options, dtype, self.padding)
+        mask = PlannedMask(self.pattern, self.config, self.options, dtype, self.padding)
+        mask.batch, mask.by_layer = self.batch, self.by_layer
+        return mask
 
     def _refuse(self, use: str):
         raise _NotATensor(

@@ -58,7 +58,7 @@ class NativeMixers:
             # The ranks cannot share such a call.
             return self._batch.part(WholeSequences).run(module, forward, turn, *args, **kwargs)
         called = token_functions(module)
-        self._batch.note(module, "halo" if called <= {CONVOLUTION} else "heads")
+        self._batch.note(type(module).__name__, "halo" if called <= {CONVOLUTION} else "heads")
         arguments = {name: value for name, value in arguments.items() if name not in unused}
         arguments |= dict.fromkeys(parameters & set(PADDING_MASKS), self._padding(arguments["hidden_states"].device))
         with self._replacing(inspect.unwrap(type(module).forward).__globals__, called, turn) as reached:

@@ -59,7 +59,7 @@ class WholeSequences:
     def run(self, module: torch.nn.Module, forward: Callable, turn: int, *args: Any, **kwargs: Any) -> Any:
         """Run `forward` on whole sequences, and return its outputs as shards."""
         turn %= self._batch.group.size
-        self._batch.note(module, "whole sequences")
+        self._batch.note(type(module).__name__, "whole sequences")
         parameters = inspect.signature(forward).parameters
         leaves, form = tree_flatten(by_name(forward, args, kwargs))
         local = [index for index, leaf in enumerate(leaves) if self._is_by_token(leaf)]

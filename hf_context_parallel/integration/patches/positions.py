@@ -8,6 +8,11 @@ from ...compat import bloom_alibi
 from ..active_batch import ActiveBatch
 
 
+def counts_tokens(module: torch.nn.Module) -> bool:
+    """Return whether a layer has the attention temperature of Llama 4, which it takes from the index of a token."""
+    return getattr(module, "attn_temperature_tuning", False) and not module.use_rope
+
+
 def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ActiveBatch) -> torch.Tensor:
     """Correct the attention temperature of Llama 4, which depends on the index of a token in its row.
 
@@ -18,7 +23,7 @@ def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ActiveB
         query: `[B, H, S_local, D]`.
         batch: the active batch.
     """
-    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+    if not counts_tokens(module):
         return query
 
     def factor(index: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,111 @@
+"""Compiled models on ranks against the same models on one process, which are not compiled."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import hf_context_parallel as hcp
+from hf_context_parallel.integration.interfaces import compiled_attention
+from tests.helpers.border import batch_for, errors_of, mean_gradients, model_with
+from tests.helpers.models import context, error, labelled
+
+CASES = {
+    "rows": ("llama", {}, labelled(), {}),
+    "sinks and windows, padding, all-to-all": ("gpt_oss", {}, batch_for("causal"), {"comm_type": "a2a"}),
+    "a strategy a layer": ("qwen3", {}, labelled(), {"comm_type": ["p2p", "all_gather"]}),
+    "softcaps": ("gemma2", {}, labelled(), {"comm_type": "all_gather"}),
+    "a temperature that counts tokens": ("llama4_text", {"attention_chunk_size": 4}, labelled(), {}),
+    "values of another head dim": ("deepseek_v3", {}, labelled(), {}),
+    "an encoder": ("modernbert", {}, None, {}),
+}
+
+
+def compiled(model: torch.nn.Module, backend: str = "aot_eager") -> None:
+    """Compile a model in place if it uses our attention."""
+    if model.config._attn_implementation == "context_parallel":
+        torch._dynamo.reset()
+        model.compile(backend=backend)
+
+
+def compiled_errors(case: str) -> float:
+    model_type, changes, batch, settings = CASES[case]
+    return errors_of("masked" if batch is None else "causal", model_type, changes, batch, settings, compiled)
+
+
+exhaustive = pytest.mark.exhaustive
+
+
+@exhaustive
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_model_is_exact(on_ranks, case):
+    assert max(on_ranks(2, compiled_errors, case)) < 2e-7  # routers compute in float32
+
+
+@exhaustive
+def test_a_compiled_model_is_exact_on_three_ranks(on_ranks):
+    assert max(on_ranks(3, compiled_errors, "rows")) < 1e-7
+
+
+def errors_of_two_batches(model_type: str, backend: str, checkpointed: bool, dropout: float) -> dict[str, float]:
+    """Compare two batches that are in flight together, in a compiled model and in one that is not compiled.
+
+    Returns:
+        The largest error, and the numbers of calls that are held after the forward, of calls that are held at the end,
+        and of batches that are held at the end.
+    """
+    models = [model_with("causal", model_type, "context_parallel", attention_dropout=dropout) for _ in range(2)]
+    for model in models:
+        hcp.parallelize(model.train(), context())
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+    compiled(models[0], backend)
+    losses = []
+    for model in models:
+        torch.manual_seed(1)
+        losses.append([model(**labelled(length=length)).loss for length in (19, 26)])
+    waiting = len(compiled_attention.calls)
+    for pair in losses:
+        sum(pair).backward()
+    gradients = (mean_gradients(model) for model in models)
+    worst = max(error(a, b) for pairs in (zip(*losses), zip(*gradients)) for a, b in pairs)
+    del losses, pair
+    gc.collect()
+    held = len(compiled_attention.calls), len(compiled_attention.batches)
+    return dict(zip(("error", "waiting", "calls", "batches"), (worst, waiting, *held)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "backend", "checkpointed", "dropout", "waiting"),
+    [
+        ("gpt_oss", "aot_eager", False, 0.0, 4),
+        pytest.param("llama", "aot_eager", True, 0.5, 0, marks=exhaustive),
+        pytest.param("llama", "inductor", False, 0.0, 4, marks=exhaustive),
+        pytest.param("llama", "inductor", True, 0.0, 0, marks=exhaustive),
+        pytest.param("gemma2", "aot_eager", True, 0.0, 0, marks=exhaustive),
+        pytest.param("qwen3_next", "aot_eager", True, 0.0, 0, marks=exhaustive),
+    ],
+)
+def test_batches_of_a_compiled_model_are_dropped(on_ranks, model_type, backend, checkpointed, dropout, waiting):
+    """Two layers wait for the backward of two batches, unless checkpointing computes them again."""
+    for result in on_ranks(2, errors_of_two_batches, model_type, backend, checkpointed, dropout):
+        assert result.pop("error") < 1e-5
+        assert result == {"waiting": waiting, "calls": 0, "batches": 0}
+
+
+def message_of_a_second_backward() -> str:
+    model = model_with("causal", "llama", "context_parallel").train()
+    hcp.parallelize(model, context())
+    compiled(model)
+    loss = model(**labelled()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError) as refusal:
+        loss.backward()
+    return str(refusal.value)
+
+
+def test_a_second_backward_of_a_compiled_batch_is_refused(on_ranks):
+    for message in on_ranks(2, message_of_a_second_backward):
+        assert "has run on this batch before" in message and "Run the forward again" in message
