@@ -13,6 +13,7 @@ TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 OLDEST := $(shell sed -n '/^install_requires/,/^$$/s/^ *\([a-z]*\)>=\(.*\)$$/\1==\2/p' setup.cfg)
 # The tests that run with other versions than those of constraints.txt. CI runs them with the newest.
 OF_VERSIONS := tests/test_versions.py tests/test_compat.py tests/test_docs.py tests/trainer tests/integration/checks \
+	tests/integration/interfaces/test_compiled_attention.py \
 	tests/test_cli.py::test_a_split_run_equals_one_process tests/test_cli.py::test_the_example_trains
 # Of the process that pytest runs in, so of tests without processes: the ranks of process groups are killed when they are
 # done, and would not tell. Only from 3.12 on, where Python monitors itself: tracing made tests of schedules 43% slower.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -46,6 +47,20 @@ class StepWatch(TrainerCallback):
         peak = self._memory.peak()
         if peak is not None:
             self._highest = max(peak, self._highest or 0.0)
+
+
+def count_steps(metrics: dict[str, float], samples: int, batch_size: int, groups: int, ranks: int) -> None:
+    """Correct the steps per second of an evaluation in place: Trainer takes each rank for one with its own samples.
+
+    Args:
+        samples: number of samples of the evaluation.
+        batch_size: samples of a step in a group.
+        groups, ranks: number of CP groups, and of all ranks.
+    """
+    for name in metrics:
+        if name.endswith("_steps_per_second"):
+            counted = math.ceil(samples / (batch_size * ranks))
+            metrics[name] = round(metrics[name] * math.ceil(samples / (batch_size * groups)) / counted, 3)
 
 
 def throughput(step: StepState, watch: StepWatch, accelerator: Accelerator) -> dict[str, float]:

@@ -34,7 +34,7 @@ from .accelerate import (
     start_fsdp2,
     with_launched_size,
 )
-from .metrics import StepWatch, throughput
+from .metrics import StepWatch, count_steps, throughput
 from .refusals import check_trainer, check_versions
 from .step_state import StepState
 
@@ -209,6 +209,26 @@ class ContextParallelMixin:
         with reported_failures():
             return super().prediction_step(*args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run an evaluation or a prediction."""
+        output = super().evaluation_loop(*args, **kwargs)
+        self._step_state.evaluated = output.num_samples
+        return output
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict, on every rank alike."""
+        output = super().predict(*args, **kwargs)
+        self._count_steps(output.metrics)
+        return output
+
+    def _count_steps(self, metrics: dict[str, float]) -> None:
+        """Correct the steps per second of the evaluation that has just run."""
+        samples, self._step_state.evaluated = self._step_state.evaluated, None
+        if samples:
+            ranks = self.args.world_size
+            groups = ranks // self.cp.groups.same_batch.size
+            count_steps(metrics, samples, self.args.eval_batch_size, groups, ranks)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the targets of the samples of all CP groups, each sample once.
 
@@ -273,6 +293,7 @@ class ContextParallelMixin:
             logs |= throughput(self._step_state, self._watch, self.accelerator)
             if self._scheduler is not None:
                 logs["idle_share"] = round(self._scheduler.idle_share(), 6)
+        self._count_steps(logs)
         super().log(logs, start_time)
 
 

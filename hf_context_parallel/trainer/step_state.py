@@ -16,12 +16,14 @@ class StepState:
         rounds: with `dynamic`, the rounds of each training step until the next optimizer step.
         tokens: this rank's share of the tokens since the last log.
         longest: tokens of the longest row since the last log.
+        evaluated: number of samples of an evaluation whose speed is about to be logged.
     """
 
     all_log: bool = False
     rounds: list[list[Round]] = field(default_factory=list)
     tokens: float = 0.0
     longest: int = 0
+    evaluated: int | None = None
 
     def count(self, tokens: float, longest: int) -> None:
         """Add tokens to the counts, and update the longest row."""

@@ -258,22 +258,31 @@ def test_an_infinite_loss_is_left_out_of_logs(on_ranks, tmp_path, settings):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.ndarray | None]:
-    """Evaluate and predict 7 samples, which 2 groups do not share equally: the loss, predictions and labels."""
+def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.ndarray | None, float]:
+    """Evaluate and predict 7 samples, which 2 groups do not share equally.
+
+    Returns:
+        The loss, predictions, labels, and the number of steps in which logs say that the samples were evaluated.
+    """
     trainer = make_trainer(kind, folder, collator=collator)
     data = samples(7)
     loss = None if collator == "no labels" else trainer.evaluate(data)["eval_loss"]
     predictions = trainer.predict(data)
-    return loss, predictions.predictions, predictions.label_ids
+    speeds = [entry for entry in trainer.state.log_history if "eval_runtime" in entry] or [predictions.metrics]
+    steps, rate = (next(x for name, x in speeds[0].items() if f"_{unit}_per" in name) for unit in ("steps", "samples"))
+    return loss, predictions.predictions, predictions.label_ids, 7 * steps / rate
 
 
 @pytest.mark.parametrize("collator", ["right", "no labels"])
 def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path, collator):
-    [(loss, logits, labels)] = on_ranks(1, evaluation, STOCK, tmp_path, collator)
+    [(loss, logits, labels, steps)] = on_ranks(1, evaluation, STOCK, tmp_path, collator)
     # Trainer weights the losses of data-parallel ranks by tokens, so the reference of two groups is two processes.
     loss_of_two = on_ranks(2, evaluation, STOCK, tmp_path, collator)[0][0]
     for ranks, size, expected_loss in ((2, 2, loss), (4, 2, loss_of_two), (3, 3, loss)):
-        for found_loss, found_logits, found_labels in on_ranks(ranks, evaluation, size, tmp_path, collator):
+        for found_loss, found_logits, found_labels, found_steps in on_ranks(
+            ranks, evaluation, size, tmp_path, collator
+        ):
+            np.testing.assert_allclose(found_steps, np.ceil(round(steps) / (ranks // size)), rtol=0.05)
             if loss is not None:
                 np.testing.assert_allclose(found_loss, expected_loss, rtol=1e-5)
             assert found_logits.shape == logits.shape
