@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -83,8 +82,7 @@ def check(
     from hf_context_parallel.verification.types.command import run_check
 
     if module is not None:
-        sys.path.insert(0, os.getcwd())
-        importlib.import_module(module)
+        sys.path.insert(0, os.getcwd())  # where `python -m` would look for it
     sys.exit(run_check(model, every, ranks, comm, jobs, write, tp, trust_remote_code, module))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pickle
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -24,7 +22,7 @@ from ...integration.border.parallelize import borders_of, decoders_of, paralleli
 from ...integration.checks.proofs import keep_proof
 from ...integration.model_registry import NAME, UNSHIFTED, known_states
 from ...integration.switches import allow_unchecked_models
-from .tiny import VOCABULARY, is_encoder, tiny_model
+from .tiny import VOCABULARY, configuration, is_encoder, tiny_model
 
 DOCUMENTS = (11, 1, 2, 20, 7)
 """Lengths of the documents in the packed batch."""
@@ -144,15 +142,20 @@ def errors(
             handled.setdefault(name, set()).update(how)
         referee = number % min(size, 2)  # ranks 0 and 1 for all sizes, which cache their references
         is_referee = not dist.is_initialized() or dist.get_rank() == referee
-        truth = _reference(pickle.dumps(config), kind) if is_referee else None
+        truth = _reference(_Hashable(config), kind) if is_referee else None
         found[kind] = _compare(cp, referee, truth, loss, sharded)
     _prove(sharded, found)
     return found, {name: sorted(how) for name, how in handled.items()}
 
 
-def import_into_this_process(module: str) -> None:
-    """Import a module that registers models."""
-    importlib.import_module(module)
+def errors_of(
+    model: str, settings: dict[str, Any], tp_size: int, trust_remote_code: bool, module: str | None
+) -> tuple[dict[str, Errors], dict[str, list[str]]]:
+    """Make the configuration of a model in this process, and run `errors`. The arguments are those of both.
+
+    A class that comes with a model is made in each process: it cannot be sent there.
+    """
+    return errors(configuration(model, trust_remote_code, module), settings, tp_size)
 
 
 def _prove(model: PreTrainedModel, found: dict[str, Errors]) -> None:
@@ -187,13 +190,24 @@ def _dtype(config: PreTrainedConfig) -> torch.dtype:
     return torch.float32 if config.model_type in ONLY_FLOAT32 else torch.float64
 
 
-@lru_cache(maxsize=8)
-def _reference(pickled_config: bytes, kind: str) -> tuple[torch.Tensor, list]:
-    """Compute the loss and the gradients of all parameters on one process, each packed document alone.
+class _Hashable:
+    """Configuration that is equal to others of the same class with the same values."""
 
-    The configuration is pickled, because it cannot be hashed.
-    """
-    config = pickle.loads(pickled_config)
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+        self._text = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@lru_cache(maxsize=8)
+def _reference(hashable: _Hashable, kind: str) -> tuple[torch.Tensor, list]:
+    """Compute the loss and the gradients of all parameters on one process, each packed document alone."""
+    config = hashable.config
     # In earlier versions of Transformers, SDPA ignored softcaps, and the causal mask of Doge without padding.
     is_eager = config.model_type == "doge" or getattr(config.get_text_config(), "attn_logit_softcapping", None)
     model = tiny_model(config, "eager" if is_eager else None, _dtype(config))

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import transformers
 from tabulate import tabulate
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from ...compat import causal_lm_classes, masked_lm_classes
 from ...distributed.worker_pool import WorkerPool
 from ...integration.model_registry import NOT_MADE, REFUSED
-from .check import Errors, errors, import_into_this_process, tolerance
-from .tiny import shrink, tiny_config
+from .check import Errors, errors_of, tolerance
+from .tiny import configuration
 
 TIMEOUT = 120
 """Seconds that a model may take on a group of one size."""
@@ -49,13 +49,6 @@ class Finding:
 def model_types() -> list[str]:
     """List the types of all causal and masked language models of the installed Transformers."""
     return sorted({*causal_lm_classes(), *masked_lm_classes()})
-
-
-def configuration(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Make the tiny configuration of a model type, or of a model in a folder or on the hub."""
-    if model in CONFIG_MAPPING:
-        return tiny_config(model)
-    return shrink(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
 
 
 def survey(
@@ -88,13 +81,11 @@ def survey(
     def one(model: str) -> Finding:
         pool = free.pop()
         try:
-            return examine(pool, model, ranks, settings, tp_size, trust_remote_code)
+            return examine(pool, model, ranks, settings, tp_size, trust_remote_code, module)
         finally:
             free.append(pool)
 
     try:
-        for pool in pools if module is not None else ():
-            pool(max(ranks) * tp_size, import_into_this_process, module)
         with ThreadPoolExecutor(len(pools)) as executor:
             futures = {executor.submit(one, model): model for model in models}
             findings = {}
@@ -114,12 +105,13 @@ def examine(
     settings: dict[str, Any],
     tp_size: int = 1,
     trust_remote_code: bool = False,
+    module: str | None = None,
 ) -> Finding:
     """Check one model on groups of each size in `ranks`; see `survey`."""
     if model in REFUSED:
         return Finding(model, "refused", reason=REFUSED[model])
     try:
-        config = configuration(model, trust_remote_code)
+        config = configuration(model, trust_remote_code, module)
     except Exception as error:  # the checks of a configuration raise errors of many kinds
         return Finding(model, "wrong", reason=f"{NOT_MADE}: {last_line(error)}")
     if config.model_type in REFUSED:
@@ -128,7 +120,7 @@ def examine(
     handled: dict[str, list[str]] = {}
     for size in ranks:
         try:
-            found, handled = pool(size * tp_size, errors, config, settings, tp_size)[0]
+            found, handled = pool(size * tp_size, errors_of, model, settings, tp_size, trust_remote_code, module)[0]
         except AssertionError as error:
             return Finding(model, "wrong", worst, handled, f"on {size} ranks: {last_line(error)}")
         for kind, of_kind in found.items():

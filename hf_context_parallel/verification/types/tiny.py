@@ -8,11 +8,13 @@ of RoPE, tied weights) stays unchanged. Types whose fields depend on each other 
 from __future__ import annotations
 
 import copy
+import importlib
 from math import lcm
 from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -265,6 +267,20 @@ def with_small_sizes(
             model has as many.
     """
     return type(config).from_dict(_shrunk(config.to_dict(), _limits(vocabulary, tensor_ranks, expert_ranks)))
+
+
+def configuration(model: str, trust_remote_code: bool = False, module: str | None = None) -> PreTrainedConfig:
+    """Make the tiny configuration of a model type, or of a model in a folder or on the hub.
+
+    Args:
+        trust_remote_code: run the code that comes with the model.
+        module: a module that registers the model.
+    """
+    if module is not None:
+        importlib.import_module(module)
+    if model in CONFIG_MAPPING:
+        return tiny_config(model)
+    return shrink(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:

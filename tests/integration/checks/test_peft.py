@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, XLoraConfig, get_peft_model
 
+import hf_context_parallel as hcp
+from hf_context_parallel.integration.switches import sharded_on_one_rank
 from tests.helpers.models import context, labelled, loss_in, tiny_model
 
 
@@ -34,6 +36,21 @@ def test_tuners_that_do_more_or_draw_weights_are_refused(config, message):
     model = get_peft_model(tiny_model("llama", "context_parallel", torch.float32), config).train()
     with pytest.raises(ValueError, match=message):
         loss_in(labelled(), model)
+
+
+def test_x_lora_is_refused(tmp_path):
+    def model():
+        return tiny_model("llama", "context_parallel", torch.float32, use_cache=False)
+
+    get_peft_model(model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(tmp_path)
+    hidden_size = model().config.hidden_size
+    config = XLoraConfig("CAUSAL_LM", hidden_size=hidden_size, adapters={"0": str(tmp_path)})
+    tuned = get_peft_model(model(), config)
+    cp = context()
+    with sharded_on_one_rank(), pytest.raises(ValueError, match=r"'default' is of X-LoRA.*Take LoRA"):
+        hcp.parallelize(tuned, cp)(**labelled())
+    with pytest.raises(ValueError, match="XLoraModel does more than calling the model"), cp.shard(labelled(), tuned):
+        pass
 
 
 def test_tuners_that_draw_nothing_in_evaluation_are_not():

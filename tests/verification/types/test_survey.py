@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import hf_context_parallel as hcp
-from hf_context_parallel.integration.checks.model import check_model
 from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states
+from hf_context_parallel.integration.switches import sharded_on_one_rank
 from hf_context_parallel.verification.types import survey
 from hf_context_parallel.verification.types.command import PAGE
-from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
+from hf_context_parallel.verification.types.tiny import VOCABULARY, is_encoder, tiny_config, tiny_model
 from tests.helpers.models import needs_the_tables_version
 
 
@@ -40,10 +40,12 @@ def test_every_type_is_known_and_few_are_refused():
 def test_what_is_known_as_exact_is_not_refused():
     """Build models as a user does, by the class's own configuration, whose type may differ from that in the table."""
     exact = [name for name, finding in known_states().items() if finding["state"] != "refused"]
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig())
     with torch.device("meta"):
         for name in exact:
-            config = survey.configuration(name)
-            check_model(AutoModelForCausalLM.from_config(config, attn_implementation=NAME))
+            config = tiny_config(name)
+            auto = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+            hcp.parallelize(auto.from_config(config, attn_implementation=NAME), cp)
 
 
 @pytest.mark.exhaustive
@@ -53,8 +55,12 @@ def test_every_type_that_is_known_as_exact_runs_in_a_block():
     for name in (name for name, finding in known_states().items() if finding["state"] != "refused"):
         model = tiny_model(tiny_config(name), NAME, torch.float32)
         input_ids = torch.randint(3, VOCABULARY, (1, 40))
-        with cp.shard({"input_ids": input_ids, "labels": input_ids}, model) as local:
-            assert model(**local).loss.isfinite(), name
+        batch = {"input_ids": input_ids, "labels": input_ids}
+        if not is_encoder(model.config):
+            with cp.shard(batch, model) as local:
+                assert model(**local).loss.isfinite(), name
+        with sharded_on_one_rank():
+            assert hcp.parallelize(model, cp)(**batch).loss.isfinite(), name
 
 
 def test_the_page_shows_what_is_known():
