@@ -1,6 +1,7 @@
-"""Undocumented names of Transformers, accelerate and PEFT, and differences between their versions.
+"""Undocumented names of PyTorch, Transformers, accelerate and PEFT, and differences between their versions.
 
-Nothing is looked up on import. If a version lacks a name, only what needs it is refused: a model type, or the Trainer.
+Nothing of the last three is looked up on import. If a version lacks a name, only what needs it is refused: a model
+type, or the Trainer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION_NAME = "_attn_implementation_internal"
@@ -81,6 +86,11 @@ def recording_gradients() -> Iterator[None]:
     """Let autograd record in this block. It does not record inside of an operator unless it is told to."""
     with torch._C._ForceDispatchKeyGuard(*_DISPATCH), torch.enable_grad():
         yield
+
+
+def is_in_backward() -> bool:
+    """Return whether this thread is in a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def causal_lm_classes() -> dict[str, str]:

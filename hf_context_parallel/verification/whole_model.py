@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ..compat import causal_lm_classes
+from ..compat import causal_lm_classes, tree_leaves
 from ..context_parallel import ContextParallel
 from ..data.batch import IGNORED
 from ..integration.border.decoder import reads_ids

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_context_parallel.attention import ring
 from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.compat import tree_leaves
 from hf_context_parallel.distributed import side_stream
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, whole_rows

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, set_seed
 
 import hf_context_parallel as hcp
+from hf_context_parallel.compat import tree_leaves
 from hf_context_parallel.integration.switches import allow_unchecked_models
 from hf_context_parallel.verification.types import tiny
 from hf_context_parallel.verification.types.check import unrounded

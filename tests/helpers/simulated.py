@@ -13,9 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_context_parallel.attention.kernels.base import Kernel
+from hf_context_parallel.compat import tree_leaves
 from hf_context_parallel.distributed.messages import Message as Buffer
 from hf_context_parallel.planning.intervals import intersection
 from hf_context_parallel.planning.layout import FIXED_LAYOUTS, Layout

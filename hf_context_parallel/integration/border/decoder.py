@@ -15,10 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from ...compat import set_compiler
+from ...compat import set_compiler, tree_leaves, tree_map
 from ...cp_group import CPGroup
 from ...data.batch import CONSUMED, PADDING, PASSED_ON, SHARD, take_columns
 from ...data.shard import shard_batch

@@ -9,10 +9,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from ...compat import attention_name, default_attention, mask_piece, set_attention_name
+from ...compat import attention_name, default_attention, mask_piece, set_attention_name, tree_map
 from ..model_registry import NAME
 from ..patches.module_patch import refuse_recomputation
 from ..switches import switches

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ...compat import tree_flatten, tree_unflatten
 from ..active_batch import ActiveBatch, entered
 from ..interfaces.planned_mask import PlannedMask
 from ..interfaces.stock_attention import stock_attention, whole_mask

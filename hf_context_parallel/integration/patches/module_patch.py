@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...compat import is_in_backward
 from ..active_batch import active_batch
 
 ran_sharded: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -82,7 +83,7 @@ def refuse_recomputation(module: torch.nn.Module) -> None:
     Raises:
         RuntimeError: in backward.
     """
-    if torch._C._current_graph_task_id() == -1:  # outside of a backward pass
+    if not is_in_backward():
         ran_sharded.discard(module)
     elif module in ran_sharded:
         raise RuntimeError(

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
+from ...compat import tree_map
 from ...data.shard import Shard
 from ..active_batch import ActiveBatch
 from .module_patch import BatchPatch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from ...compat import tree_leaves
 from ...context_parallel import ContextParallel
 from ...integration.model_registry import transformers_model
 from ...integration.tensor_parallel.sequence_parallel import Shares

@@ -7,8 +7,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ...compat import tree_leaves, tree_map
 from ...integration.interfaces.stock_attention import stock_attention
 from ...integration.patches.module_patch import ModulePatch
 from ...integration.switches import report_stock_attn_name
