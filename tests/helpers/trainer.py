@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
@@ -117,9 +118,25 @@ def make_trainer(
 
 def history(kind, folder, options) -> list[tuple[float, float]]:
     """Train, and return loss and gradient norm of each step."""
-    trainer = make_trainer(kind, folder, **options)
+    return trained(make_trainer(kind, folder, **options))[0]
+
+
+def history_and_weights(kind, folder, options) -> tuple[list[tuple[float, float]], np.ndarray]:
+    """Train, and return loss and gradient norm of each step, and all weights at the end."""
+    return trained(make_trainer(kind, folder, **options))
+
+
+def trained(trainer) -> tuple[list[tuple[float, float]], np.ndarray]:
+    """Train, and return loss and gradient norm of each step, and all weights at the end."""
     trainer.train()
-    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return steps, torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]).numpy()
+
+
+def check_training(found, expected, what: str = "") -> None:
+    """Compare what `trained` returns: losses and norms to 1e-5, weights to 1e-5 of the largest."""
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, err_msg=what)
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-5 * np.abs(expected[1]).max(), err_msg=what)
 
 
 def random_crops(rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_context_parallel.verification.types.tiny import tiny_config
 from tests.helpers.models import tiny_model
-from tests.helpers.trainer import STOCK, history, make_trainer, padding_collator, random_crops, samples
+from tests.helpers.trainer import (
+    STOCK,
+    check_training,
+    history,
+    history_and_weights,
+    make_trainer,
+    padding_collator,
+    random_crops,
+    samples,
+    trained,
+)
 
 CASES = {
     "padding": {},
@@ -56,12 +66,12 @@ def check_histories(on_ranks, folder, case, runs: list[tuple[int, int]]) -> None
     """Compare runs, each given as its number of ranks and its CP size, with the stock Trainer on whole sequences."""
     options = CASES[case]
     processes = {run: run[0] // run[1] if case in DEPENDS_ON_GROUPS else 1 for run in runs}
-    expected = {count: on_ranks(count, history, STOCK, folder, options)[0] for count in {*processes.values()}}
-    assert {len(steps) for steps in expected.values()} == {4}
+    run = history_and_weights
+    expected = {count: on_ranks(count, run, STOCK, folder, options)[0] for count in {*processes.values()}}
+    assert {len(steps) for steps, _ in expected.values()} == {4}
     for ranks, size in runs:
-        for found in on_ranks(ranks, history, size, folder, options):
-            reference = expected[processes[ranks, size]]
-            np.testing.assert_allclose(found, reference, rtol=1e-5, err_msg=f"{ranks} ranks, CP {size}")
+        for found in on_ranks(ranks, run, size, folder, options):
+            check_training(found, expected[processes[ranks, size]], f"{ranks} ranks, CP {size}")
 
 
 @pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])
@@ -163,8 +173,8 @@ class SeededSteps(TrainerCallback):
         torch.manual_seed(state.global_step)
 
 
-def own_history(kind, folder, case, accumulation) -> tuple[list[tuple[float, float]], float]:
-    """Train with a loss of the user, and evaluate."""
+def own_history(kind, folder, case, accumulation) -> tuple[list[tuple[float, float]], np.ndarray, float]:
+    """Train with a loss of the user, and evaluate: what `trained` returns, and the loss of the evaluation."""
     options = {
         "label smoothing": {"label_smoothing_factor": 0.1},
         "NEFTune": {"neftune_noise_alpha": 5.0},
@@ -177,26 +187,25 @@ def own_history(kind, folder, case, accumulation) -> tuple[list[tuple[float, flo
     if case == "own loss with a teacher":
         with_own_loss(trainer)
         trainer.model_accepts_loss_kwargs = False
-    trainer.train()
-    steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
-    return steps, trainer.evaluate(samples(4))["eval_loss"]
+    return *trained(trainer), trainer.evaluate(samples(4))["eval_loss"]
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 @pytest.mark.parametrize("case", ["label smoothing", "NEFTune", "compute_loss_func", "own loss with a teacher"])
 def test_losses_of_the_user_are_those_of_one_process(on_ranks, tmp_path, case, accumulation):
-    [(expected, evaluated)] = on_ranks(1, own_history, STOCK, tmp_path, case, accumulation)
-    for found, loss in on_ranks(2, own_history, 2, tmp_path, case, accumulation):
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-        np.testing.assert_allclose(loss, evaluated, rtol=1e-5)
+    [expected] = on_ranks(1, own_history, STOCK, tmp_path, case, accumulation)
+    for size in (2,) if accumulation > 1 else (2, 3):
+        for found in on_ranks(size, own_history, size, tmp_path, case, accumulation):
+            check_training(found, expected)
+            np.testing.assert_allclose(found[2], expected[2], rtol=1e-5)
     if case != "NEFTune":  # two groups draw other noise
         groups = on_ranks(2, own_history, STOCK, tmp_path, case, accumulation)[0]
         for found in on_ranks(4, own_history, 2, tmp_path, case, accumulation):
-            np.testing.assert_allclose(found[0], groups[0], rtol=1e-5)
-            np.testing.assert_allclose(found[1], groups[1], rtol=1e-5)
+            check_training(found, groups)
+            np.testing.assert_allclose(found[2], groups[2], rtol=1e-5)
 
 
-def classification(kind, folder) -> tuple[list[tuple[float, float]], dict[str, float], np.ndarray]:
+def classification(kind, folder) -> tuple[list[tuple[float, float]], np.ndarray, dict[str, float], np.ndarray]:
     """Train a classifier of sequences with metrics of its own."""
     torch.manual_seed(0)
     config = tiny_config("qwen2", pad_token_id=0, num_labels=3)
@@ -211,18 +220,17 @@ def classification(kind, folder) -> tuple[list[tuple[float, float]], dict[str, f
     trainer.data_collator = collate
     trainer.compute_metrics = lambda found: {"accuracy": float((found.predictions == found.label_ids).mean())}
     trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
-    trainer.train()
-    steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    run = trained(trainer)
     metrics = trainer.evaluate(samples(7))
-    return steps, {name: metrics[name] for name in ("eval_loss", "eval_accuracy")}, trainer.predict(samples(7))[0]
+    return *run, {name: metrics[name] for name in ("eval_loss", "eval_accuracy")}, trainer.predict(samples(7))[0]
 
 
 def test_a_classifier_and_its_metrics_are_those_of_one_process(on_ranks, tmp_path):
-    [(expected, metrics, predictions)] = on_ranks(1, classification, STOCK, tmp_path)
+    [expected] = on_ranks(1, classification, STOCK, tmp_path)
     for found in on_ranks(3, classification, 3, tmp_path):
-        np.testing.assert_allclose(found[0], expected, rtol=1e-5)
-        assert found[1] == pytest.approx(metrics, rel=1e-5)
-        np.testing.assert_array_equal(found[2], predictions)
+        check_training(found, expected)
+        assert found[2] == pytest.approx(expected[2], rel=1e-5)
+        np.testing.assert_array_equal(found[3], expected[3])
 
 
 def loss_of_a_call(kind, folder) -> float:
