@@ -1,8 +1,8 @@
 """Fine-tune a causal language model in a plain loop of Accelerate, with each sequence split over two processes.
 
-    accelerate launch --multi_gpu --num_processes 4 examples/accelerate_loop.py --model Qwen/Qwen3-0.6B --files a.txt
+    accelerate launch --multi_gpu --num_processes 4 examples/accelerate_loop.py --model Qwen/Qwen3-0.6B --files *.txt
 
-Without GPUs, add `--cpu`.
+It makes one pass over the files, and saves nothing. Without GPUs, add `--cpu`.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Accelerator whose data loaders, metrics and losses take a CP group for one process."""
+"""Accelerator whose data loaders, metrics and schedules take a CP group for one process."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import recursively_apply
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DistributedType, recursively_apply
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..distributed.process_groups import Groups
@@ -35,32 +35,33 @@ def share_groups(accelerator: Accelerator, cp: HasGroups) -> None:
     """
     accelerator.__class__ = CpAccelerator
     accelerator.cp = cp
+    for scheduler in accelerator._schedulers:  # that were prepared before
+        count_groups(scheduler, accelerator)
 
 
 class CpAccelerator(Accelerator):
-    """Accelerator that gives all ranks of a CP group the same samples, and counts them once in metrics."""
+    """Accelerator that gives all ranks of a CP group the same samples, and counts a group as one process."""
 
     cp: HasGroups
     _for_metrics = False
-    _counts_groups = False
 
     @property
     def num_processes(self) -> int:
-        """Number of processes, or, where a loss is computed, of those that a mean over processes counts for one."""
-        processes = super().num_processes
-        return processes // self.cp.size if self._counts_groups else processes
+        """Number of processes, where a CP group is one: schedules, steps of an epoch and scales of losses count them.
 
-    @contextmanager
-    def counting_groups(self) -> Iterator[None]:
-        """Count each CP group as one process in this block.
-
-        The Trainer multiplies a loss by the number of processes that hold other samples, since DDP divides by it.
+        `state.num_processes` counts all ranks, and so do the configurations of DeepSpeed.
         """
-        before, self._counts_groups = self._counts_groups, True
-        try:
-            yield
-        finally:
-            self._counts_groups = before
+        ranks = self.state.num_processes
+        return ranks if self.distributed_type == DistributedType.DEEPSPEED else ranks // self.cp.size
+
+    @property
+    def is_last_process(self) -> bool:
+        """Return whether this is the last rank of all."""
+        return bool(self.process_index == self.state.num_processes - 1)
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """Prepare a scheduler, which steps once for each CP group in a step of the optimizer."""
+        return count_groups(super().prepare_scheduler(scheduler), self)
 
     def prepare_data_loader(
         self,
@@ -116,3 +117,30 @@ class CpAccelerator(Accelerator):
         if counts is None:
             return ranks.flatten(0, 1)
         return torch.cat([samples[:count] for samples, count in zip(ranks, counts)])
+
+
+def count_groups(scheduler: AcceleratedScheduler, accelerator: CpAccelerator) -> AcceleratedScheduler:
+    """Let a prepared scheduler step once for each CP group, in place."""
+    if type(scheduler) is AcceleratedScheduler:  # others step by themselves
+        scheduler.__class__ = CpScheduler
+        scheduler.accelerator = accelerator
+    return scheduler
+
+
+class CpScheduler(AcceleratedScheduler):
+    """Scheduler that steps once for each batch of a step of the optimizer. A CP group reads one batch."""
+
+    accelerator: CpAccelerator
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        if self.split_batches or not self.step_with_optimizer or not self.gradient_state.sync_gradients:
+            super().step(*args, **kwargs)
+            return
+        self.split_batches = True  # accelerate would step for each rank
+        try:
+            for _ in range(self.accelerator.num_processes):
+                # A schedule of a fixed length raises an error behind its end. Accelerate leaves out these steps too.
+                if self.scheduler._step_count <= getattr(self.scheduler, "total_steps", self.scheduler._step_count):
+                    super().step(*args, **kwargs)
+        finally:
+            self.split_batches = False

@@ -198,11 +198,6 @@ class ContextParallelMixin:
             return self._defer_fsdp_gradient_reduction()  # accelerate does not know of a model sharded while loading
         return self.accelerator.no_sync(model)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss of the whole batch, as the Trainer does where each CP group is one process."""
-        with self.accelerator.counting_groups():
-            return super().compute_loss(*args, **kwargs)
-
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prediction step, which returns whole outputs on every rank."""
         self._prove()

@@ -111,8 +111,8 @@ def _first_error(differences: list[Difference]) -> ValueError | None:
     return ValueError(
         f"{layer} is not exact on shards: for a {batch} batch, its {tensor} differs from that on whole sequences by "
         f"{found:.1e} of the largest entry, and rounding explains {bound:.1e} ({len(wrong)} of {len(differences)} "
-        "comparisons differ). Check the model type by `hf-context-parallel check`, or set "
-        "ContextParallelConfig(verify=False) to train without this comparison."
+        "comparisons differ). Check the model type by `hf-context-parallel check`. A model of the table trains "
+        "without this comparison with ContextParallelConfig(verify=False)."
     )
 
 

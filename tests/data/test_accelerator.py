@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 import hf_context_parallel as hcp
@@ -24,24 +26,37 @@ def samples() -> list[dict]:
     return made
 
 
-def trained(size: int, rows: int) -> tuple[list[tuple[float, float]], np.ndarray, list[int]]:
-    """Train in a loop with accumulation and clipping, and gather a metric of each sample.
+def decayed(optimizer: torch.optim.Optimizer, processes: int) -> LambdaLR:
+    """Make a schedule that decays the learning rate by 0.8 in each step of that many processes."""
+    return LambdaLR(optimizer, lambda batches: 0.8 ** (batches / processes))
+
+
+def trained(size: int, rows: int) -> tuple[list[tuple[float, float, float]], np.ndarray, list[int]]:
+    """Train in a loop with accumulation, clipping and a schedule, and gather a metric of each sample.
 
     Args:
         size: ranks of a CP group; 0 for stock attention on one process.
         rows: samples of a batch of one group.
+
+    Returns:
+        Loss, norm and learning rate of each step, the weights at the end, and the metric.
     """
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = tiny_model("llama", "context_parallel" if size else None, torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(samples(), batch_size=rows, collate_fn=padding_collator)
     if size:
+        groups = accelerator.num_processes // size
         cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=size))
         loader = cp.prepare_data_loader(loader, accelerator)
-        model, optimizer = accelerator.prepare(model, optimizer)
+        assert accelerator.num_processes == groups and accelerator.is_last_process == (
+            dist.get_rank() == groups * size - 1
+        )
+        schedule = decayed(optimizer, groups)
+        model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
         hcp.parallelize(model, cp)
     else:
-        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, decayed(optimizer, 1))
     model.train()
     steps, last = [], []
     for batch in loader:
@@ -50,8 +65,10 @@ def trained(size: int, rows: int) -> tuple[list[tuple[float, float]], np.ndarray
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), 0.5)
-                steps.append((accelerator.reduce(loss.detach(), "mean").item(), float(norm)))
+                rate = schedule.get_last_lr()[0]
+                steps.append((accelerator.reduce(loss.detach(), "mean").item(), float(norm), rate))
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
         final = batch["input_ids"].gather(1, batch["attention_mask"].sum(1, keepdim=True) - 1)
         last += accelerator.gather_for_metrics(final).flatten().tolist()
@@ -68,3 +85,25 @@ def test_the_stock_loop_is_that_of_one_process(on_ranks):
             if groups == 1:  # the last batch has one sample, which two groups both read
                 np.testing.assert_allclose(found, expected, rtol=1e-5)
                 np.testing.assert_allclose(mine, weights, rtol=0, atol=1e-5 * abs(weights).max())
+
+
+def rates_of_one_cycle(size: int) -> list[float]:
+    """Step a schedule of fixed length to its end and beyond."""
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=5)
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    if size:  # the accelerator learns of groups after it has prepared the schedule
+        cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=size))
+        cp.prepare_data_loader(DataLoader(samples()), accelerator)
+    rates = []
+    for _ in range(6):
+        optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    return rates
+
+
+def test_a_schedule_of_fixed_length_ends_as_on_one_process(on_ranks):
+    [expected] = on_ranks(1, rates_of_one_cycle, 0)
+    assert on_ranks(2, rates_of_one_cycle, 2) == [expected] * 2

@@ -118,7 +118,9 @@ def make_trainer(
 
 def history(kind, folder, options) -> list[tuple[float, float]]:
     """Train, and return loss and gradient norm of each step."""
-    return trained(make_trainer(kind, folder, **options))[0]
+    trainer = make_trainer(kind, folder, **options)
+    trainer.train()
+    return steps_of(trainer)
 
 
 def history_and_weights(kind, folder, options) -> tuple[list[tuple[float, float]], np.ndarray]:
@@ -129,8 +131,14 @@ def history_and_weights(kind, folder, options) -> tuple[list[tuple[float, float]
 def trained(trainer) -> tuple[list[tuple[float, float]], np.ndarray]:
     """Train, and return loss and gradient norm of each step, and all weights at the end."""
     trainer.train()
-    steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
-    return steps, torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]).numpy()
+    return steps_of(trainer), torch.cat(
+        [parameter.detach().flatten() for parameter in trainer.model.parameters()]
+    ).numpy()
+
+
+def steps_of(trainer) -> list[tuple[float, float]]:
+    """Return loss and gradient norm of each step that was logged."""
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def check_training(found, expected, what: str = "") -> None:

@@ -82,9 +82,9 @@ class DecoderBorder(ModulePatch):
         return not given.get("use_cache") or torch.is_grad_enabled()
 
     def is_alone(self, given: Mapping[str, Any]) -> bool:
-        """Return whether this rank computes a batch without any other, and as Transformers does.
+        """Return whether the call can run the attention of Transformers on this rank alone.
 
-        Documents are kept apart on one rank too, so a batch that describes some is not computed so.
+        A batch that describes documents cannot, since Transformers may let them see each other.
 
         Args:
             given: the arguments of the call by name.
@@ -265,7 +265,7 @@ class AllTokens:
 
 
 def _take_masks(given: dict[str, Any]) -> dict[str, Any]:
-    """Take the masks that the model around the decoder has made out of its arguments, and leave their padding there.
+    """Remove the planned masks from the arguments of the decoder, and put their padding mask in as `attention_mask`.
 
     Returns:
         The arguments of the decoder that hold planned masks, or dictionaries of them by layer type.

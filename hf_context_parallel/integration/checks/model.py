@@ -190,12 +190,12 @@ def check_config(config: PreTrainedConfig) -> None:
     """Refuse a configuration whose model would not be exact; see `check_model`."""
     name = CHECKED_AS.get(config.model_type, config.model_type)
     if name in REFUSED:
-        raise ValueError(f"model type {name!r} is refused: {REFUSED[name]}. Run the model in `with cp.whole(model):`.")
+        raise ValueError(f"model type {name!r} is refused: {REFUSED[name]}. Train it without context parallelism.")
     for (model_type, field, value), reason in REFUSED_SETTINGS.items():
         if name == model_type and getattr(config, field) == value:
             raise ValueError(
-                f"model type {name!r} is refused with {field}={value}: {reason}. Set another value, or run the model "
-                "in `with cp.whole(model):`."
+                f"model type {name!r} is refused with {field}={value}: {reason}. Set another value, or train it "
+                "without context parallelism."
             )
     if not switches.unchecked_models and known_states().get(name, {}).get("state") not in (
         "exact",

@@ -80,7 +80,7 @@ def context_parallel_attention(
     Raises:
         ValueError: for arguments with which attention on shards would not be exact.
     """
-    # A planned mask is that of a shard. A compiled layer that is computed again would drop other weights.
+    # Only the layers of a shard have a planned mask. An operator that is recomputed would draw other dropout.
     planned = isinstance(attention_mask, PlannedMask)
     if torch.compiler.is_compiling() and planned and not dropout and not counts_tokens(module):
         pattern = _pattern(module, attention_mask, kwargs)
@@ -143,7 +143,7 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
     if attention_mask is not None:
         raise ValueError(
             f"{layer} was given an attention mask of shape {tuple(attention_mask.shape)}, and a mask tensor cannot be "
-            "sharded. Give the batch to cp.shard with a 2-D attention_mask or with packed position_ids."
+            "sharded. Describe padding by a 2-D attention_mask, and documents by position_ids that begin again."
         )
     if kwargs.get("sliding_window") is not None:
         raise ValueError(

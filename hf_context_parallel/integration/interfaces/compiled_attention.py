@@ -3,10 +3,10 @@
 Ranks wait for each other in it, and what they send depends on the documents of a batch, so it cannot be traced. As an
 operator it does not break the graph: a decoder is compiled as a whole.
 
-An operator takes and returns tensors and numbers. Compiled code may run it when no batch is active, as backward runs
-later, and may run a layer again then. So the batch, and what backward needs, are held under the number of a *ticket*.
-This is a tensor that the compiled graph keeps like any other. What it stands for is dropped with it: after backward,
-when the graph is freed, or when checkpointing drops what it is going to compute again.
+An operator takes and returns tensors and numbers. Backward runs after the batch was left. With checkpointing, it runs
+the layers again. So the operator cannot look up the active batch. The batch, and what backward needs, are held under
+the number of a *ticket*, a tensor that the compiled graph keeps like any other. What a ticket stands for is dropped
+with it: after backward, when the graph is freed, or when checkpointing drops what it is going to compute again.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def attention_in_graph(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Call the operator while a model is traced.
+    """Call the operator while a model is traced: `[B, S, H, D_v]`.
 
     Args:
         pattern: the keys that a token reads.
         sinks: `[H]`, or None.
 
-    The other arguments and the result are those of `context_parallel_attention`.
+    The other arguments are those of `context_parallel_attention`.
     """
     query, key, value = one_dtype(query, key, value)  # when the operator runs, autocast is off
     tensors = query, key, value, sinks

@@ -25,8 +25,10 @@ def sharded_attention(
     """Compute attention of the queries of a shard to the keys of all shards: `[B, S_local, H, D_v]`.
 
     Args:
+        batch: the active batch.
         layer: the class name of the layer.
         index: the number of the layer in the model, or None if it has none.
+        sinks: `[H]`, or None.
         pattern: the keys that a token reads.
 
     The other arguments are those of `context_parallel_attention`.
@@ -51,7 +53,7 @@ def _check_lengths(batch: ActiveBatch, query: torch.Tensor, key: torch.Tensor) -
         if found != expected:
             raise ValueError(
                 f"a layer has {found[0]} rows of {found[1]} {name}, and the shard has {expected[0]} rows of "
-                f"{expected[1]}: prompt and prefix tuning, generate() and caches add tokens that no shard holds. Run "
-                "them outside cp.shard, and give a vision tower, or another part that does not see the text, its own "
-                f"attention: attn_implementation={TEXT_ALONE}."
+                f"{expected[1]}. Load a part that does not see the text, such as a vision tower, with "
+                f"attn_implementation={TEXT_ALONE}. In cp.shard, leave out what adds tokens: prompt tuning, caches, "
+                "generate()."
             )
