@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -83,9 +84,15 @@ def load_model(
     """Load the causal language model with the recipe's attention, sharded as `distributed` says.
 
     Raises:
-        RecipeError: if the model cannot be loaded, or its vocabulary is smaller than that of the tokenizer.
+        RecipeError: if the model cannot be loaded, is no causal language model, or its vocabulary is smaller than that
+            of the tokenizer.
     """
     config = load_config(section)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not section.trust_remote_code:
+        raise RecipeError(
+            f"model: {config.model_type!r} has no causal language model, which recipes train. Name a type that "
+            "AutoModelForCausalLM knows."
+        )
     vocabulary = config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise RecipeError(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, Qwen3Config
 
+from hf_context_parallel.compat import causal_lm_classes
 from hf_context_parallel.integration.model_registry import known_states
 from hf_context_parallel.recipe.documents import make_collator, to_rows
 from hf_context_parallel.recipe.dry_run import MAX_LENGTH, made_up_documents, shrink
@@ -14,7 +15,11 @@ from tests.helpers.models import needs_sharding_while_loading, needs_the_tables_
 from tests.helpers.recipe import MEGATRON, RECIPES
 
 HUB = "model.name=somebody/something"
-EXACT = [model_type for model_type, finding in known_states().items() if finding["state"] != "refused"]
+EXACT = [
+    model_type
+    for model_type, finding in known_states().items()
+    if finding["state"] != "refused" and model_type in causal_lm_classes()
+]
 SAMPLE = ["phi3", "glm4", "llama4", "qwen3_5_moe", "emu3", "gpt2", "whisper", "ministral"]
 SHARDED = {"demo_experts_cpu", "demo_hsdp_cpu"}
 
@@ -39,6 +44,12 @@ def test_shipped_recipes_load_and_shrink(name, tmp_path):
     batch = make_collator(small.data, tokenizer)([rows[0]])
     assert batch["input_ids"].shape == (1, MAX_LENGTH)
     assert batch["input_ids"].max() < model.config.vocab_size
+
+
+def test_a_type_without_a_causal_language_model_is_refused(minimal):
+    recipe = load_recipe(minimal, ["model.type=modernbert"])
+    with pytest.raises(RecipeError, match=r"'modernbert' has no causal language model.*Name a type"):
+        load_model(recipe.model, ByT5Tokenizer())
 
 
 def test_a_dry_run_asks_no_hub(minimal):

@@ -48,10 +48,6 @@ class Tickets(Generic[Held]):
         """Return the object of a ticket, or None if it is not held any more."""
         return self._held.get(int(ticket))
 
-    def take(self, ticket: torch.Tensor) -> Held | None:
-        """Return the object of a ticket, and hold it no longer."""
-        return self._held.pop(int(ticket), None)
-
     def __len__(self) -> int:
         return len(self._held)
 
@@ -149,15 +145,16 @@ def _backward(
         sinks: the dtype of the sinks, or None if the layer has none.
 
     Raises:
-        RuntimeError: if backward of this call has run before.
+        RuntimeError: if hooks on saved tensors have copied the ticket.
     """
-    call = calls.take(ticket)
+    call = calls.find(ticket)
     if call is None:
         raise RuntimeError(
-            "backward of a compiled model has run on this batch before, and what it needs is gone. Run the forward "
-            "again, or do not compile a model whose backward runs twice (retain_graph=True)."
+            "what backward of a compiled layer needs is gone: hooks on saved tensors have copied all of them, as "
+            "save_on_cpu(pin_memory=True) does. Leave these hooks out, or do not compile the model."
         )
-    return [x.contiguous() for x in torch.autograd.grad(call.output, call.inputs, grad_output)]
+    gradients = torch.autograd.grad(call.output, call.inputs, grad_output, retain_graph=True)
+    return [gradient.contiguous() for gradient in gradients]
 
 
 @_backward.register_fake
