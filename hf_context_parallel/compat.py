@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import ModuleType
@@ -77,14 +78,23 @@ set_compiler: Callable = getattr(torch._C._dynamo.eval_frame, "set_eval_frame", 
 """
 
 
-_DISPATCH = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-"""What PyTorch does beside each operation, outside of any operator."""
+@functools.cache
+def _dispatch_of_a_new_thread() -> tuple[Any, Any]:
+    """Return what PyTorch does beside each operation where no block and no operator has changed it."""
+    with ThreadPoolExecutor(1) as thread:
+        sets = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+        return thread.submit(lambda: (sets[0](), sets[1]())).result()
 
 
 @contextmanager
 def recording_gradients() -> Iterator[None]:
-    """Let autograd record in this block. It does not record inside of an operator unless it is told to."""
-    with torch._C._ForceDispatchKeyGuard(*_DISPATCH), torch.enable_grad():
+    """Let autograd record in this block. It does not record inside of an operator unless it is told to.
+
+    What it saves is kept as it is: hooks around the operator, such as those of checkpointing, count what the operator
+    itself saves.
+    """
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch._C._ForceDispatchKeyGuard(*_dispatch_of_a_new_thread()), torch.enable_grad(), hooks:
         yield
 
 

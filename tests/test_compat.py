@@ -22,6 +22,7 @@ OTHERS = ("accelerate", "peft", "transformers")
 DOCUMENTED = {
     "accelerate",
     "accelerate.data_loader",
+    "accelerate.scheduler",
     "accelerate.state",
     "accelerate.utils",
     "peft",

@@ -38,7 +38,7 @@ class Tickets(Generic[Held]):
 
     def issue(self, held: Held) -> torch.Tensor:
         """Hold an object, and return its ticket, `[]`."""
-        ticket = torch.tensor(next(self._numbers))
+        ticket = torch.tensor(next(self._numbers), device="cpu")
         self._held[int(ticket)] = held
         # Not with the tensor: the compiled graph makes other tensors of the same memory.
         weakref.finalize(ticket.untyped_storage(), self._held.pop, int(ticket), None)
@@ -118,7 +118,7 @@ def _attention(
     assert batch is not None  # it is held as long as the ticket
     rule = Pattern(causal, sliding_window, chunk_size), scaling, softcap
     if not trains:
-        return sharded_attention(batch, layer, index, query, key, value, sinks, *rule), torch.tensor(0)
+        return sharded_attention(batch, layer, index, query, key, value, sinks, *rule), torch.tensor(0, device="cpu")
     # Compiled code writes over tensors that it does not need any more. It does not know that these are kept.
     copies = [None if x is None else x.clone().requires_grad_() for x in (query, key, value, sinks)]
     with recording_gradients():
@@ -131,7 +131,7 @@ def _shapes(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, heads, length, _ = query.shape
-    return query.new_empty(rows, length, heads, value.shape[-1]), torch.empty((), dtype=torch.int64)
+    return query.new_empty(rows, length, heads, value.shape[-1]), torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("hf_context_parallel::attention_backward", mutates_args=(), tags=TAGS)
