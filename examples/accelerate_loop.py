@@ -6,11 +6,11 @@ It makes one pass over the files, and saves nothing. Without GPUs, add `--cpu`.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import load_dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
@@ -29,15 +29,10 @@ cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation="context_parallel")
 
-
-def tokenize(batch):
-    ids = tokenizer(batch["text"], truncation=True, max_length=options.max_length)["input_ids"]
-    return {"input_ids": ids, "labels": ids}
-
-
-documents = load_dataset("text", data_files=options.files, sample_by="document", split="train")
-documents = documents.map(tokenize, batched=True, remove_columns=["text"])
-loader = DataLoader(documents, batch_size=1, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+texts = [Path(file).read_text() for file in options.files]
+documents = tokenizer(texts, truncation=True, max_length=options.max_length)["input_ids"]
+samples = [{"input_ids": ids, "labels": ids} for ids in documents]
+loader = DataLoader(samples, batch_size=1, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
 loader = cp.prepare_data_loader(loader, accelerator)  # each group of two processes reads samples of its own
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-5))

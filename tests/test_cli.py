@@ -123,17 +123,36 @@ def test_recipes_of_several_dimensions_equal_one_process(run, tmp_path, name):
     assert "The losses are the same" in result.stdout
 
 
-@pytest.mark.versions
-def test_the_example_trains(run, tmp_path):
+@pytest.fixture
+def tiny_folder(tmp_path):
+    """Folder with a tiny model and its tokenizer."""
     model = tmp_path / "model"
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     config = Qwen3Config(vocab_size=384, num_attention_heads=4, num_key_value_heads=2, **small)
     Qwen3ForCausalLM(config).save_pretrained(model)
     ByT5Tokenizer().save_pretrained(model)
+    return model
+
+
+LAUNCH = *ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"
+
+
+@pytest.mark.versions
+def test_the_example_trains(run, tiny_folder, tmp_path):
     result = run(
-        *ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "examples/finetune.py",
-        *("--model", str(model), "--files", json.__file__, "--max-length", "512", "--max-steps", "2", "--cpu"),
-        *("--output-dir", str(tmp_path / "output")),
-    )  # fmt: skip
+        *(*LAUNCH, "examples/finetune.py", "--model", str(tiny_folder), "--files", json.__file__, "--cpu"),
+        *("--max-length", "512", "--max-steps", "2", "--output-dir", str(tmp_path / "output")),
+    )
     assert result.returncode == 0, result.stdout
     Qwen3ForCausalLM.from_pretrained(tmp_path / "output")
+
+
+@pytest.mark.exhaustive
+def test_the_example_of_a_loop_trains(run, tiny_folder):
+    files = [json.__file__, json.decoder.__file__, json.encoder.__file__]
+    result = run(
+        *(*LAUNCH, "examples/accelerate_loop.py", "--model", str(tiny_folder), "--files", *files, "--cpu"),
+        *("--max-length", "512"),
+    )
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("loss ") == len(files)

@@ -85,32 +85,32 @@ def context_parallel_attention(
     if torch.compiler.is_compiling() and planned and not dropout and not counts_tokens(module):
         pattern = _pattern(module, attention_mask, kwargs)
         return attention_in_graph(module, query, key, value, attention_mask, pattern, scaling, softcap, s_aux), None
-    return _attention(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, **kwargs)
+    return _attention(module, (query, key, value), attention_mask, scaling, dropout, softcap, s_aux, kwargs)
 
 
 @torch.compiler.disable
 def _attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     attention_mask: PlannedMask | torch.Tensor | None,
     scaling: float | None,
     dropout: float,
     softcap: float | None,
-    s_aux: torch.Tensor | None,
-    **kwargs: Any,
+    sinks: torch.Tensor | None,
+    kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention where nothing is traced. The arguments are those of `context_parallel_attention`."""
+    query, key, value = tensors
     batch = active_batch()
     if batch is None or attends_to_layers(module):
-        asked = {"softcap": softcap, "s_aux": s_aux}
+        asked = {"softcap": softcap, "s_aux": sinks}
         kwargs |= {name: value for name, value in asked.items() if value is not None}
         return unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     pattern = _pattern(module, attention_mask, kwargs)
     ran_sharded.add(module)
     query = corrected_query(module, query, batch)
     layer = type(module).__name__, getattr(module, "layer_idx", None)
-    return sharded_attention(batch, *layer, query, key, value, s_aux, pattern, scaling, softcap, dropout), None
+    return sharded_attention(batch, *layer, query, key, value, sinks, pattern, scaling, softcap, dropout), None
 
 
 def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:
