@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -123,7 +124,8 @@ def count_groups(scheduler: AcceleratedScheduler, accelerator: CpAccelerator) ->
     """Let a prepared scheduler step once for each CP group, in place."""
     if type(scheduler) is AcceleratedScheduler:  # others step by themselves
         scheduler.__class__ = CpScheduler
-        scheduler.accelerator = accelerator
+        # A cycle of references would keep process groups until Python collects garbage, perhaps in a forked worker.
+        scheduler.accelerator = weakref.proxy(accelerator)
     return scheduler
 
 

@@ -281,7 +281,7 @@ def evaluation(kind, folder, collator) -> tuple[float | None, np.ndarray, np.nda
     return loss, predictions.predictions, predictions.label_ids, 7 * steps / rate
 
 
-@pytest.mark.parametrize("collator", ["right", "no labels"])
+@pytest.mark.parametrize("collator", ["right", pytest.param("no labels", marks=pytest.mark.exhaustive)])
 def test_evaluation_and_prediction_are_those_of_one_process(on_ranks, tmp_path, collator):
     [(loss, logits, labels, steps)] = on_ranks(1, evaluation, STOCK, tmp_path, collator)
     # Trainer weights the losses of data-parallel ranks by tokens, so the reference of two groups is two processes.

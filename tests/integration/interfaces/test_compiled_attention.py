@@ -80,7 +80,7 @@ def errors_of_two_batches(model_type: str, backend: str, checkpointed: bool, dro
 @pytest.mark.parametrize(
     ("model_type", "backend", "checkpointed", "dropout", "waiting"),
     [
-        ("gpt_oss", "aot_eager", False, 0.0, 4),
+        pytest.param("gpt_oss", "aot_eager", False, 0.0, 4, marks=exhaustive),
         pytest.param("llama", "aot_eager", True, 0.5, 0, marks=exhaustive),
         pytest.param("llama", "inductor", False, 0.0, 4, marks=exhaustive),
         pytest.param("llama", "inductor", True, 0.0, 0, marks=exhaustive),

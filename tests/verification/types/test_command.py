@@ -39,6 +39,7 @@ class TheirForCausalLM(LlamaForCausalLM):
 """
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_comes_with_its_code_is_checked(tmp_path, capsys):
     config = tiny_config("llama").to_dict() | {"model_type": "comes_with_its_code"}
     config["auto_map"] = {
