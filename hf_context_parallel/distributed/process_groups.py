@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +41,16 @@ class Groups(Ranks):
     cores: int = 1
 
 
+@cache
+def _keep_garbage_in_forks() -> None:
+    """Let processes that this one forks, such as data workers, never collect garbage that was made before.
+
+    A group of gloo among it would wait for its threads, which a forked process does not have.
+    """
+    if hasattr(os, "register_at_fork"):  # Windows has no forks
+        os.register_at_fork(after_in_child=gc.freeze)
+
+
 def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = False) -> Groups:
     """Make the CP groups. Every process of the world must call this with the same arguments.
 
@@ -51,6 +63,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     Raises:
         ValueError: if `torch.distributed` is not initialised, the sizes do not divide, or the mesh is a slice.
     """
+    _keep_garbage_in_forks()
     if not dist.is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if size > 1 or launched > 1:
