@@ -1,7 +1,7 @@
 """Undocumented names of PyTorch, Transformers, accelerate and PEFT, and differences between their versions.
 
-Nothing of the last three is looked up on import. If a version lacks a name, only what needs it is refused: a model
-type, or the Trainer.
+No name that has to exist is looked up on import. If a version lacks a name, only what needs it is refused: a model
+type, a compiled model, or the Trainer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_flatten as tree_flatten
-from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map as tree_map
-from torch.utils._pytree import tree_unflatten as tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION_NAME = "_attn_implementation_internal"
@@ -78,11 +74,41 @@ set_compiler: Callable = getattr(torch._C._dynamo.eval_frame, "set_eval_frame", 
 """
 
 
+def _of_torch(name: str) -> Any:
+    return lookup("torch._C", name, "gradient checkpointing or a compiled model")
+
+
+def _of_trees(name: str) -> Any:
+    return lookup("torch.utils._pytree", name, "a model whose layers take or return nested tensors")
+
+
+def tree_map(function: Callable, tree: Any) -> Any:
+    """Apply a function to all leaves of nested containers."""
+    return _of_trees("tree_map")(function, tree)
+
+
+def tree_leaves(tree: Any) -> list:
+    """List the leaves of nested containers."""
+    leaves: list = _of_trees("tree_leaves")(tree)
+    return leaves
+
+
+def tree_flatten(tree: Any) -> tuple[list, Any]:
+    """Split nested containers into their leaves and their form."""
+    leaves, form = _of_trees("tree_flatten")(tree)
+    return leaves, form
+
+
+def tree_unflatten(leaves: Iterable, form: Any) -> Any:
+    """Join leaves to nested containers of a form."""
+    return _of_trees("tree_unflatten")(leaves, form)
+
+
 @functools.cache
 def _dispatch_of_a_new_thread() -> tuple[Any, Any]:
     """Return what PyTorch does beside each operation where no block and no operator has changed it."""
+    sets = [_of_torch(f"_dispatch_tls_local_{name}_set") for name in ("include", "exclude")]
     with ThreadPoolExecutor(1) as thread:
-        sets = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
         return thread.submit(lambda: (sets[0](), sets[1]())).result()
 
 
@@ -94,13 +120,18 @@ def recording_gradients() -> Iterator[None]:
     itself saves.
     """
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch._C._ForceDispatchKeyGuard(*_dispatch_of_a_new_thread()), torch.enable_grad(), hooks:
+    with _of_torch("_ForceDispatchKeyGuard")(*_dispatch_of_a_new_thread()), torch.enable_grad(), hooks:
         yield
 
 
 def is_in_backward() -> bool:
     """Return whether this thread is in a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return bool(_of_torch("_current_graph_task_id")() != -1)
+
+
+def has_ended(schedule: Any) -> bool:
+    """Return whether accelerate steps a learning-rate schedule no further: one of a fixed length behind its end."""
+    return hasattr(schedule, "total_steps") and schedule._step_count > schedule.total_steps
 
 
 def causal_lm_classes() -> dict[str, str]:

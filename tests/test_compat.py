@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, Trainer
 
 import hf_context_parallel
@@ -43,6 +44,8 @@ def undocumented(node: ast.AST) -> Iterator[str]:
     for module, name in found:
         if module.split(".")[0] in OTHERS and (module not in DOCUMENTED or name.startswith("_")):
             yield f"{module} {name}"
+        if module.split(".")[0] == "torch" and any(part.startswith("_") for part in (*module.split("."), name)):
+            yield f"{module} {name}"
 
 
 def test_undocumented_names_are_imported_nowhere():
@@ -62,6 +65,15 @@ def test_a_name_that_is_gone_refuses_what_needs_it(monkeypatch):
     monkeypatch.delattr(modeling_bloom, "build_alibi_tensor")
     with pytest.raises(ValueError, match=r"has no build_alibi_tensor in .*, and model type 'bloom' needs it"):
         compat.bloom_alibi()
+    monkeypatch.delattr(torch.utils._pytree, "tree_leaves")
+    with pytest.raises(ValueError, match=r"torch .* has no tree_leaves in torch\.utils\._pytree, and a model whose"):
+        compat.tree_leaves([])
+    monkeypatch.delattr(torch._C, "_ForceDispatchKeyGuard")
+    with (
+        pytest.raises(ValueError, match=r"has no _ForceDispatchKeyGuard in .*, and .* a compiled model needs it"),
+        compat.recording_gradients(),
+    ):
+        pass
     with pytest.raises(ValueError, match=r"has no gone in transformers\.models\.gone, and it needs it"):
         compat.lookup("transformers.models.gone", "gone", "it")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, recursively_apply
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..compat import has_ended
 from ..distributed.process_groups import Groups
 from .loader import prepare_data_loader
 
@@ -124,8 +124,9 @@ def count_groups(scheduler: AcceleratedScheduler, accelerator: CpAccelerator) ->
     """Let a prepared scheduler step once for each CP group, in place."""
     if type(scheduler) is AcceleratedScheduler:  # others step by themselves
         scheduler.__class__ = CpScheduler
-        # A cycle of references would keep process groups until Python collects garbage, perhaps in a forked worker.
-        scheduler.accelerator = weakref.proxy(accelerator)
+        scheduler.counts = not scheduler.split_batches
+        scheduler.split_batches = True  # else accelerate would step once for each rank
+        scheduler.accelerator = accelerator
     return scheduler
 
 
@@ -133,16 +134,12 @@ class CpScheduler(AcceleratedScheduler):
     """Scheduler that steps once for each batch of a step of the optimizer. A CP group reads one batch."""
 
     accelerator: CpAccelerator
+    counts: bool
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        if self.split_batches or not self.step_with_optimizer or not self.gradient_state.sync_gradients:
+        if not (self.counts and self.step_with_optimizer and self.gradient_state.sync_gradients):
             super().step(*args, **kwargs)
             return
-        self.split_batches = True  # accelerate would step for each rank
-        try:
-            for _ in range(self.accelerator.num_processes):
-                # A schedule of a fixed length raises an error behind its end. Accelerate leaves out these steps too.
-                if self.scheduler._step_count <= getattr(self.scheduler, "total_steps", self.scheduler._step_count):
-                    super().step(*args, **kwargs)
-        finally:
-            self.split_batches = False
+        for _ in range(self.accelerator.num_processes):
+            if not has_ended(self.scheduler):
+                super().step(*args, **kwargs)

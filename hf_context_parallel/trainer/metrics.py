@@ -57,10 +57,10 @@ def count_steps(metrics: dict[str, float], samples: int, batch_size: int, groups
         batch_size: samples of a step in a group.
         groups, ranks: number of CP groups, and of all ranks.
     """
+    steps, counted = (math.ceil(samples / (batch_size * processes)) for processes in (groups, ranks))
     for name in metrics:
         if name.endswith("_steps_per_second"):
-            counted = math.ceil(samples / (batch_size * ranks))
-            metrics[name] = round(metrics[name] * math.ceil(samples / (batch_size * groups)) / counted, 3)
+            metrics[name] = round(metrics[name] * steps / counted, 3)
 
 
 def throughput(step: StepState, watch: StepWatch, accelerator: Accelerator) -> dict[str, float]:

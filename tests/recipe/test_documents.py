@@ -67,6 +67,8 @@ def test_data_that_is_not_there_is_refused(tmp_path):
         load_documents(section(path="text", data_files=str(tmp_path / "nothing.txt")), "train")
     with pytest.raises(RecipeError, match=r"no column 'text'.*body"):
         to_rows(Dataset.from_dict({"body": ["abc"]}), section(), ByT5Tokenizer())
+    with pytest.raises(RecipeError, match="no document with a token to predict: of two tokens"):
+        to_rows(Dataset.from_dict({"text": ["", ""]}), section(), ByT5Tokenizer())
 
 
 NOTHING_TO_PREDICT = {

@@ -83,10 +83,14 @@ def test_batches_may_bring_labels_that_are_shifted_already(on_ranks, tmp_path, s
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def mean_loss_of_a_run(kind, folder, options) -> tuple[float, float]:
+def mean_loss_of_a_run(kind, folder, options) -> list[float]:
+    """Train, and return the mean loss, the samples of a step by the logs, and the epoch and rate of each log."""
     trainer = make_trainer(kind, folder, max_steps=3, **options)
     trainer.args.logging_steps = 2  # no log contains the last step
-    return trainer.train().training_loss, trainer.state.log_history[-1]["train_loss"]
+    loss, *logs, last = trainer.train().training_loss, *trainer.state.log_history
+    samples_of_a_step = round(last["train_samples_per_second"] / last["train_steps_per_second"], 1)
+    steps = [entry[name] for entry in logs for name in ("epoch", "learning_rate", "step")]
+    return [loss, last["train_loss"], samples_of_a_step, last["epoch"], *steps]
 
 
 @pytest.mark.parametrize("settings", [{}, {"dynamic": True, "max_tokens_per_rank": 64}], ids=["static", "dynamic"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -50,8 +51,8 @@ class PlannedMask:
     def to(self, *args: Any, **kwargs: Any) -> PlannedMask:
         """Return the mask with a dtype, for when it becomes a tensor. A device is ignored."""
         dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), self.dtype)
-        mask = PlannedMask(self.pattern, self.config, self.options, dtype, self.padding)
-        mask.batch, mask.by_layer = self.batch, self.by_layer
+        mask = copy.copy(self)
+        mask.dtype = dtype
         return mask
 
     def _refuse(self, use: str):

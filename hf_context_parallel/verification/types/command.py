@@ -66,7 +66,8 @@ def run_check(
                 progress.write(f"{finding.name}: {finding.state}: {finding.reason}", file=sys.stderr)
 
         if tp_size > 1:
-            findings = survey_tensor_parallel(models, tp_size, jobs or default_jobs(), report)
+            how = jobs or default_jobs(), report, trust_remote_code, module
+            findings = survey_tensor_parallel(models, tp_size, *how)
         else:
             sizes = [2, 3, 4] if ranks is None else [int(size) for size in ranks.split(",")]
             settings = {"comm_type": comm_type}

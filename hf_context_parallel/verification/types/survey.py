@@ -132,12 +132,20 @@ def examine(
     return Finding(model, "exact by resharding" if whole else "exact", worst, handled)
 
 
-def survey_tensor_parallel(models: Sequence[str], tp_size: int, jobs: int, report: Callable) -> list[Finding]:
+def survey_tensor_parallel(
+    models: Sequence[str],
+    tp_size: int,
+    jobs: int,
+    report: Callable,
+    trust_remote_code: bool = False,
+    module: str | None = None,
+) -> list[Finding]:
     """Check the models that have a tensor-parallel plan, and the exact ones with sequence parallelism as well."""
-    planned = [model for model in models if _has_plan(model)]
-    findings = survey(planned, [2], {"sequence_parallel": False}, jobs, report, tp_size)
+    code = trust_remote_code, module
+    planned = [model for model in models if _has_plan(model, *code)]
+    findings = survey(planned, [2], {"sequence_parallel": False}, jobs, report, tp_size, *code)
     exact = [finding.name for finding in findings if finding.state in GOOD]  # the others are refused anyway
-    more = survey(exact, [2], {"sequence_parallel": True}, jobs, report, tp_size)
+    more = survey(exact, [2], {"sequence_parallel": True}, jobs, report, tp_size, *code)
     for finding in more:
         finding.name += WITH_SEQUENCE_PARALLEL
         if "sequence_parallel=True: " in finding.reason:  # the model refuses it by itself
@@ -145,11 +153,12 @@ def survey_tensor_parallel(models: Sequence[str], tp_size: int, jobs: int, repor
     return sorted(findings + more, key=lambda finding: finding.name)
 
 
-def _has_plan(model: str) -> bool:
+def _has_plan(model: str, trust_remote_code: bool, module: str | None) -> bool:
     if model in REFUSED:
         return False
     with torch.device("meta"):
-        return bool(AutoModelForCausalLM.from_config(configuration(model)).tp_plan)
+        config = configuration(model, trust_remote_code, module)
+        return bool(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).tp_plan)
 
 
 def write_tensor_parallel(findings: Iterable[Finding], known: Path) -> None:
