@@ -10,6 +10,7 @@ from .distributed.mesh import mesh_of
 from .integration.border.parallelize import parallelize
 from .integration.interfaces import attention as attention_interface
 from .integration.interfaces import masks as mask_interface
+from .trainer.enable import enable_accelerate
 from .trainer.mixin import ContextParallelMixin, ContextParallelTrainer
 from .verification.verify import verify
 
@@ -24,6 +25,7 @@ __all__ = [
     "ContextParallelDataCollator",
     "ContextParallelMixin",
     "ContextParallelTrainer",
+    "enable_accelerate",
     "mesh_of",
     "parallelize",
     "verify",

@@ -73,12 +73,19 @@ def check(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run the code that comes with MODEL_OR_TYPE")
     ] = False,
+    trainers: Annotated[
+        bool, typer.Option("--trainers", help="training runs in place of models; MODEL_OR_TYPE is a part of a name")
+    ] = False,
 ) -> None:
     """Compare a tiny model of MODEL_OR_TYPE on shards with the same model on one process.
 
     The weights are random. For a model of the hub, only its configuration is read. A model that is found exact is
     admitted from then on, whatever its sizes.
     """
+    if trainers:
+        from hf_context_parallel.verification.trainers.command import run_check_trainers
+
+        sys.exit(run_check_trainers([model] if model else [], write))
     from hf_context_parallel.verification.types.command import run_check
 
     if module is not None:

@@ -21,10 +21,10 @@ from hf_context_parallel.recipe.documents import load_documents, make_collator, 
 from hf_context_parallel.recipe.dry_run import made_up_documents, shrink
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.launch import check_world
-from hf_context_parallel.recipe.model import add_lora, load_model, load_tokenizer
+from hf_context_parallel.recipe.model import add_lora, load_model, load_reward, load_tokenizer
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.report import write_report
-from hf_context_parallel.recipe.schema import Recipe
+from hf_context_parallel.recipe.schema import Recipe, trl_classes
 from hf_context_parallel.trainer.mixin import ContextParallelTrainer
 
 
@@ -44,14 +44,18 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
     check_world(recipe, training, arguments)
     set_seed(training.seed)
     tokenizer = load_tokenizer(recipe.model)
-    model = load_model(recipe.model, tokenizer, recipe.distributed_config())
+    is_reward = recipe.trainer == "reward"
+    model = load_model(recipe.model, tokenizer, recipe.distributed_config(), is_reward=is_reward)
     lora = recipe.lora_config()
-    if lora is not None:
+    if lora is not None and recipe.trainer is None:
         model = add_lora(model, lora)
 
     def rows(split: str) -> datasets.Dataset | datasets.IterableDataset:
-        documents = made_up_documents(recipe.data, tokenizer) if dry_run else load_documents(recipe.data, split)
-        return to_rows(documents, recipe.data, tokenizer)
+        if dry_run:
+            documents = made_up_documents(recipe.data, tokenizer, recipe.trainer)
+        else:
+            documents = load_documents(recipe.data, split)
+        return documents if recipe.trainer else to_rows(documents, recipe.data, tokenizer)
 
     if not training.should_log:
         datasets.disable_progress_bars()
@@ -59,15 +63,22 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
     with training.main_process_first(desc="preparing the data"):
         train_rows = rows(recipe.data.split)
         eval_rows = rows(recipe.data.eval_split) if recipe.data.eval_split else None
-    return ContextParallelTrainer(
-        model=model,
-        args=training,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        data_collator=make_collator(recipe.data, tokenizer),
-        processing_class=tokenizer,
-        context_parallel=recipe.context_parallel,
-    )
+    common = {
+        "model": model,
+        "args": training,
+        "train_dataset": train_rows,
+        "eval_dataset": eval_rows,
+        "processing_class": tokenizer,
+        "context_parallel": recipe.context_parallel,
+    }
+    if recipe.trainer is None:
+        return ContextParallelTrainer(**common, data_collator=make_collator(recipe.data, tokenizer))
+    if recipe.rewards:
+        common["reward_funcs"] = [load_reward(name) for name in recipe.rewards]
+    try:
+        return trl_classes(recipe.trainer)[0](**common, peft_config=lora)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"trainer: {recipe.trainer} refuses it ({type(error).__name__}: {error}).") from error
 
 
 def run(path: Path, overrides: Sequence[str], dry_run: bool) -> None:

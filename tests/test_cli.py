@@ -76,7 +76,7 @@ def test_processes_that_would_train_apart_are_told(run):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", "qwen3_8b_fsdp2"])
+@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", "qwen3_8b_fsdp2", "llama3_8b_dpo_64k"])
 def test_recipes_for_large_machines_run_dry(run, name):
     result = run(*COMMAND, "train", f"recipes/{name}.yaml", "--dry-run", "--nproc", "2")
     assert result.returncode == 0, result.stdout
@@ -112,7 +112,7 @@ def test_a_split_run_equals_one_process(run, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "name", ["demo_ddp", "demo_fsdp2", "demo_hsdp", "demo_experts", "dynamic", "megatron_quick_start"]
+    "name", ["demo_ddp", "demo_fsdp2", "demo_hsdp", "demo_experts", "dynamic", "megatron_quick_start", "sft"]
 )
 def test_recipes_of_several_dimensions_equal_one_process(run, tmp_path, name):
     processes = ["--nproc", "4"] if name in ("demo_ddp", "demo_fsdp2") else []

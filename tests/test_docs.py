@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Qwen3Conf
 from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
+from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
 from tests.helpers.models import needs_sharding_while_loading
 from tests.helpers.recipe import MINIMAL
 
@@ -153,7 +154,28 @@ def tensor_parallel(folder: Path) -> dict:
     return {**training(folder), "hcp": hcp, "DistributedConfig": DistributedConfig}
 
 
+def sft(folder: Path) -> dict:
+    """Make the model, the data set and the arguments of a short run of TRL's SFTTrainer."""
+    from trl import SFTConfig
+
+    from hf_context_parallel.verification.trainers.samples import make_samples, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    config = tiny_config("llama", vocab_size=len(tokenizer))
+    tiny_model(config, None, torch.float32).save_pretrained(folder / "model")
+    args = SFTConfig(str(folder / "output"), use_cpu=True, bf16=False, max_steps=1, report_to="none", max_length=64)
+    return {
+        "hcp": hcp,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "name": str(folder / "model"),
+        "args": args,
+        "dataset": make_samples("text", 16, str(folder)),
+        "tokenizer": tokenizer,
+    }
+
+
 GIVEN = {
+    "sft": sft,
     "training": training,
     "loop": loop,
     "own_loop": own_loop,

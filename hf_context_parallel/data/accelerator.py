@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import DistributedType, recursively_apply
+from accelerate.utils import recursively_apply
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..compat import has_ended
 from ..distributed.process_groups import Groups
+from .collectives import from_first_ranks
 from .loader import prepare_data_loader
 
 
@@ -45,20 +47,39 @@ class CpAccelerator(Accelerator):
 
     cp: HasGroups
     _for_metrics = False
+    _in_step = _counts_ranks = False
 
     @property
     def num_processes(self) -> int:
         """Number of processes, where a CP group is one: schedules, steps of an epoch and scales of losses count them.
 
-        `state.num_processes` counts all ranks, and so do the configurations of DeepSpeed.
+        `state.num_processes` counts all ranks.
         """
-        ranks = self.state.num_processes
-        return ranks if self.distributed_type == DistributedType.DEEPSPEED else ranks // self.cp.size
+        return self.state.num_processes // (1 if self._counts_ranks else self.cp.size)
+
+    @property
+    def process_index(self) -> int:
+        """Number of this rank, or in `in_step()` of its CP group."""
+        return self.cp.groups.data_rank if self._in_step else super().process_index
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Count CP groups in everything that accelerate is asked for in this block: a step of a trainer.
+
+        A trainer may slice what it gathered by `process_index`, or gather by functions of `accelerate.utils`. No file
+        may be written in the block, since ranks of a group would write the same one.
+        """
+        before, self._in_step = self._in_step, True
+        try:
+            with from_first_ranks(self.cp.groups.first_ranks):
+                yield
+        finally:
+            self._in_step = before
 
     @property
     def is_last_process(self) -> bool:
         """Return whether this is the last rank of all."""
-        return bool(self.process_index == self.state.num_processes - 1)
+        return bool(self.state.process_index == self.state.num_processes - 1)
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         """Prepare a scheduler, which steps once for each CP group in a step of the optimizer."""
@@ -93,6 +114,18 @@ class CpAccelerator(Accelerator):
         self._dataloaders.append(loader)
         return loader
 
+    def _prepare_deepspeed(self, *args: Any) -> Any:
+        """Prepare objects for DeepSpeed, whose settings count each rank and its samples."""
+        self._counts_ranks = True
+        try:
+            prepared = super()._prepare_deepspeed(*args)
+        finally:
+            self._counts_ranks = False
+        for scheduler in prepared:
+            if isinstance(scheduler, AcceleratedScheduler):
+                count_groups(scheduler, self)
+        return prepared
+
     def _prepare_cp(self, *args: Any):
         """Skip accelerate's own context parallelism, which supports causal SDPA alone."""
         return args
@@ -106,18 +139,29 @@ class CpAccelerator(Accelerator):
             self._for_metrics = False
 
     def gather(self, tensor: Any) -> Any:
-        gathered = super().gather(tensor)
-        return recursively_apply(self._first_of_each_group, gathered) if self._for_metrics else gathered
-
-    def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
-        loader = self.gradient_state.active_dataloader
+        """Gather a tensor of each CP group, from its first rank."""
+        loader = self.gradient_state.active_dataloader if self._for_metrics else None
         # After the groups were resized, an older loader still deals to the groups that it was prepared for.
         groups = getattr(loader, "groups", self.cp.groups)
-        ranks = gathered.unflatten(0, (self.state.num_processes, -1))[groups.first_ranks]
+        with from_first_ranks(groups.first_ranks):
+            gathered = super().gather(tensor)
         counts = getattr(loader, "counts", None)
-        if counts is None:
-            return ranks.flatten(0, 1)
-        return torch.cat([samples[:count] for samples, count in zip(ranks, counts)])
+        return gathered if counts is None else recursively_apply(functools.partial(_real, counts), gathered)
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Reduce a tensor over CP groups. Ranks of a group hold the same tensor."""
+        reduced = super().reduce(tensor, reduction, scale)
+        return recursively_apply(self._once, reduced) if reduction == "sum" else reduced
+
+    def _once(self, total: torch.Tensor) -> torch.Tensor:
+        share = total / self.cp.groups.same_batch.size
+        return share if total.is_floating_point() else share.round().to(total.dtype)
+
+
+def _real(counts: list[int], gathered: torch.Tensor) -> torch.Tensor:
+    """Leave out the repeated samples at the end of each group's."""
+    groups = gathered.unflatten(0, (len(counts), -1))
+    return torch.cat([samples[:count] for samples, count in zip(groups, counts)])
 
 
 def count_groups(scheduler: AcceleratedScheduler, accelerator: CpAccelerator) -> AcceleratedScheduler:

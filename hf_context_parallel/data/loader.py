@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -89,15 +90,27 @@ def _share_seed(loader: DataLoader) -> None:
     """Give all ranks the same random state for samplers; otherwise each rank would draw an order of its own."""
     if not dist.is_initialized():
         return
+    alike = _draw_alike()
     for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
         if hasattr(sampler, "generator"):
             if sampler.generator is None:
-                sampler.generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+                if alike:
+                    continue  # the sampler draws from the stream of the process, as without CP
+                with torch.random.fork_rng(devices=[]):  # without CP nothing is drawn here
+                    seed = int(torch.empty((), dtype=torch.int64).random_())
+                sampler.generator = torch.Generator().manual_seed(seed)
             _share_state(sampler.generator)
     if isinstance(loader.dataset, IterableDataset):
         generator = getattr(loader.dataset, "generator", None)
         if isinstance(generator, torch.Generator):
             _share_state(generator)
+
+
+def _draw_alike() -> bool:
+    """Return whether all ranks have the same random state of torch, as the Trainer seeds them. All ranks call this."""
+    states: list = [None] * dist.get_world_size()
+    dist.all_gather_object(states, hashlib.sha256(torch.get_rng_state().numpy().tobytes()).digest())
+    return len({*states}) == 1
 
 
 def _share_state(generator: torch.Generator) -> None:

@@ -92,15 +92,16 @@ def difference(left: float, right: float) -> float:
 
 def table(split: Sequence[dict[str, Any]], whole: Sequence[dict[str, Any]], ranks: int) -> str:
     """Format a table with a line for each step of the two runs, and the medians of memory and speed."""
+    measures = {key: words for key, words in MEASURES.items() if all(key in step for step in (*split, *whole))}
     rows = [
         [a["step"], a["loss"], b["loss"], f"{difference(a['loss'], b['loss']):.1e}"]
-        + [step[key] for key in MEASURES for step in (a, b)]
+        + [step[key] for key in measures for step in (a, b)]
         for a, b in zip(split, whole, strict=True)
     ]
     rows.append(
-        ["median", "", "", ""] + [median(step[key] for step in run) for key in MEASURES for run in (split, whole)]
+        ["median", "", "", ""] + [median(step[key] for step in run) for key in measures for run in (split, whole)]
     )
     both = (f"{ranks} ranks", "1 rank")
     headers = ["step", *(f"loss\n{run}" for run in both), "relative\ndifference"]
-    headers += [f"{heading}\n{run}" for heading in MEASURES.values() for run in both]
+    headers += [f"{heading}\n{run}" for heading in measures.values() for run in both]
     return tabulate(rows, headers, tablefmt="simple", floatfmt=("", ".6f", ".6f", "", ".3f", ".3f", ",.0f", ",.0f"))

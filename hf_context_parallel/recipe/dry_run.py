@@ -18,6 +18,13 @@ from hf_context_parallel.verification.types.tiny import UNSTATED, with_small_siz
 
 MAX_LENGTH = 128
 """Most tokens of a row. A tiny model has more positions, and RoBERTa and similar types do not use all of them."""
+COLUMNS_OF = {
+    "sft": ("text",),
+    "kto": ("prompt", "completion", "label"),
+    "grpo": ("prompt",),
+    "rloo": ("prompt",),
+}
+"""Columns of the data of trainers of TRL. The others have `prompt`, `chosen` and `rejected`."""
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -110,9 +117,12 @@ def full_configuration(model: ModelSection) -> PreTrainedConfig:
     return load_config(dataclasses.replace(model, name=None, tokenizer=BYTES, config=values))
 
 
-def made_up_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def made_up_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase, trainer: str | None = None) -> Dataset:
     """Make a few documents of more than `MAX_LENGTH` tokens, in the format and the column of the recipe."""
     text = "A dry run reads none of the recipe's data. " * 16
+    if trainer is not None:
+        columns = COLUMNS_OF.get(trainer, ("prompt", "chosen", "rejected"))
+        return Dataset.from_list([{name: _entry(name, text, number) for name in columns} for number in range(32)])
     if section.format == "chat":
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
         document = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
@@ -121,3 +131,10 @@ def made_up_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) 
     else:
         document = text
     return Dataset.from_dict({section.column or COLUMNS[section.format]: [document] * 32})
+
+
+def _entry(column: str, text: str, number: int) -> str | bool:
+    """Make the entry of a column of a trainer of TRL. Prompts are short, and every second label is True."""
+    if column == "label":
+        return number % 2 == 0
+    return text[:40] if column == "prompt" else f"{text} {column}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -9,6 +12,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     ByT5Tokenizer,
     DistributedConfig,
@@ -79,9 +83,15 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
 
 
 def load_model(
-    section: ModelSection, tokenizer: PreTrainedTokenizerBase, distributed: DistributedConfig | None = None
+    section: ModelSection,
+    tokenizer: PreTrainedTokenizerBase,
+    distributed: DistributedConfig | None = None,
+    is_reward: bool = False,
 ) -> PreTrainedModel:
     """Load the causal language model with the recipe's attention, sharded as `distributed` says.
+
+    Args:
+        is_reward: True for a reward model, which has one output in place of the head.
 
     Raises:
         RecipeError: if the model cannot be loaded, is no causal language model, or its vocabulary is smaller than that
@@ -104,10 +114,13 @@ def load_model(
         options["dtype"] = section.dtype
     if distributed is not None:
         options["distributed_config"] = distributed
+    auto = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    if is_reward:
+        config.num_labels = 1
     if section.name is None:
-        return _with_random_weights(config, options)
+        return _with_random_weights(config, options, auto)
     try:
-        return AutoModelForCausalLM.from_pretrained(section.name, config=config, **options)
+        return auto.from_pretrained(section.name, config=config, **options)
     except OSError as error:
         raise RecipeError(
             f"model.name: the weights of {section.name!r} cannot be loaded ({error}). Give a folder or a hub id with "
@@ -115,15 +128,31 @@ def load_model(
         ) from error
 
 
-def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any], auto: Any) -> PreTrainedModel:
     """Make a model with random weights, which are the same on all ranks because these have the same seed."""
     distributed = options.pop("distributed_config", None)
-    model = AutoModelForCausalLM.from_config(config, **options)
+    model = auto.from_config(config, **options)
     if distributed is None:
         return model
     # Transformers shards a model only while loading it.
     options |= {"state_dict": model.state_dict(), "dtype": model.dtype, "distributed_config": distributed}
     return type(model).from_pretrained(None, config=model.config, **options)  # a composite model's text model
+
+
+def load_reward(name: str) -> Any:
+    """Load a reward: a function that is named `module:function`. Other names are those of models, which TRL loads.
+
+    Raises:
+        RecipeError: if there is no such function.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        return name
+    sys.path.insert(0, os.getcwd())  # where `python -m` would look for it
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"rewards: {name!r} cannot be loaded ({error}). Give module:function.") from error
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

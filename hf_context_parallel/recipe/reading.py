@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from yaml import YAMLError
 from hf_context_parallel.config import ContextParallelConfig
 
 from .errors import RecipeError, did_you_mean
-from .schema import DataSection, DistributedKeywords, LoraKeywords, ModelSection, Recipe, TrainingKeywords
+from .schema import (
+    DataSection,
+    DistributedKeywords,
+    LoraKeywords,
+    ModelSection,
+    Recipe,
+    TrainingKeywords,
+    arguments_of,
+    training_keywords,
+)
 
 VALID_KEYS = {
     "model": {field.name for field in dataclasses.fields(ModelSection)},
@@ -42,33 +51,40 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = OmegaConf.to_container(settings, resolve=True)
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read as a recipe ({error}). Correct the file or the override.") from error
+    trainer = values.get("trainer") if isinstance(values, dict) else None
+    recipe_class = Recipe.for_trainer(trainer if isinstance(trainer, str) else None)
     try:
         # From JSON, pydantic's strict mode accepts a mapping for a dataclass and a string for an enumeration.
-        return TypeAdapter(Recipe).validate_json(json.dumps(values))
+        return TypeAdapter(recipe_class).validate_json(json.dumps(values))
     except ValidationError as error:
-        raise RecipeError("\n".join([f"{path} is no valid recipe:", *explain(error)])) from error
+        keys = VALID_KEYS | {"training": set(training_keywords(arguments_of(trainer)).model_fields)}
+        raise RecipeError("\n".join([f"{path} is no valid recipe:", *explain(error, keys)])) from error
 
 
-def explain(error: ValidationError) -> list[str]:
-    """Format the error as one line for each wrong key."""
+def explain(error: ValidationError, keys: Mapping[str, set[str]] = VALID_KEYS) -> list[str]:
+    """Format the error as one line for each wrong key.
+
+    Args:
+        keys: the valid keys of each section.
+    """
     complaints: dict[str, list[str]] = {}
     for details in error.errors():
         # For a union, the location continues with the name of the alternative that did not fit.
         location = tuple(map(str, details["loc"][:2]))
-        complaints.setdefault(".".join(location), []).append(complaint(location, details))
+        complaints.setdefault(".".join(location), []).append(complaint(location, details, keys))
     return [
         f"  {key}: {' / '.join(dict.fromkeys(texts))}" if key else f"  {texts[0]}" for key, texts in complaints.items()
     ]
 
 
-def complaint(location: tuple[str, ...], details: dict[str, Any]) -> str:
+def complaint(location: tuple[str, ...], details: dict[str, Any], keys: Mapping[str, set[str]]) -> str:
     """Describe the error at `location`, which is empty, a section, or a section and a key."""
     kind, value = details["type"], details["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         if len(location) == 1:
-            return f"no section has this name.{did_you_mean(location[0], VALID_KEYS, homes_of(location[0]))}"
+            return f"no section has this name.{did_you_mean(location[0], keys, homes_of(location[0], keys))}"
         section, key = location
-        return f"unknown key in the section '{section}'.{did_you_mean(key, VALID_KEYS[section], homes_of(key))}"
+        return f"unknown key in the section '{section}'.{did_you_mean(key, keys[section], homes_of(key, keys))}"
     if kind in ("missing", "missing_argument"):
         return "it is missing. Add it."
     if kind == "value_error":
@@ -76,6 +92,6 @@ def complaint(location: tuple[str, ...], details: dict[str, Any]) -> str:
     return f"{details['msg']}, and the value is {value!r}."
 
 
-def homes_of(key: str) -> list[str]:
+def homes_of(key: str, valid: Mapping[str, set[str]]) -> list[str]:
     """List the full names of the keys that are called `key` in any section."""
-    return [f"{section}.{key}" for section, keys in VALID_KEYS.items() if key in keys]
+    return [f"{section}.{key}" for section, keys in valid.items() if key in keys]

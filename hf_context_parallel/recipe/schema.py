@@ -1,4 +1,4 @@
-"""Schema of a recipe, a YAML file of six sections.
+"""Schema of a recipe, a YAML file of sections.
 
 OmegaConf reads the file (safe tags only), merges the overrides of the command line and resolves `${...}`. Pydantic
 turns the result into the dataclasses below. Both are strict: an unknown key or a value of a wrong type is refused,
@@ -8,6 +8,7 @@ with its section and the nearest valid key.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sysconfig
 from math import prod
 from typing import Annotated, Any, Literal, get_type_hints
@@ -19,9 +20,23 @@ from pydantic.dataclasses import dataclass
 from transformers import CONFIG_MAPPING, DistributedConfig, TrainingArguments
 
 from hf_context_parallel.config import ContextParallelConfig
+from hf_context_parallel.trainer.generations import arguments_class
 
 from .errors import RecipeError, did_you_mean
 
+TRAINERS = {
+    "sft": "SFT",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "reward": "Reward",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+    "orpo": "ORPO",
+    "cpo": "CPO",
+}
+"""Trainers of TRL that a recipe can name, each with the beginning of the name of its class."""
+GENERATING = ("grpo", "rloo")
+"""Trainers that generate completions, and score them."""
 PARALLEL_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
 """Sizes in the section `distributed`. Their product is the number of processes."""
 
@@ -45,7 +60,12 @@ def keywords_of(cls: type, **corrections: Any) -> type[BaseModel]:
     return create_model(cls.__name__, __config__=STRICT, **fields)
 
 
-TrainingKeywords = keywords_of(TrainingArguments, fsdp=bool | str | None)
+def training_keywords(arguments: type[TrainingArguments]) -> type[BaseModel]:
+    """Make a pydantic model of the keywords of `TrainingArguments`, or of a subclass that TRL has."""
+    return keywords_of(arguments, fsdp=bool | str | None)
+
+
+TrainingKeywords = training_keywords(TrainingArguments)
 LoraKeywords = keywords_of(LoraConfig)
 DistributedKeywords = keywords_of(DistributedConfig)
 
@@ -122,7 +142,7 @@ class DataSection:
         format: the format of a document: `text`; `chat`, a list of messages; or `tokens`, a list of token ids. With
             `tokens`, a column `labels` may hold -100 for tokens that are not to be learnt.
         column: the column of the documents. By default `text`, `messages` or `input_ids`.
-        max_length: the most tokens of a row, two or more.
+        max_length: the most tokens of a row, two or more. A trainer of TRL gets it as `training.max_length`.
         packing: join documents into rows of `max_length` tokens, where no document sees another. Without packing, a
             row is one document, cut at `max_length` and padded to the longest row of its batch.
     """
@@ -140,6 +160,31 @@ class DataSection:
     packing: bool = False
 
 
+def arguments_of(trainer: str | None) -> type[TrainingArguments]:
+    """Return the class of the arguments of a trainer: that of TRL, or `TrainingArguments` for None.
+
+    Raises:
+        RecipeError: if TRL has no such trainer, or is not installed.
+    """
+    return TrainingArguments if trainer is None else trl_classes(trainer)[1]
+
+
+def trl_classes(trainer: str) -> tuple[Any, type[TrainingArguments]]:
+    """Return our class of a trainer of TRL, and the class of its arguments.
+
+    Raises:
+        RecipeError: if there is no such trainer, or TRL is not installed.
+    """
+    if trainer not in TRAINERS:
+        raise RecipeError(f"trainer: {trainer!r} is none of {', '.join(TRAINERS)}.{did_you_mean(trainer, TRAINERS)}")
+    try:
+        ours = importlib.import_module("hf_context_parallel.trl")
+    except ImportError as error:
+        raise RecipeError(f"trainer: {error}") from error
+    made = getattr(ours, f"{TRAINERS[trainer]}Trainer")
+    return made, arguments_class(made)
+
+
 @dataclass(config=STRICT)
 class Recipe:
     """Fine-tuning run: model, data, training arguments and parallelism.
@@ -147,7 +192,11 @@ class Recipe:
     Args:
         model: the model, its attention and its tokenizer.
         data: the documents, and how they become rows.
-        training: keywords of `TrainingArguments`.
+        training: keywords of `TrainingArguments`, or of the class that TRL has for its trainer.
+        trainer: the trainer of TRL: `sft`, `dpo`, `kto`, `reward`, `grpo`, `rloo`, `orpo` or `cpo`. Its columns are
+            named as in TRL's documentation. Without it, a causal language model learns all tokens of each document.
+        rewards: with `grpo` and `rloo`, the functions that score completions, as `module:function`, or reward models
+            of the hub.
         context_parallel: keywords of `ContextParallelConfig`.
         distributed: keywords of Transformers' `DistributedConfig`, which shards the model while loading it. `tp_size`
             ranks share each layer (tensor parallelism). The samples and sequences are shared by `fsdp_size` times
@@ -164,8 +213,11 @@ class Recipe:
     context_parallel: ContextParallelConfig = ContextParallelConfig()
     distributed: DistributedKeywords | None = None
     lora: LoraKeywords | None = None
+    trainer: str | None = None
+    rewards: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._check_trainer()
         attention = self.model.attention
         names = attention.values() if isinstance(attention, dict) else [attention]
         if self.context_parallel.size > 1 and "context_parallel" not in names:
@@ -175,6 +227,24 @@ class Recipe:
             )
         if self.distributed is not None:
             self._check_sizes()
+
+    def _check_trainer(self) -> None:
+        if self.trainer is None and self.rewards:
+            raise ValueError("rewards are scores of a trainer that generates. Add trainer: grpo, or leave them out.")
+        if self.trainer is None:
+            return
+        if bool(self.rewards) != (self.trainer in GENERATING):
+            raise ValueError(
+                f"trainer={self.trainer!r} and rewards={self.rewards!r} do not fit: {' and '.join(GENERATING)} need "
+                "rewards, and other trainers take none."
+            )
+        if self.data.format != "text" or self.data.column is not None:
+            raise ValueError(
+                "data.format and data.column are for recipes without a trainer of TRL, which finds its columns by "
+                "their names. Leave them out."
+            )
+        if self.data.packing and self.trainer != "sft":
+            raise ValueError(f"data.packing=true does nothing with trainer={self.trainer!r}. Leave it out.")
 
     def _check_sizes(self) -> None:
         size = self.context_parallel.size
@@ -230,10 +300,28 @@ class Recipe:
         Raises:
             RecipeError: if `TrainingArguments` refuses a value.
         """
+        keywords = self.training.model_dump(exclude_unset=True)
+        if self.trainer is not None:
+            known = type(self.training).model_fields
+            given = {"max_length": self.data.max_length, **({"packing": True} if self.data.packing else {})}
+            keywords = {name: value for name, value in given.items() if name in known} | keywords
         try:
-            return TrainingArguments(**self.training.model_dump(exclude_unset=True))
+            return arguments_of(self.trainer)(**keywords)
         except (ValueError, ImportError) as error:
             raise RecipeError(f"training: {error}. Correct the section 'training'.") from error
+
+    @classmethod
+    def for_trainer(cls, trainer: str | None) -> type[Recipe]:
+        """Make the class of recipes that name this trainer, whose section `training` has the keywords of TRL's class.
+
+        Raises:
+            RecipeError: if there is no such trainer, or TRL is not installed.
+        """
+        if trainer is None:
+            return cls
+        keywords = training_keywords(arguments_of(trainer))
+        fields = {"__annotations__": {"training": keywords}, "training": dataclasses.field(default_factory=keywords)}
+        return dataclass(config=STRICT)(type(cls.__name__, (cls,), fields | {"__module__": cls.__module__}))
 
     def lora_config(self) -> LoraConfig | None:
         """Build the `LoraConfig`, or return None if all weights are trained.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import psutil
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -18,7 +19,13 @@ CP_SIZE = "parallelism_config_cp_size"
 """Option of `accelerate launch` for the CP size. The environment variable that it sets has the name in capitals."""
 ENABLED = "ACCELERATE_USE_PARALLELISM_CONFIG"
 """Environment variable that must be true for accelerate to read the other parallelism variables."""
-EXACT = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+EXACT = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
 """Kinds of distributed training that are exact on shards."""
 
 
@@ -90,11 +97,6 @@ def refuse_unknown(accelerator: Accelerator) -> None:
             kind == DistributedType.FSDP and not accelerator.is_fsdp2,
             "FSDP1 (fsdp_version=1) has not been shown to be exact on shards. Set fsdp_version=2",
         ),
-        (
-            kind == DistributedType.DEEPSPEED,
-            "DeepSpeed has not been shown to be exact on shards, because accelerate does not run it on CPUs, where it "
-            "would be compared. Use FSDP2, which shards the same tensors as ZeRO-3",
-        ),
         (kind not in EXACT, f"{kind} has not been shown to be exact on shards. Use DDP or FSDP2"),
         (
             accelerator.mixed_precision == "fp8",
@@ -120,6 +122,23 @@ def start_fsdp2(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin
         plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def start_deepspeed(accelerator: Accelerator, plugin: DeepSpeedPlugin | None) -> None:
+    """Switch DeepSpeed on for CPUs if it was asked for. On CPUs accelerate silently uses DDP in its place.
+
+    Args:
+        accelerator: the Accelerator, whose state is changed in place.
+        plugin: the plugin that the Accelerator was given, or None.
+    """
+    if accelerator.distributed_type != DistributedType.MULTI_CPU or plugin is None:
+        return
+    state = accelerator.state
+    plugin.set_mixed_precision(state.mixed_precision)
+    plugin.select(_from_accelerator_state=True)
+    state.deepspeed_plugins = plugin
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    importlib.import_module("deepspeed").init_distributed(state.backend, auto_mpi_discovery=False)
 
 
 class AnyDeviceParallelism(ParallelismConfig):

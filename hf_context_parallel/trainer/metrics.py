@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .memory import PeakMemory
@@ -63,17 +63,19 @@ def count_steps(metrics: dict[str, float], samples: int, batch_size: int, groups
             metrics[name] = round(metrics[name] * steps / counted, 3)
 
 
-def throughput(step: StepState, watch: StepWatch, accelerator: Accelerator) -> dict[str, float]:
+def throughput(step: StepState, watch: StepWatch, device: torch.device) -> dict[str, float]:
     """Compute throughput, sequence length and peak memory of all ranks since the last call. All ranks call it."""
     seconds, peak = watch.read()
     mine = [*step.read_counts(), -1.0 if peak is None else peak]
-    gathered = accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=accelerator.device))
+    gathered = gather(torch.tensor([mine], dtype=torch.float64, device=device))
     tokens, longest, peaks = gathered.T
-    figures = {
-        "tokens_per_second": tokens.sum().item() / seconds,
-        "tokens_per_second_per_rank": tokens.mean().item() / seconds,
-        "sequence_length": int(longest.max()),
-    }
+    figures = {}
+    if longest.max() > 0:  # a trainer that generates gets no tokens but makes them
+        figures = {
+            "tokens_per_second": tokens.sum().item() / seconds,
+            "tokens_per_second_per_rank": tokens.mean().item() / seconds,
+            "sequence_length": int(longest.max()),
+        }
     if peaks.max() >= 0:
         figures["peak_memory_gib"] = peaks.max().item()
     return figures

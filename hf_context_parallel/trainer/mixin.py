@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
+from accelerate.utils import gather
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
@@ -22,7 +23,7 @@ from ..distributed.mesh import mesh_of
 from ..dynamic.scheduler import Scheduler
 from ..integration.border.parallelize import models_to_shard, parallelize
 from ..integration.checks.proofs import Unproven
-from ..integration.patches.randomness import share_streams
+from ..integration.patches.randomness import share_streams, take_streams_of_processes
 from ..integration.switches import allow_unchecked_models
 from ..verification.verify import verify
 from .accelerate import (
@@ -31,9 +32,11 @@ from .accelerate import (
     launcher_command,
     refuse_ignored_size,
     refuse_unknown,
+    start_deepspeed,
     start_fsdp2,
     with_launched_size,
 )
+from .generations import count_generations, of_first_rank
 from .metrics import StepWatch, count_steps, throughput
 from .refusals import check_trainer, check_versions
 from .step_state import StepState
@@ -75,6 +78,8 @@ class ContextParallelMixin:
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # the model shards, and takes whole batches
+        if self.args.world_size > 1:
+            take_streams_of_processes(self.cp.groups.data_rank)  # a trainer may seed each rank by its number
         self._unproven: list[torch.nn.Module] = []
         for model in (self.model, *models_to_shard(self)):
             self._prepare(model)
@@ -117,11 +122,14 @@ class ContextParallelMixin:
         super().create_accelerator_and_postprocess()
         start_fsdp2(self.accelerator, self._fsdp_plugin)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        start_deepspeed(self.accelerator, self.args.deepspeed_plugin)
+        self.is_deepspeed_enabled = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
         refuse_unknown(self.accelerator)
         self._config = with_launched_size(self._config, self.accelerator)
         mesh = mesh_of(self.model) if self.model is not None else None
         self.cp = ContextParallel(self._config, self.accelerator.torch_device_mesh if mesh is None else mesh)
         share_groups(self.accelerator, self.cp)
+        count_generations(self.args, self.accelerator.num_processes, self.cp.size)
         self.gather_function = self.accelerator.gather_for_metrics
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
@@ -162,7 +170,7 @@ class ContextParallelMixin:
     ) -> torch.Tensor:
         """Run a training step, with `dynamic` round by round."""
         self._prove()
-        with reported_failures():
+        with reported_failures(), self.accelerator.in_step():
             if self._scheduler is None:
                 rows, length = _shape_of(inputs)
                 self._count(rows * length, length)
@@ -198,10 +206,14 @@ class ContextParallelMixin:
             return self._defer_fsdp_gradient_reduction()  # accelerate does not know of a model sharded while loading
         return self.accelerator.no_sync(model)
 
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate completions, for trainers of TRL. The ranks of a group take those of its first rank."""
+        return of_first_rank(super()._generate_single_turn(*args, **kwargs), self.cp.groups.same_batch)
+
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prediction step, which returns whole outputs on every rank."""
         self._prove()
-        with reported_failures():
+        with reported_failures(), self.accelerator.in_step():
             return super().prediction_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +247,7 @@ class ContextParallelMixin:
             return None
         count = torch.stack([labels.ne(IGNORED).sum() for labels in targets]).sum().to(device)
         if self.args.average_tokens_across_devices:
-            return self.accelerator.gather(count[None])[self.cp.groups.first_ranks].sum()
+            return self.accelerator.gather(count).sum()
         return count
 
     def _targets(self, batch: Any) -> torch.Tensor | None:
@@ -251,13 +263,6 @@ class ContextParallelMixin:
         """Compute this rank's share of the operations of the whole batch, since Trainer sums over ranks."""
         return super().floating_point_ops(inputs) / self.cp.groups.same_batch.size
 
-    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
-        before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)  # sums the whole batch over all ranks of the group
-        self.state.num_input_tokens_seen = (
-            before + (self.state.num_input_tokens_seen - before) // self.cp.groups.same_batch.size
-        )
-
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load random states, and then share them within each group.
 
@@ -269,7 +274,7 @@ class ContextParallelMixin:
 
     def _finalize_training(self, *args: Any, **kwargs: Any):
         """Average the loss since the last log over ranks, because Trainer adds it to a total that is averaged."""
-        self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()
+        self._tr_loss = gather(self._tr_loss).mean()
         return super()._finalize_training(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -285,7 +290,7 @@ class ContextParallelMixin:
         A user's own call adds nothing, since it may come from some ranks only.
         """
         if self._step_state.all_log and "loss" in logs:
-            logs |= throughput(self._step_state, self._watch, self.accelerator)
+            logs |= throughput(self._step_state, self._watch, self.accelerator.device)
             if self._scheduler is not None:
                 logs["idle_share"] = round(self._scheduler.idle_share(), 6)
         self._count_steps(logs)

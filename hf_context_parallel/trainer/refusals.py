@@ -16,7 +16,6 @@ UNDOCUMENTED = {
         "_build_accelerator_args",
         "_prepare_context_parallel_inputs",
         "_get_num_items_in_batch",
-        "_track_num_input_tokens",
         "_load_rng_state",
         "_finalize_training",
         "_maybe_log_save_evaluate",
@@ -70,6 +69,15 @@ def check_trainer(trainer: Trainer, config: ContextParallelConfig) -> None:
     refuse(cases, "context parallelism: {}.")
     if config.dynamic:
         cases = (
+            (
+                any(base.__module__.split(".")[0] == "trl" for base in type(trainer).__mro__),
+                "another trainer: those of TRL log the mean over their calls, which get other rows. Use "
+                "ContextParallelTrainer",
+            ),
+            (
+                trainer.is_deepspeed_enabled,
+                "DDP or FSDP2, since DeepSpeed counts each run of the model as a step of accumulation. Use FSDP2",
+            ),
             (
                 not trainer.args.average_tokens_across_devices,
                 "average_tokens_across_devices=True. Set that",

@@ -24,6 +24,7 @@ from ..context_parallel import ContextParallel
 from ..distributed.agreement import collective, fingerprint
 from ..distributed.mesh import world
 from ..integration.border.parallelize import decoders_of, parallelize
+from ..integration.checks.peft import check_adapters, uses_prefix
 from ..integration.checks.proofs import keep_proof
 from ..integration.model_registry import outermost_models, transformers_model
 from ..integration.patches.rope import follows_length
@@ -61,7 +62,11 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
         ValueError: on every rank, if a layer differs by more than rounding explains. The error names the first such
             layer. It is also raised if `parallelize` refuses the model.
     """
+    if uses_prefix(model):  # which is a cache, so that its calls are not sharded
+        model = transformers_model(model)
     with collective(world(), "models", "Give every process the same model.") as notes:
+        for part in outermost_models(model):
+            check_adapters(part)
         with allow_unchecked_models():
             parallelize(model, cp)
         with _untouched(model), _summed(model, cp):

@@ -8,3 +8,8 @@ MINIMAL = """
 model: {type: qwen3, tokenizer: bytes}
 data: {path: text, max_length: 128}
 """
+
+
+def length(completions: list[str], **kwargs) -> list[float]:
+    """Reward for length."""
+    return [float(len(text)) for text in completions]

@@ -4,7 +4,7 @@ import pytest
 from accelerate import FullyShardedDataParallelPlugin
 
 from hf_context_parallel.recipe.errors import RecipeError
-from hf_context_parallel.recipe.model import load_config
+from hf_context_parallel.recipe.model import load_config, load_reward
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.schema import DataSection, ModelSection
 from tests.helpers.models import needs_sharding_while_loading
@@ -145,3 +145,33 @@ def test_the_sizes_of_tensor_parallelism_are_checked_before_anything_starts(mini
             load_recipe(minimal, overrides)
     with pytest.raises(RecipeError, match="distributed: "):
         load_recipe(minimal, ["distributed.tp_size=-1"]).distributed_config()
+
+
+def test_a_trainer_of_trl_brings_its_arguments(minimal):
+    recipe = load_recipe(minimal, ["trainer=dpo", "training.beta=0.2", "training.loss_type=[sigmoid]"])
+    assert recipe.training.beta == 0.2
+    recipe = load_recipe(minimal, ["trainer=grpo", "rewards=[tests.helpers.recipe:length]"])
+    assert load_reward(recipe.rewards[0])(["abc"]) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer=dpp"], "'dpp' is none of sft, dpo, kto, reward, grpo, rloo, orpo, cpo. "),
+        (
+            ["trainer=dpo", "training.betta=1"],
+            "training.betta: unknown key in the section 'training'. Did you mean 'beta'",
+        ),
+        (["training.beta=1.0"], "training.beta: unknown key in the section 'training'."),
+        (["trainer=grpo"], "trainer='grpo' and rewards=[] do not fit"),
+        (["rewards=[a:b]"], "Add trainer: grpo"),
+        (["trainer=dpo", "data.packing=true"], "data.packing=true does nothing with trainer='dpo'"),
+        (["trainer=sft", "data.column=text"], "data.format and data.column are for recipes without a trainer of TRL"),
+    ],
+)
+def test_mistakes_with_a_trainer_of_trl_are_named(minimal, overrides, said):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(minimal, overrides)
+    assert said in str(error.value)
+    with pytest.raises(RecipeError, match="module:function"):
+        load_reward("tests.helpers.recipe:width")

@@ -73,12 +73,15 @@ class _ChunkedSum(torch.autograd.Function):
                     before = sums[number]
                     sums[number] = one if before is None else before.add_(one)
         kept = [x if x is None else x.to(p.dtype) for x, p in zip(sums, parameters)]
+        ctx.is_empty = not len(hidden)
         ctx.save_for_backward(torch.cat(pieces) if pieces else None, *kept)
         return total.to(part.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.is_empty:  # a mean over no target has an infinite factor, and its gradient is 0 in PyTorch
+            grad = torch.zeros_like(grad)
         hidden, *parameters = (None if x is None else _scaled(x, grad) for x in ctx.saved_tensors)
         return hidden, None, None, None, *parameters
 

@@ -40,7 +40,9 @@ from ..switches import switches
 from .head import HasGroup, HeadCall
 
 OF_LOSSES = ("labels", "shift_labels", "num_items_in_batch")
-"""Arguments that models pass down to all layers, and that only losses use."""
+"""Arguments that only losses use."""
+OF_HEADS = (*OF_LOSSES, "logits_to_keep")
+"""Arguments that models pass down to all layers, and that only losses and heads use."""
 CACHES = ("cache", "past_key_values")
 """Names of the argument that holds a key/value cache."""
 
@@ -147,7 +149,7 @@ class _Call:
     def __init__(self, decoder: PreTrainedModel, given: dict[str, Any], group: CPGroup):
         self._decoder, self._group = decoder, group
         self.failure_report = FailureReport()
-        given = {name: value for name, value in given.items() if value is not None and name not in OF_LOSSES}
+        given = {name: value for name, value in given.items() if value is not None and name not in OF_HEADS}
         call, masks = outer_call(), _take_masks(given)
         _add_documents(decoder, given)
         compared = []

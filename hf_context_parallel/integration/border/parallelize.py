@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...compat import attention_name
 from ..checks.model import check_decoder, stock_class
+from ..checks.peft import check_loss_of_tuners
 from ..installation import decoder_of, install
 from ..model_registry import NAME, models_inside, outermost_models
 from ..patches.module_patch import patch_of
@@ -48,6 +49,7 @@ def parallelize(model: Model, cp: HasGroup) -> Model:
             ranks of the group raise it alike: if the batch cannot be exact, or batches, models or a sample of their
             weights differ.
     """
+    check_loss_of_tuners(model, cp.group.config.logits)
     found = [pair for inner in outermost_models(model) for pair in decoders_of(inner)]
     for inner, decoder in found:
         check_decoder(decoder, inner)

@@ -10,10 +10,46 @@ RANDOM_WEIGHTS = ("rank_dropout", "module_dropout", "monteclora_config")
 """Options that make weights random. Each rank would draw other weights for the same sequence."""
 WHOLE_POSITIONS = ("alora_invocation_tokens",)
 """Options of adapters that act from a token on, whose place they count in whole rows."""
+WHOLE_BATCHES = {
+    "XLORA": "weighs adapters by the hidden states of whole rows",
+    "LILY": "weighs its experts by a mean over all tokens of a batch",
+}
+"""Types of tuners that look at more than one token at a time, each with what it does."""
 
 
-X_LORA = "XLORA"
-"""The type of a tuner that weighs the adapters of each token by an earlier pass over whole rows."""
+PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+"""Types of tuners that put keys and values before those of each row."""
+
+
+def check_loss_of_tuners(model: torch.nn.Module, logits: str) -> None:
+    """Refuse tuners that compute a loss of their own from logits, if the model returns none in training.
+
+    Args:
+        model: the model with the tuners around it.
+        logits: the `logits` of `ContextParallelConfig`.
+
+    Raises:
+        ValueError: naming the tuner.
+    """
+    for part in model.modules():
+        configs = getattr(part, "peft_config", None)
+        for name, config in (configs if isinstance(configs, dict) else {}).items():
+            if _kind(config) == "CPT" and logits == "auto":
+                raise ValueError(
+                    f"the adapter {name!r} is of the type CPT, which computes its loss from logits, and with "
+                    "logits='auto' none are made in training. Set ContextParallelConfig(logits='whole')."
+                )
+
+
+def uses_prefix(model: torch.nn.Module) -> bool:
+    """Return whether a tuner puts keys and values before those of each row."""
+    configs = (getattr(part, "peft_config", None) for part in model.modules())
+    return any(_kind(x) in PREFIXES for found in configs if isinstance(found, dict) for x in found.values())
+
+
+def _kind(config: object) -> str:
+    """Return the type of a tuner by the name that PEFT gives it."""
+    return str(getattr(getattr(config, "peft_type", None), "value", ""))
 
 
 def check_tuners(model: torch.nn.Module) -> None:
@@ -50,10 +86,22 @@ def check_adapters(model: torch.nn.Module) -> None:
         ValueError: naming the adapter and its option.
     """
     for name, config in (getattr(model, "peft_config", None) or {}).items():
-        if getattr(config, "peft_type", None) == X_LORA:
+        kind = _kind(config)
+        if kind in WHOLE_BATCHES:
             raise ValueError(
-                f"the adapter {name!r} is of X-LoRA, which weighs adapters by the hidden states of whole rows, and a "
-                "layer has those of a shard. Take LoRA, or run the model in `with cp.whole(model):`."
+                f"the adapter {name!r} is of the type {kind}, which {WHOLE_BATCHES[kind]}, and a layer has those of a "
+                "shard. Take LoRA, or run the model in `with cp.whole(model):`."
+            )
+        if kind == "POLY" and model.training:
+            raise ValueError(
+                f"the adapter {name!r} is of the type POLY, which draws which of its modules it takes, and each rank "
+                "would draw other ones. Take LoRA."
+            )
+        compressed = getattr(getattr(config, "velora_config", None), "init_type", "random")
+        if compressed != "random" and model.training:
+            raise ValueError(
+                f"the adapter {name!r} has velora_config with init_type={compressed!r}, which projects by a mean over "
+                "all tokens of a batch, and a layer has those of a shard. Set init_type='random'."
             )
         for option in RANDOM_WEIGHTS:
             value = getattr(config, option, None)

@@ -69,8 +69,7 @@ def _additive(module, query, key, attention_mask, kwargs) -> torch.Tensor:
             attention_mask = attention_mask.tril()
     if attention_mask.dtype != torch.bool:
         return attention_mask
-    least = torch.finfo(query.dtype).min
-    return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, least)
+    return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, _least(query.dtype))
 
 
 def _widened(function: Callable) -> Callable:
@@ -132,9 +131,16 @@ def whole_mask(
         **options,
     )
     if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
-        # Softmax is computed in float32. There the least float64 becomes -inf, and a row of padding becomes NaN.
-        made = made.clamp(min=torch.finfo(torch.float32).min)
+        made = made.clamp(min=_least(made.dtype))
     return made if made is None or mask.dtype is None else made.to(mask.dtype)
+
+
+def _least(dtype: torch.dtype) -> float:
+    """Return the number that masks a score.
+
+    Eager attention computes softmax in float32. There the least float64 becomes -inf, and a row of padding NaN.
+    """
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 
 @contextmanager

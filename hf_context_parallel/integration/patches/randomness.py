@@ -60,16 +60,35 @@ def share_streams(ranks: Ranks) -> None:
 
     Every rank must call this.
     """
+    states = _all_states()
+    dist.broadcast_object_list(states, group=ranks.group, group_src=0, device=ranks.device)
+    _set_all(states)
+
+
+def take_streams_of_processes(number: int) -> None:
+    """Take the random state of the rank with this number. Every rank of the world must call this.
+
+    CP group `number` then draws as that process would draw without CP.
+    """
+    every: list = [None] * dist.get_world_size()
+    dist.all_gather_object(every, _all_states())
+    _set_all(every[number])
+
+
+def _all_states() -> list:
+    """Return the random states of Python, NumPy and torch, on the CPU and the current GPU."""
     cuda = torch.cuda.is_available()
-    states = [
+    return [
         random.getstate(),
         np.random.get_state(),
         torch.get_rng_state(),
         torch.cuda.get_rng_state() if cuda else None,
     ]
-    dist.broadcast_object_list(states, group=ranks.group, group_src=0, device=ranks.device)
+
+
+def _set_all(states: list) -> None:
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
-    if cuda:
+    if states[3] is not None:
         torch.cuda.set_rng_state(states[3])

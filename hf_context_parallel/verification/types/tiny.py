@@ -289,18 +289,25 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def tiny_model(
-    config: PreTrainedConfig, attn_implementation: str | None, dtype: torch.dtype = torch.float64, seed: int = 0
+    config: PreTrainedConfig,
+    attn_implementation: str | None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    auto: Any = None,
 ) -> PreTrainedModel:
     """Make a model with random weights, which are the same for every value of `attn_implementation`.
 
     Noise is added to the weights, so that attention is not uniform, and norms and biases differ from 1 and 0.
+
+    Args:
+        auto: the auto class; by default that of language models, causal or masked.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = copy.deepcopy(config)  # the model writes the implementation into it
         # A configuration whose code came with the model was loaded by a user who trusts that code.
         trusted = type(config).__module__.startswith("transformers_modules.")
-        auto = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+        auto = auto or (AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM)
         model = auto.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trusted)
         if dtype == torch.float64:
             model.set_experts_implementation("eager")  # the default, a grouped product, has no float64

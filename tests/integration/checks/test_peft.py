@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, XLoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    CPTConfig,
+    LilyConfig,
+    LoHaConfig,
+    LoraConfig,
+    PolyConfig,
+    VeloraConfig,
+    XLoraConfig,
+    get_peft_model,
+)
 
 import hf_context_parallel as hcp
 from hf_context_parallel.integration.switches import sharded_on_one_rank
@@ -47,10 +57,35 @@ def test_x_lora_is_refused(tmp_path):
     config = XLoraConfig("CAUSAL_LM", hidden_size=hidden_size, adapters={"0": str(tmp_path)})
     tuned = get_peft_model(model(), config)
     cp = context()
-    with sharded_on_one_rank(), pytest.raises(ValueError, match=r"'default' is of X-LoRA.*Take LoRA"):
+    with sharded_on_one_rank(), pytest.raises(ValueError, match=r"'default' is of the type XLORA.*Take LoRA"):
         hcp.parallelize(tuned, cp)(**labelled())
     with pytest.raises(ValueError, match="XLoraModel does more than calling the model"), cp.shard(labelled(), tuned):
         pass
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            LilyConfig(target_modules=["q_proj"]),
+            "type LILY, which weighs its experts by a mean over all tokens",
+        ),
+        (PolyConfig(target_modules=["q_proj"]), "of the type POLY, which draws"),
+        (
+            LoraConfig(target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4)),
+            "init_type='batch_average', which projects by a mean over all tokens",
+        ),
+        (
+            CPTConfig("CAUSAL_LM", cpt_token_ids=[3], cpt_mask=[1], cpt_tokens_type_mask=[1]),
+            "type CPT, which computes its loss from logits",
+        ),
+    ],
+    ids=["Lily", "Poly", "VeLoRA", "CPT"],
+)
+def test_tuners_that_look_at_whole_batches_or_logits_are_refused(config, message):
+    model = get_peft_model(tiny_model("llama", "context_parallel", torch.float32), config).train()
+    with sharded_on_one_rank(), pytest.raises(ValueError, match=message):
+        hcp.parallelize(model, context())(**labelled(), task_ids=torch.zeros(2, dtype=torch.long))
 
 
 def test_tuners_that_draw_nothing_in_evaluation_are_not():

@@ -134,7 +134,11 @@ def verified(folder, settings) -> list[tuple[str, str]]:
     return [(found.layer, found.tensor) for found in hcp.verify(model, cp)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"sequence_parallel": True}], ids=["", "sequence parallel"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.exhaustive), {"sequence_parallel": True}],
+    ids=["", "sequence parallel"],
+)
 def test_layers_are_verified(on_ranks, tmp_path, settings):
     for found in on_ranks(4, verified, saved(tmp_path, "llama"), settings):
         for layer in range(2):
