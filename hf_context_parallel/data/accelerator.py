@@ -132,18 +132,26 @@ class CpAccelerator(Accelerator):
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Gather each sample once, from the first rank of each CP group."""
+        loader = self.gradient_state.active_dataloader
+        counts = getattr(loader, "counts", None)
+        if counts is not None and (use_gather_object or not _has_tensors_alone(input_data)):
+            input_data = input_data[: counts[self._groups_of(loader).data_rank]]
         self._for_metrics = True
         try:
-            return super().gather_for_metrics(input_data, use_gather_object)
+            with from_first_ranks(self._groups_of(loader).first_ranks):
+                return super().gather_for_metrics(input_data, use_gather_object)
         finally:
             self._for_metrics = False
+
+    def _groups_of(self, loader: DataLoader | None) -> Groups:
+        """Return the groups that a loader deals to. After a resize, an older loader deals to those of its time."""
+        groups: Groups = getattr(loader, "groups", self.cp.groups)
+        return groups
 
     def gather(self, tensor: Any) -> Any:
         """Gather a tensor of each CP group, from its first rank."""
         loader = self.gradient_state.active_dataloader if self._for_metrics else None
-        # After the groups were resized, an older loader still deals to the groups that it was prepared for.
-        groups = getattr(loader, "groups", self.cp.groups)
-        with from_first_ranks(groups.first_ranks):
+        with from_first_ranks(self._groups_of(loader).first_ranks):
             gathered = super().gather(tensor)
         counts = getattr(loader, "counts", None)
         return gathered if counts is None else recursively_apply(functools.partial(_real, counts), gathered)
@@ -156,6 +164,15 @@ class CpAccelerator(Accelerator):
     def _once(self, total: torch.Tensor) -> torch.Tensor:
         share = total / self.cp.groups.same_batch.size
         return share if total.is_floating_point() else share.round().to(total.dtype)
+
+
+def _has_tensors_alone(data: Any) -> bool:
+    """Return whether accelerate gathers this data as tensors, and not as objects."""
+    try:
+        recursively_apply(lambda x: x, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True
 
 
 def _real(counts: list[int], gathered: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datasets
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather, gather_object
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -107,3 +110,38 @@ def rates_of_one_cycle(size: int) -> list[float]:
 def test_a_schedule_of_fixed_length_ends_as_on_one_process(on_ranks):
     [expected] = on_ranks(1, rates_of_one_cycle, 0)
     assert on_ranks(2, rates_of_one_cycle, 2) == [expected] * 2
+
+
+def gathered(size: int, streamed: bool) -> tuple[list, list, list[float], list[str]]:
+    """Gather by groups in every way that accelerate has, inside a step and outside."""
+    accelerator = Accelerator(cpu=True)
+    data = [{"number": number} for number in range(7)]
+    if streamed:
+        data = datasets.IterableDataset.from_generator(lambda: ({"number": number} for number in range(7)))
+    loader = DataLoader(
+        data, batch_size=2, collate_fn=lambda rows: {"x": torch.tensor([row["number"] for row in rows])}
+    )
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=size))
+    loader = cp.prepare_data_loader(loader, accelerator)
+    tensors, words = [], []
+    for batch in loader:
+        tensors += accelerator.gather_for_metrics(batch["x"]).tolist()
+        words += accelerator.gather_for_metrics([f"word {x}" for x in batch["x"].tolist()])
+    share = torch.tensor([float(cp.groups.data_rank)])
+    sums = [accelerator.gather(share).sum().item(), accelerator.reduce(share, "sum").item()]
+    assert accelerator.process_index == dist.get_rank()
+    with accelerator.in_step():
+        assert accelerator.process_index == cp.groups.data_rank
+        sums += gather(share).tolist()
+        names = gather_object([f"group {cp.groups.data_rank}"])
+    assert len(gather(share)) == dist.get_world_size()  # accelerate itself, outside of steps
+    return tensors, words, sums, names
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["sized", "streamed"])
+def test_collectives_of_accelerate_count_groups(on_ranks, streamed):
+    for tensors, words, sums, names in on_ranks(4, gathered, 2, streamed):
+        assert sorted(tensors) == list(range(7))
+        assert words == [f"word {x}" for x in tensors]
+        assert sums == [1.0, 1.0, 0.0, 1.0]
+        assert names == ["group 0", "group 1"]

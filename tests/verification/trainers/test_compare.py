@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("trl")
+
 from hf_context_parallel.verification.trainers.cases import TABLES
 from hf_context_parallel.verification.trainers.compare import (
     Finding,
@@ -17,7 +19,6 @@ from hf_context_parallel.verification.trainers.compare import (
     select,
 )
 
-pytest.importorskip("trl")
 CASES = dict(select([]))
 PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
 

@@ -1,0 +1,79 @@
+"""The module of TRL's trainers: its classes, its messages, and what is refused with them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+pytest.importorskip("trl")
+
+import trl
+
+import hf_context_parallel as hcp
+import hf_context_parallel.trl as ours
+from hf_context_parallel.verification.trainers.cases import CASES, OF_DEEPSPEED
+from hf_context_parallel.verification.trainers.run import make_trainer
+
+
+def test_each_class_is_that_of_trl_with_the_mixin():
+    for name in ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "Distillation"):
+        made = getattr(ours, f"{name}Trainer")
+        assert made.__mro__[1:3] == (hcp.ContextParallelMixin, getattr(trl, f"{name}Trainer"))
+    experimental = importlib.import_module("trl.experimental.orpo").ORPOTrainer
+    assert ours.ORPOTrainer.__mro__[1:3] == (hcp.ContextParallelMixin, experimental)
+    assert ours.ORPOTrainer is ours.ORPOTrainer
+    with pytest.raises(AttributeError, match="no attribute 'NoTrainer'"):
+        _ = ours.NoTrainer
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("1.15.3", "TRL 1.15.3 is older than 1.16"), (None, "needs TRL: `pip install 'trl>=1.16'`")]
+)
+def test_a_missing_or_old_trl_is_told(monkeypatch, version, said):
+    monkeypatch.delitem(sys.modules, "hf_context_parallel.trl")
+    if version is None:
+        monkeypatch.setitem(sys.modules, "trl", None)
+    else:
+        monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(ImportError, match=said.replace("(", r"\(")):
+        importlib.import_module("hf_context_parallel.trl")
+
+
+def test_a_newer_trl_is_told(monkeypatch, caplog):
+    monkeypatch.delitem(sys.modules, "hf_context_parallel.trl")
+    monkeypatch.setattr(trl, "__version__", "9.1.0")
+    importlib.import_module("hf_context_parallel.trl")
+    assert "TRL 9.1.0 is newer than 1.16, with which trainers were compared" in caplog.text
+
+
+def test_a_trl_without_a_method_of_the_mixin_is_told(monkeypatch):
+    monkeypatch.delitem(sys.modules, "hf_context_parallel.trl")
+    monkeypatch.delattr(trl.RLOOTrainer, "_generate_single_turn")
+    with pytest.raises(ValueError, match=r"trl .* has no RLOOTrainer._generate_single_turn"):
+        importlib.import_module("hf_context_parallel.trl")
+
+
+def refusal(case, folder: str) -> str:
+    """Make a trainer with `dynamic`, and return why it is refused."""
+    dynamic = hcp.ContextParallelConfig(size=2, dynamic=True, max_tokens_per_rank=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_context_parallel.verification.trainers.run.ContextParallelConfig", lambda size: dynamic)
+        try:
+            make_trainer(case, 2, 1, folder)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("SFT", "those of TRL log the mean over their calls"),
+        pytest.param("Trainer, ZeRO-1", "DeepSpeed counts each run", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_what_dynamic_groups_cannot_do_is_refused(on_ranks, tmp_path, name, said):
+    for found in on_ranks(2, refusal, {**CASES, **OF_DEEPSPEED}[name], str(tmp_path)):
+        assert said in found
