@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from unittest import mock
 
 import pytest
 
@@ -13,8 +14,9 @@ import trl
 
 import hf_context_parallel as hcp
 import hf_context_parallel.trl as ours
-from hf_context_parallel.verification.trainers.cases import CASES, OF_DEEPSPEED
+from hf_context_parallel.verification.trainers.cases import CASES, OF_DEEPSPEED, Case
 from hf_context_parallel.verification.trainers.run import make_trainer
+from tests.trainer.test_accelerate import refusal
 
 
 def test_each_class_is_that_of_trl_with_the_mixin():
@@ -55,16 +57,10 @@ def test_a_trl_without_a_method_of_the_mixin_is_told(monkeypatch):
         importlib.import_module("hf_context_parallel.trl")
 
 
-def refusal(case, folder: str) -> str:
-    """Make a trainer with `dynamic`, and return why it is refused."""
+def make_dynamic(case: Case, folder: str) -> None:
     dynamic = hcp.ContextParallelConfig(size=2, dynamic=True, max_tokens_per_rank=64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_context_parallel.verification.trainers.run.ContextParallelConfig", lambda size: dynamic)
-        try:
-            make_trainer(case, 2, 1, folder)
-        except ValueError as error:
-            return str(error)
-    return ""
+    with mock.patch("hf_context_parallel.verification.trainers.run.ContextParallelConfig", lambda size: dynamic):
+        make_trainer(case, 2, 1, folder)
 
 
 @pytest.mark.parametrize(
@@ -75,5 +71,5 @@ def refusal(case, folder: str) -> str:
     ],
 )
 def test_what_dynamic_groups_cannot_do_is_refused(on_ranks, tmp_path, name, said):
-    for found in on_ranks(2, refusal, {**CASES, **OF_DEEPSPEED}[name], str(tmp_path)):
+    for found in on_ranks(2, refusal, make_dynamic, {**CASES, **OF_DEEPSPEED}[name], str(tmp_path)):
         assert said in found
