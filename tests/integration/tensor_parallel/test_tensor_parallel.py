@@ -57,7 +57,13 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(
-    "model_type", ["llama", pytest.param("qwen2", marks=pytest.mark.exhaustive), "qwen3", "gemma2"]
+    "model_type",
+    [
+        pytest.param("llama", marks=pytest.mark.exhaustive),
+        pytest.param("qwen2", marks=pytest.mark.exhaustive),
+        "qwen3",
+        "gemma2",
+    ],
 )
 def test_a_plain_loop_gives_the_loss_and_gradients_of_one_process(on_ranks, tmp_path, model_type, settings):
     folder = saved(tmp_path, model_type)
