@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import BitsAndBytesConfig
 
 pytest.importorskip("trl")
 
+from hf_context_parallel.verification.trainers import run
 from hf_context_parallel.verification.trainers.cases import TABLES
 from hf_context_parallel.verification.trainers.compare import (
     Finding,
@@ -18,6 +23,8 @@ from hf_context_parallel.verification.trainers.compare import (
     page,
     select,
 )
+from tests.helpers.trainer import steps_of
+from tests.trainer.test_accelerate import launched, launcher_environment
 
 CASES = dict(select([]))
 PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
@@ -31,6 +38,23 @@ def test_a_run_is_that_without_cp(on_ranks, name):
     assert finding.state == ("exact" if CASES[name].refused is None else "refused"), finding
     [row] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {name} ")]
     assert finding.state in row
+
+
+def qlora(folder: str, size: int) -> tuple[bool, list[tuple[float, float]]]:
+    """Train adapters of a model of 4 bits, whose storage FSDP2 can divide."""
+    storage = {"bnb_4bit_quant_storage": torch.float32, "bnb_4bit_compute_dtype": torch.float32}
+    with mock.patch.object(run, "BitsAndBytesConfig", lambda **bits: BitsAndBytesConfig(**bits, **storage)):
+        trainer = run.make_trainer(CASES["QLoRA, 4 bits"], size, 1, folder)
+    trainer.train()
+    return isinstance(trainer.model_wrapped, FSDPModule), steps_of(trainer)
+
+
+@pytest.mark.exhaustive
+def test_qlora_under_fsdp2_is_that_of_one_process(on_ranks, tmp_path):
+    [(_, expected)] = on_ranks(1, qlora, f"{tmp_path}/whole", 0)
+    for is_sharded, found in on_ranks(2, launched, launcher_environment(), qlora, f"{tmp_path}/shards", 2):
+        assert is_sharded
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def result(**figures: float) -> Result:
