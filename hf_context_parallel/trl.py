@@ -20,6 +20,7 @@ import pkgutil
 from typing import Any
 
 from packaging.version import Version
+from transformers import Trainer, TrainingArguments
 
 from .compat import require
 from .trainer.mixin import ContextParallelMixin
@@ -70,6 +71,19 @@ class RLOOTrainer(ContextParallelMixin, trl.RLOOTrainer):
 
 class DistillationTrainer(ContextParallelMixin, trl.DistillationTrainer):
     """On-policy distillation from a teacher."""
+
+
+def stock_class(made: type[Trainer]) -> type[Trainer]:
+    """Return the class of TRL that a class with the mixin was made of."""
+    return next(base for base in made.__mro__ if base.__module__.startswith("trl."))
+
+
+def arguments_class(made: type[Trainer]) -> type[TrainingArguments]:
+    """Return the class of the arguments of a trainer with the mixin, which lies beside the trainer in TRL."""
+    stock = stock_class(made)
+    folder = importlib.import_module(stock.__module__.rsplit(".", 1)[0])
+    found: type[TrainingArguments] = getattr(folder, stock.__name__.removesuffix("Trainer") + "Config")
+    return found
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,8 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import operations, recursively_apply
 
+from ..compat import lookup
+
 _first_ranks: ContextVar[Sequence[int] | None] = ContextVar("first ranks of the CP groups", default=None)
 
 
@@ -36,7 +38,9 @@ def from_first_ranks(first_ranks: Sequence[int]) -> Iterator[None]:
 @functools.cache
 def _install() -> None:
     """Put the functions below in place of those that accelerate's `gather` and `gather_object` call."""
-    gather, gather_object = operations._gpu_gather, operations._gpu_gather_object
+    gather, gather_object = (
+        lookup(operations.__name__, name, "gathering by CP groups") for name in ("_gpu_gather", "_gpu_gather_object")
+    )
 
     @functools.wraps(gather)
     def gather_of_groups(tensor: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -15,6 +14,8 @@ from accelerate.state import GradientState
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..distributed.agreement import fingerprint, gather_numbers, odd_rank
+from ..distributed.mesh import world
 from ..distributed.process_groups import Groups
 
 
@@ -108,9 +109,8 @@ def _share_seed(loader: DataLoader) -> None:
 
 def _draw_alike() -> bool:
     """Return whether all ranks have the same random state of torch, as the Trainer seeds them. All ranks call this."""
-    states: list = [None] * dist.get_world_size()
-    dist.all_gather_object(states, hashlib.sha256(torch.get_rng_state().numpy().tobytes()).digest())
-    return len({*states}) == 1
+    [states] = gather_numbers(world(), fingerprint({"state": torch.get_rng_state()}))
+    return odd_rank(states) is None
 
 
 def _share_state(generator: torch.Generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,15 @@ def gather_numbers(ranks: Ranks, *mine: int) -> list[list[int]]:
     notes = notes.to(ranks.device)
     dist.all_reduce(notes, group=ranks.group)
     return notes.T.tolist()
+
+
+def of_first_rank(value: Any, ranks: Ranks) -> Any:
+    """Return a picklable value of the first rank. All ranks must call this."""
+    if ranks.size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, group=ranks.group, group_src=0, device=ranks.device)
+    return values[0]
 
 
 def raise_together(ranks: Ranks, failed: Sequence[int], error: Exception | None) -> None:

@@ -20,7 +20,6 @@ from pydantic.dataclasses import dataclass
 from transformers import CONFIG_MAPPING, DistributedConfig, TrainingArguments
 
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.trainer.generations import arguments_class
 
 from .errors import RecipeError, did_you_mean
 
@@ -182,7 +181,7 @@ def trl_classes(trainer: str) -> tuple[Any, type[TrainingArguments]]:
     except ImportError as error:
         raise RecipeError(f"trainer: {error}") from error
     made = getattr(ours, f"{TRAINERS[trainer]}Trainer")
-    return made, arguments_class(made)
+    return made, ours.arguments_class(made)
 
 
 @dataclass(config=STRICT)

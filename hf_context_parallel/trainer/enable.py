@@ -14,12 +14,11 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from transformers import Trainer
 
-from ..compat import attention_name
 from ..config import ContextParallelConfig
 from ..context_parallel import ContextParallel
 from ..data.accelerator import share_groups
-from ..integration.border.parallelize import decoders_of, parallelize
-from ..integration.model_registry import NAME, outermost_models
+from ..integration.border.parallelize import has_our_attention, parallelize
+from ..integration.model_registry import NAME
 from .accelerate import CP_SIZE, ENABLED, AnyDeviceParallelism
 from .mixin import ContextParallelMixin
 
@@ -107,6 +106,5 @@ def _is_on(arguments: Any) -> bool:
 def _is_ours(model: Any, arguments: Any) -> bool:
     """Return whether a model, or a name with arguments for loading it, has our attention."""
     if isinstance(model, torch.nn.Module):
-        inside = (decoder for outer in outermost_models(model) for _, decoder in decoders_of(outer))
-        return any(attention_name(decoder.config) == NAME for decoder in inside)
+        return has_our_attention(model)
     return (getattr(arguments, "model_init_kwargs", None) or {}).get("attn_implementation") == NAME

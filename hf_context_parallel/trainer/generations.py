@@ -1,14 +1,8 @@
-"""What trainers that generate need: how many samples a round has, and one draw for all ranks of a CP group."""
+"""Number of samples of a round of generation, counted by CP groups."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
-import torch.distributed as dist
 from transformers import TrainingArguments
-
-from ..distributed.mesh import Ranks
 
 
 def count_generations(args: TrainingArguments, groups: int, size: int) -> None:
@@ -41,24 +35,3 @@ def count_generations(args: TrainingArguments, groups: int, size: int) -> None:
                 f"{names} on {groups} CP groups is {samples} samples, which num_generations={generations} does not "
                 f"divide: the ranks of a CP group share their samples. Raise it to a multiple of {generations}."
             )
-
-
-def arguments_class(made: type) -> type[TrainingArguments]:
-    """Return the class of the arguments of a trainer of TRL, which lies beside it.
-
-    Args:
-        made: the class of TRL, or one with the mixin before it.
-    """
-    stock = next(base for base in made.__mro__ if base.__module__.startswith("trl."))
-    folder = importlib.import_module(stock.__module__.rsplit(".", 1)[0])
-    found: type[TrainingArguments] = getattr(folder, stock.__name__.removesuffix("Trainer") + "Config")
-    return found
-
-
-def of_first_rank(value: Any, ranks: Ranks) -> Any:
-    """Return a picklable value of the first rank. All ranks must call this."""
-    if ranks.size == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, group=ranks.group, group_src=0, device=ranks.device)
-    return values[0]

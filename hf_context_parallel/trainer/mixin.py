@@ -18,6 +18,7 @@ from ..context_parallel import ContextParallel
 from ..data.accelerator import share_groups
 from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
+from ..distributed.agreement import of_first_rank
 from ..distributed.failures import reported_failures
 from ..distributed.mesh import mesh_of
 from ..dynamic.scheduler import Scheduler
@@ -36,7 +37,7 @@ from .accelerate import (
     start_fsdp2,
     with_launched_size,
 )
-from .generations import count_generations, of_first_rank
+from .generations import count_generations
 from .metrics import StepWatch, count_steps, throughput
 from .refusals import check_trainer, check_versions
 from .step_state import StepState

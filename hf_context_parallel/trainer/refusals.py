@@ -20,7 +20,7 @@ UNDOCUMENTED = {
         "_finalize_training",
         "_maybe_log_save_evaluate",
     ),
-    Accelerator: ("_prepare_cp",),
+    Accelerator: ("_prepare_cp", "_prepare_deepspeed"),
     ParallelismConfig: ("_validate_accelerator",),
     PartialState: ("_shared_state",),
 }

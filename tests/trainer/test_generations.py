@@ -11,7 +11,7 @@ import pytest
 from hf_context_parallel.trainer.generations import count_generations
 from tests.helpers.vllm_server import serving
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="TRL needs Python 3.11")
 
 from hf_context_parallel.verification.trainers.cases import CASES
 from hf_context_parallel.verification.trainers.compare import largest_error

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="TRL needs Python 3.11")
 
 import trl
 

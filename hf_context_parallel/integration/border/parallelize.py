@@ -74,11 +74,12 @@ def models_to_shard(holder: object) -> list[torch.nn.Module]:
     """List the modules among the attributes of an object, and in its lists, that were loaded with our attention."""
     values = [x for value in vars(holder).values() for x in (value if isinstance(value, list) else [value])]
     modules = {id(x): x for x in values if isinstance(x, torch.nn.Module)}
-    return [
-        module
-        for module in modules.values()
-        if any(attention_name(decoder.config) == NAME for x in models_inside(module) for _, decoder in decoders_of(x))
-    ]
+    return [module for module in modules.values() if has_our_attention(module)]
+
+
+def has_our_attention(module: torch.nn.Module) -> bool:
+    """Return whether a module holds a model that was loaded with our attention."""
+    return any(attention_name(decoder.config) == NAME for x in models_inside(module) for _, decoder in decoders_of(x))
 
 
 def decoders_of(model: PreTrainedModel) -> list[tuple[PreTrainedModel, PreTrainedModel]]:

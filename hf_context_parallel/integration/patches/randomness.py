@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ...attention.scores import seed_of
 from ...cp_group import CPGroup
+from ...distributed.agreement import of_first_rank
 from ...distributed.mesh import Ranks
 
 
@@ -60,9 +61,7 @@ def share_streams(ranks: Ranks) -> None:
 
     Every rank must call this.
     """
-    states = _all_states()
-    dist.broadcast_object_list(states, group=ranks.group, group_src=0, device=ranks.device)
-    _set_all(states)
+    _set_all(of_first_rank(_all_states(), ranks))
 
 
 def take_streams_of_processes(number: int) -> None:

@@ -31,7 +31,6 @@ from ... import trl as ours
 from ...config import ContextParallelConfig
 from ...integration.border.parallelize import borders_of
 from ...integration.model_registry import NAME
-from ...trainer.generations import arguments_class
 from ...trainer.mixin import ContextParallelTrainer
 from ..types.tiny import tiny_config, tiny_model
 from .cases import Case
@@ -124,8 +123,7 @@ def classes_of(name: str) -> tuple[type[Trainer], type[TrainingArguments], type[
     if name == "Trainer":
         return Trainer, TrainingArguments, ContextParallelTrainer
     made = getattr(ours, name)
-    stock = next(base for base in made.__mro__ if base.__module__.startswith("trl."))
-    return stock, arguments_class(made), made
+    return ours.stock_class(made), ours.arguments_class(made), made
 
 
 def tokenized(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

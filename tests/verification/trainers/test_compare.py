@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import BitsAndBytesConfig
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="TRL needs Python 3.11")
 
 from hf_context_parallel.verification.trainers import run
 from hf_context_parallel.verification.trainers.cases import TABLES
