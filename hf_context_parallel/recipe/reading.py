@@ -22,7 +22,6 @@ from .schema import (
     LoraKeywords,
     ModelSection,
     Recipe,
-    TrainingKeywords,
     arguments_of,
     training_keywords,
 )
@@ -30,11 +29,11 @@ from .schema import (
 VALID_KEYS = {
     "model": {field.name for field in dataclasses.fields(ModelSection)},
     "data": {field.name for field in dataclasses.fields(DataSection)},
-    "training": set(TrainingKeywords.model_fields),
     "context_parallel": {field.name for field in dataclasses.fields(ContextParallelConfig)},
     "distributed": set(DistributedKeywords.model_fields),
     "lora": set(LoraKeywords.model_fields),
 }
+"""Valid keys of each section but `training`, whose keys are those of its trainer."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -52,7 +51,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read as a recipe ({error}). Correct the file or the override.") from error
     trainer = values.get("trainer") if isinstance(values, dict) else None
-    recipe_class = Recipe.for_trainer(trainer if isinstance(trainer, str) else None)
+    trainer = trainer if isinstance(trainer, str) else None  # the schema names a value of another type
+    recipe_class = Recipe.for_trainer(trainer)
     try:
         # From JSON, pydantic's strict mode accepts a mapping for a dataclass and a string for an enumeration.
         return TypeAdapter(recipe_class).validate_json(json.dumps(values))
@@ -61,7 +61,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError("\n".join([f"{path} is no valid recipe:", *explain(error, keys)])) from error
 
 
-def explain(error: ValidationError, keys: Mapping[str, set[str]] = VALID_KEYS) -> list[str]:
+def explain(error: ValidationError, keys: Mapping[str, set[str]]) -> list[str]:
     """Format the error as one line for each wrong key.
 
     Args:

@@ -163,6 +163,7 @@ def test_a_trainer_of_trl_brings_its_arguments(minimal):
             "training.betta: unknown key in the section 'training'. Did you mean 'beta'",
         ),
         (["training.beta=1.0"], "training.beta: unknown key in the section 'training'."),
+        (["trainer=[dpo]"], "trainer: Input should be a valid string"),
         (["trainer=grpo"], "trainer='grpo' and rewards=[] do not fit"),
         (["rewards=[a:b]"], "Add trainer: grpo"),
         (["trainer=dpo", "data.packing=true"], "data.packing=true does nothing with trainer='dpo'"),

@@ -88,7 +88,9 @@ CASES: dict[str, Case] = {
     "DPO, evaluation": Case("DPOTrainer", "preference", options={"eval_strategy": "steps", "eval_steps": 1}),
     "DPO, LoRA": Case("DPOTrainer", "preference", tuner="LoRA, `all-linear`"),
     "DPO, precomputed reference": Case("DPOTrainer", "preference", options={"precompute_ref_log_probs": True}),
-    "DPO, `padding_free`": Case("DPOTrainer", "preference", options={"padding_free": True}),
+    "DPO, `padding_free`, which TRL 1.16 does not apply": Case(
+        "DPOTrainer", "preference", options={"padding_free": True}
+    ),
     "KTO": Case("KTOTrainer", "unpaired"),
     "KTO, LoRA": Case("KTOTrainer", "unpaired", tuner="LoRA, `all-linear`"),
     "KTO, precomputed reference": Case("KTOTrainer", "unpaired", options={"precompute_ref_log_probs": True}),
