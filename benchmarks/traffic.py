@@ -129,8 +129,8 @@ def planned(layout: Layout, documents: list[int]) -> Traffic:
     for rank in range(layout.size):
         for step in build_plan(layout, Mask(layout.length, (row,)), rank).steps:
             for kind, transfers in enumerate(((*step.forwards, *step.direct_sends), step.grad_sends)):
-                for peer, start, stop in transfers:
-                    counts[:, kind] += (stop - start) * np.array([1, peer // NODE != rank // NODE])
+                for transfer in transfers:
+                    counts[:, kind] += transfer.tokens * np.array([1, transfer.peer // NODE != rank // NODE])
     return Traffic(*counts.flatten().tolist())
 
 

@@ -52,7 +52,7 @@ def draw_steps(axes: plt.Axes) -> None:
             axes.text(number + 0.39, rank + 0.5, what, ha="center", va="center", fontsize=8)
             for transfer in plan.steps[number + 1].receives if number + 1 < RANKS else ():
                 start, end = (number + 0.74, transfer.peer + 0.5), (number + 1.04, rank + 0.5)
-                size = transfer.stop - transfer.start
+                size = transfer.tokens
                 style = {"arrowstyle": "->", "color": "#333333", "linewidth": size, "shrinkA": 0, "shrinkB": 0}
                 axes.annotate("", end, start, arrowprops=style)
     axes.set(xlim=(0, RANKS), ylim=(RANKS, 0))

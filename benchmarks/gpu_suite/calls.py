@@ -12,11 +12,10 @@ import torch
 
 from hf_context_parallel.attention.kernels.base import Kernel
 from hf_context_parallel.attention.kernels.registry import KERNELS
-from hf_context_parallel.attention.merge import begin, merge_
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 
-from .measure import DTYPES, errors
+from .measure import DTYPES, errors, merged
 
 ALL, ROW, LSE = 0.01, 0.06, 1e-3
 """Largest errors that are explained by bfloat16: of whole tensors, of a row, and of an LSE (absolute)."""
@@ -115,9 +114,8 @@ def compare(kernel: Kernel, reference: Kernel, call: Segments, heads: Heads, dev
     found = {f"output {k}": v for k, v in errors(output, expected).items()}
     found["lse"] = (lse.float() - expected_lse).abs().max().item()
     every = Segments(call.queries, tuple((0, 50) for _ in call.keys))
-    whole, whole_lse = begin(len(query), call.query_runs, expected, expected_lse, torch.float32)
     other = reference.forward(exact[0], other_key.float(), other_value.float(), every, scores)
-    merge_(whole, whole_lse, call.query_runs, *other)
+    whole, whole_lse = merged(call, len(query), (expected, expected_lse), other)
     gradients = kernel.backward(grad, query, key, value, whole.to(query.dtype), whole_lse, call, scores)
     rounded = whole.to(query.dtype).float()  # as the kernel gets it
     truth = reference.backward(grad.float(), *exact, rounded, whole_lse, call, scores)
@@ -130,7 +128,7 @@ def determinism(kernel: Kernel, call: Segments, device: torch.device) -> dict[st
     """Check that `deterministic=True` gives the same bits twice."""
     query, key, value, *_, grad = _tensors(call, HEADS[6], device)
     scores = Scores(128**-0.5, deterministic=True)
-    whole, lse = begin(len(query), call.query_runs, *kernel.forward(query, key, value, call, scores), torch.float32)
+    whole, lse = merged(call, len(query), kernel.forward(query, key, value, call, scores))
     runs = [kernel.backward(grad, query, key, value, whole.to(query.dtype), lse, call, scores) for _ in range(3)]
     same = all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again))
     return {"what": f"{kernel.name}, deterministic", "right": same}

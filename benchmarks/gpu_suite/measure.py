@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from hf_context_parallel.attention.totals import Output, Places
+from hf_context_parallel.planning.portions import portions_of
+from hf_context_parallel.planning.tiles import Segments
+
 WARM_UP = 2
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 """Dtype of the computation on each device. Many CPUs have no arithmetic in bfloat16."""
@@ -78,3 +82,12 @@ def errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
         "all": (difference.norm() / (norm.norm() + 1e-30)).item(),
         "row": (difference / norm.clamp_min(floor)).max().item(),
     }
+
+
+def merged(call: Segments, rows: int, *parts: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge outputs and LSE of the queries of a call over different keys, as the ring does."""
+    output = Output(Places(portions_of([call.query_runs] * len(parts), rows)))
+    for number, part in enumerate(parts):
+        output.add(number, *part)
+    assert output.value is not None  # there is a part
+    return output.value

@@ -15,9 +15,10 @@ import torch
 from hf_context_parallel.attention.executor import attention
 from hf_context_parallel.attention.kernels.base import Kernel
 from hf_context_parallel.attention.kernels.registry import KERNELS
-from hf_context_parallel.attention.merge import merge_
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
+from hf_context_parallel.attention.totals import combining
+from hf_context_parallel.distributed.rows import Rows
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, whole_rows
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Segments
@@ -137,16 +138,18 @@ def ours(kernel: Kernel, query, key, value, grad, segments: Segments) -> Call:
 
 
 def merging(tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time the merging of a part into sums, and a copy of the same bytes."""
+    """Time the merging of a second part into a third, and a copy of the same bytes."""
     part = torch.randn(tokens, HEADS, DIM, device=device, dtype=DTYPES[device.type])
     lse = torch.randn(HEADS, tokens, device=device).T
     output, total = torch.randn(tokens, HEADS, DIM, device=device), torch.randn(tokens, HEADS, device=device)
-    found = measure(lambda: merge_(output, total, ((0, tokens),), part, lse), device)
+    combine, rows = combining(part), Rows.of_runs([(0, tokens)])
+    found = measure(lambda: combine.merge_rows(output, part, output, total, lse, rows, rows), device)
     least = part.numel() * 2 + output.numel() * 8
     flat = torch.empty(least // 2, dtype=torch.uint8, device=device)
     other = torch.empty_like(flat)
     copied = median_ms(lambda: other.copy_(flat), device)
-    yield {"what": f"merging {tokens} rows", **found, "of a copy of the same bytes": found["ms"] / copied}
+    how = combine.__name__.rpartition(".")[2]
+    yield {"what": f"merging {tokens} rows, {how}", **found, "of a copy of the same bytes": found["ms"] / copied}
 
 
 def small_calls(kernel: Kernel, device: torch.device) -> dict[str, Any]:

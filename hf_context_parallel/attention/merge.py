@@ -1,54 +1,76 @@
-"""Merging of attention over some keys with attention over other keys, by log-sum-exp (LSE)."""
+"""Combination of rows of two tensors: sums, and outputs of attention merged by log-sum-exp (LSE)."""
 
 from __future__ import annotations
 
 import torch
 
-from ..planning.intervals import Interval
+from ..distributed.messages import accumulation_dtype
+from ..distributed.rows import Rows, in_common
 
 
-def begin(
-    tokens: int,
-    runs: tuple[Interval, ...],
-    part_output: torch.Tensor,
-    part_lse: torch.Tensor,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE of `tokens` rows in `dtype`, made of a first part.
-
-    If the part has all rows, it is the output itself. Rows that it does not have are 0, with an LSE of -inf.
-    """
-    if runs == ((0, tokens),):
-        return part_output.to(dtype), part_lse.to(dtype)
-    output = part_output.new_zeros(tokens, *part_output.shape[1:], dtype=dtype)
-    lse = part_lse.new_full((tokens, *part_lse.shape[1:]), float("-inf"), dtype=dtype)
-    merge_(output, lse, runs, part_output, part_lse)
-    return output, lse
-
-
-def merge_(
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    runs: tuple[Interval, ...],
-    part_output: torch.Tensor,
-    part_lse: torch.Tensor,
-) -> None:
-    """Merge a part into `output` and `lse`, in place.
-
-    With L = log(exp(lse) + exp(part_lse)), the output over both sets of keys is their mean with weights exp(lse - L)
-    and exp(part_lse - L) (Milakov and Gimelshein, 2018, arXiv:1805.02867).
+def add_rows(source: torch.Tensor, part: torch.Tensor, target: torch.Tensor, rows: Rows, of_part: Rows) -> None:
+    """Write `source[rows] + part[of_part]` to `target[rows]`, rounded once.
 
     Args:
-        output, lse: `[T, H, D]` and `[T, H]`, in the accumulation dtype. Rows that have read no key yet are 0 and
-            -inf.
-        runs: the rows of `output` that the part holds, in order.
-        part_output, part_lse: `[total of runs, H, D]` and `[total of runs, H]`. Every row has read a key.
+        source, target: `[T, ...]`. They may be the same tensor.
+        part: `[P, ...]`.
     """
-    offset = 0
-    for start, stop in runs:
-        part = slice(offset, offset + stop - start)
-        offset = part.stop
-        merged = torch.logaddexp(lse[start:stop], part_lse[part])
-        weight = (part_lse[part] - merged).exp_()
-        output[start:stop].lerp_(part_output[part].to(output.dtype), weight.unsqueeze(-1))
-        lse[start:stop] = merged
+    common = in_common(part, of_part, target, rows)
+    if common is None:
+        target.index_copy_(0, rows.index(target.device), _sum(rows.of(source), of_part.of(part)).to(target.dtype))
+        return
+    for here, there in common:
+        if source.dtype == target.dtype:
+            torch.add(source[there], part[here], out=target[there])
+        else:
+            target[there].copy_(_sum(source[there], part[here]))
+
+
+def _sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left.to(accumulation_dtype(left.dtype)) + right
+
+
+def merge_rows(
+    source: torch.Tensor,
+    part: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    part_lse: torch.Tensor,
+    rows: Rows,
+    of_part: Rows,
+) -> None:
+    """Merge `source[rows]` with `part[of_part]` into `target[rows]`, and their LSE into `lse[rows]`.
+
+    With L = log(exp(lse) + exp(part_lse)), the output over both sets of keys is their mean with weights exp(lse - L)
+    and exp(part_lse - L) (Milakov and Gimelshein, 2018, arXiv:1805.02867). A row with an LSE of -inf has read no key.
+
+    Args:
+        source, target: `[T, H, D]`. They may be the same tensor.
+        part: `[P, H, D]`.
+        lse, part_lse: `[T, H]` in the accumulation dtype, and `[P, H]`.
+    """
+    common = in_common(part, of_part, target, rows)
+    if common is None:
+        merged, weight = _weight(rows.of(lse), of_part.of(part_lse))
+        index = rows.index(target.device)
+        target.index_copy_(0, index, _mean(rows.of(source), of_part.of(part), weight).to(target.dtype))
+        lse.index_copy_(0, index, merged)
+        return
+    for here, there in common:
+        merged, weight = _weight(lse[there], part_lse[here])
+        if source.dtype == part.dtype == target.dtype == weight.dtype:
+            torch.lerp(source[there], part[here], weight, out=target[there])
+        else:
+            target[there].copy_(_mean(source[there], part[here], weight))
+        lse[there] = merged
+
+
+def _weight(lse: torch.Tensor, part_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the merged LSE `[R, H]`, and the weight of the part `[R, H, 1]`, which is 0 if no key was read."""
+    merged = torch.logaddexp(lse, part_lse.to(lse.dtype))
+    weight = (part_lse - merged).exp_().masked_fill_(merged == float("-inf"), 0.0)
+    return merged, weight.unsqueeze(-1)
+
+
+def _mean(output: torch.Tensor, part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(output.to(weight.dtype), part.to(weight.dtype), weight)

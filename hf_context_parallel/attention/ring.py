@@ -7,7 +7,8 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from itertools import chain
 from typing import Any
 
@@ -15,14 +16,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype
+from ..distributed.rows import Rows
 from ..distributed.side_stream import GradientStream
-from ..planning.intervals import Interval
-from ..planning.plan import Plan, Step, Transfer
+from ..planning.plan import Plan
 from .kernels.base import Kernel
-from .merge import begin, merge_
+from .prepared import Parcel, PreparedPlan, PreparedStep, prepared
 from .profiling import span
 from .scores import Scores
-from .sinks import sinks_gradient, with_sinks
+from .sinks import add_sinks, sinks_gradient
+from .totals import Output, Places, Sum
 from .ulysses import SharedHeads
 
 
@@ -77,7 +79,7 @@ class _Attention(torch.autograd.Function):
                     query, key_value = shared.to_heads(query, key_value)
             output, lse = _forward(query, key_value, key_dim, plan, exchange, kernel, scores)
             if sinks is not None:
-                output, lse = with_sinks(output, lse, sinks[heads])
+                lse = add_sinks(output, lse, sinks[heads])
             output = output.to(dtype)
         ctx.save_for_backward(query, key_value, sinks, output, lse)
         # Backward may run in a thread of autograd, where the active batch cannot be looked up. So it is all kept here.
@@ -118,27 +120,26 @@ def _forward(
     kernel: Kernel,
     scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the output `[T, H, D_v]` and its LSE `[T, H]`, in the accumulation dtype."""
-    dtype, tokens = accumulation_dtype(query.dtype), len(query)
-    output: torch.Tensor | None = None
-    lse: torch.Tensor | None = None
-    for number, step, keys in _exchanged("forward", plan, exchange, key_value):
-        for index, call in enumerate(step.calls):
-            with span(f"forward/step{number}/compute"):
-                part, part_lse = kernel.forward(
-                    query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index)
-                )
-            with span(f"forward/step{number}/merge"):
-                if output is None or lse is None:
-                    output, lse = begin(tokens, call.query_runs, part, part_lse, dtype)
-                else:
-                    merge_(output, lse, call.query_runs, part, part_lse)
-            del part, part_lse
-        del keys  # else it would be a fourth buffer while the next one is allocated
-    if output is None or lse is None:  # this rank holds only padding
-        output = query.new_zeros(*query.shape[:2], key_value.shape[-1] - key_dim, dtype=dtype)
-        lse = query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
-    return output, lse
+    """Compute the output `[T, H, D_v]`, and its LSE `[T, H]` in the accumulation dtype."""
+    ready, number_of_call = prepared(plan), 0
+    output = Output(ready.queries)
+    with closing(_exchanged("forward", ready, exchange, key_value)) as exchanged:
+        for number, step, keys in exchanged:
+            for index, call in enumerate(step.step.calls):
+                with span(f"forward/step{number}/compute"):
+                    part = kernel.forward(
+                        query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index)
+                    )
+                with span(f"forward/step{number}/merge"):
+                    output.add(number_of_call, *part)
+                number_of_call += 1
+                del part
+            del keys  # else it would be a fourth buffer while the next one is allocated
+    if output.value is not None:
+        return output.value
+    # This rank holds only padding.
+    empty = query.new_zeros(*query.shape[:2], key_value.shape[-1] - key_dim)
+    return empty, query.new_full(query.shape[:2], float("-inf"), dtype=accumulation_dtype(query.dtype))
 
 
 def _backward(
@@ -156,58 +157,61 @@ def _backward(
     """Compute the gradients of the query and of this rank's keys/values.
 
     Returns:
-        `[T, H, D]` in the dtype of the query, and `[T, H_kv, D + D_v]` in the accumulation dtype.
+        `[T, H, D]` in the dtype of the query, and `[T, H_kv, D + D_v]` in the accumulation dtype if they are sums.
     """
-    dtype, stream = accumulation_dtype(query.dtype), GradientStream(query.device)
-    grad_query = _Sum(query, dtype)
-    previous: Step | None = None
+    ready, stream, number_of_call = prepared(plan), GradientStream(query.device), 0
+    grad_query = Sum(ready.queries)
+    previous: PreparedStep | None = None
     grad_own: torch.Tensor | None = None
     leaving: torch.Tensor | None = None
-    exchanged: Iterator[tuple[int, Step, torch.Tensor]] = _exchanged("backward", plan, exchange, key_value)
-    after: list[tuple[int, None, None]] = [(len(plan.steps), None, None)]
+    after: list[tuple[int, None, None]] = [(len(ready.steps), None, None)]
     number: int
-    step: Step | None
+    step: PreparedStep | None
     keys: torch.Tensor | None
-    for number, step, keys in chain(exchanged, after):
-        with stream, span(f"backward/step{number}/send sums"):
-            joined, returned, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
-        sent = leaving
-        if step is not None and keys is not None:
-            grad_keys = _Sum(keys, dtype)
-            for index, call in enumerate(step.calls):
-                key, value = keys[..., :key_dim], keys[..., key_dim:]
-                arguments = grad_output, query, key, value, output, lse, call, scores.of(number, index)
-                with span(f"backward/step{number}/compute"):
-                    dq, dk, dv = kernel.backward(*arguments)
-                with span(f"backward/step{number}/merge"):
-                    grad_query.add(call.query_runs, dq)
-                    grad_keys.add(call.key_runs, torch.cat([dk, dv], dim=-1))
-                del arguments, key, value, dq, dk, dv
-            leaving = grad_keys.total()
-        del keys
-        stream.follow()
-        with stream:
-            with span(f"backward/step{number}/wait sums"):
-                pending.wait()
-            with span(f"backward/step{number}/add sums"):
-                _add(leaving, joined)
-                _add(grad_own, returned)
-        stream.keep(sent)
-        grad_own = leaving if grad_own is None else grad_own
-        previous = step
-        del joined, returned, sent  # else they would be alive while the next ones are allocated
+    with closing(_exchanged("backward", ready, exchange, key_value)) as exchanged:
+        for number, step, keys in chain(exchanged, after):
+            with stream, span(f"backward/step{number}/send sums"):
+                joined, returned, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
+            sent = leaving
+            if step is not None and keys is not None:
+                grad_keys = _KeySums(step.keys, keys, key_dim, ready.travels)
+                for index, call in enumerate(step.step.calls):
+                    key, value = keys[..., :key_dim], keys[..., key_dim:]
+                    arguments = grad_output, query, key, value, output, lse, call, scores.of(number, index)
+                    with span(f"backward/step{number}/compute"):
+                        dq, dk, dv = kernel.backward(*arguments)
+                    with span(f"backward/step{number}/merge"):
+                        grad_query.add(number_of_call, dq)
+                        grad_keys.add(index, dk, dv)
+                    number_of_call += 1
+                    del arguments, key, value, dq, dk, dv
+                leaving = grad_keys.total()
+            del keys
+            stream.follow()
+            with stream:
+                with span(f"backward/step{number}/wait sums"):
+                    pending.wait()
+                with span(f"backward/step{number}/add sums"):
+                    _add(leaving, joined)
+                    _add(grad_own, returned)
+            stream.keep(sent)
+            grad_own = leaving if grad_own is None else grad_own
+            previous = step
+            del joined, returned, sent  # else they would be alive while the next ones are allocated
     stream.join()
     assert grad_own is not None  # a plan has at least one step
-    return grad_query.total().to(query.dtype), grad_own
+    total = torch.zeros_like(query) if grad_query.value is None else grad_query.value
+    return total.to(query.dtype), grad_own
 
 
 def _exchanged(
-    direction: str, plan: Plan, exchange: Exchange, own: torch.Tensor
-) -> Iterator[tuple[int, Step, torch.Tensor]]:
+    direction: str, plan: PreparedPlan, exchange: Exchange, own: torch.Tensor
+) -> Generator[tuple[int, PreparedStep, torch.Tensor], None, None]:
     """Yield each step with its number and its keys. The next keys travel while the caller computes with these.
 
-    At most three buffers are alive: this rank's own keys, the keys of this step, and the keys that arrive. Around this
-    generator `enumerate` would keep a fourth, since it frees an item only when it has the next one.
+    At most three buffers are alive: this rank's own keys, the keys of this step, and the keys that arrive. If messages
+    hold scattered rows, these land in a fourth one. Around this generator `enumerate` would keep one more, since it
+    frees an item only when it has the next one.
     """
     held = own
     for number, (step, upcoming) in enumerate(zip(plan.steps, (*plan.steps[1:], None))):
@@ -215,19 +219,30 @@ def _exchanged(
             yield number, step, held
             return
         with span(f"{direction}/step{number}/send"):
-            arriving = own.new_empty(upcoming.tokens, *own.shape[1:])
-            sends = _messages(upcoming.forwards, held) + _messages(upcoming.direct_sends, own)
-            pending = _post(exchange, plan.rank, sends, _messages(upcoming.receives, arriving))
-            del sends  # else they would keep the keys of this step alive when buffers of later steps are allocated
-        yield number, step, held
-        with span(f"{direction}/step{number}/wait"):
-            pending.wait()
+            arriving = own.new_empty(upcoming.step.tokens, *own.shape[1:])
+            landings, apart = upcoming.receives.landings(arriving)
+            sends = [(parcel.peer, parcel.taken(held)) for parcel in upcoming.forwards]
+            sends += [(parcel.peer, parcel.taken(own)) for parcel in upcoming.direct_sends]
+            pending = _post(exchange, plan.rank, sends, landings)
+            del sends, landings  # else they would keep keys alive when buffers of later steps are allocated
+        try:
+            yield number, step, held
+        finally:  # buffers must not be freed while messages are written to them
+            with span(f"{direction}/step{number}/wait"):
+                pending.wait()
+        with span(f"{direction}/step{number}/order"):
+            upcoming.receives.settle(apart, arriving)
         held = arriving
+        del apart, arriving
 
 
 def _post_gradients(
-    exchange: Exchange, rank: int, previous: Step | None, leaving: torch.Tensor | None, step: Step | None
-) -> tuple[list[tuple[Transfer, torch.Tensor]], list[tuple[Transfer, torch.Tensor]], Pending]:
+    exchange: Exchange,
+    rank: int,
+    previous: PreparedStep | None,
+    leaving: torch.Tensor | None,
+    step: PreparedStep | None,
+) -> tuple[list[tuple[Rows, torch.Tensor]], list[tuple[Rows, torch.Tensor]], Pending]:
     """Send the gradient sums `leaving` of the step before, and receive others.
 
     Returns:
@@ -236,20 +251,21 @@ def _post_gradients(
     if previous is None or leaving is None:
         return [], [], Pending()
 
-    def expect(transfers: tuple[Transfer, ...], like: torch.Tensor = leaving) -> list[tuple[Transfer, torch.Tensor]]:
-        return [(transfer, like.new_empty(transfer.stop - transfer.start, *like.shape[1:])) for transfer in transfers]
+    def expect(parcels: list[Parcel], like: torch.Tensor = leaving) -> list[tuple[Parcel, torch.Tensor]]:
+        return [(parcel, like.new_empty(parcel.tokens, *like.shape[1:])) for parcel in parcels]
 
-    joined, returned = expect(step.grad_receives if step else ()), expect(previous.grad_returns)
-    receives = [(transfer.peer, part) for transfer, part in joined + returned]
-    pending = _post(exchange, rank, _messages(previous.grad_sends, leaving), receives)
-    return joined, returned, pending
+    joined, returned = expect(step.grad_receives if step else []), expect(previous.grad_returns)
+    sends = [(parcel.peer, parcel.taken(leaving)) for parcel in previous.grad_sends]
+    pending = _post(exchange, rank, sends, [(parcel.peer, part) for parcel, part in joined + returned])
+    by_rows = ([(parcel.rows, part) for parcel, part in parts] for parts in (joined, returned))
+    return next(by_rows), next(by_rows), pending
 
 
-def _add(sums: torch.Tensor | None, parts: list[tuple[Transfer, torch.Tensor]]) -> None:
+def _add(sums: torch.Tensor | None, parts: list[tuple[Rows, torch.Tensor]]) -> None:
     """Add the parts that have arrived to their rows of `sums`, which may be None if there are no parts."""
-    for transfer, part in parts:
+    for rows, part in parts:
         assert sums is not None
-        sums[transfer.start : transfer.stop] += part
+        Rows.move(part, None, sums, rows, add=True)
 
 
 def _post(exchange: Exchange, rank: int, sends: list[Message], receives: list[Message]) -> Pending:
@@ -261,29 +277,35 @@ def _post(exchange: Exchange, rank: int, sends: list[Message], receives: list[Me
     return pending
 
 
-def _messages(transfers: tuple[Transfer, ...], buffer: torch.Tensor) -> list[Message]:
-    """Messages of the ranges of `buffer`. They are contiguous views, since tokens are its first dimension."""
-    return [(transfer.peer, buffer[transfer.start : transfer.stop]) for transfer in transfers]
+class _KeySums:
+    """Sums of the gradients of a step's keys/values, `[tokens, H_kv, D + D_v]`.
 
+    They are in the accumulation dtype. If each row is of one call and nothing travels, they are in the dtype of the
+    call.
+    """
 
-class _Sum:
-    """Sum of parts, in the shape of a tensor and in `dtype`. Rows without a part are 0."""
-
-    def __init__(self, like: torch.Tensor, dtype: torch.dtype):
-        self._shape, self._dtype, self._device = like.shape, dtype, like.device
+    def __init__(self, places: Places, keys: torch.Tensor, key_dim: int, travels: bool):
+        self._places, self._key_dim = places, key_dim
+        # The keys themselves are not held, so that they are freed.
+        self._shape, self._dtype, self._device = keys.shape, keys.dtype, keys.device
+        self._adds = travels or places.most > 1
         self._total: torch.Tensor | None = None
+        self._sums: list[Sum] = []
 
-    def add(self, runs: tuple[Interval, ...], part: torch.Tensor) -> None:
-        """Add `part`, which holds the rows `runs` one after another."""
-        if self._total is None and runs == ((0, self._shape[0]),):
-            self._total = part.to(self._dtype)  # a part with all rows, as in each step of one document
-            return
-        total, offset = self.total(), 0
-        for start, stop in runs:
-            total[start:stop] += part[offset : offset + stop - start]
-            offset += stop - start
+    def add(self, number: int, *parts: torch.Tensor) -> None:
+        """Add the gradients of keys and of values of call `number`."""
+        if self._total is None:
+            dtype = accumulation_dtype(parts[0].dtype) if self._adds else parts[0].dtype
+            self._total = self._allocate(dtype)
+            views = self._total[..., : self._key_dim], self._total[..., self._key_dim :]
+            self._sums = [Sum(self._places, view) for view in views]
+        for total, part in zip(self._sums, parts):
+            total.add(number, part)
 
     def total(self) -> torch.Tensor:
-        if self._total is None:
-            self._total = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        return self._total
+        """The sums, once all calls are added."""
+        return self._allocate(accumulation_dtype(self._dtype)) if self._total is None else self._total
+
+    def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
+        make = torch.empty if self._places.complete else torch.zeros
+        return make(self._shape, dtype=dtype, device=self._device)

@@ -10,14 +10,18 @@ from __future__ import annotations
 import torch
 
 
-def with_sinks(output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add the sinks `[H]` to an output `[T, H, D]` and an LSE `[T, H]` over keys.
+def add_sinks(output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Add the sinks `[H]` to an output `[T, H, D]`, in place, given its LSE `[T, H]` over keys.
 
     The output of a query that reads no key stays 0.
+
+    Returns:
+        The LSE `[T, H]` over keys and sinks.
     """
     merged = torch.logaddexp(lse, sinks.to(lse.dtype))
     weight = (lse - merged).exp_().masked_fill_(lse == float("-inf"), 0.0)  # where it is NaN if the sink is -inf too
-    return output * weight.unsqueeze(-1), merged
+    output.mul_(weight.unsqueeze(-1))
+    return merged
 
 
 def sinks_gradient(

@@ -153,18 +153,19 @@ def with_padding(strategy: Strategy, layout: Layout, mask: Mask) -> Strategy:
     return strategy if pair is None else replace(strategy, padding=build_plan(layout, pair[0], strategy.rank, pair[1]))
 
 
-def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank: int) -> Strategy:
+def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank: int, together: int = 1) -> Strategy:
     """Make the part of `rank` in computing `mask` by the strategy `comm_type`.
 
     Args:
         inner: number of ranks of a subgroup, which exchange heads. It divides the size of the layout. It is 1 for p2p
             and all_gather.
+        together: number of owners whose keys a ring computes with at each step. It is the same on all ranks.
     """
     tokens = len(mask.rows) * layout.local_length(rank)
     if comm_type == "all_gather":
         return Strategy(comm_type, rank, 1, tokens, build_gathering_plan(layout, mask, rank))
     if inner == 1:
-        return Strategy(comm_type, rank, 1, tokens, build_plan(layout, mask, rank))
+        return Strategy(comm_type, rank, 1, tokens, build_plan(layout, mask, rank, together=together))
     apart, exchanged = _split(layout, mask)
     own: Plan | None = build_own_plan(layout, apart, rank)
     if not any(exchanged.rows):
@@ -179,7 +180,7 @@ def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank:
         rows = torch.arange(len(mask.rows))[:, None] * len(whole)
         moving.append(Rows(travels.flatten().nonzero().flatten()))
         places.append(Rows((rows + torch.searchsorted(whole, positions))[travels]))
-    plan = build_plan(merged, exchanged, rank // inner)
+    plan = build_plan(merged, exchanged, rank // inner, together=together)
     return Strategy(comm_type, rank, inner, tokens, plan, own, None, tuple(moving), tuple(places))
 
 

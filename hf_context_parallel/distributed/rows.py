@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ class Rows:
 
     def __init__(self, numbers: torch.Tensor):
         self._numbers = numbers
-        self._on: dict[torch.device, torch.Tensor] = {}
+        self._on: dict[tuple[torch.device, int], torch.Tensor] = {}
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1 if len(numbers) else numbers
         self._ranges: list[tuple[int, int]] | None = None
         """First row and number of rows of each range, or None if there are `FEW` ranges or more."""
@@ -29,57 +29,75 @@ class Rows:
                 (int(numbers[start]), stop - start) for start, stop in zip(edges, edges[1:]) if start < stop
             ]
 
+    @classmethod
+    def of_runs(cls, runs: Sequence[tuple[int, int]]) -> Rows:
+        """Rows of half-open intervals, one after another."""
+        return cls(torch.cat([torch.arange(start, stop) for start, stop in runs]))
+
     def __len__(self) -> int:
         return len(self._numbers)
+
+    @property
+    def run(self) -> slice | None:
+        """The rows as one slice, or None if they are several ranges."""
+        if self._ranges is None or len(self._ranges) != 1:
+            return None
+        first, count = self._ranges[0]
+        return slice(first, first + count)
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Take these rows of `x`, one after another. One range is returned as a view."""
         if self._ranges is None:
-            return x.index_select(0, self._index(x.device))
+            return x.index_select(0, self.index(x.device))
         parts = [x[first : first + count] for first, count in self._ranges]
         return parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
 
-    def _index(self, device: torch.device) -> torch.Tensor:
-        """Index on a device. It is made once for each device."""
-        if device not in self._on:
-            self._on[device] = self._numbers.to(device, non_blocking=True)
-        return self._on[device]
+    def index(self, device: torch.device) -> torch.Tensor:
+        """Index `[n]` on a device. It is made once for each of its streams, and copied without a wait of the host."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        if (device, stream) not in self._on:
+            pinned = self._numbers.pin_memory() if device.type == "cuda" else self._numbers
+            self._on[device, stream] = pinned.to(device, non_blocking=True)
+        return self._on[device, stream]
 
     @staticmethod
     def move(
         source: torch.Tensor, taken: Rows | None, target: torch.Tensor, put: Rows | None, add: bool = False
     ) -> None:
         """Copy the rows `taken` of `source` to the rows `put` of `target`, or add them. None means all rows."""
-        here_ranges = _all(source) if taken is None else taken._ranges
-        there_ranges = _all(target) if put is None else put._ranges
-        if here_ranges is None or there_ranges is None:
+        common = in_common(source, taken, target, put)
+        if common is None:
             moved = source if taken is None else taken.of(source)
             if put is None:
                 target.add_(moved) if add else target.copy_(moved)
             elif add:
-                target.index_add_(0, put._index(target.device), moved)
+                target.index_add_(0, put.index(target.device), moved.to(target.dtype))
             else:
-                target.index_copy_(0, put._index(target.device), moved)
+                target.index_copy_(0, put.index(target.device), moved.to(target.dtype))
             return
-        for here, there, count in _common(here_ranges, there_ranges):
-            part = target[there : there + count]
-            part.add_(source[here : here + count]) if add else part.copy_(source[here : here + count])
+        for here, there in common:
+            target[there].add_(source[here]) if add else target[there].copy_(source[here])
 
 
-def _all(x: torch.Tensor) -> list[tuple[int, int]]:
-    return [(0, len(x))]
+def in_common(
+    source: torch.Tensor, taken: Rows | None, target: torch.Tensor, put: Rows | None
+) -> Iterator[tuple[slice, slice]] | None:
+    """Cut rows of two tensors into slices with equally many rows, or return None if an index takes less time.
 
-
-def _common(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Cut two lists of ranges with equally many rows at the same places.
-
-    Yields:
-        The first row of each cut range on the left and on the right, and its number of rows.
+    Args:
+        taken, put: as many rows of `source` as of `target`. None means all rows.
     """
+    left = [(0, len(source))] if taken is None else taken._ranges
+    right = [(0, len(target))] if put is None else put._ranges
+    return None if left is None or right is None else _common(left, right)
+
+
+def _common(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
     here, there = ([list(pair) for pair in reversed(side)] for side in (left, right))
     while here and there:
-        count = min(here[-1][1], there[-1][1])
-        yield here[-1][0], there[-1][0], count
+        (first, left_over), (second, right_over) = here[-1], there[-1]
+        count = min(left_over, right_over)
+        yield slice(first, first + count), slice(second, second + count)
         for side in (here, there):
             side[-1][0] += count
             side[-1][1] -= count

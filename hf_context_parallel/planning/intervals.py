@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 Interval = tuple[int, int]
@@ -42,6 +43,12 @@ def difference(left: list[Interval], right: list[Interval]) -> list[Interval]:
     edges = [low, *(edge for interval in right for edge in interval), high]
     gaps = [(max(low, start), min(high, stop)) for start, stop in zip(edges[::2], edges[1::2])]
     return intersection(left, [gap for gap in gaps if gap[0] < gap[1]])
+
+
+def near(interval: Interval, intervals: list[Interval]) -> list[Interval]:
+    """Select those of sorted intervals that meet or touch an interval."""
+    first = bisect_left(intervals, interval[0], key=lambda other: other[1])
+    return intervals[first : bisect_right(intervals, interval[1], lo=first, key=lambda other: other[0])]
 
 
 def total(intervals: Iterable[Interval]) -> int:

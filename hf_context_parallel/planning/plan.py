@@ -6,6 +6,9 @@ forwarded from rank r + 1. Otherwise they come straight from their owner. So eac
 reads, once, and no other key, whatever the mask. Neighbours that read the same keys pass them on as in a ring. In one
 long document all keys travel in this way.
 
+A step may have several owners, `together`: at step k those from rank r + (k - 1) * together + 1 on. Keys are then forwarded
+from rank r + together.
+
 Partial sums of key/value gradients follow the keys one step behind. Each reader adds its own gradients to the sum. It
 sends the sum to the rank that it forwarded those keys to. The last reader sends the sum to the owner.
 
@@ -17,21 +20,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from .intervals import Interval, total
 from .layout import Layout
 from .mask import Mask
-from .read_sets import ReadSets, within
-from .tiles import Segments
+from .read_sets import Buffer, Pair, ReadSets
+from .tiles import Segments, joined
+
+FEW_RUNS = 2
+"""Largest number of runs between two ranks that are sent as messages of their own, as the two chunks of zigzag are."""
 
 
 class Transfer(NamedTuple):
-    """Tokens `[start, stop)` of a buffer, to or from rank `peer` of the group."""
+    """One message to or from rank `peer` of the group: rows of a buffer, in the order in which they travel."""
 
     peer: int
-    start: int
-    stop: int
+    rows: tuple[Interval, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of rows."""
+        return total(self.rows)
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,11 @@ class Step:
     """Work and messages of one rank at one step. Ranges are of the key buffer of the step, unless said otherwise.
 
     Args:
-        tokens: length of the key buffer, which holds the owner's keys that this rank reads. At step 0 the buffer
+        tokens: length of the key buffer, which holds the owners' keys that this rank reads. At step 0 the buffer
             holds all keys of this rank.
         calls: the tiles to compute, as kernel calls.
         receives: keys that arrive, and the ranks that send them.
-        forwards: keys to send on to rank r - 1, as ranges of the buffer of the step before.
+        forwards: keys to send on to rank r - together, as ranges of the buffer of the step before.
         direct_sends: keys to send to readers whose neighbour has not read them, as ranges of this rank's own keys.
         grad_receives: partial gradients to add to those of this rank.
         grad_sends: sums of gradients to send on, and the ranks that receive them.
@@ -81,13 +92,18 @@ class Plan:
     Args:
         rank, size: this rank and the ranks of its group.
         tokens: number of tokens that this rank holds, all rows counted.
-        steps: the first one computes with this rank's own keys. In a ring there are as many steps as ranks.
+        steps: the first one computes with this rank's own keys.
     """
 
     rank: int
     size: int
     tokens: int
     steps: tuple[Step, ...]
+
+    @cached_property
+    def kept(self) -> dict[str, Any]:
+        """Cache in which the ring keeps what it makes of the plan, since every layer executes the same plan."""
+        return {}
 
     @property
     def pairs(self) -> int:
@@ -106,18 +122,18 @@ class Plan:
 
     def _others(self, of_steps: Iterable[tuple[Transfer, ...]]) -> int:
         """Count the tokens of transfers to other ranks."""
-        return sum(t.stop - t.start for transfers in of_steps for t in transfers if t.peer != self.rank)
+        return sum(t.tokens for transfers in of_steps for t in transfers if t.peer != self.rank)
 
 
-def build_plan(layout: Layout, mask: Mask, rank: int, readers: Mask | None = None) -> Plan:
+def build_plan(layout: Layout, mask: Mask, rank: int, readers: Mask | None = None, together: int = 1) -> Plan:
     """Make the plan of `rank` for a batch with this mask, dealt to the ranks by this layout.
 
     Args:
         readers: tokens that read the documents in place of their own tokens; see `readers_in_padding`.
+        together: number of owners whose keys are computed with at each step.
     """
-    reads = ReadSets(layout, mask, readers)
-    steps = [_own_step(reads, rank)]
-    steps += [_step(reads, rank, distance) for distance in range(1, layout.size)]
+    reads = ReadSets(layout, mask, readers, together)
+    steps = [_own_step(reads, rank), *(_step(reads, rank, number) for number in reads.steps())]
     return Plan(rank, layout.size, steps[0].tokens, tuple(steps))
 
 
@@ -138,53 +154,75 @@ def build_gathering_plan(layout: Layout, mask: Mask, rank: int) -> Plan:
     reads = ReadSets(layout, mask)
     tokens = reads.tokens(rank)
     gathered = reads.gathered(rank)
-    arrivals = tuple(Transfer(key.owner, key.at, key.at + key.stop - key.start) for key in gathered)
-    departures = tuple(
-        Transfer(reader, key.start, key.stop)
-        for reader in range(layout.size)
-        for key in (gathered if reader == rank else reads.gathered(reader))
-        if key.owner == rank
-    )
+    departures: tuple[Transfer, ...] = ()
+    arrivals: dict[int, tuple[Transfer, ...]] = {}
+    for other in range(layout.size):
+        arrivals[other] = _transfers(other, _of_owner(gathered, other))[1]
+        theirs = gathered if other == rank else reads.gathered(other)
+        departures += _transfers(other, _of_owner(theirs, rank))[0]
+    arriving = tuple(transfer for transfers in arrivals.values() for transfer in transfers)
     computing = Step(
-        tokens=arrivals[-1].stop if arrivals else 0,
+        tokens=gathered.tokens,
         calls=reads.gathered_calls(rank, gathered),
-        receives=arrivals,
+        receives=arriving,
         direct_sends=departures,
-        grad_sends=arrivals,
+        grad_sends=arriving,
         grad_returns=departures,
     )
     return Plan(rank, layout.size, tokens, (Step(tokens, ()), computing))
 
 
+def _of_owner(buffer: Buffer, owner: int) -> list[Pair]:
+    """Rows of an owner that a buffer holds, and rows of the buffer."""
+    held = (keys for keys in buffer.held if keys.owner == owner)
+    return [((keys.start, keys.stop), (keys.at, keys.at + keys.stop - keys.start)) for keys in held]
+
+
 def _own_step(reads: ReadSets, rank: int) -> Step:
     """Make the step with the own keys of `rank`."""
     tokens = reads.tokens(rank)
-    return Step(tokens, reads.calls(rank, rank, ((0, tokens),) if tokens else ()))
+    return Step(tokens, reads.own_calls(rank) if tokens else ())
 
 
-def _step(reads: ReadSets, rank: int, distance: int) -> Step:
-    """Make step `distance` of `rank`."""
+def _step(reads: ReadSets, rank: int, number: int) -> Step:
+    """Make a step of `rank` with keys of other ranks."""
     size = reads.layout.size
-    owner, reader = (rank + distance) % size, (rank - distance) % size
-    before, after = (rank - 1) % size, (rank + 1) % size
-    held = reads.needed(rank, owner)
-    # Sender and receiver make their lists from the same sets, in the same order, so the lists match.
-    forwarded, direct = reads.forwarded(rank, owner), reads.direct(rank, owner)
-    previous_owner = (rank + distance - 1) % size
-    sent_on = reads.forwarded(before, previous_owner)
-    passed, returned = reads.forwarded(before, owner), reads.last(rank, owner)
+    before, after = (rank - reads.together) % size, (rank + reads.together) % size
+    receives = _transfers(after, reads.forwards(rank, number))[1]
+    direct_sends: tuple[Transfer, ...] = ()
+    grad_returns: tuple[Transfer, ...] = ()
+    returned: tuple[Transfer, ...] = ()
+    # Sender and receiver make their messages from the same pairs, in the same order, so the messages match.
+    for distance in reads.distances_of(number):
+        owner, reader = (rank + distance) % size, (rank - distance) % size
+        receives += _transfers(owner, reads.direct(rank, number, distance))[1]
+        direct_sends += _transfers(reader, reads.direct(reader, number, distance))[0]
+        returned += _transfers(owner, reads.last(rank, number, distance))[1]
+        grad_returns += _transfers(reader, reads.last(reader, number, distance))[0]
     return Step(
-        tokens=total(held),
-        calls=reads.calls(rank, owner, held),
-        receives=_transfers(after, forwarded, held) + _transfers(owner, direct, held),
-        forwards=_transfers(before, sent_on, reads.needed(rank, previous_owner)),
-        direct_sends=tuple(Transfer(reader, *interval) for interval in reads.direct(reader, rank)),
-        grad_receives=_transfers(after, forwarded, held),
-        grad_sends=_transfers(before, passed, held) + _transfers(owner, returned, held),
-        grad_returns=tuple(Transfer(reader, *interval) for interval in reads.last(reader, rank)),
+        tokens=reads.buffer(rank, number).tokens,
+        calls=reads.calls(rank, number),
+        receives=receives,
+        forwards=_transfers(before, reads.forwards(before, number))[0],
+        direct_sends=direct_sends,
+        grad_receives=_transfers(after, reads.forwards(rank, number))[1],
+        grad_sends=_transfers(before, reads.forwards(before, number + 1))[0] + returned,
+        grad_returns=grad_returns,
     )
 
 
-def _transfers(peer: int, intervals: list[Interval], buffer: list[Interval]) -> tuple[Transfer, ...]:
-    """Make transfers of `intervals`, which are of a rank's tokens, as ranges of `buffer`."""
-    return tuple(Transfer(peer, *within(interval, buffer)) for interval in intervals)
+def _transfers(peer: int, pairs: list[Pair]) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+    """Make the transfers between a rank and `peer`, on both sides: one message, or a message for each of few runs.
+
+    A run lies side by side on both sides, so it is sent from where it lies, and lands where it is used. More runs are
+    packed into one message.
+    """
+    runs: list[Pair] = []
+    for here, there in pairs:
+        if runs and (runs[-1][0][1], runs[-1][1][1]) == (here[0], there[0]):
+            here, there = (runs[-1][0][0], here[1]), (runs.pop()[1][0], there[1])
+        runs.append((here, there))
+    messages = [(run,) for run in runs] if len(runs) <= FEW_RUNS else [tuple(runs)]
+    sides = ([joined(tuple(run[side] for run in message)) for message in messages] for side in (0, 1))
+    left, right = (tuple(Transfer(peer, rows) for rows in side) for side in sides)
+    return left, right

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 
-from .intervals import Interval, difference, intersection, union
+from .intervals import Interval, difference, intersection, near, union
 from .layout import Layout
 from .mask import Mask
 from .pieces import Piece, extend, pieces_of_documents, runs_of
@@ -16,8 +18,8 @@ Tile: TypeAlias = tuple[Interval, Interval, Band]
 """A query range, the key range that it reads, and the band."""
 
 
-class _Gathered(NamedTuple):
-    """Keys `[start, stop)` of `owner`. The first is at `position` in the sequence, and at `at` in the buffer."""
+class Held(NamedTuple):
+    """Keys `[start, stop)` of `owner` in a buffer. The first is at `position` in the sequence, in row `at`."""
 
     owner: int
     start: int
@@ -27,6 +29,43 @@ class _Gathered(NamedTuple):
     at: int
 
 
+class Buffer:
+    """Key buffer of a step: keys of other ranks, one after another.
+
+    Args:
+        keys: owner, document and piece of the keys, in order.
+    """
+
+    def __init__(self, keys: Iterable[tuple[int, int, Piece]]):
+        self.held: list[Held] = []
+        self.tokens = 0
+        for owner, document, piece in keys:
+            self.held.append(Held(owner, *piece, document, self.tokens))
+            self.tokens += piece.stop - piece.start
+        self._of_owner: dict[int, list[Held]] = {}
+        for held in sorted(self.held):
+            self._of_owner.setdefault(held.owner, []).append(held)
+
+    def rows(self, owner: int, start: int, stop: int) -> Interval:
+        """Rows of the keys `[start, stop)` of `owner`, which lie side by side in the buffer."""
+        held = self._of_owner[owner]
+        found = held[bisect_right(held, start, key=lambda keys: keys.start) - 1]
+        assert found.start <= start and stop <= found.stop, f"{start, stop} is not in {found}"
+        return found.at + start - found.start, found.at + stop - found.start
+
+    def pieces(self) -> dict[int, list[Piece]]:
+        """Keys of each document, as pieces of the buffer in its order."""
+        pieces: dict[int, list[Piece]] = {}
+        for keys in self.held:
+            run = Piece(keys.at, keys.at + keys.stop - keys.start, keys.position)
+            extend(pieces.setdefault(keys.document, []), run)
+        return pieces
+
+
+Pair: TypeAlias = tuple[Interval, Interval]
+"""The same keys as rows of two buffers, or of a buffer and of the rank that owns them."""
+
+
 class ReadSets:
     """Keys of each `owner` that each `reader` reads, and the ranks that send them.
 
@@ -34,11 +73,13 @@ class ReadSets:
         layout: the rank of each token.
         mask: the documents, whose tokens read each other by its pattern.
         readers: tokens that read the documents in place of their own tokens: a mask with as many documents.
+        together: number of owners whose keys a reader reads at each step.
     """
 
-    def __init__(self, layout: Layout, mask: Mask, readers: Mask | None = None):
+    def __init__(self, layout: Layout, mask: Mask, readers: Mask | None = None, together: int = 1):
         self.layout = layout
         self.mask = mask
+        self.together = together
         both = zip(_edges(mask), _edges(mask if readers is None else readers))
         self.spans = [max(a[1], b[1]) - min(a[0], b[0]) for a, b in both]
         self.documents = pieces_of_documents(layout, mask)
@@ -46,7 +87,9 @@ class ReadSets:
         self.are_apart = readers is not None
         self.queries = self.documents if readers is None else pieces_of_documents(layout, readers)
         self.read_by = _by_rank(self.queries, layout.size)
+        self.reads = lru_cache(maxsize=None)(self._reads)
         self.needed = lru_cache(maxsize=None)(self._needed)
+        self.buffer = lru_cache(maxsize=None)(self._buffer)
 
     def tokens(self, rank: int) -> int:
         """Number of tokens that a rank holds, all rows counted."""
@@ -80,43 +123,123 @@ class ReadSets:
             return (0 if causal else None), None
         return (0 if causal else 1 - window), window - 1
 
-    def _needed(self, reader: int, owner: int) -> list[Interval]:
-        """Keys of `owner` that `reader` reads."""
-        reads = []
+    def _reads(self, reader: int, owner: int) -> dict[int, list[Piece]]:
+        """Keys of `owner` that `reader` reads, as pieces of each document."""
+        found = {}
         for number, queries, keys in self._shared(reader, owner):
             if self.distances(number)[1] is None:
-                queries = queries[-1:]  # the last piece of a document reads all keys that earlier ones read
-            for query in queries:
-                reads += [(key.start, key.stop) for key in self._visible(number, query, keys)]
-        return union(reads)
+                # The last piece of a document reads all keys that earlier ones read.
+                read = self._visible(number, queries[-1], keys)
+            else:
+                read = [piece for key in keys for piece in self._windowed(number, queries, key)]
+            if read:
+                found[number] = read
+        return found
 
-    def forwarded(self, reader: int, owner: int) -> list[Interval]:
-        """Keys that the rank after `reader` forwards to it, after reading them one step earlier."""
-        after = (reader + 1) % self.layout.size
-        return (
-            intersection(self.needed(reader, owner), self.needed(after, owner)) if owner not in (reader, after) else []
-        )
+    def _windowed(self, number: int, queries: list[Piece], key: Piece) -> Iterator[Piece]:
+        """Yield the parts of a piece of keys that queries read under a window."""
+        visible = (part for query in queries for part in self._visible(number, query, [key]))
+        for first, last in union((part.position, part.end) for part in visible):
+            part = key.clip(first, last)
+            assert part is not None  # since it is read
+            yield part
 
-    def direct(self, reader: int, owner: int) -> list[Interval]:
-        """Keys that `reader` gets from their owner."""
-        return difference(self.needed(reader, owner), self.forwarded(reader, owner))
+    def _needed(self, reader: int, owner: int) -> list[Interval]:
+        """Keys of `owner` that `reader` reads, as intervals of the owner's tokens."""
+        return union((piece.start, piece.stop) for read in self.reads(reader, owner).values() for piece in read)
 
-    def last(self, reader: int, owner: int) -> list[Interval]:
-        """Keys that `reader` does not forward, so that it returns the sum of their gradients to the owner."""
-        return difference(self.needed(reader, owner), self.forwarded((reader - 1) % self.layout.size, owner))
+    def steps(self) -> range:
+        """Numbers of the steps that compute with keys of other ranks."""
+        return range(1, 1 + -(-(self.layout.size - 1) // self.together))
 
-    def calls(self, reader: int, owner: int, buffer: list[Interval] | tuple[Interval, ...]) -> tuple[Segments, ...]:
-        """Tiles of the queries of `reader` and the keys of `owner`, grouped into calls. Keys index `buffer`."""
-        tiles = [
-            tile
-            for number, queries, keys in self._shared(reader, owner)
-            for tile in self._tiles(number, queries, keys, reader == owner)
-        ]
-        return _calls([(query, within(key, buffer), band) for query, key, band in tiles])
+    def distances_of(self, number: int) -> range:
+        """Distances from a reader to the owners whose keys it reads at a step."""
+        first = 1 + (number - 1) * self.together
+        return range(first, min(first + self.together, self.layout.size))
 
-    def gathered(self, reader: int) -> list[_Gathered]:
-        """All keys that `reader` reads, its own included, by document and then in the order of the sequence."""
-        gathered, at = [], 0
+    def _buffer(self, reader: int, number: int) -> Buffer:
+        """Key buffer of a reader at a step.
+
+        Its keys are ordered by documents. Under a window they are in the order of the sequence, so that neighbours
+        make one tile. Otherwise keys that more queries read come first, so that each query reads a run of keys; among
+        those, keys of one owner lie side by side, so that they arrive in one run.
+        """
+        keys = []
+        for distance in self.distances_of(number):
+            owner = (reader + distance) % self.layout.size
+            for document, pieces in self.reads(reader, owner).items():
+                queries, windowed = self.queries[document][reader], self.distances(document)[1] is not None
+                for piece in pieces:
+                    unread = 0 if windowed else sum(not self._visible(document, query, [piece]) for query in queries)
+                    order = document, unread, 0 if windowed else distance, piece.position
+                    keys.append((order, owner, piece))
+        keys.sort(key=lambda key: key[0])
+        return Buffer((owner, order[0], piece) for order, owner, piece in keys)
+
+    def _forwarded(self, reader: int, distance: int) -> list[Interval]:
+        """Keys of the owner at `distance` that `reader` gets from a rank that read them one step earlier."""
+        if not self.together < distance < self.layout.size:
+            return []
+        owner, after = ((reader + apart) % self.layout.size for apart in (distance, self.together))
+        return intersection(self.needed(reader, owner), self.needed(after, owner))
+
+    def forwards(self, reader: int, number: int) -> list[Pair]:
+        """Keys that are forwarded to `reader` at a step, by rank `reader + together`.
+
+        Returns:
+            Rows of that rank's buffer of the step before, and rows of the reader's buffer.
+        """
+        if number not in self.steps():
+            return []
+        before = self.buffer((reader + self.together) % self.layout.size, number - 1) if number > 1 else None
+        forwarded = {}
+        for distance in self.distances_of(number):
+            forwarded[(reader + distance) % self.layout.size] = self._forwarded(reader, distance)
+        pairs = []
+        for keys in self.buffer(reader, number).held:
+            for start, stop in intersection([(keys.start, keys.stop)], near(keys[1:3], forwarded[keys.owner])):
+                assert before is not None  # nothing is forwarded at the first step
+                at = keys.at + start - keys.start
+                pairs.append((before.rows(keys.owner, start, stop), (at, at + stop - start)))
+        return pairs
+
+    def direct(self, reader: int, number: int, distance: int) -> list[Pair]:
+        """Keys that `reader` gets from the owner at `distance`: rows of the owner, and rows of the reader's buffer."""
+        owner = (reader + distance) % self.layout.size
+        return self._of_owner(reader, number, owner, self._forwarded(reader, distance))
+
+    def last(self, reader: int, number: int, distance: int) -> list[Pair]:
+        """Keys of the owner at `distance` that `reader` does not forward, so that it returns their gradients.
+
+        Returns:
+            Rows of the owner, and rows of the reader's buffer.
+        """
+        owner, before = ((reader + apart) % self.layout.size for apart in (distance, -self.together))
+        return self._of_owner(reader, number, owner, self._forwarded(before, distance + self.together))
+
+    def _of_owner(self, reader: int, number: int, owner: int, without: list[Interval]) -> list[Pair]:
+        """Rows of an owner that a reader holds at a step, and rows of its buffer, without some of the owner's rows."""
+        pairs = []
+        for keys in self.buffer(reader, number).held:
+            if keys.owner == owner:
+                for start, stop in difference([(keys.start, keys.stop)], near(keys[1:3], without)):
+                    pairs.append(((start, stop), (keys.at + start - keys.start, keys.at + stop - keys.start)))
+        return pairs
+
+    def own_calls(self, rank: int) -> tuple[Segments, ...]:
+        """Tiles of the queries of a rank and its own keys, grouped into calls. Keys index the tokens of the rank."""
+        tiles = (self._tiles(number, queries, keys, own=True) for number, queries, keys in self._shared(rank, rank))
+        return _calls(list(chain.from_iterable(tiles)))
+
+    def calls(self, reader: int, number: int) -> tuple[Segments, ...]:
+        """Tiles of the queries of a reader and the keys of a step, grouped into calls. Keys index the buffer."""
+        keys = self.buffer(reader, number).pieces()
+        queries = {document: self.queries[document][reader] for document in keys}
+        return _calls([tile for d in keys for tile in self._tiles(d, queries[d], keys[d], own=False)])
+
+    def gathered(self, reader: int) -> Buffer:
+        """All keys that a reader reads, its own included, by document and then in the order of the sequence."""
+        found = []
         for number in sorted(self.of_rank[reader]):
             owners = self.documents[number]
             read = self._positions_read(number, owners[reader])
@@ -125,9 +248,8 @@ class ReadSets:
                 for _, owner, whole in pieces:
                     piece = whole.clip(first, last)
                     if piece is not None:
-                        gathered.append(_Gathered(owner, *piece, number, at))
-                        at += piece.stop - piece.start
-        return gathered
+                        found.append((owner, number, piece))
+        return Buffer(found)
 
     def _positions_read(self, number: int, queries: list[Piece]) -> list[Interval]:
         """Positions of document `number` that these queries read."""
@@ -142,15 +264,11 @@ class ReadSets:
             for query in queries
         )
 
-    def gathered_calls(self, reader: int, gathered: list[_Gathered]) -> tuple[Segments, ...]:
+    def gathered_calls(self, reader: int, gathered: Buffer) -> tuple[Segments, ...]:
         """Tiles of the queries of `reader` and all keys that they read, grouped into calls."""
-        runs: dict[int, list[Piece]] = {}
-        for key in gathered:
-            run = Piece(key.at, key.at + key.stop - key.start, key.position)
-            extend(runs.setdefault(key.document, []), run)
         first: list[Tile] = []
         later: list[Tile] = []
-        for number, keys in runs.items():
+        for number, keys in gathered.pieces().items():
             nearest, furthest = self.distances(number)
             for index, query in enumerate(self.documents[number][reader]):
                 tiles = later if index else first
@@ -247,13 +365,3 @@ def _loosened(call: Segments) -> Segments:
 def _order(band: Band) -> tuple[bool, int, bool, int]:
     """Sort key of calls: those with a limit to the right come first."""
     return band.right is None, band.right or 0, band.left is not None, band.left or 0
-
-
-def within(interval: Interval, buffer: list[Interval] | tuple[Interval, ...]) -> Interval:
-    """Translate an interval of a rank's tokens to a buffer that holds the intervals `buffer` one after another."""
-    offset = 0
-    for start, stop in buffer:
-        if start <= interval[0] and interval[1] <= stop:
-            return offset + interval[0] - start, offset + interval[1] - start
-        offset += stop - start
-    raise AssertionError(f"{interval} is not in {buffer}")

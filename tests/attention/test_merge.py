@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_context_parallel.attention import ring as planned_ring
+from hf_context_parallel.attention import merge
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 from tests.helpers.ring import KERNELS, dense, ring, tensors
@@ -19,21 +19,20 @@ def errors(size, mask, whole, kernel):
 def sum_in(dtype, monkeypatch):
     """Make the ring keep its sums in `dtype`: round them after each addition, and when they travel."""
 
-    def merge(output, *args, merge_=planned_ring.merge_):
-        merge_(output, *args)
-        output.copy_(output.to(dtype))
+    def rounding(combine):
+        def combine_and_round(source, part, target, *args):
+            combine(source, part, target, *args)
+            target.copy_(target.to(dtype))
 
-    def add(rows, *args, add=planned_ring._Sum.add):
-        add(rows, *args)
-        rows.total().copy_(rows.total().to(dtype))
+        return combine_and_round
 
     def post(exchange, sends, receives, post=SimulatedExchange.post):
         for _, tensor in sends:
             tensor.copy_(tensor.to(dtype))
         return post(exchange, sends, receives)
 
-    monkeypatch.setattr(planned_ring, "merge_", merge)
-    monkeypatch.setattr(planned_ring._Sum, "add", add)
+    monkeypatch.setattr(merge, "merge_rows", rounding(merge.merge_rows))
+    monkeypatch.setattr(merge, "add_rows", rounding(merge.add_rows))
     monkeypatch.setattr(SimulatedExchange, "post", post)
 
 

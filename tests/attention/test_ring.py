@@ -35,6 +35,13 @@ def test_masks(name, size, kernel):
     check(zigzag(mask.length, size), mask, tensors(mask), kernel)
 
 
+@pytest.mark.parametrize("size, together", [(3, 2), (4, 2), (4, 3), pytest.param(8, 3, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", MASKS)
+def test_keys_of_several_owners_in_a_step(name, size, together):
+    mask = MASKS[name]
+    check(zigzag(mask.length, size), mask, tensors(mask), together=together)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("size", [1, 3, EIGHT])
 @pytest.mark.parametrize("name", SHAPES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_context_parallel.attention.kernels.registry import choose_kernel
+from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.distributed import messages as exchanges
 from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
@@ -111,6 +112,31 @@ def test_buffers_alive_at_a_time(size):
     for keys, gradients in run(size, counted):
         assert 1 <= keys.most <= 3 and tokens <= keys.most_rows <= 3 * tokens
         assert tokens <= gradients.most_rows <= 5 * tokens
+
+
+@pytest.mark.parametrize("way, together", [("all_gather", 1), ("p2p", 1), ("p2p", 3)])
+def test_messages_do_not_grow_with_documents(way, together):
+    """Check that 500 documents, each on all ranks, take 14 messages a pass and direction at most."""
+    size, length = 8, 64
+    layout, mask = zigzag(length, size), Mask(length, whole_rows(500, length))
+    for rank in (0, 3):
+        strategy = build_strategy(way, 1, layout, mask, rank, together)
+        keys = [(*step.forwards, *step.direct_sends) for step in strategy.plan.steps]
+        gradients = [step.grad_sends for step in strategy.plan.steps]
+        received = [step.receives for step in strategy.plan.steps]
+        for transfers in (keys, gradients, received):
+            assert 1 <= sum(t.peer != rank for of_step in transfers for t in of_step) <= 14
+    runs = [len(t.rows) for of_step in (*keys, *received) for t in of_step]
+    assert max(runs) >= 500 or (together == 1 and way == "p2p")  # there, keys are read as they lie
+
+
+@pytest.mark.parametrize("together, calls", [(1, 8), (2, 5), (3, 4)])
+def test_steps_with_several_owners_take_fewer_calls(together, calls):
+    """Check the kernel calls of a causal document on 8 ranks. Each but the first is merged."""
+    layout, mask = zigzag(256, 8), Mask(256, whole_rows(1, 256))
+    plans = [build_plan(layout, mask, rank, together=together) for rank in range(8)]
+    assert {sum(len(step.calls) for step in plan.steps) for plan in plans} == {calls}
+    assert {plan.pairs for plan in plans} == {256 * 257 // 2 // 8}
 
 
 def test_a_process_groups_messages(monkeypatch):

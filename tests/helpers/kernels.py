@@ -3,8 +3,9 @@
 import torch
 from hypothesis import strategies as st
 
-from hf_context_parallel.attention.merge import merge_
+from hf_context_parallel.attention.merge import merge_rows
 from hf_context_parallel.attention.scores import Scores
+from hf_context_parallel.distributed.rows import Rows
 from hf_context_parallel.planning.tiles import CAUSAL, Band, Segments
 from tests.helpers.simulated import dense_attention, in_band
 
@@ -87,7 +88,8 @@ def by_kernel(kernel, calls, scores, query, key, value, grad):
     for call in calls:
         part, part_lse = kernel.forward(query, key, value, call, scores)
         assert part.dtype in (query.dtype, exact) and part_lse.dtype == exact
-        merge_(output, lse, call.query_runs, part, part_lse)
+        everything = Rows.of_runs([(0, len(part))])
+        merge_rows(output, part, output, lse, part_lse, Rows.of_runs(call.query_runs), everything)
     grads = [torch.zeros_like(x, dtype=exact) for x in (query, key, value)]
     for call in calls:
         shares = kernel.backward(grad, query, key, value, output.to(query.dtype), lse, call, scores)

@@ -41,12 +41,23 @@ def share(layout, rank, x):
     return x[:, layout.positions(rank)].flatten(0, 1)
 
 
-def on_rank(exchange, layout, mask, whole, kernel, prepare=lambda x: x, scores=PLAIN, sinks=None, way=("p2p", 1)):
+def on_rank(
+    exchange,
+    layout,
+    mask,
+    whole,
+    kernel,
+    prepare=lambda x: x,
+    scores=PLAIN,
+    sinks=None,
+    way=("p2p", 1),
+    together=1,
+):
     """Compute output and gradients of query, key, value (and sinks) on one rank."""
     query, key, value, grad = (prepare(share(layout, exchange.rank, x)) for x in whole)
     inputs = [query, key, value, *([] if sinks is None else [sinks])]
     leaves = [x.detach().requires_grad_() for x in inputs]
-    strategy = build_strategy(*way, layout, mask, exchange.rank)
+    strategy = build_strategy(*way, layout, mask, exchange.rank, together)
     how = {"exchange": exchange, "kernel": kernel, "scores": scores, "sinks": None if sinks is None else leaves[3]}
     output = attention(*leaves[:3], strategy=strategy, **how)
     output.backward(grad)
@@ -72,10 +83,11 @@ def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x, **how):
 NAMES = ("output", "dq", "dk", "dv", "dsinks")
 
 
-def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x, kept=None, way=("p2p", 1), **how):
+def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x, kept=None, way=("p2p", 1), together=1, **how):
     """Assert that the ranks compute the same as dense attention."""
     expected = dense(mask, *whole, **how, kept=kept)
-    for name, got, truth in zip(NAMES, ring(layout, mask, whole, kernel, prepare, way=way, **how), expected):
+    found = ring(layout, mask, whole, kernel, prepare, way=way, together=together, **how)
+    for name, got, truth in zip(NAMES, found, expected):
         torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 

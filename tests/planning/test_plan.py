@@ -77,7 +77,7 @@ def check_buffers(plan):
         everything = [(0, step.tokens)] if step.tokens else []
         assert union(keys for _, keys, _ in tiles(step)) == everything
         for transfers in (step.receives, step.grad_sends):
-            ranges = [(transfer.start, transfer.stop) for transfer in transfers]
+            ranges = [interval for transfer in transfers for interval in transfer.rows]
             assert union(ranges) == everything and total(ranges) == step.tokens
 
 
@@ -102,17 +102,25 @@ def deliver(sends, receives):
 
 
 def outgoing(transfers, buffer):
-    return [(transfer.peer, buffer[transfer.start : transfer.stop]) for transfer in transfers]
+    return [(transfer.peer, buffer[rows_of(transfer)]) for transfer in transfers]
 
 
 def incoming(*transfers):
-    return [(transfer.peer, transfer.stop - transfer.start) for transfer in transfers]
+    return [(transfer.peer, transfer.tokens) for transfer in transfers]
 
 
-def travel(plans, owned):
+def rows_of(transfer):
+    return np.concatenate([np.arange(*interval) for interval in transfer.rows])
+
+
+def travel(plans, owned, together=1):
     """Carry out the forward pass: list the tokens in the key buffer of each rank at each step."""
     buffers = [[own] for own in owned]
-    for number in range(1, len(plans)):
+
+    def distances(number):
+        return range(1 + (number - 1) * together, min(1 + number * together, len(plans)))
+
+    for number in range(1, len(plans[0].steps)):
         steps = [plan.steps[number] for plan in plans]
         arrived = deliver(
             [
@@ -124,15 +132,15 @@ def travel(plans, owned):
         for rank, (step, messages) in enumerate(zip(steps, arrived)):
             buffer = np.full(step.tokens, -1)
             for transfer, tokens in zip(step.receives, messages):
-                buffer[transfer.start : transfer.stop] = tokens
-            assert set(buffer) <= set(owned[(rank + number) % len(plans)])
+                buffer[rows_of(transfer)] = tokens
+            assert set(buffer) <= set(np.concatenate([owned[(rank + d) % len(plans)] for d in distances(number)]))
             buffers[rank].append(buffer)
     return buffers
 
 
 def return_gradients(plans, partial):
     """Carry out the backward pass: sum, at their owners, the `partial` gradients of each rank's key buffers."""
-    size = len(plans)
+    size = len(plans[0].steps)
     for number in range(1, size + 1):
         before = [plan.steps[number - 1] for plan in plans]
         joins = [plan.steps[number].grad_receives if number < size else () for plan in plans]
@@ -142,9 +150,9 @@ def return_gradients(plans, partial):
         )
         for sums, joining, step, messages in zip(partial, joins, before, arrived):
             for transfer, part in zip(joining, messages):
-                sums[number][transfer.start : transfer.stop] += part
+                sums[number][rows_of(transfer)] += part
             for transfer, part in zip(step.grad_returns, messages[len(joining) :]):
-                sums[0][transfer.start : transfer.stop] += part
+                sums[0][rows_of(transfer)] += part
     return [sums[0] for sums in partial]
 
 
@@ -154,14 +162,14 @@ def check_pairs(plan, buffers, seen):
     assert plan.pairs == seen.sum() and plan.tokens == len(seen)
 
 
-def check_plans(layout, mask):
+def check_plans(layout, mask, together=1):
     """Check all properties of the plans of a whole group."""
-    plans = [build_plan(layout, mask, rank) for rank in range(layout.size)]
+    plans = [build_plan(layout, mask, rank, together=together) for rank in range(layout.size)]
     owned = [numbers(layout, mask, rank) for rank in range(layout.size)]
     # The gradient of a key is a sum over the queries that read it. Here each query adds a number of its own.
     weights = np.random.default_rng(0).integers(1, 1 << 40, len(mask.rows) * layout.length)
     partial = []
-    for plan, own, buffers in zip(plans, owned, travel(plans, owned)):
+    for plan, own, buffers in zip(plans, owned, travel(plans, owned, together)):
         check_calls(plan)
         check_buffers(plan)
         check_pairs(plan, buffers, seen_by(mask, own))
@@ -176,23 +184,26 @@ def check_plans(layout, mask):
     assert sum(plan.sent_keys for plan in plans) == sum(plan.sent_gradients for plan in plans) == moved
 
 
+TOGETHER = st.integers(1, 4)
+
+
 @examples(300)
-@given(cases())
-def test_every_pair_once_and_every_gradient_returned(case):
-    check_plans(*case)
+@given(cases(), TOGETHER)
+def test_every_pair_once_and_every_gradient_returned(case, together):
+    check_plans(*case, together)
 
 
 @examples(5)
-@given(cases(max_length=200, sizes=st.integers(20, 64)))
-def test_every_pair_once_in_groups_of_tens(case):
-    check_plans(*case)
+@given(cases(max_length=200, sizes=st.integers(20, 64)), TOGETHER)
+def test_every_pair_once_in_groups_of_tens(case, together):
+    check_plans(*case, together)
 
 
 @pytest.mark.exhaustive
 @examples(2000)
-@given(cases(max_length=80, sizes=st.integers(1, 24)))
-def test_every_pair_once_exhaustively(case):
-    check_plans(*case)
+@given(cases(max_length=80, sizes=st.integers(1, 24)), TOGETHER)
+def test_every_pair_once_exhaustively(case, together):
+    check_plans(*case, together)
 
 
 @examples(12)
