@@ -6,8 +6,8 @@ forwarded from rank r + 1. Otherwise they come straight from their owner. So eac
 reads, once, and no other key, whatever the mask. Neighbours that read the same keys pass them on as in a ring. In one
 long document all keys travel in this way.
 
-A step may have several owners, `together`: at step k those from rank r + (k - 1) * together + 1 on. Keys are then forwarded
-from rank r + together.
+A step may have several owners, `together`: at step k those from rank r + (k - 1) * together + 1 on. Keys are then
+forwarded from rank r + together.
 
 Partial sums of key/value gradients follow the keys one step behind. Each reader adds its own gradients to the sum. It
 sends the sum to the rank that it forwarded those keys to. The last reader sends the sum to the owner.
