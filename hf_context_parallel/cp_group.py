@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from .attention.kernels.registry import check_kernel, choose_kernel
 from .attention.scores import Scores, make_scores, seed_of
 from .attention.strategy import Shape, Strategy
 from .config import ContextParallelConfig
+from .distributed.free_memory import least_free_bytes
 from .distributed.messages import Exchange
 from .distributed.process_groups import Groups
 from .planning.layout import Layout
@@ -22,6 +24,11 @@ from .planning.machine import machine_of
 from .planning.mask import Mask, layer_type
 
 logger = logging.getLogger(__name__)
+
+SHARE = 0.5
+"""Share of the memory that is free at the first call of attention, which `auto` lets one layer need at its peak.
+
+At that time, activations and the states of an optimizer may not have been allocated yet."""
 
 
 class AttentionCall(NamedTuple):
@@ -56,6 +63,8 @@ class CPGroup:
     first_size: int
     _logged: set[tuple[str, str, int]] = field(default_factory=set, compare=False, repr=False)
     """Choices of `auto` that were logged."""
+    _free: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """Least free bytes of the ranks, by the type of the device."""
 
     @property
     def rank(self) -> int:
@@ -78,6 +87,9 @@ class CPGroup:
     def choice(self, comm_type: str, layout: Layout, mask: Mask, shape: Shape, device: torch.device) -> Choice:
         """Choose the strategy of a layer. Each new choice of `"auto"` is logged with its reason.
 
+        All ranks must call this with the same arguments. The first call with `"auto"` compares the free memory of the
+        ranks.
+
         Args:
             comm_type: one of `COMM_TYPES`.
             layout, mask: layout and mask of the whole batch.
@@ -85,13 +97,19 @@ class CPGroup:
             device: device whose rates are used in estimates.
         """
         machine = machine_of(device, self.groups.node, self.groups.cores)
-        choice = choose(self.config, comm_type, layout, mask, shape, machine)
+        free = SHARE * self._least_free(device) if comm_type == "auto" and self.size > 1 else math.inf
+        choice = choose(self.config, comm_type, layout, mask, shape, machine, free)
         kind = layer_type(mask.pattern)
         if choice.reason and (kind, *choice[:2]) not in self._logged and self.rank == 0:
             self._logged.add((kind, *choice[:2]))
             subgroups = f" in subgroups of {choice.inner}" if choice.inner > 1 else ""
             logger.info("comm_type='auto' of %s is %r%s: %s", kind, choice.comm_type, subgroups, choice.reason)
         return choice
+
+    def _least_free(self, device: torch.device) -> int:
+        if device.type not in self._free:
+            self._free[device.type] = least_free_bytes(self.groups, device)
+        return self._free[device.type]
 
     def prepare(
         self,

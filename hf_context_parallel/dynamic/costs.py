@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..planning.layout import FIXED_LAYOUTS
-from ..planning.machine import BACKWARD, Machine, attention_flops
+from ..planning.machine import Machine, attention_flops
 
 KERNELS_A_LAYER = 36
 """Kernel calls of a decoder layer, forward and backward, without those of attention."""
@@ -83,9 +83,7 @@ class Costs:
         gathered = 2 * weights * (1 - 1 / machine.node) / machine.bandwidth
         return cls(
             pair=shape.layers
-            * (1 + BACKWARD)
-            * attention_flops(1, shape.heads, shape.head_dim, shape.head_dim)
-            / machine.attention,
+            * machine.attention(attention_flops(1, shape.heads, shape.head_dim, shape.head_dim)),
             token=6 * shape.parameters / machine.linear,
             least=max(read, gathered) if sharded else read,
             run=shape.layers * KERNELS_A_LAYER * machine.launch,
