@@ -280,9 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
     about = (
         f"A causal layer of {SHAPE.heads} heads and {SHAPE.key_heads} key heads of {SHAPE.query_dim}, bfloat16, "
         f"forward and backward, projected for H100 nodes of {MACHINE.node} ranks with FlashAttention-2 from counts of "
-        "work and messages; no time is measured here. Efficiency is the time of the arithmetic alone, shared perfectly, over that of the "
-        f"slowest rank. Sizes that leave a rank fewer than {LEAST} tokens are left out, and `-` is what a way does "
-        "not take: a window in a ring by document, more ranks than heads.\n\n"
+        "work and messages; no time is measured here. Efficiency is the time of the arithmetic alone, shared "
+        f"perfectly, over that of the slowest rank. Sizes that leave a rank fewer than {LEAST} tokens are left out, "
+        "and `-` is what a way does not take: a window in a ring by document, more ranks than heads.\n\n"
         "![Efficiency by ranks; peers dashed](plan.png)"
     )
     page = "\n\n".join([about, *sections(results)])

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 
 from . import functional
 from .attention.kernels.registry import named_kernel
+from .calibration.rates import machines
 from .config import ContextParallelConfig
 from .cp_group import CPGroup
 from .data.accelerator import share_groups
 from .data.loader import prepare_data_loader
-from .distributed.agreement import collective, fingerprint, odd_rank
+from .distributed.agreement import collective, fingerprint, odd_rank, of_first_rank
 from .distributed.mesh import world
 from .distributed.messages import Exchange, GroupExchange
 from .distributed.process_groups import Groups, build_groups
@@ -67,6 +68,9 @@ class ContextParallel:
             )
         self.made_with, self.mesh = config, mesh
         self._logged: set[tuple[str, str, int]] = set()
+        everyone = world()
+        # Ranks with different rates would choose different strategies, and wait for each other forever.
+        self._machines = of_first_rank(machines(config.kernel) if everyone.rank == 0 else None, everyone)
         self._made: dict[int, CPGroup] = {}
         self.group: CPGroup
         self._make(config, build_groups(config.size, mesh))
@@ -161,7 +165,7 @@ class ContextParallel:
 
     def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
         exchange = GroupExchange(groups.group)
-        self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._logged)
+        self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._machines, self._logged)
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:
         """Shard a batch for a `with` block that contains the forward and backward of the model.

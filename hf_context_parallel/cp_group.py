@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .distributed.free_memory import least_free_bytes
 from .distributed.messages import Exchange
 from .distributed.process_groups import Groups
 from .planning.layout import Layout
-from .planning.machine import machine_of
+from .planning.machine import Machine
 from .planning.mask import Mask, layer_type
 
 logger = logging.getLogger(__name__)
@@ -55,12 +56,14 @@ class CPGroup:
         groups: the process groups around this rank.
         exchange: the messages of the group.
         first_size: the size that the `ContextParallel` was made with, before any `resize`.
+        machines: rates for estimates, by the type of the device. They are the same on all ranks.
     """
 
     config: ContextParallelConfig
     groups: Groups
     exchange: Exchange
     first_size: int
+    machines: Mapping[str, Machine] = field(compare=False, repr=False)
     _logged: set[tuple[str, str, int]] = field(default_factory=set, compare=False, repr=False)
     """Choices of `auto` that were logged."""
     _free: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
@@ -84,6 +87,12 @@ class CPGroup:
         """
         return choose_kernel(self.config.kernel, device.type)
 
+    def machine(self, device: torch.device) -> Machine:
+        """Rates of a device, for estimates of this group."""
+        if device.type == "cuda":
+            return replace(self.machines["cuda"], node=self.groups.node)
+        return replace(self.machines["cpu"], node=self.groups.node, cores=self.groups.cores)
+
     def choice(self, comm_type: str, layout: Layout, mask: Mask, shape: Shape, device: torch.device) -> Choice:
         """Choose the strategy of a layer. Each new choice of `"auto"` is logged with its reason.
 
@@ -96,14 +105,21 @@ class CPGroup:
             shape: heads, head dims and dtype of the layer.
             device: device whose rates are used in estimates.
         """
-        machine = machine_of(device, self.groups.node, self.groups.cores)
+        machine = self.machine(device)
         free = SHARE * self._least_free(device) if comm_type == "auto" and self.size > 1 else math.inf
         choice = choose(self.config, comm_type, layout, mask, shape, machine, free)
         kind = layer_type(mask.pattern)
         if choice.reason and (kind, *choice[:2]) not in self._logged and self.rank == 0:
             self._logged.add((kind, *choice[:2]))
             subgroups = f" in subgroups of {choice.inner}" if choice.inner > 1 else ""
-            logger.info("comm_type='auto' of %s is %r%s: %s", kind, choice.comm_type, subgroups, choice.reason)
+            logger.info(
+                "comm_type='auto' of %s is %r%s: %s; by %s",
+                kind,
+                choice.comm_type,
+                subgroups,
+                choice.reason,
+                machine.source,
+            )
         return choice
 
     def _least_free(self, device: torch.device) -> int:

@@ -107,8 +107,10 @@ def _reason(best: tuple[str, int], found: dict[tuple[str, int], Estimate], free:
     if found[best].peak > free:
         room += " (NONE FITS, so it is the one that needs the least)"
     mean = sum(here.pairs) / len(here.pairs)
-    balance = f"; where queries stay, the slowest rank has {max(here.pairs) / mean:.2f} of the mean work" if mean else ""
-    return f"a layer is estimated to take, and need at its peak, by {listed}{room}{balance}"
+    uneven = (
+        f"; where queries stay, the slowest rank has {max(here.pairs) / mean:.2f} of the mean work" if mean else ""
+    )
+    return f"a layer is estimated to take, and need at its peak, by {listed}{room}{uneven}"
 
 
 def candidates(config: ContextParallelConfig, shape: Shape) -> list[tuple[str, int]]:

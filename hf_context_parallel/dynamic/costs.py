@@ -82,8 +82,7 @@ class Costs:
         read = 3 * weights / machine.memory
         gathered = 2 * weights * (1 - 1 / machine.node) / machine.bandwidth
         return cls(
-            pair=shape.layers
-            * machine.attention(attention_flops(1, shape.heads, shape.head_dim, shape.head_dim)),
+            pair=shape.layers * machine.attention(attention_flops(1, shape.heads, shape.head_dim, shape.head_dim)),
             token=6 * shape.parameters / machine.linear,
             least=max(read, gathered) if sharded else read,
             run=shape.layers * KERNELS_A_LAYER * machine.launch,

@@ -20,7 +20,6 @@ from ..integration.mixers.recognise import makes_positions, mixers
 from ..integration.model_registry import UNSHIFTED, transformers_model
 from ..integration.patches.rope import follows_length
 from ..planning.layout import FIXED_LAYOUTS
-from ..planning.machine import machine_of
 from .costs import Costs, ModelShape
 from .groups import Group, Schedule, sizes
 from .schedule import make_schedule
@@ -73,7 +72,7 @@ class Scheduler:
             with cp.using(size):
                 pass
         self._column = build_columns(cp.size, cp.mesh) if cp.groups.data_size > 1 else None
-        machine = machine_of(next(model.parameters()).device, cp.groups.node)
+        machine = cp.group.machine(next(model.parameters()).device)
         self._costs = Costs.of(model_shape(model), machine, sharded)
         self._settings = fingerprint({"costs": self._costs, "config": cp.config})
         self._busy = self._passed = 0.0

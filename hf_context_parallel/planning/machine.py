@@ -74,9 +74,9 @@ H100_KERNELS = {
 }
 """Operations a second of each kernel in forward and backward, for one causal call of 16,384 tokens in bfloat16.
 
-The first three are measured (`benchmarks/results/h100.md`; `torch` and `flash_attn` are both FlashAttention-2). That of
-FlashAttention-3 is read off the figures of Shah et al. (2024, arXiv:2407.08608). FlashAttention-4 is taken to be as
-fast on an H100."""
+The first three are measured (`benchmarks/results/h100.md`); `torch` and `flash_attn` are both FlashAttention-2. Those
+of FlashAttention-3 are read off the figures of Shah et al. (2024, arXiv:2407.08608). FlashAttention-4 is taken to be
+as fast on an H100."""
 
 H100_NODE = Machine(
     *H100_KERNELS["torch"],
