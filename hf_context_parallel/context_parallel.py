@@ -26,7 +26,6 @@ from .integration.active_batch import ActiveBatch, active_batch
 from .integration.border.parallelize import whole
 from .integration.sharded_batch import ShardedBatch
 from .planning import mask as masks
-from .planning.balanced import make_layout
 
 
 class ContextParallel:
@@ -235,7 +234,9 @@ class ContextParallel:
         """List the positions of a sequence of `seq_len` tokens that this rank holds, in local order.
 
         These are the tokens that `attention` takes. If the number of chunks does not divide `seq_len`, ranks hold
-        different numbers of tokens. (`shard` pads instead, so that all ranks hold equally many.)
+        different numbers of tokens. (`shard` pads instead, so that all ranks hold equally many.) In the block of
+        `shard`, a sequence that is as long as the padded batch is dealt as the batch. Elsewhere the layout `auto` is
+        zigzag.
 
         Args:
             seq_len: number of tokens of the sequence.
@@ -249,7 +250,7 @@ class ContextParallel:
             ValueError: if `cu_seqlens` does not rise from 0 to `seq_len`.
         """
         documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, seq_len)
-        return make_layout(self.config.layout, seq_len, self.size, documents).positions(self.rank)
+        return functional.layout_of(self.group, seq_len, documents).positions(self.rank)
 
     def attention(
         self,

@@ -19,7 +19,7 @@ from ..distributed.process_groups import build_columns
 from ..integration.mixers.recognise import makes_positions, mixers
 from ..integration.model_registry import UNSHIFTED, transformers_model
 from ..integration.patches.rope import follows_length
-from ..planning.layout import FIXED_LAYOUTS
+from ..planning.balanced import fewest_chunks
 from .costs import Costs, ModelShape
 from .groups import Group, Schedule, sizes
 from .schedule import make_schedule
@@ -190,7 +190,7 @@ class Scheduler:
 
     def _round(self, group: Group, here: dict[int, torch.Tensor]) -> Round:
         if not group.samples:
-            length = len(FIXED_LAYOUTS[self._cp.config.layout](0, group.size).chunk_owners)
+            length = fewest_chunks(self._cp.config.layout) * group.size
             row, lengths = torch.zeros(len(CARRIED), length, dtype=torch.int64), []
             row[CARRIED.index("shift_labels")] = IGNORED
             row[CARRIED.index("position_ids")] = torch.arange(length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def choices_with_other_rates(folder) -> tuple[list[str], str, list[str]]:
     size, rank = dist.get_world_size(), dist.get_rank()
 
     def watched(config, comm_type, layout, mask, shape, machine, free):
-        mine = rates.machines("cpu")["cpu"]
+        mine = replace(rates.machines("cpu")["cpu"], node=machine.node, cores=machine.cores)
         alone.append(choose(config, comm_type, layout, mask, shape, mine, free).comm_type)
         made.append(choose(config, comm_type, layout, mask, shape, machine, free))
         return made[-1]
