@@ -146,7 +146,8 @@ def counted(ranks: int, extent: int, most: int, samples: int, shape: Any) -> dic
     found: dict[str, dict[str, Any]] = {}
     for setting, sharded in SETTINGS.items():
         rates = Costs.of(shape, CPU, sharded)
-        work = Costs(pair=rates.pair * CPU.attention, token=rates.token * CPU.linear, in_step=sharded)
+        operations = Costs.of(shape, replace(CPU, forward=1, backward=1, linear=1))
+        work = Costs(pair=operations.pair, token=operations.token, in_step=sharded)
         schedules = {
             "one by one": in_order(lengths, ranks, extent, 0, work),
             "dynamic": make_schedule(lengths, ranks, extent, most, rates),

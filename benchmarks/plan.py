@@ -45,7 +45,7 @@ from hf_context_parallel.attention.strategy import Shape
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.planning.balanced import make_layout
 from hf_context_parallel.planning.layout import Layout, contiguous, zigzag
-from hf_context_parallel.planning.machine import BACKWARD, H100_NODE, attention_flops
+from hf_context_parallel.planning.machine import H100_NODE, attention_flops
 from hf_context_parallel.planning.mask import Mask, Pattern
 from hf_context_parallel.planning.workload import workload
 
@@ -160,7 +160,7 @@ def ulysses(batch: Batch, size: int) -> list[Share] | None:
 def judged(found: list[Share], pairs: int, how: str = "") -> Result:
     """Result of the shares of all ranks, for a batch of `pairs` pairs."""
     mean = pairs * SHAPE.heads / len(found)
-    ideal = (1 + BACKWARD) * attention_flops(mean, 1, SHAPE.query_dim, SHAPE.value_dim) / MACHINE.attention
+    ideal = MACHINE.attention(attention_flops(mean, 1, SHAPE.query_dim, SHAPE.value_dim))
     slowest = max(share.seconds(SHAPE, MACHINE).total for share in found)
     sent = sum(share.bytes for share in found) / len(found)
     return Result(ideal / slowest, max(share.work for share in found) / mean, sent / 1e6, how)
@@ -279,10 +279,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     about = (
         f"A causal layer of {SHAPE.heads} heads and {SHAPE.key_heads} key heads of {SHAPE.query_dim}, bfloat16, "
-        f"forward and backward, projected for H100 nodes of {MACHINE.node} ranks from counts of work and messages; no "
-        "time is measured here. Efficiency is the time of the arithmetic alone, shared perfectly, over that of the "
-        f"slowest rank. Sizes that leave a rank fewer than {LEAST} tokens are left out, and `-` is what a way does "
-        "not take: a window in a ring by document, more ranks than heads.\n\n"
+        f"forward and backward, projected for H100 nodes of {MACHINE.node} ranks with FlashAttention-2 from counts of "
+        "work and messages; no time is measured here. Efficiency is the time of the arithmetic alone, shared "
+        f"perfectly, over that of the slowest rank. Sizes that leave a rank fewer than {LEAST} tokens are left out, "
+        "and `-` is what a way does not take: a window in a ring by document, more ranks than heads.\n\n"
         "![Efficiency by ranks; peers dashed](plan.png)"
     )
     page = "\n\n".join([about, *sections(results)])

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from hf_context_parallel.calibration.rates import processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
     """Properties of the machine and versions on which the numbers of a run depend."""
     facts = {
-        "CPU": _cpu_model(),
+        "CPU": processor(),
         "cores": os.cpu_count(),
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -51,11 +53,3 @@ def write(folder: Path, name: str, title: str, text: str, data: dict[str, Any]) 
 def comma_separated(convert=str):
     """Argparse type that turns `"2,4"` into a list of `convert`'s values."""
     return lambda text: [convert(part) for part in text.split(",")]
-
-
-def _cpu_model() -> str:
-    """Name of the processor on Linux; its architecture on other systems."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -93,6 +93,20 @@ def check(
     sys.exit(run_check(model, every, ranks, comm, jobs, write, tp, trust_remote_code, module))
 
 
+@app.command()
+def calibrate(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where PyTorch sees a GPU")] = None,
+) -> None:
+    """Measure the rates of this machine, by which comm_type="auto" estimates. It takes less than a minute.
+
+    Measured are attention by each kernel, matrix products, memory, launches, and messages between two processes. The
+    rates are kept in the cache of the user for this device and this version of PyTorch.
+    """
+    from hf_context_parallel.calibration.command import run_calibrate
+
+    sys.exit(run_calibrate(device))
+
+
 def main() -> None:
     """Run the command. An error of a recipe is printed without a traceback."""
     try:

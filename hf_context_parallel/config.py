@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-LAYOUTS = ("zigzag", "contiguous", "balanced")
+LAYOUTS = ("auto", "zigzag", "contiguous", "balanced")
 LOGITS = ("auto", "whole", "shard")
 KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "reference")
 
@@ -25,13 +25,15 @@ class ContextParallelConfig:
             `"all_gather"`: all keys/values that a rank reads arrive at once.
             `"a2a"`: queries, keys and values are exchanged, so that a rank has all tokens of some heads (Ulysses).
             `"a2a+p2p"`: a2a among `a2a_size` neighbouring ranks, and a ring of such subgroups.
-            `"auto"`: for each batch, the strategy that is estimated to be fastest.
+            `"auto"`: for each batch, the strategy that is estimated to be fastest, of those that fit into memory.
             A list gives one of these for each layer. A mapping gives one for each layer type of the model
             (`full_attention`, `sliding_attention`, `chunked_attention`).
         a2a_size: number of ranks that exchange heads under `"a2a+p2p"`. It divides `size`. None is the largest number
             that divides both the key heads and `size`, so that no key goes to two ranks of a subgroup. Under
             `"auto"`, None tries every divisor of `size`.
         layout: the tokens that rank r holds.
+            `"auto"`: those of `"balanced"` for batches whose work it shares more evenly, and those of `"zigzag"` for
+            others, and for sequences that `attention` is given outside of a batch.
             `"zigzag"`: chunks r and 2 * size - 1 - r of 2 * size, so that all ranks have equal work for one causal
             document.
             `"balanced"`: more and finer chunks, dealt so that all ranks have nearly equal work for the documents of
@@ -69,9 +71,9 @@ class ContextParallelConfig:
     """
 
     size: int = 1
-    comm_type: str | Sequence[str] | Mapping[str, str] = "p2p"
+    comm_type: str | Sequence[str] | Mapping[str, str] = "auto"
     a2a_size: int | None = None
-    layout: str = "zigzag"
+    layout: str = "auto"
     kernel: str = "auto"
     check_batch: bool = True
     verify: bool = True
@@ -107,11 +109,6 @@ class ContextParallelConfig:
             raise ValueError(
                 f"dynamic={self.dynamic} does not go with max_tokens_per_rank={most}, since groups are chosen by the "
                 "tokens that a rank can hold. Set both, or neither."
-            )
-        if self.dynamic and self.layout == "balanced":
-            raise ValueError(
-                "layout='balanced' pads rows by their documents, so dynamic=True cannot tell which samples a rank can "
-                "hold. Set layout='zigzag' or 'contiguous'."
             )
 
     def _check_comm_type(self) -> None:

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 
 from . import functional
 from .attention.kernels.registry import named_kernel
+from .calibration.rates import machines
 from .config import ContextParallelConfig
 from .cp_group import CPGroup
 from .data.accelerator import share_groups
 from .data.loader import prepare_data_loader
-from .distributed.agreement import collective, fingerprint, odd_rank
+from .distributed.agreement import collective, fingerprint, odd_rank, of_first_rank
 from .distributed.mesh import world
 from .distributed.messages import Exchange, GroupExchange
 from .distributed.process_groups import Groups, build_groups
@@ -25,7 +26,6 @@ from .integration.active_batch import ActiveBatch, active_batch
 from .integration.border.parallelize import whole
 from .integration.sharded_batch import ShardedBatch
 from .planning import mask as masks
-from .planning.balanced import make_layout
 
 
 class ContextParallel:
@@ -67,6 +67,9 @@ class ContextParallel:
             )
         self.made_with, self.mesh = config, mesh
         self._logged: set[tuple[str, str, int]] = set()
+        everyone = world()
+        # Ranks with different rates would choose different strategies, and wait for each other forever.
+        self._machines = of_first_rank(machines(config.kernel) if everyone.rank == 0 else None, everyone)
         self._made: dict[int, CPGroup] = {}
         self.group: CPGroup
         self._make(config, build_groups(config.size, mesh))
@@ -161,7 +164,7 @@ class ContextParallel:
 
     def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
         exchange = GroupExchange(groups.group)
-        self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._logged)
+        self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._machines, self._logged)
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:
         """Shard a batch for a `with` block that contains the forward and backward of the model.
@@ -231,7 +234,9 @@ class ContextParallel:
         """List the positions of a sequence of `seq_len` tokens that this rank holds, in local order.
 
         These are the tokens that `attention` takes. If the number of chunks does not divide `seq_len`, ranks hold
-        different numbers of tokens. (`shard` pads instead, so that all ranks hold equally many.)
+        different numbers of tokens. (`shard` pads instead, so that all ranks hold equally many.) In the block of
+        `shard`, a sequence that is as long as the padded batch is dealt as the batch. Elsewhere the layout `auto` is
+        zigzag.
 
         Args:
             seq_len: number of tokens of the sequence.
@@ -245,7 +250,7 @@ class ContextParallel:
             ValueError: if `cu_seqlens` does not rise from 0 to `seq_len`.
         """
         documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, seq_len)
-        return make_layout(self.config.layout, seq_len, self.size, documents).positions(self.rank)
+        return functional.layout_of(self.group, seq_len, documents).positions(self.rank)
 
     def attention(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -15,13 +17,19 @@ from .attention.kernels.registry import check_kernel, choose_kernel
 from .attention.scores import Scores, make_scores, seed_of
 from .attention.strategy import Shape, Strategy
 from .config import ContextParallelConfig
+from .distributed.free_memory import least_free_bytes
 from .distributed.messages import Exchange
 from .distributed.process_groups import Groups
 from .planning.layout import Layout
-from .planning.machine import machine_of
+from .planning.machine import Machine
 from .planning.mask import Mask, layer_type
 
 logger = logging.getLogger(__name__)
+
+SHARE = 0.5
+"""Share of the memory that is free at the first call of attention, which `auto` lets one layer need at its peak.
+
+At that time, activations and the states of an optimizer may not have been allocated yet."""
 
 
 class AttentionCall(NamedTuple):
@@ -48,14 +56,18 @@ class CPGroup:
         groups: the process groups around this rank.
         exchange: the messages of the group.
         first_size: the size that the `ContextParallel` was made with, before any `resize`.
+        machines: rates for estimates, by the type of the device. They are the same on all ranks.
     """
 
     config: ContextParallelConfig
     groups: Groups
     exchange: Exchange
     first_size: int
+    machines: Mapping[str, Machine] = field(compare=False, repr=False)
     _logged: set[tuple[str, str, int]] = field(default_factory=set, compare=False, repr=False)
     """Choices of `auto` that were logged."""
+    _free: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """Least free bytes of the ranks, by the type of the device."""
 
     @property
     def rank(self) -> int:
@@ -75,8 +87,17 @@ class CPGroup:
         """
         return choose_kernel(self.config.kernel, device.type)
 
+    def machine(self, device: torch.device) -> Machine:
+        """Rates of a device, for estimates of this group."""
+        if device.type == "cuda":
+            return replace(self.machines["cuda"], node=self.groups.node)
+        return replace(self.machines["cpu"], node=self.groups.node, cores=self.groups.cores)
+
     def choice(self, comm_type: str, layout: Layout, mask: Mask, shape: Shape, device: torch.device) -> Choice:
         """Choose the strategy of a layer. Each new choice of `"auto"` is logged with its reason.
+
+        All ranks must call this with the same arguments. The first call with `"auto"` compares the free memory of the
+        ranks.
 
         Args:
             comm_type: one of `COMM_TYPES`.
@@ -84,14 +105,27 @@ class CPGroup:
             shape: heads, head dims and dtype of the layer.
             device: device whose rates are used in estimates.
         """
-        machine = machine_of(device, self.groups.node, self.groups.cores)
-        choice = choose(self.config, comm_type, layout, mask, shape, machine)
+        machine = self.machine(device)
+        free = SHARE * self._least_free(device) if comm_type == "auto" and self.size > 1 else math.inf
+        choice = choose(self.config, comm_type, layout, mask, shape, machine, free)
         kind = layer_type(mask.pattern)
         if choice.reason and (kind, *choice[:2]) not in self._logged and self.rank == 0:
             self._logged.add((kind, *choice[:2]))
             subgroups = f" in subgroups of {choice.inner}" if choice.inner > 1 else ""
-            logger.info("comm_type='auto' of %s is %r%s: %s", kind, choice.comm_type, subgroups, choice.reason)
+            logger.info(
+                "comm_type='auto' of %s is %r%s: %s; by %s",
+                kind,
+                choice.comm_type,
+                subgroups,
+                choice.reason,
+                machine.source,
+            )
         return choice
+
+    def _least_free(self, device: torch.device) -> int:
+        if device.type not in self._free:
+            self._free[device.type] = least_free_bytes(self.groups, device)
+        return self._free[device.type]
 
     def prepare(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .attention.strategy import build_strategy
@@ -65,6 +67,19 @@ def attention(
     return group.attend(call, strategy, sinks).transpose(1, 2)
 
 
+def layout_of(group: CPGroup, length: int, documents: Sequence[masks.Document]) -> Layout:
+    """Layout of a sequence of `length` tokens: that of the active batch, if it has this length.
+
+    Elsewhere `"auto"` is zigzag, which depends on the length alone. With a layout that depends on documents, tokens
+    that were dealt without them would be taken for others.
+    """
+    batch = active_batch()
+    if batch is not None and batch.group is group and batch.shard.layout.length == length:
+        return batch.shard.layout
+    name = group.config.layout
+    return make_layout("zigzag" if name == "auto" else name, length, group.size, documents)
+
+
 def _whole(
     group: CPGroup,
     batch_size: int,
@@ -75,12 +90,12 @@ def _whole(
 ) -> tuple[Layout, masks.Mask]:
     """Make the layout and the mask of one call of `attention`, for ranks that hold `lengths` tokens."""
     documents = () if cu_seqlens is None else masks.from_cu_seqlens(cu_seqlens, sum(lengths))
-    layout = make_layout(group.config.layout, sum(lengths), group.size, documents)
+    layout = layout_of(group, sum(lengths), documents)
     expected = [layout.local_length(rank) for rank in range(group.size)]
     if lengths != expected:
         raise ValueError(
-            f"the queries of the ranks have {lengths} tokens, but the {group.config.layout} layout of a sequence of "
-            f"{layout.length} tokens deals them {expected}. Give each rank the tokens that "
+            f"the queries of the ranks have {lengths} tokens, but the layout {group.config.layout!r} of a sequence "
+            f"of {layout.length} tokens deals them {expected}. Give each rank the tokens that "
             f"cp.positions({layout.length}, cu_seqlens) lists."
         )
     if cu_seqlens is not None and attention_mask is not None:

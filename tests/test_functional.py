@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_context_parallel import ContextParallel
 from hf_context_parallel.config import ContextParallelConfig
+from hf_context_parallel.functional import layout_of
+from hf_context_parallel.integration.active_batch import active_batch
+from hf_context_parallel.planning import balanced
 from hf_context_parallel.planning import mask as masks
+from hf_context_parallel.planning.balanced import make_layout
 from tests.helpers.models import context, document_positions, tokens
 from tests.helpers.simulated import allowed, dense_attention
 
@@ -92,6 +98,48 @@ def largest_error(case: str, heads: tuple[int, int], dims: tuple[int, int], opti
             dist.all_reduce(total)
         errors.append(total - sinks.grad)
     return max(error.abs().max().item() for error in errors)
+
+
+def error_in_a_balanced_batch(layout: str) -> float:
+    """Compute the largest error of attention in the block of a batch whose documents were dealt with small chunks.
+
+    The call has one document more than the batch, the padding of the layout. So a layout made for the documents of
+    the call would be another.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balanced, "FINEST", 1)
+        patch.setattr(balanced, "LEAST", 1)
+        cp, edges = context(layout=layout), [0, 7, 29, 45]
+        position_ids = document_positions(*(stop - start for start, stop in zip(edges, edges[1:])))
+        with cp.shard({"input_ids": tokens(1, 45), "position_ids": position_ids}):
+            dealt = active_batch().shard.layout
+            assert len(dealt.chunk_owners) > 2 * cp.size and dealt.length > 45
+            cu_seqlens = torch.tensor([*edges, dealt.length])
+            positions = cp.positions(dealt.length, cu_seqlens)
+            assert positions.equal(dealt.positions(cp.rank)) and positions.equal(cp.positions(dealt.length))
+            random = torch.Generator().manual_seed(3)
+            whole = [torch.randn(1, dealt.length, 2, 8, generator=random, dtype=torch.float64) for _ in range(3)]
+            rows = (masks.from_cu_seqlens(cu_seqlens, dealt.length),)
+            expected, _ = dense_attention(*whole, allowed(masks.Mask(dealt.length, rows)), SCALE)
+            mine = [tensor[:, positions].transpose(1, 2) for tensor in whole]
+            found = cp.attention(*mine, scale=SCALE, cu_seqlens=cu_seqlens)
+            return (found.transpose(1, 2) - expected[:, positions]).abs().max().item()
+
+
+@pytest.mark.parametrize("layout", ["auto", "balanced"])
+def test_attention_in_a_batch_takes_its_layout(on_ranks, layout):
+    assert max(on_ranks(2, error_in_a_balanced_batch, layout)) < 1e-10
+
+
+def test_positions_outside_of_a_batch_depend_on_the_length_alone():
+    length, documents = 3 << 12, torch.tensor([0, 9000, 3 << 12])
+    by_layout = {
+        layout: make_layout(layout, length, 3, masks.from_cu_seqlens(documents, length))
+        for layout in ("auto", "zigzag")
+    }
+    assert by_layout["auto"] != by_layout["zigzag"]
+    group = SimpleNamespace(config=ContextParallelConfig(size=3), size=3)
+    assert layout_of(group, length, masks.from_cu_seqlens(documents, length)) == by_layout["zigzag"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -1,13 +1,13 @@
-"""Choice of the fastest strategy for a mask.
+"""Choice of the fastest strategy for a mask, of those that fit into memory.
 
-Times are estimated from counts, so all ranks make the same choice without a message.
+Time and memory are estimated from counts, so all ranks make the same choice without a message.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,11 +16,15 @@ from ..config import ContextParallelConfig
 from ..distributed.messages import accumulation_dtype
 from ..distributed.token_exchange import TokenExchange
 from ..planning.layout import Layout
-from ..planning.machine import BACKWARD, Machine, attention_flops
+from ..planning.machine import Machine, attention_flops
 from ..planning.mask import Mask
 from ..planning.workload import Workload, workload
+from .peak_memory import peak_of_backward
 from .strategy import Shape, bytes_of_heads, bytes_of_keys
 from .ulysses import SharedHeads
+
+CLOSE = 1.03
+"""Estimates of time that differ by less than this factor are taken as equal, and memory decides."""
 
 
 class Choice(NamedTuple):
@@ -33,13 +37,17 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a layer, forward and backward: `computing`, and `messages` for what computing does not hide.
+    """Time and memory of a layer, forward and backward, on the rank that takes or needs most.
 
-    The latter counts messages, copies and merging.
+    Args:
+        computing: seconds of kernels.
+        messages: seconds of messages, copies and merging that computing does not hide.
+        peak: bytes at the peak beyond the inputs; see `peak_memory.py`.
     """
 
     computing: float
     messages: float
+    peak: float = 0.0
 
     @property
     def total(self) -> float:
@@ -60,24 +68,49 @@ def inner_size(config: ContextParallelConfig, comm_type: str, shape: Shape) -> i
 
 
 def choose(
-    config: ContextParallelConfig, comm_type: str, layout: Layout, mask: Mask, shape: Shape, machine: Machine
+    config: ContextParallelConfig,
+    comm_type: str,
+    layout: Layout,
+    mask: Mask,
+    shape: Shape,
+    machine: Machine,
+    free: float = math.inf,
 ) -> Choice:
-    """Choose the strategy of a layer: `comm_type`, or the one with the shortest estimate if it is `"auto"`."""
+    """Choose the strategy of a layer: `comm_type`, or the best one if it is `"auto"`.
+
+    That is the fastest one that needs at most `free` bytes. Of those that are nearly as fast, it is the one that needs
+    the least memory. If none fits, it is the one that needs the least of all.
+    """
     if comm_type != "auto":
         return Choice(comm_type, inner_size(config, comm_type, shape))
     if layout.size == 1:
         return Choice("p2p", 1, "one rank")
     here = workload(layout, mask)
-    times = {
-        candidate: estimate(shares(*candidate, layout, mask, shape, machine, here), shape, machine).total
+    found = {
+        candidate: estimate(shares(*candidate, layout, mask, shape, machine, here), shape, machine)
         for candidate in candidates(config, shape)
     }
-    best, *others = sorted(times, key=times.__getitem__)
-    mean = sum(here.pairs) / layout.size
-    balance = f"where queries stay, the slowest rank has {max(here.pairs) / mean:.2f} of the mean work" if mean else ""
-    listed = ", ".join(f"{_named(other)} {times[other] * 1e3:.3g}" for other in others)
-    reason = f"an estimated {times[best] * 1e3:.3g} ms a layer, {listed}; {balance}"
-    return Choice(*best, reason)
+    fitting = [candidate for candidate in found if found[candidate].peak <= free]
+    least = min((found[candidate].total for candidate in fitting), default=0.0)
+    close = [candidate for candidate in fitting if found[candidate].total <= CLOSE * least]
+    best = min(close or found, key=lambda candidate: (found[candidate].peak, found[candidate].total))
+    return Choice(*best, _reason(best, found, free, here))
+
+
+def _reason(best: tuple[str, int], found: dict[tuple[str, int], Estimate], free: float, here: Workload) -> str:
+    """Describe the estimates, beginning with those of the best candidate."""
+    listed = ", ".join(
+        f"{_named(candidate)} {found[candidate].total * 1e3:.3g} ms and {found[candidate].peak / 2**30:.3g} GiB"
+        for candidate in sorted(found, key=lambda candidate: (candidate != best, found[candidate].total))
+    )
+    room = "" if free == math.inf else f", of {free / 2**30:.3g} GiB for it"
+    if found[best].peak > free:
+        room += " (NONE FITS, so it is the one that needs the least)"
+    mean = sum(here.pairs) / len(here.pairs)
+    uneven = (
+        f"; where queries stay, the slowest rank has {max(here.pairs) / mean:.2f} of the mean work" if mean else ""
+    )
+    return f"a layer is estimated to take, and need at its peak, by {listed}{room}{uneven}"
 
 
 def candidates(config: ContextParallelConfig, shape: Shape) -> list[tuple[str, int]]:
@@ -118,6 +151,7 @@ class Share(NamedTuple):
         copied: bytes that it reads and writes to merge outputs and to copy messages.
         hidden: traffic while it computes.
         shown: traffic before and after it computes.
+        peak: bytes that it needs at the peak.
     """
 
     work: int
@@ -125,6 +159,7 @@ class Share(NamedTuple):
     copied: float
     hidden: Traffic = NOTHING
     shown: Traffic = NOTHING
+    peak: float = 0.0
 
     @property
     def bytes(self) -> float:
@@ -132,23 +167,25 @@ class Share(NamedTuple):
         return self.hidden.bytes + self.shown.bytes
 
     def seconds(self, shape: Shape, machine: Machine) -> Estimate:
-        """Estimate the time of this share on a machine."""
-        flops = (1 + BACKWARD) * attention_flops(self.work, 1, shape.query_dim, shape.value_dim)
-        computing = flops / machine.attention + 2 * self.calls * machine.launch
+        """Estimate the time and memory of this share on a machine."""
+        flops = attention_flops(self.work, 1, shape.query_dim, shape.value_dim)
+        computing = machine.attention(flops) + 2 * self.calls * machine.launch
         beside = machine.transfer(*self.hidden)
         beside -= machine.overlap * min(computing, beside)
-        return Estimate(computing, beside + machine.transfer(*self.shown) + self.copied / machine.memory)
+        messages = beside + machine.transfer(*self.shown) + self.copied / machine.memory
+        return Estimate(computing, messages, self.peak)
 
 
 def estimate(found: Sequence[Share], shape: Shape, machine: Machine) -> Estimate:
-    """Estimate the time of a layer on its slowest rank, given the share of each rank."""
+    """Estimate a layer on its slowest rank, given the share of each rank."""
     times = [share.seconds(shape, machine) for share in found]
-    slowest = max(times, key=lambda time: time.total)
+    peak = max(share.peak for share in found)
+    slowest = replace(max(times, key=lambda time: time.total), peak=peak)
     if machine.cores is None:
         return slowest
     # Ranks that share cores finish when the work of all of them is done.
     shared = min(machine.node, len(times)) / machine.cores / len(times)
-    together = Estimate(sum(t.computing for t in times) * shared, sum(t.messages for t in times) * shared)
+    together = Estimate(sum(t.computing for t in times) * shared, sum(t.messages for t in times) * shared, peak)
     return max(slowest, together, key=lambda time: time.total)
 
 
@@ -171,20 +208,25 @@ def shares(
     here = here or workload(layout, mask)
     if inner > 1:
         return _shares_of_heads(inner, layout, mask, shape, machine, here)
-    crosses = layout.size > machine.node
+    crosses, most = layout.size > machine.node, max(here.tokens)
     outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # share of a rank's group on other nodes
     found = []
     for rank in range(layout.size):
         read, owners = here.read[rank], here.owners[rank]
-        work = here.pairs[rank] * shape.heads
+        work, own_tokens = here.pairs[rank] * shape.heads, here.tokens[rank]
+        call = shape, machine.kernel, own_tokens
         if comm_type == "all_gather":
             traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), outside, 3 * owners)
-            own = here.tokens[rank] * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
+            own = own_tokens * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
             # In both passes the rank copies its own keys to the other ranks.
             copied = 4 * own + _adding(shape, read, shape.key_heads)
-            found.append(Share(work, 2, copied, shown=traffic))
+            # The sums of its own keys that arrive from other ranks are taken to be as many as those that leave.
+            gathered = own_tokens + read
+            peak = peak_of_backward(*call, gathered, here.documents[rank], own_tokens + gathered, gathered + read)
+            found.append(Share(work, 2, copied, shown=traffic, peak=peak))
         else:
-            found.append(ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses))
+            ring = ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses)
+            found.append(ring._replace(peak=_peak_of_ring(*call, min(read, most), here.documents[rank])))
     return found
 
 
@@ -203,8 +245,26 @@ def _shares_of_heads(
         read, calls = outer.read[group], 1 + outer.owners[group] + (own > 0)
         here_shape = shape._replace(heads=heads, key_heads=shared.key_heads)
         ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, layout.size > machine.node)
-        found.append(ring._replace(copied=ring.copied + copied, shown=exchanged))
+        arriving, tokens = min(read, max(outer.tokens)), outer.tokens[group]
+        peak = _peak_of_ring(here_shape, machine.kernel, tokens, arriving, outer.documents[group])
+        peak += tokens * heads * shape.value_dim * shape.dtype.itemsize  # the gradients of outputs, exchanged
+        found.append(ring._replace(copied=ring.copied + copied, shown=exchanged, peak=peak))
     return found
+
+
+def _peak_of_ring(shape: Shape, kernel: str, tokens: int, arriving: int, documents: int) -> float:
+    """Bytes that a rank needs at the peak of a ring.
+
+    Beside its own, it holds the keys/values of the step and of the next, and the sums of gradients of this step, of
+    the step before, and those that arrive.
+
+    Args:
+        tokens: tokens of the rank.
+        arriving: tokens of the largest step.
+        documents: number of documents that the rank has tokens of.
+    """
+    keys = max(tokens, arriving)
+    return peak_of_backward(shape, kernel, tokens, keys, documents, tokens + 2 * arriving, tokens + 3 * arriving)
 
 
 def ring_of_keys(work: int, calls: int, keys: int, gradients: int, merged: int, shape: Shape, crosses: bool) -> Share:

@@ -108,7 +108,7 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     num_items = (whole["shift_labels"] != IGNORED).sum() if "shift_labels" in whole else None
 
     documents = [document for row in rows for document in row]
-    layout = padded_layout(config.layout, length, config.size, documents)
+    layout = padded_layout(config.layout, length, config.size, documents, config.max_tokens_per_rank)
     positions = layout.positions(rank).to(tokens.device)
     local = {name: batch[name] for name in PASSED_ON if name in batch}
     local |= {name: take_columns(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
@@ -128,7 +128,7 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
         unshifted = take_columns(batch["labels"], positions, layout.length, IGNORED)
         count = (batch["labels"] != IGNORED).sum()
     # Ranks with different plans would wait for each other forever, so the inputs of the plan are always compared.
-    planned = {"planned": (config.layout, batch_size, length, rows)}
+    planned = {"planned": (layout, batch_size, length, rows)}
     mark = fingerprint({**batch, **planned} if config.check_batch else planned)
     types = whole.get("token_type_ids")
     local[SHARD] = Shard(

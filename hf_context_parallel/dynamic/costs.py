@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..planning.layout import FIXED_LAYOUTS
-from ..planning.machine import BACKWARD, Machine, attention_flops
+from ..planning.balanced import LEAST, fewest_chunks
+from ..planning.layout import FIXED_LAYOUTS, zigzag
+from ..planning.machine import Machine, attention_flops
 
 KERNELS_A_LAYER = 36
 """Kernel calls of a decoder layer, forward and backward, without those of attention."""
@@ -82,10 +83,7 @@ class Costs:
         read = 3 * weights / machine.memory
         gathered = 2 * weights * (1 - 1 / machine.node) / machine.bandwidth
         return cls(
-            pair=shape.layers
-            * (1 + BACKWARD)
-            * attention_flops(1, shape.heads, shape.head_dim, shape.head_dim)
-            / machine.attention,
+            pair=shape.layers * machine.attention(attention_flops(1, shape.heads, shape.head_dim, shape.head_dim)),
             token=6 * shape.parameters / machine.linear,
             least=max(read, gathered) if sharded else read,
             run=shape.layers * KERNELS_A_LAYER * machine.launch,
@@ -118,9 +116,12 @@ class Costs:
             lengths, documents, size, layout: as for `counts`.
         """
         tokens = np.diff(_edges(lengths)[_edges(documents)])
-        chunks = len(FIXED_LAYOUTS[layout](0, size).chunk_owners)
+        chunks = fewest_chunks(layout) * size
         linear = np.maximum(self.least, self.token * (-(-tokens // chunks) * chunks) / size)
-        attention = self._attention(*counts(lengths, documents, size, layout), size).max(axis=1)
+        pairs, keys = counts(lengths, documents, size, layout)
+        if layout not in FIXED_LAYOUTS:  # rows that are long enough are balanced
+            pairs = np.where((tokens >= LEAST * size)[:, None], pairs.mean(axis=1, keepdims=True), pairs)
+        attention = self._attention(pairs, keys, size).max(axis=1)
         return self.group(size) + linear + attention
 
     def _attention(self, pairs: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
@@ -139,12 +140,12 @@ def counts(
         lengths: tokens of each document, row after row.
         documents: the number of documents of each row.
         size: ranks that share each row.
-        layout: the layout of the rows.
+        layout: the layout of the rows. For one that depends on documents, the counts are those of zigzag.
 
     Returns:
         Pairs and tokens, each `[rows, size]`.
     """
-    owners = np.array(FIXED_LAYOUTS[layout](0, size).chunk_owners)
+    owners = np.array(FIXED_LAYOUTS.get(layout, zigzag)(0, size).chunk_owners)
     chunks = owners.argsort(kind="stable").reshape(size, -1)  # chunks of each rank, in the order of the row
     # Positions count on from row to row. A row ends at the first token of the next, which it does not read.
     starts, before = _edges(lengths), _edges(lengths * (lengths + 1) // 2)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..planning.layout import FIXED_LAYOUTS
+from ..planning.balanced import fewest_chunks
 from .costs import Costs
 
 COUNTED = 2**17
@@ -95,7 +95,7 @@ def sizes(extent: int) -> list[int]:
 
 def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int:
     """Compute the most tokens of a row on a group of `size` ranks, so that no rank holds more with padding."""
-    chunks = len(FIXED_LAYOUTS[layout](0, 1).chunk_owners)
+    chunks = fewest_chunks(layout)
     return max_tokens_per_rank // chunks * chunks * size
 
 

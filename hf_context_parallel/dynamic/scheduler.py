@@ -19,8 +19,7 @@ from ..distributed.process_groups import build_columns
 from ..integration.mixers.recognise import makes_positions, mixers
 from ..integration.model_registry import UNSHIFTED, transformers_model
 from ..integration.patches.rope import follows_length
-from ..planning.layout import FIXED_LAYOUTS
-from ..planning.machine import machine_of
+from ..planning.balanced import fewest_chunks
 from .costs import Costs, ModelShape
 from .groups import Group, Schedule, sizes
 from .schedule import make_schedule
@@ -73,7 +72,7 @@ class Scheduler:
             with cp.using(size):
                 pass
         self._column = build_columns(cp.size, cp.mesh) if cp.groups.data_size > 1 else None
-        machine = machine_of(next(model.parameters()).device, cp.groups.node)
+        machine = cp.group.machine(next(model.parameters()).device)
         self._costs = Costs.of(model_shape(model), machine, sharded)
         self._settings = fingerprint({"costs": self._costs, "config": cp.config})
         self._busy = self._passed = 0.0
@@ -191,7 +190,7 @@ class Scheduler:
 
     def _round(self, group: Group, here: dict[int, torch.Tensor]) -> Round:
         if not group.samples:
-            length = len(FIXED_LAYOUTS[self._cp.config.layout](0, group.size).chunk_owners)
+            length = fewest_chunks(self._cp.config.layout) * group.size
             row, lengths = torch.zeros(len(CARRIED), length, dtype=torch.int64), []
             row[CARRIED.index("shift_labels")] = IGNORED
             row[CARRIED.index("position_ids")] = torch.arange(length)

@@ -30,24 +30,54 @@ MOST = 64, 4096
 """Most chunks of a rank, and of all ranks. Finer chunks are tried until both are exceeded."""
 EVEN = 1.005
 """Work of the busiest rank over the mean work at which finer chunks are no longer tried."""
+GAIN = 0.95
+"""Work of the busiest rank over that in zigzag above which `auto` deals in zigzag. It pads less, and is as good on
+average where this layout is not made for the work: under a short window, and without a causal mask."""
 SLACK = 0.005
 """Error that a half's work may have, as a share of a rank's mean work, so that the cuts sever fewer tokens."""
 
 
-def make_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:
-    """Layout of this name for rows of `length` tokens. Only `"balanced"` uses the documents."""
-    if name == "balanced":
-        return balanced(length, size, documents) if length >= LEAST * size else zigzag(length, size)
-    return FIXED_LAYOUTS[name](length, size)
+def make_layout(
+    name: str, length: int, size: int, documents: Iterable[Document] = (), most: int | None = None
+) -> Layout:
+    """Layout of this name for rows of `length` tokens. Only `"auto"` and `"balanced"` use the documents.
+
+    Args:
+        most: the most tokens that a rank may hold if rows are padded until all ranks hold equally many. Layouts with
+            finer chunks, which need more padding, are not made if a rank would hold more.
+    """
+    if name in FIXED_LAYOUTS:
+        return FIXED_LAYOUTS[name](length, size)
+    even = zigzag(length, size)
+    if length < LEAST * size:
+        return even
+    documents = list(documents)
+    dealt = balanced(length, size, documents, most=most)
+    if name == "auto" and _most(dealt, documents) > GAIN * _most(even, documents):
+        return even
+    return dealt
 
 
-def padded_layout(name: str, length: int, size: int, documents: Iterable[Document] = ()) -> Layout:
-    """Layout of this name for rows that are padded until all ranks hold equally many tokens."""
-    owners = make_layout(name, length, size, documents).chunk_owners
+def padded_layout(
+    name: str, length: int, size: int, documents: Iterable[Document] = (), most: int | None = None
+) -> Layout:
+    """Layout of this name for rows that are padded until all ranks hold equally many tokens.
+
+    Args:
+        most: as for `make_layout`.
+    """
+    owners = make_layout(name, length, size, documents, most).chunk_owners
     return Layout(-(-length // len(owners)) * len(owners), size, owners)
 
 
-def balanced(length: int, size: int, documents: Iterable[Document], finest: int | None = None) -> Layout:
+def fewest_chunks(name: str) -> int:
+    """Chunks that a rank has at least in the layout of this name, of each of which it holds equally many tokens."""
+    return len(FIXED_LAYOUTS.get(name, zigzag)(0, 1).chunk_owners)
+
+
+def balanced(
+    length: int, size: int, documents: Iterable[Document], finest: int | None = None, most: int | None = None
+) -> Layout:
     """Deal a row so that ranks have nearly equal work under a causal mask, and equally many tokens.
 
     Chunks differ by one token at most. The busiest rank never has more work than the busiest rank of zigzag.
@@ -55,16 +85,19 @@ def balanced(length: int, size: int, documents: Iterable[Document], finest: int 
     Args:
         documents: documents of the row, or of all rows of a batch, which share the layout.
         finest: fewest tokens of a chunk; `FINEST` unless given.
+        most: the most tokens of a rank, as for `make_layout`.
     """
     documents, finest = list(documents), FINEST if finest is None else finest
     best = zigzag(length, size)
     least, mean = _most(best, documents), sum(work_of_chunks(length, 1, documents)) / size
     chunks = 4
     while least > EVEN * mean and length >= finest * chunks * size and (chunks <= MOST[0] or chunks * size <= MOST[1]):
+        if most is not None and -(-length // (chunks * size)) * chunks > most:
+            break  # twice the chunks would not need less padding
         layout = _dealt(length, size, chunks, documents)
-        most = _most(layout, documents)
-        if most < least:
-            best, least = layout, most
+        busiest = _most(layout, documents)
+        if busiest < least:
+            best, least = layout, busiest
         chunks *= 2
     return best
 

@@ -31,6 +31,7 @@ class Workload:
         merged: rows of its queries that are merged if the keys of each owner are computed apart.
         exchanged: tokens of documents that lie on several ranks.
         own_pairs: pairs of documents that lie on this rank alone.
+        documents: number of documents that the rank has tokens of.
     """
 
     tokens: tuple[int, ...]
@@ -40,12 +41,13 @@ class Workload:
     merged: tuple[int, ...]
     exchanged: tuple[int, ...]
     own_pairs: tuple[int, ...]
+    documents: tuple[int, ...]
 
 
 def workload(layout: Layout, mask: Mask) -> Workload:
     """Count what the ranks of a layout compute and read."""
     size = layout.size
-    tokens, pairs, read, merged, exchanged, own_pairs = ([0] * size for _ in range(6))
+    tokens, pairs, read, merged, exchanged, own_pairs, documents = ([0] * size for _ in range(7))
     masks = [0] * size  # the owners that a rank reads, as bits
     for pieces in pieces_of_documents(layout, mask):
         document = _Document(pieces, mask.pattern.causal, mask.pattern.sliding_window)
@@ -54,6 +56,7 @@ def workload(layout: Layout, mask: Mask) -> Workload:
             computed = sum(document.pairs(query) for query in queries)
             tokens[rank] += count
             pairs[rank] += computed
+            documents[rank] += 1
             if len(pieces) == 1:
                 own_pairs[rank] += computed
                 continue
@@ -63,7 +66,8 @@ def workload(layout: Layout, mask: Mask) -> Workload:
             masks[rank] |= met
             merged[rank] += rows
     owners = [mask.bit_count() for mask in masks]
-    return Workload(*(tuple(counts) for counts in (tokens, pairs, read, owners, merged, exchanged, own_pairs)))
+    found = tokens, pairs, read, owners, merged, exchanged, own_pairs, documents
+    return Workload(*(tuple(counts) for counts in found))
 
 
 class _Document:

@@ -1,5 +1,6 @@
 """Tests of the strategy `auto`, and of the counts that it uses."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_context_parallel.attention.auto_strategy import choose, inner_size, shares
+from hf_context_parallel.attention.auto_strategy import CLOSE, choose, estimate, inner_size, shares
 from hf_context_parallel.attention.strategy import Shape, build_strategy
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.distributed.token_exchange import deal_heads
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.machine import H100_NODE
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
+from hf_context_parallel.planning.plan import build_gathering_plan, build_plan
+from hf_context_parallel.planning.workload import workload
 from tests.helpers.examples import examples
 from tests.helpers.simulated import cases
 
@@ -40,9 +43,9 @@ def test_shares_are_those_of_strategies(case, key_heads, group, bfloat16, data):
 MACHINE = replace(H100_NODE, node=4)
 
 
-def chosen(mask, shape, size=4, **settings):
+def chosen(mask, shape, size=4, free=math.inf, **settings):
     config = ContextParallelConfig(size=size, comm_type="auto", **settings)
-    return choose(config, "auto", zigzag(mask.length, size), mask, shape, MACHINE)
+    return choose(config, "auto", zigzag(mask.length, size), mask, shape, MACHINE, free)
 
 
 def test_auto_follows_the_mask_and_the_topology():
@@ -67,3 +70,66 @@ def test_keys_go_to_one_rank_each_unless_told():
     assert inner_size(config, "a2a+p2p", Shape(32, 4, 8, 8, torch.float32)) == 4
     assert inner_size(config, "a2a+p2p", Shape(32, 6, 8, 8, torch.float32)) == 2
     assert inner_size(replace(config, a2a_size=8), "a2a+p2p", Shape(32, 4, 8, 8, torch.float32)) == 8
+
+
+def peaks(mask, shape, size=4, machine=MACHINE):
+    """Peak of each strategy, in bytes."""
+    layout = zigzag(mask.length, size)
+    ways = ("p2p", 1), ("all_gather", 1), ("a2a", size)
+    return {way[0]: estimate(shares(*way, layout, mask, shape, machine), shape, machine).peak for way in ways}
+
+
+def test_peaks_count_buffers_sums_and_what_the_kernel_allocates():
+    own, mask = 1024, Mask(4096, whole_rows(1, 4096))
+    shape = Shape(8, 2, 64, 32, torch.bfloat16)
+    key_value, query = 2 * (64 + 32), 8 * 64
+    dq = 4 * query * own + 2 * query * own  # a sum in float32, and the part of a step
+    accumulated = 4 * query * (own + 128)  # by FlashAttention itself
+    # Three buffers of keys/values, four of sums, and the gradients of keys/values of a step, apart and together.
+    ring = (3 * 2 + 4 * 4 + 2 * 2) * key_value * own
+    expanded = 2 * 8 * (64 + 32)
+    assert peaks(mask, shape)["p2p"] == ring + dq + accumulated + expanded * own
+    # Rank 3 of 4 holds the last chunk, so it reads everything. It holds all keys beside its own, and all sums twice.
+    gathered = 4 * own
+    gathering = key_value * (2 * (own + gathered) + 4 * (gathered + 3 * own) + 2 * 2 * gathered)
+    assert peaks(mask, shape)["all_gather"] == gathering + dq + accumulated + expanded * gathered
+    assert peaks(mask, shape._replace(heads=2))["p2p"] == ring + (dq + accumulated) / 4  # nothing is expanded
+    per_key_head = replace(MACHINE, kernel="flash_attn_3")
+    assert peaks(mask, shape, machine=per_key_head)["p2p"] == ring + dq + accumulated + 4 * key_value * own
+
+
+@examples(60)
+@given(cases())
+def test_peaks_count_the_keys_that_plans_hold(case):
+    layout, mask = case
+    here = workload(layout, mask)
+    for rank in range(layout.size):
+        largest = max((step.tokens for step in build_plan(layout, mask, rank).steps[1:]), default=0)
+        assert largest <= min(here.read[rank], max(here.tokens))
+        gathered = build_gathering_plan(layout, mask, rank).steps[1].tokens
+        assert gathered <= here.tokens[rank] + here.read[rank]
+
+
+def test_auto_takes_the_least_memory_of_what_is_nearly_as_fast():
+    mask = Mask(1 << 17, whole_rows(1, 1 << 17))
+    shape = Shape(16, 1, 256, 256, torch.bfloat16)  # all_gather is faster by less than 1 %
+    layout = zigzag(mask.length, 4)
+    times = {
+        way: estimate(shares(way, 1, layout, mask, shape, MACHINE), shape, MACHINE).total
+        for way in ("p2p", "all_gather")
+    }
+    assert times["all_gather"] < times["p2p"] < CLOSE * times["all_gather"]
+    assert peaks(mask, shape)["p2p"] < peaks(mask, shape)["all_gather"]
+    assert chosen(mask, shape).comm_type == "p2p"
+
+
+def test_auto_takes_what_fits():
+    mask = Mask(4096, whole_rows(1, 4096))
+    shape = Shape(2, 2, 64, 64, torch.float32)
+    found = shares("a2a+p2p", 2, zigzag(4096, 4), mask, shape, MACHINE)
+    fastest = max(share.peak for share in found)
+    assert chosen(mask, shape, free=fastest)[:2] == ("a2a+p2p", 2)
+    choice = chosen(mask, shape, free=fastest - 1)
+    assert choice.comm_type == "p2p" and "NONE FITS" not in choice.reason
+    choice = chosen(mask, shape, free=1)
+    assert choice.comm_type == "p2p" and "NONE FITS" in choice.reason

@@ -10,7 +10,11 @@ import torch
 import torch.distributed as dist
 
 import hf_context_parallel as hcp
+from hf_context_parallel.data import shard
 from hf_context_parallel.dynamic.scheduler import Scheduler
+from hf_context_parallel.planning import balanced
+from hf_context_parallel.planning.balanced import padded_layout
+from hf_context_parallel.planning.layout import Layout
 from tests.helpers.models import context, needs_sharding_while_loading, some_labels, tiny_model, tokens
 from tests.helpers.trainer import STOCK, make_trainer, random_crops, samples_of
 
@@ -176,6 +180,30 @@ def test_dynamic_training_is_that_of_one_process(on_ranks, tmp_path, case):
     assert len(sizes) > 2, sizes
 
 
+def finely_dealt_history(extent, folder, options, most) -> tuple[list[tuple[float, float]], list[Layout]]:
+    """Train with the smallest chunks, and return loss and gradient norm of each step, and the layouts of all rows."""
+    dealt = []
+
+    def noting(*how):
+        dealt.append(padded_layout(*how))
+        return dealt[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balanced, "FINEST", 1)
+        patch.setattr(balanced, "LEAST", 1)
+        patch.setattr(shard, "padded_layout", noting)
+        return history(extent, folder, options, most)[0], dealt
+
+
+def test_rows_of_dynamic_training_are_balanced_within_the_tokens_that_a_rank_holds(on_ranks, tmp_path):
+    options = {"max_steps": 3, "global_batch": 4, "collator": "packed"}
+    [(expected, _, _)] = on_ranks(1, history, STOCK, tmp_path, options)
+    for found, layouts in on_ranks(2, finely_dealt_history, 2, tmp_path, options, 65):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert any(len(layout.chunk_owners) > 2 * layout.size > 2 for layout in layouts)
+        assert max(max(layout.local_lengths) for layout in layouts) <= 65
+
+
 def sharded_history(extent, folder, options, most) -> list[tuple[float, float]]:
     """Train a model from a folder, which Transformers shards over all ranks while loading it."""
     from transformers import AutoModelForCausalLM
@@ -288,11 +316,10 @@ def test_what_is_no_sum_over_tokens_is_refused(tmp_path, message):
         {"dynamic": True},
         {"max_tokens_per_rank": 8},
         {"dynamic": True, "max_tokens_per_rank": 1},
-        {"dynamic": True, "max_tokens_per_rank": 8, "layout": "balanced"},
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings):
-    with pytest.raises(ValueError, match=r"max_tokens_per_rank|layout='balanced'"):
+    with pytest.raises(ValueError, match="max_tokens_per_rank"):
         hcp.ContextParallelConfig(**settings)
 
 

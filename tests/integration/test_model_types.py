@@ -109,7 +109,7 @@ def test_other_group_sizes_and_layouts_are_exact(on_ranks, ranks, layout):
     check(on_ranks(ranks, errors_of_a_model, "qwen3", list(BATCHES), {"layout": layout}))
 
 
-def errors_of_a_balanced_model(model_type: str) -> tuple[dict, bool]:
+def errors_of_a_balanced_model(model_type: str, layout: str) -> tuple[dict, bool]:
     """Compute errors with the smallest chunks, and whether any batch had another layout than zigzag."""
     dealt = []
 
@@ -121,14 +121,16 @@ def errors_of_a_balanced_model(model_type: str) -> tuple[dict, bool]:
         patch.setattr(balanced, "FINEST", 1)
         patch.setattr(balanced, "LEAST", 1)
         patch.setattr(shard, "padded_layout", noting)
-        found, _ = checks.errors(tiny_config(model_type), {"layout": "balanced"})
+        found, _ = checks.errors(tiny_config(model_type), {"layout": layout})
     return found, any(len(layout.chunk_owners) > 2 * layout.size for layout in dealt)
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "bloom"])
-def test_a_balanced_layout_is_exact(on_ranks, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "layout"), [("gpt_oss", "auto"), ("qwen3_next", "balanced"), ("bloom", "balanced")]
+)
+def test_a_balanced_layout_is_exact(on_ranks, model_type, layout):
     """The balanced layout is exact with windows, with convolutions and scans, and on whole sequences."""
-    for found, otherwise in on_ranks(3, errors_of_a_balanced_model, model_type):
+    for found, otherwise in on_ranks(3, errors_of_a_balanced_model, model_type, layout):
         assert otherwise
         assert all(max(of_kind.loss, of_kind.gradients) < 1e-9 for of_kind in found.values()), found
 

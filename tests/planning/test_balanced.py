@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_context_parallel.planning.balanced import balanced, make_layout, work_of_chunks
+from hf_context_parallel.planning.balanced import GAIN, balanced, make_layout, padded_layout, work_of_chunks
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask
 from hf_context_parallel.planning.workload import workload
@@ -67,3 +67,46 @@ def test_balanced_shares_the_work_of_all_rows():
     layout = balanced(576, 4, [document for row in rows for document in row], finest=4)
     work = workload(layout, Mask(576, tuple(map(tuple, rows)))).pairs
     assert max(work) < 1.05 * sum(work) / 4
+
+
+def packed(length, *shares):
+    """Documents with these shares of a row, in hundredths."""
+    edges = [length * share // 100 for share in accumulate((0, *shares))]
+    return [((start, stop),) for start, stop in zip(edges, edges[1:])]
+
+
+def busiest(layout, documents):
+    return max(workload(layout, Mask(layout.length, (tuple(documents),))).pairs)
+
+
+def test_auto_is_balanced_where_that_shares_the_work_more_evenly():
+    length = 4 << 12
+    assert make_layout("auto", length, 4) == make_layout("auto", length, 4, packed(length, 100)) == zigzag(length, 4)
+    gains = set()
+    for shares in ((40, 30, 20, 10), (50, 50), (10, 80, 10), (97, 3), *((2 * n, 100 - 2 * n) for n in range(1, 20))):
+        documents = packed(length, *shares)
+        even, dealt = zigzag(length, 4), make_layout("balanced", length, 4, documents)
+        gains.add(gain := busiest(dealt, documents) <= GAIN * busiest(even, documents))
+        assert make_layout("auto", length, 4, documents) == (dealt if gain else even)
+    assert gains == {True, False}
+    few = length // 4
+    assert make_layout("auto", few, 4, packed(few, 40, 30, 20, 10)) == zigzag(few, 4)  # ranks hold fewer than 2,048
+
+
+@examples(150)
+@given(st.integers(1, 400), st.integers(1, 8), st.integers(1, 60), st.data())
+def test_no_rank_holds_more_than_it_may(length, size, half, data):
+    documents, most = data.draw(rows(length)), 2 * half
+    layout = balanced(length, size, documents, finest=1, most=most)
+    chunks = len(layout.chunk_owners)
+    if length <= size * most:  # else no layout fits
+        assert -(-length // chunks) * chunks <= size * most
+
+
+def test_finer_chunks_that_need_too_much_padding_are_not_made():
+    length, size = 8196, 2
+    documents = packed(length, 40, 30, 20, 10)
+    free, tight = (padded_layout("auto", length, size, documents, most) for most in (None, 4098))
+    assert free.length > size * 4098 and len(free.chunk_owners) > 2 * size
+    assert tight == zigzag(length, size)
+    assert padded_layout("auto", length, size, documents, free.length // size) == free

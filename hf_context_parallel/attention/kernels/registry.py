@@ -69,3 +69,10 @@ def check_kernel(kernel: Kernel, query: torch.Tensor, value: torch.Tensor, score
     refusal = kernel.refusal(query.device, query.dtype, query.shape[-1], value.shape[-1], scores)
     if refusal:
         raise ValueError(f"kernel={kernel.name!r} cannot take these tensors: {refusal}.")
+
+
+def kernel_name(name: str, device_type: str) -> str | None:
+    """Name of the kernel that `choose_kernel` makes, or None if `"auto"` finds none."""
+    if name != "auto":
+        return name
+    return next((each for each in AUTOMATIC.get(device_type, ()) if KERNELS[each].missing() is None), None)

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 import re
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel
 
 from ...distributed.mesh import world
+from ...distributed.user_cache import FOLDER, keep, kept
 from ..patches.module_patch import inside_patches
 
-PROOFS = Path(HF_HOME) / "context_parallel" / "proofs.json"
+PROOFS = FOLDER / "proofs.json"
 """File with the digests of proven models, each with the name of its class."""
 
 UNRELATED = re.compile(
@@ -44,7 +42,7 @@ class Unproven(ValueError):
 def is_proven(decoder: PreTrainedModel) -> bool:
     """Return whether a decoder was found exact before. Every process of the world must call this."""
     digest = identity(decoder)
-    known = digest in _proven or digest in _kept()
+    known = digest in _proven or digest in kept(PROOFS)
     ranks = world()
     if ranks.size > 1:  # machines have caches of their own
         agreed = torch.tensor(int(known), device=ranks.device)
@@ -57,23 +55,12 @@ def keep_proof(decoder: PreTrainedModel) -> None:
     """Remember that a decoder was found exact, in this process and in the cache of the user."""
     digest = identity(decoder)
     _proven.add(digest)
-    kept = _kept()
-    if digest in kept or int(os.environ.get("LOCAL_RANK", 0)):
+    if digest in kept(PROOFS) or int(os.environ.get("LOCAL_RANK", 0)):
         return
     try:
-        PROOFS.parent.mkdir(parents=True, exist_ok=True)
-        written = PROOFS.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps({**kept, digest: type(decoder).__qualname__}, indent=1) + "\n")
-        written.replace(PROOFS)
+        keep(PROOFS, {digest: type(decoder).__qualname__})
     except OSError:
         return  # without a cache, the proof is made again
-
-
-def _kept() -> dict[str, str]:
-    try:
-        return json.loads(PROOFS.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def identity(decoder: PreTrainedModel) -> str:

@@ -82,7 +82,8 @@ def make_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Batch]:
         ("padded", padded, [slice(0, short)], mask, masks.from_attention_mask(mask)),
     ):
         dealt = [document for row in rows for document in row]
-        columns = padded_layout(cp.config.layout, real.shape[1], cp.size, dealt).positions(cp.rank)
+        layout = padded_layout(cp.config.layout, real.shape[1], cp.size, dealt, cp.config.max_tokens_per_rank)
+        columns = layout.positions(cp.rank)
         if cp.config.sequence_parallel:  # layers and mixers see this rank's share of the shard
             columns = columns[Shares(cp.groups.tensor, len(columns)).mine]
         inputs = {name: value.to(device) for name, value in inputs.items()}

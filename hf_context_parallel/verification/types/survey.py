@@ -143,9 +143,9 @@ def survey_tensor_parallel(
     """Check the models that have a tensor-parallel plan, and the exact ones with sequence parallelism as well."""
     code = trust_remote_code, module
     planned = [model for model in models if _has_plan(model, *code)]
-    findings = survey(planned, [2], {"sequence_parallel": False}, jobs, report, tp_size, *code)
+    findings = survey(planned, [2], {"comm_type": "p2p", "sequence_parallel": False}, jobs, report, tp_size, *code)
     exact = [finding.name for finding in findings if finding.state in GOOD]  # the others are refused anyway
-    more = survey(exact, [2], {"sequence_parallel": True}, jobs, report, tp_size, *code)
+    more = survey(exact, [2], {"comm_type": "p2p", "sequence_parallel": True}, jobs, report, tp_size, *code)
     for finding in more:
         finding.name += WITH_SEQUENCE_PARALLEL
         if "sequence_parallel=True: " in finding.reason:  # the model refuses it by itself

@@ -1,0 +1,1 @@
+"""Rates of this machine: how they are measured, kept and read."""
