@@ -11,7 +11,7 @@ COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 LAYOUTS = ("zigzag", "contiguous", "balanced")
 LOGITS = ("auto", "whole", "shard")
-KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "reference")
+KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "reference")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class ContextParallelConfig:
             CUDA flash attention) and `"cpu"` (PyTorch's CPU flash attention).
             `"cudnn"`: attention of cuDNN for long documents, and `"torch"` otherwise. It is the fastest on Hopper if
             lengths repeat, since each new length takes up to 1.4 s.
+            `"flash_attn_3"`: FlashAttention-3, for Hopper.
+            `"flash_attn_4"`: FlashAttention-4, for Hopper and Blackwell. It compiles each variant in about 10 s.
             `"reference"`: plain PyTorch, for any dtype and device. It is slow, and holds the scores of one block of
             queries at a time.
         check_batch: True to compare a checksum of each batch, and of some weights of the model, between the ranks of a

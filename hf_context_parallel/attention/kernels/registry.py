@@ -12,13 +12,24 @@ from .base import Kernel
 from .cpu import CpuKernel
 from .cudnn import CudnnKernel
 from .flash_attn import FlashAttnKernel
+from .flash_attn_3 import FlashAttn3Kernel
+from .flash_attn_4 import FlashAttn4Kernel
 from .reference import ReferenceKernel
 from .torch_cuda import TorchKernel
 
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, type[Kernel]] = {
-    kernel.name: kernel for kernel in (FlashAttnKernel, TorchKernel, CudnnKernel, CpuKernel, ReferenceKernel)
+    kernel.name: kernel
+    for kernel in (
+        FlashAttn3Kernel,
+        FlashAttn4Kernel,
+        CudnnKernel,
+        FlashAttnKernel,
+        TorchKernel,
+        CpuKernel,
+        ReferenceKernel,
+    )
 }
 AUTOMATIC = {"cuda": ("flash_attn", "torch"), "cpu": ("cpu",)}
 """Kernels that `auto` tries for each device type, best first."""

@@ -1,7 +1,7 @@
 """Base class of the CUDA flash-attention kernels: one call over packed rows with cumulative lengths.
 
-FlashAttention takes head dims that are multiples of 8, up to 256, and equal for query, key and value. The dtype is
-bfloat16 or float16. Other head dims are padded with zeros, which changes neither scores nor outputs.
+FlashAttention takes head dims that are multiples of 8, up to 256. The dtype is bfloat16 or float16. Other head dims
+are padded with zeros, which changes neither scores nor outputs.
 """
 
 from __future__ import annotations
@@ -30,25 +30,39 @@ class Lengths(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Band in the form of FlashAttention: aligned at the bottom right, -1 for no limit."""
+    """Band in the form of FlashAttention: aligned at the bottom right. None means no limit."""
 
     causal: bool
-    left: int
-    right: int
+    left: int | None
+    right: int | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Left and right limit, with -1 for no limit."""
+        return -1 if self.left is None else self.left, -1 if self.right is None else self.right
 
 
 class VarlenKernel(Kernel):
     """Kernel that computes all segments of a call at once."""
+
+    devices = "8.0 (Ampere) or later"
+    """Compute capabilities that `runs_on` takes, in words."""
+
+    @staticmethod
+    def runs_on(capability: tuple[int, int]) -> bool:
+        """Return True if the kernel runs on devices of a compute capability."""
+        return capability >= (8, 0)
 
     def refusal(
         self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
     ) -> str | None:
         if device.type != "cuda":
             return f"it runs on CUDA, but the tensors are on {device}. Use kernel='auto'"
-        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        if torch.cuda.is_available() and not self.runs_on(torch.cuda.get_device_capability(device)):
             return (
-                f"it needs compute capability 8.0 (Ampere) or later, and {torch.cuda.get_device_name(device)} has "
-                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}. Use kernel='reference'"
+                f"it needs compute capability {self.devices}, and {torch.cuda.get_device_name(device)} has "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}. Use kernel='auto', or "
+                "kernel='reference', which runs everywhere, but slowly"
             )
         if dtype not in (torch.bfloat16, torch.float16):
             return (
@@ -64,6 +78,16 @@ class VarlenKernel(Kernel):
             )
         return None
 
+    def head_dims(self, query: torch.Tensor, value: torch.Tensor) -> tuple[int, int]:
+        """Head dims of query and value to which these tensors are padded: the same multiple of 8, unless overridden.
+
+        Args:
+            query: `[T, H, D]`.
+            value: `[K, H_kv, D_v]`.
+        """
+        width = multiple(max(query.shape[-1], value.shape[-1]), 8)
+        return width, width
+
     @abstractmethod
     def varlen_forward(
         self,
@@ -74,7 +98,7 @@ class VarlenKernel(Kernel):
         window: Window,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute output `[Q, H, D]` and LSE `[H, Q]` of packed rows."""
+        """Compute output `[Q, H, D_v]` and LSE `[H, Q]` of packed rows."""
 
     @abstractmethod
     def varlen_backward(
@@ -94,11 +118,11 @@ class VarlenKernel(Kernel):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        width = _head_dim(query, value)
+        query_dim, value_dim = self.head_dims(query, value)
         output, lse = self.varlen_forward(
-            _pad(take(query, segments.query_runs), width),
-            _pad(take(key, segments.key_runs), width),
-            _pad(take(value, segments.key_runs), width),
+            _pad(take(query, segments.query_runs), query_dim),
+            _pad(take(key, segments.key_runs), query_dim),
+            _pad(take(value, segments.key_runs), value_dim),
             _lengths(segments, query.device),
             _window(segments),
             scores,
@@ -116,13 +140,13 @@ class VarlenKernel(Kernel):
         segments: Segments,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        width = _head_dim(query, value)
+        query_dim, value_dim = self.head_dims(query, value)
         grad_query, grad_key, grad_value = self.varlen_backward(
-            _pad(take(grad_output, segments.query_runs), width),
-            _pad(take(query, segments.query_runs), width),
-            _pad(take(key, segments.key_runs), width),
-            _pad(take(value, segments.key_runs), width),
-            _pad(take(output, segments.query_runs), width),
+            _pad(take(grad_output, segments.query_runs), value_dim),
+            _pad(take(query, segments.query_runs), query_dim),
+            _pad(take(key, segments.key_runs), query_dim),
+            _pad(take(value, segments.key_runs), value_dim),
+            _pad(take(output, segments.query_runs), value_dim),
             take(lse, segments.query_runs).T.contiguous(),
             _lengths(segments, query.device),
             _window(segments),
@@ -139,8 +163,9 @@ def _lengths(segments: Segments, device: torch.device) -> Lengths:
         sides = segments.queries, segments.keys
         longest_query, longest_key = (max(stop - start for start, stop in side) for side in sides)
         if segments.band not in (FULL, CAUSAL):
-            # FlashAttention replaces a missing right limit of a window by `max_keys`, and drops a limit of `max_keys`
-            # or more (`set_params_fprop`, `mha_varlen_fwd`). Both are right only if no query range is longer.
+            # FlashAttention-2 replaces a missing right limit of a window by `max_keys`, and drops a limit of
+            # `max_keys` or more (`set_params_fprop`, `mha_varlen_fwd`). Both are right only if no query range is
+            # longer.
             longest_key = max(longest_key, longest_query)
         cu_queries, cu_keys = (_cumulative(side, device) for side in sides)
         segments.kept[device, stream] = Lengths(cu_queries, cu_keys, longest_query, longest_key)
@@ -156,13 +181,18 @@ def _cumulative(ranges: tuple[Interval, ...], device: torch.device) -> torch.Ten
 
 
 def _window(segments: Segments) -> Window:
-    left, right = (-1 if limit is None else limit for limit in segments.band)
-    return Window(right == 0, left, right)
+    return Window(segments.band.right == 0, *segments.band)
 
 
-def _head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
-    """Smallest multiple of 8 that is no less than the head dims of query and value."""
-    return -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+def multiple(number: int, of: int) -> int:
+    """Smallest multiple of `of` that is no less than a number."""
+    return -(-number // of) * of
+
+
+def latent_dims(query: torch.Tensor, value: torch.Tensor) -> tuple[int, int] | None:
+    """Head dims of multi-head latent attention, which later versions of FlashAttention take as they are, or None."""
+    query_dim, value_dim = (multiple(tensor.shape[-1], 8) for tensor in (query, value))
+    return (query_dim, value_dim) if 128 < query_dim <= 192 and 96 < value_dim <= 128 else None
 
 
 def aligned(tensor: torch.Tensor) -> bool:
