@@ -22,6 +22,8 @@ from .varlen import Lengths, VarlenKernel, Window
 
 class FlashAttnKernel(VarlenKernel):
     name = "flash_attn"
+    expands_keys = True
+    grid_of_longest = True
 
     @staticmethod
     def missing() -> str | None:

@@ -5,8 +5,8 @@ functions. Before November 2025 these were plain functions with `window_size` an
 then they are operators with `window_size_left`, `window_size_right` and defaults, and `causal` of the backward is
 `is_causal`. In all of them the LSE is the second value, `[H, Q]`, and a limit of -1 is none.
 
-Offsets are 64-bit, and gradients of keys are summed for each key head, so no call has to be split. The scheduler packs
-segments of all lengths.
+Offsets are in 32 bits only within a head (`offset_q_padded * kHeadDim`), and gradients of keys are summed for each key
+head, so no call has to be cut by heads. Its scheduler starts blocks for the segments that there are.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ theirs as our blocks end. A margin would take its share also while no message tr
 
 class FlashAttn3Kernel(VarlenKernel):
     name = "flash_attn_3"
+    short_offsets = False
     devices = "9.0 (Hopper)"
 
     @staticmethod

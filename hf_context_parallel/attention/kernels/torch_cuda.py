@@ -18,6 +18,8 @@ from .varlen import Lengths, VarlenKernel, Window
 
 class TorchKernel(VarlenKernel):
     name = "torch"
+    expands_keys = True
+    grid_of_longest = True
 
     @staticmethod
     def missing() -> str | None:

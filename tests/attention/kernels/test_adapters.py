@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_context_parallel.attention.kernels import cudnn, flash_attn_3, flash_attn_4, torch_cuda
+from hf_context_parallel.attention.kernels import cudnn, flash_attn_3, flash_attn_4, torch_cuda, varlen
 from hf_context_parallel.attention.kernels.registry import KERNELS, CudnnKernel, ReferenceKernel, TorchKernel
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
@@ -163,6 +163,74 @@ def test_dims_of_latent_attention_are_not_padded(adapter):
     assert adapter.head_dims(torch.empty(1, 4, 40), torch.empty(1, 4, 20)) == (40, 40)
     for shape in ("latent", "grouped latent"):
         check(adapter, "queries that read in several windows", shape, torch.bfloat16)
+
+
+def same(found, expected):
+    return all(got.equal(want) for got, want in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("adapter", ["torch", *OFTEN[1:]], indirect=True)
+def test_calls_beyond_32_bit_offsets_are_cut_by_heads(adapter, monkeypatch):
+    """Compare with one call for all heads, in which the stand-ins compute the same numbers."""
+    calls, scores = CALLS["queries that read in several windows"], Scores(SCALE)
+    whole = tensors(SHAPES["grouped"], torch.bfloat16)  # 3 query heads for each of 2 key heads
+    expected = by_kernel(adapter, calls, scores, *whole)
+    told.clear()
+    by_kernel(adapter, calls, scores, *whole)
+    assert len(told) == len(calls)
+    rows = 18 + 4 * varlen.BLOCK  # of the longer call; the head dim counts as 32
+    monkeypatch.setattr(varlen, "MOST_ELEMENTS", 5 * rows * 32)
+    told.clear()
+    assert same(by_kernel(adapter, calls, scores, *whole), expected)
+    assert len(told) == (len(calls) if adapter.name == "flash_attn_3" else 2 * len(calls) - 1)
+    monkeypatch.setattr(varlen, "MOST_ELEMENTS", 3 * rows * 32 - 1)
+    if adapter.name == "flash_attn_3":
+        assert same(by_kernel(adapter, calls, scores, *whole), expected)
+        monkeypatch.setattr(varlen, "MOST_ELEMENTS", rows * 32 - 1)
+    said = r"kernel='\w+' cannot compute 18 queries and 18 keys at a time: .* 3 query heads of 32 .*Set a larger size"
+    with pytest.raises(ValueError, match=said):
+        by_kernel(adapter, calls, scores, *whole)
+
+
+def test_heads_of_rows_that_lie_far_apart_are_copied(monkeypatch):
+    rows = torch.randn(10, 4, 8)
+    assert varlen._heads(rows, slice(1, 3)).data_ptr() == rows[:, 1].data_ptr()
+    monkeypatch.setattr(varlen, "MOST_ELEMENTS", 10 * 4 * 8 - 1)
+    copied = varlen._heads(rows, slice(1, 3))
+    assert copied.is_contiguous() and copied.equal(rows[:, 1:3])
+
+
+@pytest.mark.parametrize("adapter", ["torch", *OFTEN[1:]], indirect=True)
+def test_expanded_gradients_of_keys_are_bounded(adapter, monkeypatch):
+    calls, scores = CALLS["a causal tile"], Scores(SCALE)
+    expected = by_kernel(adapter, calls, scores, *tensors(SHAPES["grouped"], torch.bfloat16))
+    monkeypatch.setattr(varlen, "MOST_EXPANDED", 17 * 3 * 32 * 2)  # of one key head
+    told.clear()
+    assert same(by_kernel(adapter, calls, scores, *tensors(SHAPES["grouped"], torch.bfloat16)), expected)
+    assert len(told) == (2 if adapter.expands_keys else 1)
+    told.clear()
+    by_kernel(adapter, calls, scores, *tensors(SHAPES["equal heads"], torch.bfloat16))  # nothing is expanded
+    assert len(told) == 1
+
+
+UNEVEN = ((0, 1), (1, 3), (3, 14), (14, 15), (15, 20), (20, 23))
+
+
+@pytest.mark.parametrize("adapter", ["torch", *OFTEN[1:]], indirect=True)
+@pytest.mark.parametrize("band", [CAUSAL, Band(2, 0), Band(2, 3)])
+def test_segments_of_very_different_lengths_are_sorted(adapter, band, monkeypatch):
+    monkeypatch.setattr(varlen, "BLOCK", 1)
+    whole = tensors(SHAPES["grouped"], torch.bfloat16)
+    expected = by_kernel(adapter, [Segments(UNEVEN, UNEVEN, band)], Scores(SCALE), *whole)
+    monkeypatch.setattr(varlen, "MOST_EMPTY", 2)
+    call = Segments(UNEVEN, UNEVEN, band)
+    told.clear()
+    assert same(by_kernel(adapter, [call], Scores(SCALE), *whole), expected)
+    assert len(told) == (3 if adapter.grid_of_longest else 1)  # of 1 and 2 rows, of 3 and 5, and of 11
+    kept = dict(call.kept)
+    by_kernel(adapter, [call], Scores(SCALE), *whole)
+    assert all(call.kept[place] is calls for place, calls in kept.items()) and len(kept) == 1
+    check(adapter, [call], "grouped", torch.bfloat16)
 
 
 @pytest.mark.parametrize("wanted", [False, True])
