@@ -5,6 +5,7 @@ its arguments and computes with the reference kernel.
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_context_parallel.attention.kernels import cudnn, flash_attn_3, flash_attn_4, torch_cuda, varlen
 from hf_context_parallel.attention.kernels.registry import KERNELS, CudnnKernel, ReferenceKernel, TorchKernel
 from hf_context_parallel.attention.scores import Scores
+from hf_context_parallel.planning.machine import attention_flops
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 from tests.attention.kernels.stand_ins import SIGNATURES, interface, packed_backward, packed_forward, told
 from tests.helpers.kernels import CALLS, SCALE, SHAPES, SOFTCAP, TOKENS, by_kernel, check, limits, tensors
@@ -252,7 +254,7 @@ def test_pytorchs_kernel_passes_no_limit_as_none(monkeypatch):
     """Check that another implementation that is activated in PyTorch takes a causal call for no window."""
     passed = []
 
-    class Noted(StandInForAten):
+    class Passed(StandInForAten):
         def forward(self, *args, **options):
             passed.append((args[8], options.get("window_size_left"), options.get("window_size_right")))
             return super().forward(*args, **options)
@@ -263,7 +265,7 @@ def test_pytorchs_kernel_passes_no_limit_as_none(monkeypatch):
 
     whole = tensors(SHAPES["grouped"], torch.bfloat16)
     monkeypatch.setattr(torch_cuda, "current_flash_attention_impl", lambda: "FA4")
-    with Noted():
+    with Passed():
         by_kernel(TorchKernel(), CALLS["a tile"], Scores(SCALE), *whole)
         by_kernel(TorchKernel(), CALLS["a causal tile"], Scores(SCALE), *whole)
         assert passed == [(False, None, None)] * 2 + [(True, None, None)] * 2
@@ -293,10 +295,68 @@ def test_cudnn_computes_one_plain_tile_and_pytorchs_kernel_the_rest(adapter, cal
     told.clear()
     by_kernel(adapter, CALLS[calls], Scores(SCALE, deterministic=True), *whole)
     assert told == [True]
+    told.clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        by_kernel(adapter, CALLS[calls], Scores(SCALE), *whole)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told == [True]
     monkeypatch.setattr(cudnn, "SHORTEST", 1000)
     told.clear()
     by_kernel(adapter, CALLS[calls], Scores(SCALE), *whole)
     assert told == [False]
+
+
+class Noted(StandInForAten):
+    """Stand-in for PyTorch's operators that notes which of them are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.__name__:
+            self.names.append("cudnn" if "cudnn" in func.__name__ else "flash")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture
+def thrifty(monkeypatch):
+    """Fixture of cuDNN's kernel as `auto` makes it, with a stand-in that notes the operators of a function."""
+    monkeypatch.setattr(cudnn, "SHORTEST", 1)
+    monkeypatch.setattr(cudnn, "_widest_head", lambda device: 256)
+    monkeypatch.setattr(cudnn, "PAYS", 2.5 * attention_flops(18 * 7, *SHAPES["grouped"][:3:2], 16))
+    kernel, whole = CudnnKernel(compiles_at_once=False), tensors(SHAPES["grouped"], torch.bfloat16)
+
+    def computed(*calls):
+        with Noted() as noted:
+            for call in calls:
+                by_kernel(kernel, [call], Scores(SCALE), *whole)
+        return noted.names
+
+    return computed
+
+
+TILE = Segments(((0, 7),), ((2, 20),))
+
+
+def test_a_shape_goes_to_cudnn_when_compiling_has_paid(thrifty):
+    """Check both passes: three forwards have 2.5 times the work of one, and so has one backward."""
+    both = [thrifty(TILE) for _ in range(5)]
+    assert both == [["flash", "flash"], ["flash", "cudnn"], ["flash", "cudnn"], ["cudnn", "cudnn"], ["cudnn", "cudnn"]]
+    # Another thread compiles its own plans, and other ranges of the same lengths need none.
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(thrifty, TILE).result() == ["flash", "flash"]
+    assert thrifty(Segments(((3, 10),), ((0, 18),))) == ["cudnn", "cudnn"]
+
+
+def test_lengths_that_do_not_come_back_are_never_compiled(thrifty, monkeypatch):
+    monkeypatch.setattr(cudnn, "MOST_SHAPES", 6)
+    new = [Segments(((0, rows),), ((0, rows),), CAUSAL) for rows in range(2, 20)]
+    assert set(thrifty(*new)) == {"flash"}
+    assert set(thrifty(*new)) == {"flash"}  # the last ones alone are counted, by pass
+    assert thrifty(*[TILE] * 4)[-2:] == ["cudnn", "cudnn"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

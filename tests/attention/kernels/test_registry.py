@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from hf_context_parallel.attention.kernels import flash_attn_3, flash_attn_4
-from hf_context_parallel.attention.kernels.registry import CpuKernel, TorchKernel, check_kernel, choose_kernel
+from hf_context_parallel.attention.kernels.registry import (
+    CpuKernel,
+    FlashAttn3Kernel,
+    FlashAttn4Kernel,
+    TorchKernel,
+    check_kernel,
+    choose_kernel,
+)
 from hf_context_parallel.attention.scores import Scores
 from tests.helpers.kernels import SCALE, SHAPES, SOFTCAP, tensors
 
@@ -29,8 +36,13 @@ def fresh_choice():
 def machine(monkeypatch, tmp_path):
     """Fixture that sets the software and hardware of the machine. By default there is none."""
 
-    def has(flash_attn=False, cuda=False, flash_in_torch=False):
+    def has(flash_attn=False, cuda=False, flash_in_torch=False, capability=(8, 0), others=()):
         find_spec = importlib.util.find_spec
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: "cudnn" in others)
+        for kernel in (FlashAttn3Kernel, FlashAttn4Kernel):
+            if kernel.name in others:
+                monkeypatch.setattr(kernel, "missing", staticmethod(lambda: None))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash_in_torch)
         monkeypatch.setattr(
@@ -132,10 +144,31 @@ def test_no_kernel_for_a_device_says_why(machine):
         choose_kernel("auto", "mps")
 
 
-@pytest.mark.parametrize("has_flash_attn, chosen", [(True, "flash_attn"), (False, "torch")])
-def test_auto_takes_the_best_there_is(machine, has_flash_attn, chosen):
-    machine(flash_attn=has_flash_attn, cuda=True, flash_in_torch=True)
-    assert choose_kernel("auto", "cuda").name == chosen
+EVERYTHING = ("flash_attn_3", "flash_attn_4", "cudnn")
+
+
+@pytest.mark.parametrize(
+    "capability, flash_attn, others, chosen",
+    [
+        ((8, 0), True, EVERYTHING, "flash_attn"),
+        ((8, 9), False, EVERYTHING, "torch"),
+        ((9, 0), True, EVERYTHING, "flash_attn_3"),
+        ((9, 0), True, ("flash_attn_4", "cudnn"), "flash_attn_4"),
+        ((9, 0), True, ("cudnn",), "cudnn"),
+        ((9, 0), True, (), "flash_attn"),
+        ((9, 0), False, (), "torch"),
+        ((10, 3), True, EVERYTHING, "flash_attn_4"),
+        ((10, 0), True, ("flash_attn_3", "cudnn"), "cudnn"),
+        ((12, 0), False, EVERYTHING, "torch"),
+    ],
+)
+def test_auto_takes_the_best_there_is(machine, capability, flash_attn, others, chosen):
+    machine(flash_attn=flash_attn, cuda=True, flash_in_torch=True, capability=capability, others=others)
+    kernel = choose_kernel("auto", "cuda")
+    assert kernel.name == chosen
+    if chosen == "cudnn":
+        assert kernel.other.name == "flash_attn"
+        assert kernel._counted is not None and choose_kernel("cudnn", "cuda")._counted is None
     assert choose_kernel("auto", "cpu").name == "cpu"
 
 
