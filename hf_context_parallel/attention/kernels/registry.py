@@ -52,6 +52,15 @@ def named_kernel(name: str) -> Kernel:
     return KERNELS[name]()
 
 
+def kernel_here(name: str) -> str:
+    """Name of the kernel that `name` stands for on this machine, on its CUDA devices if it has any.
+
+    Raises:
+        ValueError: if the kernel cannot be used on this machine; the message says how to get it.
+    """
+    return choose_kernel(name, "cuda" if torch.cuda.is_available() else "cpu").name
+
+
 @cache
 def choose_kernel(name: str, device_type: str) -> Kernel:
     """Make the kernel called `name`, or for `"auto"` the best one that this machine has for a device type.
