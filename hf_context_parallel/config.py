@@ -11,7 +11,7 @@ COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 LAYOUTS = ("auto", "zigzag", "contiguous", "balanced")
 LOGITS = ("auto", "whole", "shard")
-KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "reference")
+KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "reference")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,18 @@ class ContextParallelConfig:
             the batch. It is zigzag for one document, or if ranks hold fewer than 2,048 tokens.
             `"contiguous"`: chunk r of size.
         kernel: the kernel that computes attention on one rank.
-            `"auto"`: the best that can be used of `"flash_attn"` (the flash-attn package), `"torch"` (PyTorch's own
-            CUDA flash attention) and `"cpu"` (PyTorch's CPU flash attention).
-            `"cudnn"`: attention of cuDNN for long documents, and `"torch"` otherwise. It is the fastest on Hopper if
-            lengths repeat, since each new length takes up to 1.4 s.
+            `"auto"`: on CUDA the first that can be used of `"flash_attn_3"`, `"flash_attn_4"`, `"cudnn"` (on Hopper
+            and Blackwell), `"flash_attn"` and `"torch"`; on a CPU `"cpu"`. It is the same on all ranks. cuDNN gets a
+            length only when that has come so often that compiling it has paid.
+            `"torch"`: PyTorch's own CUDA flash attention, version 2.
+            `"flash_attn"`: FlashAttention-2 of the package flash-attn.
+            `"flash_attn_3"`: FlashAttention-3, for Hopper: the module `flash_attn_interface`, or what the package
+            `kernels` downloads where that is installed.
+            `"flash_attn_4"`: FlashAttention-4 of the package flash-attn-4, for Hopper and Blackwell. It compiles each
+            variant in about 10 s.
+            `"cudnn"`: attention of cuDNN for long documents, `"flash_attn"` or `"torch"` for the rest. Each new length
+            is compiled at once, in up to 1.4 s.
+            `"cpu"`: PyTorch's CPU flash attention.
             `"reference"`: plain PyTorch, for any dtype and device. It is slow, and holds the scores of one block of
             queries at a time.
         check_batch: True to compare a checksum of each batch, and of some weights of the model, between the ranks of a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
 from . import functional
-from .attention.kernels.registry import named_kernel
+from .attention.kernels.registry import KERNELS, kernel_here
 from .calibration.rates import machines
 from .config import ContextParallelConfig
 from .cp_group import CPGroup
 from .data.accelerator import share_groups
 from .data.loader import prepare_data_loader
-from .distributed.agreement import collective, fingerprint, odd_rank, of_first_rank
+from .distributed.agreement import collective, fingerprint, gather_numbers, odd_rank, of_first_rank
 from .distributed.mesh import world
 from .distributed.messages import Exchange, GroupExchange
 from .distributed.process_groups import Groups, build_groups
@@ -41,7 +41,7 @@ class ContextParallel:
 
     Raises:
         ValueError: on all ranks, if the sizes do not divide, ranks ask for different settings, torch.distributed is
-            not initialised, or the kernel cannot be used.
+            not initialised, or the kernel cannot be used or is not the same on all ranks.
 
     Example:
 
@@ -54,8 +54,7 @@ class ContextParallel:
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
         # Making groups is collective, so ranks must find out before it that they ask for different groups.
         with collective(world(), "settings or meshes", "Give every process the same ones.") as notes:
-            if config.kernel != "auto":  # "auto" is chosen later, by the device of the tensors
-                named_kernel(config.kernel)
+            kernel = list(KERNELS).index(kernel_here(config.kernel))
             names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
             notes.fingerprint = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
             notes.number = config.size
@@ -65,6 +64,7 @@ class ContextParallel:
                 f"rank 0 asks for CP groups of size={sizes[0]} and rank {odd} for size={sizes[odd]}. "
                 "Give every process the same settings."
             )
+        _check_kernels(gather_numbers(world(), kernel)[0])
         self.made_with, self.mesh = config, mesh
         self._logged: set[tuple[str, str, int]] = set()
         everyone = world()
@@ -325,3 +325,21 @@ class ContextParallel:
             return prepare_data_loader(loader, self.groups)
         share_groups(accelerator, self)
         return accelerator.prepare_data_loader(loader)
+
+
+def _check_kernels(numbers: Sequence[int]) -> None:
+    """Refuse ranks for which `auto` stands for different kernels, since they would round differently.
+
+    Args:
+        numbers: for each rank of the world, the place of its kernel in `KERNELS`.
+
+    Raises:
+        ValueError: naming both kernels and a rank of each.
+    """
+    if (odd := odd_rank(numbers)) is not None:
+        first, other = (list(KERNELS)[numbers[rank]] for rank in (0, odd))
+        raise ValueError(
+            f"rank 0 would compute attention with kernel={first!r} and rank {odd} with kernel={other!r}, the "
+            "best that kernel='auto' finds there. Install the same packages on all machines, or name one kernel that "
+            "all of them have."
+        )

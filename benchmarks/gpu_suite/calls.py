@@ -15,7 +15,7 @@ from hf_context_parallel.attention.kernels.registry import KERNELS
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 
-from .measure import DTYPES, errors, merged
+from .measure import DTYPES, errors, kernels, merged
 
 ALL, ROW, LSE = 0.01, 0.06, 1e-3
 """Largest errors that are explained by bfloat16: of whole tensors, of a row, and of an LSE (absolute)."""
@@ -70,38 +70,38 @@ def segments(name: str, band: Band, small: bool) -> Segments:
 
 def run(options: Namespace) -> Iterator[dict[str, Any]]:
     device, small = torch.device(options.device), options.device == "cpu"
-    reference = KERNELS["reference"]()
     cases = [("mixed", band, heads) for heads in HEADS for band in BANDS]
     cases += [(name, band, heads) for heads in HEADS for name, band in (("long square", "causal"), ("long", "full"))]
     cases += [(name, band, HEADS[6]) for name in ("one", "single queries", "many") for band in BANDS]
-    for kernel_type in KERNELS.values():
-        kernel = kernel_type()
-        if (
-            kernel.name == "reference"
-            or kernel.missing()
-            or kernel.refusal(device, DTYPES[device.type], 8, 8, Scores(1.0))
-        ):
+    for kernel in kernels(device):
+        if not kernel.refusal(device, DTYPES[device.type], 8, 8, Scores(1.0)):
+            yield from checked(kernel, cases, device, small)
+
+
+def checked(
+    kernel: Kernel, cases: list[tuple[str, str, Heads]], device: torch.device, small: bool
+) -> Iterator[dict[str, Any]]:
+    """Compare a kernel with the reference kernel: names of segments and of bands, and heads, in each case."""
+    reference = KERNELS["reference"]()
+    worst: dict[str, tuple[float, Any]] = {}
+    failed = []
+    for name, band, heads in cases:
+        if kernel.refusal(device, DTYPES[device.type], heads.query_dim, heads.value_dim, Scores(1.0)):
             continue
-        worst: dict[str, tuple[float, Any]] = {}
-        failed = []
-        for name, band, heads in cases:
-            refusal = kernel.refusal(device, DTYPES[device.type], heads.query_dim, heads.value_dim, Scores(1.0))
-            if refusal:
-                continue
-            call = segments(name, BANDS[band], small)
-            found = compare(kernel, reference, call, heads, device)
-            case = f"{name}, {band}, {tuple(heads)}"
-            for what, error in found.items():
-                if not error <= worst.get(what, (-1.0,))[0]:
-                    worst[what] = error, case
-                limit = LSE if what == "lse" else ROW if what.endswith("row") else ALL
-                if not error <= limit:  # so that a NaN counts as a failure
-                    failed.append({"what": f"{kernel.name}, {case}", "right": False, what: error})
-        yield from failed
-        for what, (error, case) in worst.items():
-            yield {"what": f"{kernel.name}, worst {what}", "error": error, "case": case, "cases": len(cases)}
-        yield {"what": f"{kernel.name}, all cases", "right": not failed, "failed": len(failed)}
-        yield determinism(kernel, segments("mixed", CAUSAL, small), device)
+        call = segments(name, BANDS[band], small)
+        found = compare(kernel, reference, call, heads, device)
+        case = f"{name}, {band}, {tuple(heads)}"
+        for what, error in found.items():
+            if not error <= worst.get(what, (-1.0,))[0]:
+                worst[what] = error, case
+            limit = LSE if what == "lse" else ROW if what.endswith("row") else ALL
+            if not error <= limit:  # so that a NaN counts as a failure
+                failed.append({"what": f"{kernel.name}, {case}", "right": False, what: error})
+    yield from failed
+    for what, (error, case) in worst.items():
+        yield {"what": f"{kernel.name}, worst {what}", "error": error, "case": case, "cases": len(cases)}
+    yield {"what": f"{kernel.name}, all cases", "right": not failed, "failed": len(failed)}
+    yield determinism(kernel, segments("mixed", CAUSAL, small), device)
 
 
 def compare(kernel: Kernel, reference: Kernel, call: Segments, heads: Heads, device: torch.device) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Calls so large that kernels need indices beyond 32 bits.
+"""Calls so large that indices pass 32 bits, before which kernels cut them by heads.
 
 Gradients of the last rows are compared with those of a short call.
 """
@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from hf_context_parallel.attention.kernels.registry import KERNELS
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.tiles import Band, Segments
 
-from .measure import errors
+from .measure import errors, kernels
 
-HEADS, DIM, WINDOW = 32, 128, 1024
+HEADS, KEY_HEADS, DIM, WINDOW = 32, 4, 128, 1024
 LAST = 512
 """Rows that are compared; they read `WINDOW` keys each."""
 ALL = 0.01
@@ -26,15 +25,13 @@ ALL = 0.01
 def run(options: Namespace) -> Iterator[dict[str, Any]]:
     if options.device != "cuda":
         return
-    for kernel_type in KERNELS.values():
-        if kernel_type.name in ("reference", "cpu") or kernel_type.missing():
-            continue
+    for kernel in kernels(torch.device(options.device)):
         for tokens in (524_160, 524_288, 524_416, 655_360):
             for parts in (1, 2):
                 try:
-                    yield last_rows(kernel_type(), tokens, parts)
+                    yield last_rows(kernel, tokens, parts)
                 except Exception as error:  # after an illegal access no more kernels can run in this process
-                    yield {"what": _named(kernel_type(), tokens, parts), "right": False, "error": str(error)[:300]}
+                    yield {"what": _named(kernel, tokens, parts), "right": False, "error": str(error)[:300]}
                     return
 
 
@@ -44,7 +41,7 @@ def _named(kernel, tokens: int, parts: int) -> str:
 
 def last_rows(kernel, tokens: int, parts: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    shapes = [(tokens, n, DIM) for n in (HEADS, 1, 1, HEADS)]
+    shapes = [(tokens, n, DIM) for n in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
     query, key, value, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     edges = [tokens * part // parts for part in range(parts + 1)]
     ranges = tuple(zip(edges, edges[1:]))

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hf_context_parallel.attention.kernels.base import Kernel
+from hf_context_parallel.attention.kernels.registry import KERNELS
 from hf_context_parallel.attention.totals import Output, Places
 from hf_context_parallel.planning.portions import portions_of
 from hf_context_parallel.planning.tiles import Segments
@@ -16,6 +18,12 @@ from hf_context_parallel.planning.tiles import Segments
 WARM_UP = 2
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 """Dtype of the computation on each device. Many CPUs have no arithmetic in bfloat16."""
+
+
+def kernels(device: torch.device) -> list[Kernel]:
+    """Make the kernels of a device that are there, but the reference and those that have an item of their own."""
+    left_out = ("reference", "flash_attn_4") if device.type == "cpu" else ("reference", "flash_attn_4", "cpu")
+    return [kernel() for name, kernel in KERNELS.items() if name not in left_out and not kernel.missing()]
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:

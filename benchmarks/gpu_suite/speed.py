@@ -14,7 +14,6 @@ import torch
 
 from hf_context_parallel.attention.executor import attention
 from hf_context_parallel.attention.kernels.base import Kernel
-from hf_context_parallel.attention.kernels.registry import KERNELS
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.attention.totals import combining
@@ -24,7 +23,7 @@ from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, wh
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Segments
 
 from ..simulation import PreparedExchange
-from .measure import DTYPES, kernel_ms, measure, median_ms
+from .measure import DTYPES, kernel_ms, kernels, measure, median_ms
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 
@@ -38,18 +37,17 @@ class Call(NamedTuple):
 
 def run(options: Namespace) -> Iterator[dict[str, Any]]:
     device, small = torch.device(options.device), options.device == "cpu"
-    left_out = ("reference",) if small else ("reference", "cpu")
-    kernels = [kernel() for name, kernel in KERNELS.items() if name not in left_out and not kernel.missing()]
-    best = {}
+    present, best = kernels(device), {}
+    first = next(kernel for kernel in present if kernel.name != "cudnn")  # which would compile for each layer
     for tokens in (128,) if small else (4096, 16_384, 32_768, 65_536):
-        for result in one_call(kernels, tokens, device):
+        for result in one_call(present, tokens, device):
             yield result
             best[result["kernel"]] = result
     yield from merging(512 if small else 16_384, device)
-    yield small_calls(kernels[0], device)
+    yield small_calls(first, device)
     scale = 64 if small else 1
-    for kernel in kernels:
-        for layer in layers(scale, kernel is kernels[0]):
+    for kernel in present:
+        for layer in layers(scale, kernel is first):
             yield ring(layer, kernel, best[kernel.name], device)
 
 

@@ -51,6 +51,8 @@ SHAPES = {
     "wide values": (4, 2, 3, 16),
     "two of 8 wide": (2, 2, 40, 24),
 }
+LATENT = {"latent": (2, 2, 192, 128), "grouped latent": (4, 2, 192, 128)}
+"""Head dims of multi-head latent attention, which some kernels take as they are."""
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 """Largest norm of an error, relative to the norm of the expected tensor."""
 
@@ -103,7 +105,7 @@ def by_kernel(kernel, calls, scores, query, key, value, grad):
 def check(kernel, calls, shape, dtype, softcap=None, least=0.0):
     """Compare a kernel with the definition. Errors are relative to the norm, or to `least` if that is larger."""
     calls = CALLS[calls] if isinstance(calls, str) else calls
-    arguments = calls, Scores(SCALE, softcap), *tensors(SHAPES[shape], dtype)
+    arguments = calls, Scores(SCALE, softcap), *tensors({**SHAPES, **LATENT}[shape], dtype)
     names = ("output", "lse", "dq", "dk", "dv")
     for name, got, expected in zip(names, by_kernel(kernel, *arguments), by_definition(*arguments)):
         read = expected.isfinite()

@@ -2,27 +2,49 @@
 
 On Hopper it is 1.6 to 1.8 times as fast as FlashAttention-2 (`benchmarks/results/gpu_suite.md`). It computes calls of
 one long segment that is read entirely, or is a square with a causal mask. All calls of a ring over one long document
-are such. PyTorch's flash attention computes the others: windows, packed documents, short tiles, and causal tiles of
-`all_gather`, which have more keys than queries. cuDNN compiles a plan for each new shape, once in each thread, in up
-to 1.4 s. So it is worth while if shapes repeat.
+are such. FlashAttention-2 computes the others: windows, packed documents, softcap, short tiles, and causal tiles of
+`all_gather`, which have more keys than queries.
+
+cuDNN compiles a plan for each new shape, once in each thread, in up to 1.4 s. So `auto` gives it a shape only when the
+calls of this shape so far would have saved as much. Compiling then costs at most as much as it could have saved, and
+lengths that do not come back are not compiled.
 """
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
+from ...planning.machine import BACKWARD, attention_flops
 from ...planning.tiles import Segments, take
 from ..scores import Scores
-from .base import is_plain
+from .base import Kernel, is_plain
+from .flash_attn import FlashAttnKernel
 from .torch_cuda import TorchKernel
 from .varlen import aligned
 
 SHORTEST = 1024
 """Fewest queries and keys of a tile for which cuDNN is used."""
+PAYS = 1e15
+"""Floating-point operations on which cuDNN saves the time of compiling. On an H100 it takes 1.3 to 1.4 s less than
+FlashAttention-2 for them (347 and 626 TFLOP/s forward, 310 and 553 backward: `benchmarks/results/h100.md`)."""
+MOST_SHAPES = 4096
+"""Shapes whose operations are counted, the last ones that were used."""
 
 
-class CudnnKernel(TorchKernel):
+class CudnnKernel(Kernel):
+    """Kernel of cuDNN, with one of FlashAttention-2 for the calls that cuDNN does not take.
+
+    Args:
+        compiles_at_once: True to compile each shape in its first call, False when it has paid.
+    """
+
     name = "cudnn"
+
+    def __init__(self, compiles_at_once: bool = True):
+        self.other = FlashAttnKernel() if FlashAttnKernel.missing() is None else TorchKernel()
+        self._counted = None if compiles_at_once else _Counted()
 
     @staticmethod
     def missing() -> str | None:
@@ -31,11 +53,16 @@ class CudnnKernel(TorchKernel):
             missing = "this PyTorch was built without cuDNN. Use kernel='torch'"
         return missing
 
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
+    ) -> str | None:
+        return self.other.refusal(device, dtype, query_dim, value_dim, scores)
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not _takes(query, value, segments, scores):
-            return super().forward(query, key, value, segments, scores)
+        if not self._takes("forward", query, key, value, segments, scores):
+            return self.other.forward(query, key, value, segments, scores)
         output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             _heads_first(query, segments.query_runs),
             _heads_first(key, segments.key_runs),
@@ -59,8 +86,8 @@ class CudnnKernel(TorchKernel):
         segments: Segments,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if not _takes(query, value, segments, scores):
-            return super().backward(grad_output, query, key, value, output, lse, segments, scores)
+        if not self._takes("backward", query, key, value, segments, scores):
+            return self.other.backward(grad_output, query, key, value, output, lse, segments, scores)
         queries, keys = segments.query_runs, segments.key_runs
         unused = torch.empty((), dtype=torch.int64, device=query.device)  # the random state, since dropout is 0
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -84,13 +111,50 @@ class CudnnKernel(TorchKernel):
         grad_query, grad_key, grad_value = (grad[0].transpose(0, 1) for grad in grads)
         return grad_query, grad_key, grad_value
 
+    def _takes(
+        self,
+        side: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+        scores: Scores,
+    ) -> bool:
+        """Return True if cuDNN computes a call, and count its operations if it may compute one like it later."""
+        if not _can(query, value, segments, scores):
+            return False
+        if self._counted is None:
+            return True
+        tensors = ((tensor.dtype, tensor.shape[1:], tensor.stride()) for tensor in (query, key, value))
+        tile = _length(segments.queries[0]), _length(segments.keys[0]), segments.band
+        work = attention_flops(segments.pairs, query.shape[1], query.shape[-1], value.shape[-1])
+        work *= BACKWARD if side == "backward" else 1
+        return self._counted.add((side, query.device, *tensors, *tile), work) >= PAYS
 
-def _takes(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores) -> bool:
-    """Return True if cuDNN computes a call.
 
-    Deterministic calls go to PyTorch's kernel, which guarantees the same bits.
+class _Counted(threading.local):
+    """Operations of the calls of each shape, by thread, since a plan of cuDNN is compiled for one thread."""
+
+    def __init__(self) -> None:
+        self.work: dict[tuple[object, ...], float] = {}
+
+    def add(self, shape: tuple[object, ...], work: float) -> float:
+        """Count one more call of a shape, and return the operations of those before it."""
+        before = self.work.pop(shape, 0.0)
+        self.work[shape] = before + work  # as the last one that was used
+        if len(self.work) > MOST_SHAPES:
+            del self.work[next(iter(self.work))]
+        return before
+
+
+def _can(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores) -> bool:
+    """Return True if cuDNN can compute a call.
+
+    Deterministic calls go to the other kernel, which guarantees the same bits.
     """
-    if len(segments.queries) > 1 or scores.deterministic:
+    if scores.deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
+    if len(segments.queries) > 1 or scores.softcap is not None:
         return False
     if any(tensor.shape[-1] % 8 or tensor.shape[-1] > _widest_head(query.device) for tensor in (query, value)):
         return False
@@ -100,7 +164,7 @@ def _takes(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores:
 
 def _widest_head(device: torch.device) -> int:
     """Largest head dim that the backward of cuDNN takes."""
-    return 256 if torch.cuda.get_device_capability(device) >= (9, 0) else 128
+    return 256 if torch.cuda.get_device_capability(device) == (9, 0) else 128
 
 
 def _length(interval: tuple[int, int]) -> int:

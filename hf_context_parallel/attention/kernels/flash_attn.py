@@ -22,6 +22,8 @@ from .varlen import Lengths, VarlenKernel, Window
 
 class FlashAttnKernel(VarlenKernel):
     name = "flash_attn"
+    expands_keys = True
+    grid_of_longest = True
 
     @staticmethod
     def missing() -> str | None:
@@ -31,8 +33,16 @@ class FlashAttnKernel(VarlenKernel):
             return "PyTorch sees no CUDA device. On the CPU use kernel='cpu'"
         try:
             importlib.import_module("flash_attn.flash_attn_interface")
-        except ImportError as error:  # built for another torch, or only flash-attn-4 is installed
-            return f"flash-attn cannot be imported ({error}). Run pip install 'flash-attn>=2.6,<2.9'"
+        except ImportError as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn.flash_attn_interface":
+                return (
+                    "flash-attn-4 is installed without flash-attn. Use kernel='flash_attn_4', or run pip install "
+                    "'flash-attn>=2.6,<2.9'"
+                )
+            return (  # built for another torch
+                f"flash-attn cannot be imported ({error}). Build it for PyTorch {torch.__version__}: run pip install "
+                "--no-build-isolation --no-cache-dir --force-reinstall --no-deps 'flash-attn>=2.6,<2.9'"
+            )
         return None
 
     def varlen_forward(
@@ -98,9 +108,9 @@ class FlashAttnKernel(VarlenKernel):
 def _options(function: Callable[..., Any], window: Window, scores: Scores) -> dict[str, Any]:
     """Window, softcap and ALiBi by their names in this version. 2.6 has no defaults, so all are given."""
     if "window_size" in _parameters(function):
-        sizes: dict[str, Any] = {"window_size": (window.left, window.right)}
+        sizes: dict[str, Any] = {"window_size": window.sizes}
     else:
-        sizes = {"window_size_left": window.left, "window_size_right": window.right}
+        sizes = {"window_size_left": window.sizes[0], "window_size_right": window.sizes[1]}
     return {**sizes, "softcap": scores.softcap or 0.0, "alibi_slopes": None}
 
 

@@ -12,16 +12,32 @@ from .base import Kernel
 from .cpu import CpuKernel
 from .cudnn import CudnnKernel
 from .flash_attn import FlashAttnKernel
+from .flash_attn_3 import FlashAttn3Kernel
+from .flash_attn_4 import FlashAttn4Kernel
 from .reference import ReferenceKernel
 from .torch_cuda import TorchKernel
 
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, type[Kernel]] = {
-    kernel.name: kernel for kernel in (FlashAttnKernel, TorchKernel, CudnnKernel, CpuKernel, ReferenceKernel)
+    kernel.name: kernel
+    for kernel in (
+        FlashAttn3Kernel,
+        FlashAttn4Kernel,
+        CudnnKernel,
+        FlashAttnKernel,
+        TorchKernel,
+        CpuKernel,
+        ReferenceKernel,
+    )
 }
-AUTOMATIC = {"cuda": ("flash_attn", "torch"), "cpu": ("cpu",)}
-"""Kernels that `auto` tries for each device type, best first."""
+AUTOMATIC = {
+    "cpu": ("cpu",),
+    "cuda": ("flash_attn", "torch"),
+    "cuda 9.0": ("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn", "torch"),
+    "cuda 10.x": ("flash_attn_4", "cudnn", "flash_attn", "torch"),
+}
+"""Kernels that `auto` tries for each device type, best first. Hopper (9.0) and Blackwell (10.x) have their own."""
 
 
 def named_kernel(name: str) -> Kernel:
@@ -36,6 +52,15 @@ def named_kernel(name: str) -> Kernel:
     return KERNELS[name]()
 
 
+def kernel_here(name: str) -> str:
+    """Name of the kernel that `name` stands for on this machine, on its CUDA devices if it has any.
+
+    Raises:
+        ValueError: if the kernel cannot be used on this machine; the message says how to get it.
+    """
+    return choose_kernel(name, "cuda" if torch.cuda.is_available() else "cpu").name
+
+
 @cache
 def choose_kernel(name: str, device_type: str) -> Kernel:
     """Make the kernel called `name`, or for `"auto"` the best one that this machine has for a device type.
@@ -48,16 +73,24 @@ def choose_kernel(name: str, device_type: str) -> Kernel:
     if name != "auto":
         return named_kernel(name)
     reasons = []
-    for candidate in AUTOMATIC.get(device_type, ()):
+    for candidate in AUTOMATIC.get(_generation(device_type), ()):
         missing = KERNELS[candidate].missing()
         if missing is None:
             logger.info("context parallelism computes attention with kernel=%r on %s", candidate, device_type)
-            return KERNELS[candidate]()
+            return CudnnKernel(compiles_at_once=False) if candidate == CudnnKernel.name else KERNELS[candidate]()
         reasons.append(f"{candidate!r}: {missing}")
     raise ValueError(
         f"kernel='auto' finds none for device type {device_type!r} ({'; '.join(reasons) or 'none is known for it'}). "
         "Use kernel='reference', which runs everywhere, but slowly."
     )
+
+
+def _generation(device_type: str) -> str:
+    """Key of `AUTOMATIC` for the current device of a type."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return device_type
+    major, minor = torch.cuda.get_device_capability()
+    return "cuda 10.x" if major == 10 else "cuda 9.0" if (major, minor) == (9, 0) else "cuda"
 
 
 def check_kernel(kernel: Kernel, query: torch.Tensor, value: torch.Tensor, scores: Scores) -> None:

@@ -1,4 +1,7 @@
-"""Kernel `torch`: the CUDA flash attention of PyTorch (FlashAttention-2), which needs no other package."""
+"""Kernel `torch`: the CUDA flash attention of PyTorch, which needs no other package.
+
+It is FlashAttention-2, unless `torch.nn.attention.activate_flash_attention_impl` has put another in its place.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import current_flash_attention_impl
 
 from ..scores import Scores
 from .varlen import Lengths, VarlenKernel, Window
@@ -14,6 +18,8 @@ from .varlen import Lengths, VarlenKernel, Window
 
 class TorchKernel(VarlenKernel):
     name = "torch"
+    expands_keys = True
+    grid_of_longest = True
 
     @staticmethod
     def missing() -> str | None:
@@ -27,7 +33,11 @@ class TorchKernel(VarlenKernel):
         self, device: torch.device, dtype: torch.dtype, query_dim: int, value_dim: int, scores: Scores
     ) -> str | None:
         if scores.softcap is not None:
-            return f"it has no softcap ({scores.softcap}). Install flash-attn, or use kernel='reference'"
+            active = current_flash_attention_impl() or "FlashAttention-2"
+            return (
+                f"its implementation, {active} of PyTorch, has no softcap ({scores.softcap}). Install flash-attn, or "
+                "use kernel='reference'"
+            )
         return super().refusal(device, dtype, query_dim, value_dim, scores)
 
     def varlen_forward(
@@ -39,6 +49,12 @@ class TorchKernel(VarlenKernel):
         window: Window,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        active = current_flash_attention_impl()
+        if active == "FA4" and (window.left is not None or window.right):
+            raise ValueError(
+                f"kernel='torch' runs the activated implementation {active!r} of PyTorch, whose backward takes no "
+                "windows. Use kernel='flash_attn_4', or call torch.nn.attention.restore_flash_attention_impl()."
+            )
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
             query, key, value, *lengths, 0.0, window.causal, False, **_options(window, scores)
         )
@@ -66,7 +82,9 @@ class TorchKernel(VarlenKernel):
 
 
 def _options(window: Window, scores: Scores) -> dict[str, Any]:
-    return {"scale": scores.scale, "window_size_left": window.left, "window_size_right": window.right}
+    # An activated implementation may take a limit for a window, and `is_causal` says what a right limit of 0 does.
+    right = None if window.causal else window.right
+    return {"scale": scores.scale, "window_size_left": window.left, "window_size_right": right}
 
 
 @contextmanager

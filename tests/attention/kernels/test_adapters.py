@@ -5,9 +5,9 @@ its arguments and computes with the reference kernel.
 """
 
 import sys
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,66 +15,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_context_parallel.attention.kernels import cudnn
-from hf_context_parallel.attention.kernels.registry import CudnnKernel, FlashAttnKernel, ReferenceKernel, TorchKernel
+from hf_context_parallel.attention.kernels import cudnn, flash_attn_3, flash_attn_4, torch_cuda, varlen
+from hf_context_parallel.attention.kernels.registry import KERNELS, CudnnKernel, ReferenceKernel, TorchKernel
 from hf_context_parallel.attention.scores import Scores
+from hf_context_parallel.planning.machine import attention_flops
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
+from tests.attention.kernels.stand_ins import SIGNATURES, interface, packed_backward, packed_forward, told
 from tests.helpers.kernels import CALLS, SCALE, SHAPES, SOFTCAP, TOKENS, by_kernel, check, limits, tensors
 from tests.helpers.simulated import in_band
-
-told = []
-"""Value of `deterministic` in each call of a backward, and "cudnn" for each call of cuDNN's."""
-
-
-def packed(query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropout, causal, left, right):
-    """Check the arguments of a varlen call, and return its segments.
-
-    Windows are treated as in `mha_varlen_fwd` and `set_params_fprop` (the same in 2.6 to 2.8 and in PyTorch).
-    """
-    assert dropout == 0
-    assert query.dtype == key.dtype == value.dtype in (torch.bfloat16, torch.float16)
-    assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-    assert key.shape == value.shape and query.shape[1] % key.shape[1] == 0
-    for tensor in (query, key, value):
-        assert tensor.dim() == 3 and tensor.stride(-1) == 1
-        assert not any(n * tensor.itemsize % 16 for n in (tensor.storage_offset(), *tensor.stride()[:-1]))
-    ranges = []
-    for rows, cumulative, longest in ((query, cu_queries, max_queries), (key, cu_keys, max_keys)):
-        assert cumulative.dtype == torch.int32 and cumulative.is_contiguous() and cumulative.device == rows.device
-        edges = cumulative.tolist()
-        ranges.append(tuple(zip(edges, edges[1:])))
-        assert edges[0] == 0 and edges[-1] == len(rows)
-        assert min(stop - start for start, stop in ranges[-1]) > 0
-        assert max(stop - start for start, stop in ranges[-1]) <= longest
-    assert len(ranges[0]) == len(ranges[1])
-    assert isinstance(causal, bool) and min(left, right) >= -1
-    right = 0 if causal else right
-    left, right = (-1 if limit >= max_keys else limit for limit in (left, right))
-    if left >= 0 and right < 0:
-        right = max_keys
-    elif left < 0 and right > 0:  # right == 0 is causal
-        left = max_keys
-    return Segments(*ranges, Band(*(None if limit == -1 else limit for limit in (left, right))))
-
-
-def packed_forward(query, key, value, *lengths_and_dropout, scale, causal, left, right, softcap=0.0):
-    """Compute the output and the LSE `[H, Q]`."""
-    segments = packed(query, key, value, *lengths_and_dropout, causal, left, right)
-    output, lse = ReferenceKernel().forward(query, key, value, segments, Scores(scale, softcap or None))
-    return output, lse.T.contiguous()
-
-
-def packed_backward(
-    grad, query, key, value, output, lse, *lengths_and_dropout, scale, causal, left, right, softcap=0.0, deterministic
-):
-    """Compute the gradients of query, key and value."""
-    told.append(deterministic)
-    segments = packed(query, key, value, *lengths_and_dropout, causal, left, right)
-    for tensor in (grad, output):
-        assert (tensor.shape, tensor.dtype, tensor.stride(-1)) == (query.shape, query.dtype, 1)
-    assert lse.shape == (query.shape[1], len(query)) and lse.dtype == torch.float32 and lse.is_contiguous()
-    tensors, scores = (grad, query, key, value, output, lse.T), Scores(scale, softcap or None)
-    return [share.to(query.dtype) for share in ReferenceKernel().backward(*tensors, segments, scores)]
 
 
 def one_tile(query, key, value, causal):
@@ -124,165 +72,62 @@ class StandInForAten(TorchDispatchMode):
         found = ReferenceKernel().backward(grad, *tensors, output, lse[0, :, :, 0].T, segments, Scores(scale))
         return [share.to(query.dtype).transpose(0, 1)[None] for share in found]
 
-    def forward(self, *args, scale, window_size_left=-1, window_size_right=-1):
-        *tensors_and_lengths, causal, debug = args
+    def forward(self, *args, **options):
+        names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "causal")
+        *call, debug = args
         assert not debug
-        window = {"left": window_size_left, "right": window_size_right}
-        output, lse = packed_forward(*tensors_and_lengths, scale=scale, causal=causal, **window)
+        output, lse = packed_forward("flash_attn", _named(names, call, options))
         return output, lse, torch.empty(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
-    def backward(self, *args, scale, window_size_left=-1, window_size_right=-1):
-        *tensors_and_lengths, causal, state, unused = args
+    def backward(self, *args, **options):
+        names = ("dout", "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        *call, state, unused = args
         assert state.dtype == unused.dtype == torch.uint64
-        window = {"left": window_size_left, "right": window_size_right}
         deterministic = torch.get_deterministic_debug_mode() == 2  # in mode 1 the operator only warns
-        return packed_backward(*tensors_and_lengths, scale=scale, causal=causal, **window, deterministic=deterministic)
+        given = _named((*names, "dropout_p", "causal"), call, options)
+        return packed_backward("flash_attn", {**given, "deterministic": deterministic})
 
 
-def flash_attn_2_6():
-    """Interface of flash-attn 2.6.0. Later 2.6 versions have defaults for the arguments after `causal`."""
-
-    def _flash_attn_varlen_forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        return_softmax,
-        block_table,
-    ):
-        assert (alibi_slopes, return_softmax, block_table) == (None, False, None)
-        out, softmax_lse = packed_forward(
-            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
-            scale=softmax_scale,
-            causal=causal,
-            left=window_size[0],
-            right=window_size[1],
-            softcap=softcap,
-        )
-        return out, q, k, v, out, softmax_lse, None, torch.empty(2, dtype=torch.int64)
-
-    def _flash_attn_varlen_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        rng_state=None,
-    ):
-        assert alibi_slopes is None
-        grads = packed_backward(
-            *(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
-            scale=softmax_scale,
-            causal=causal,
-            left=window_size[0],
-            right=window_size[1],
-            softcap=softcap,
-            deterministic=deterministic,
-        )
-        for grad, computed in zip((dq, dk, dv), grads):
-            grad.copy_(computed)
-        return dq, dk, dv, torch.empty(0)
-
-    return _flash_attn_varlen_forward, _flash_attn_varlen_backward
+def _named(names, values, options):
+    """Arguments of an operator of PyTorch by the names of FlashAttention."""
+    window = {side: options.pop(f"window_size_{side}", None) for side in ("left", "right")}
+    named = dict(zip(names, values, strict=True))
+    return {**named, "softmax_scale": options.pop("scale"), "window_size": tuple(window.values()), **options}
 
 
-@cache
-def flash_attn_since_2_7(minor, more=""):
-    """Interface of flash-attn 2.7 and 2.8: operators of PyTorch, with a typed schema and no Python signature."""
-
-    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left=-1, right=-1, softcap=0.0, *unused):
-        assert not any(unused)
-        options = {"scale": scale, "causal": causal, "left": left, "right": right, "softcap": softcap}
-        out, lse = packed_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, **options)
-        return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
-
-    def backward(dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, dropout, scale, causal, *others):
-        left, right, softcap, alibi_slopes, deterministic, *unused = others
-        assert alibi_slopes is None and not any(unused)
-        options = {"scale": scale, "causal": causal, "left": left, "right": right, "softcap": softcap}
-        lengths = cu_q, cu_k, max_q, max_k, dropout
-        grads = packed_backward(dout, q, k, v, out, lse, *lengths, **options, deterministic=deterministic)
-        for grad, computed in zip((dq, dk, dv), grads):
-            grad.copy_(computed)
-        return torch.empty(0)
-
-    lengths = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
-    options = f"{lengths}, float dropout_p, float softmax_scale, bool causal"
-    forward_schema = (
-        f"(Tensor q, Tensor k, Tensor v, {options}, SymInt window_size_left=-1, SymInt window_size_right=-1, "
-        "float softcap=0.0, Tensor? alibi_slopes=None, bool return_softmax=False, Tensor? block_table=None, "
-        f"Tensor? leftpad_k=None, Tensor? seqused_k=None{more}) -> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    backward_schema = (
-        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq, "
-        f"Tensor(dk!)? dk, Tensor(dv!)? dv, {options}, SymInt window_size_left, SymInt window_size_right, "
-        f"float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None{more}) -> Tensor"
-    )
-    name = f"flash_attn_2_{minor}::_flash_attn_varlen"
-    return (
-        torch.library.custom_op(f"{name}_forward", forward, mutates_args=(), schema=forward_schema),
-        torch.library.custom_op(f"{name}_backward", backward, mutates_args=("dq", "dk", "dv"), schema=backward_schema),
-    )
+OFTEN = ["flash_attn 2.6.0", "flash_attn 2.8.4", "flash_attn_3 2026-03", "flash_attn_4 4.0.0b36"]
+"""Versions for which everything is computed. Two calls are for all versions."""
 
 
-FLASH_ATTN = {
-    "flash_attn 2.6": flash_attn_2_6,
-    "flash_attn 2.7": lambda: flash_attn_since_2_7(7),
-    "flash_attn 2.8": lambda: flash_attn_since_2_7(8, more=", bool zero_tensors=False"),
-}
-
-
-@pytest.fixture(params=["torch", "cudnn", *FLASH_ATTN])
+@pytest.fixture(params=["torch", "cudnn", *OFTEN])
 def adapter(request, monkeypatch):
-    """Fixture of each CUDA kernel, with a stand-in for the function that it calls."""
+    """Fixture of each CUDA kernel, with a stand-in for the functions that it calls."""
     if request.param in ("torch", "cudnn"):
         monkeypatch.setattr(cudnn, "SHORTEST", 1)
         monkeypatch.setattr(cudnn, "_widest_head", lambda device: 256)
         with StandInForAten():
             yield TorchKernel() if request.param == "torch" else CudnnKernel()
         return
-    forward, backward = FLASH_ATTN[request.param]()
-    package = ModuleType("flash_attn")
-    package.flash_attn_interface = SimpleNamespace(
-        _flash_attn_varlen_forward=forward, _flash_attn_varlen_backward=backward
-    )
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    yield FlashAttnKernel()
+    library = request.param.split()[0]
+    if library == "flash_attn":
+        package = ModuleType("flash_attn")
+        package.flash_attn_interface = interface(request.param)
+        monkeypatch.setitem(sys.modules, "flash_attn", package)
+    else:
+        module = flash_attn_3 if library == "flash_attn_3" else flash_attn_4
+        monkeypatch.setattr(module, "interface", lambda: interface(request.param))
+    yield KERNELS[library]()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("calls", CALLS)
-def test_adapters_calls(adapter, calls, dtype):
-    check(adapter, calls, "grouped", dtype)
+def test_adapters_calls(adapter, calls):
+    check(adapter, calls, "grouped", torch.bfloat16)
 
 
 tiles = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
 
 
+@pytest.mark.parametrize("adapter", ["torch", *OFTEN[1:]], indirect=True)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(tiles, st.builds(Band, limits, limits))
 def test_adapters_bands(adapter, tiles, band):
@@ -300,10 +145,94 @@ def test_adapters_shapes(adapter, calls, shape):
     check(adapter, calls, shape, torch.bfloat16)
 
 
-@pytest.mark.parametrize("adapter", FLASH_ATTN, indirect=True)
+@pytest.mark.parametrize("adapter", OFTEN, indirect=True)
 @pytest.mark.parametrize("calls", CALLS)
 def test_adapters_of_kernels_with_a_softcap(adapter, calls):
     check(adapter, calls, "grouped", torch.bfloat16, SOFTCAP)
+
+
+@pytest.mark.parametrize("adapter", SIGNATURES, indirect=True)
+def test_adapters_of_every_version(adapter):
+    check(adapter, "queries that read in several calls", "grouped", torch.bfloat16)
+    check(adapter, "queries that read in several windows", "grouped", torch.float16, SOFTCAP)
+
+
+@pytest.mark.parametrize("adapter", OFTEN[2:], indirect=True)
+def test_dims_of_latent_attention_are_not_padded(adapter):
+    """Compute the head dims of DeepSeek's attention, and unequal ones of grouped heads, which are padded."""
+    query, value = torch.empty(1, 16, 192), torch.empty(1, 16, 128)
+    assert adapter.head_dims(query, value) == (192, 128)
+    assert adapter.head_dims(torch.empty(1, 4, 40), torch.empty(1, 4, 20)) == (40, 40)
+    for shape in ("latent", "grouped latent"):
+        check(adapter, "queries that read in several windows", shape, torch.bfloat16)
+
+
+def same(found, expected):
+    return all(got.equal(want) for got, want in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("adapter", ["torch", *OFTEN[1:]], indirect=True)
+def test_calls_beyond_32_bit_offsets_are_cut_by_heads(adapter, monkeypatch):
+    """Compare with one call for all heads, in which the stand-ins compute the same numbers."""
+    calls, scores = CALLS["queries that read in several windows"], Scores(SCALE)
+    whole = tensors(SHAPES["grouped"], torch.bfloat16)  # 3 query heads for each of 2 key heads
+    expected = by_kernel(adapter, calls, scores, *whole)
+    told.clear()
+    by_kernel(adapter, calls, scores, *whole)
+    assert len(told) == len(calls)
+    rows = 18 + 4 * varlen.BLOCK  # of the longer call; the head dim counts as 32
+    monkeypatch.setattr(varlen, "MOST_ELEMENTS", 5 * rows * 32)
+    told.clear()
+    assert same(by_kernel(adapter, calls, scores, *whole), expected)
+    assert len(told) == (len(calls) if adapter.name == "flash_attn_3" else 2 * len(calls) - 1)
+    monkeypatch.setattr(varlen, "MOST_ELEMENTS", 3 * rows * 32 - 1)
+    if adapter.name == "flash_attn_3":
+        assert same(by_kernel(adapter, calls, scores, *whole), expected)
+        monkeypatch.setattr(varlen, "MOST_ELEMENTS", rows * 32 - 1)
+    said = r"kernel='\w+' cannot compute 18 queries and 18 keys at a time: .* 3 query heads of 32 .*Set a larger size"
+    with pytest.raises(ValueError, match=said):
+        by_kernel(adapter, calls, scores, *whole)
+
+
+def test_heads_of_rows_that_lie_far_apart_are_copied(monkeypatch):
+    rows = torch.randn(10, 4, 8)
+    assert varlen._heads(rows, slice(1, 3)).data_ptr() == rows[:, 1].data_ptr()
+    monkeypatch.setattr(varlen, "MOST_ELEMENTS", 10 * 4 * 8 - 1)
+    copied = varlen._heads(rows, slice(1, 3))
+    assert copied.is_contiguous() and copied.equal(rows[:, 1:3])
+
+
+@pytest.mark.parametrize("adapter", ["torch", *OFTEN[1:]], indirect=True)
+def test_expanded_gradients_of_keys_are_bounded(adapter, monkeypatch):
+    calls, scores = CALLS["a causal tile"], Scores(SCALE)
+    expected = by_kernel(adapter, calls, scores, *tensors(SHAPES["grouped"], torch.bfloat16))
+    monkeypatch.setattr(varlen, "MOST_EXPANDED", 17 * 3 * 32 * 2)  # of one key head
+    told.clear()
+    assert same(by_kernel(adapter, calls, scores, *tensors(SHAPES["grouped"], torch.bfloat16)), expected)
+    assert len(told) == (2 if adapter.expands_keys else 1)
+    told.clear()
+    by_kernel(adapter, calls, scores, *tensors(SHAPES["equal heads"], torch.bfloat16))  # nothing is expanded
+    assert len(told) == 1
+
+
+UNEVEN = ((0, 1), (1, 3), (3, 14), (14, 15), (15, 20), (20, 23))
+
+
+@pytest.mark.parametrize("adapter", ["torch", *OFTEN[1:]], indirect=True)
+@pytest.mark.parametrize("band", [CAUSAL, Band(2, 0), Band(2, 3)])
+def test_segments_of_very_different_lengths_are_sorted(adapter, band, monkeypatch):
+    monkeypatch.setattr(varlen, "BLOCK", 1)
+    whole = tensors(SHAPES["grouped"], torch.bfloat16)
+    expected = by_kernel(adapter, [Segments(UNEVEN, UNEVEN, band)], Scores(SCALE), *whole)
+    monkeypatch.setattr(varlen, "MOST_EMPTY", 2)
+    call = Segments(UNEVEN, UNEVEN, band)
+    told.clear()
+    assert same(by_kernel(adapter, [call], Scores(SCALE), *whole), expected)
+    assert len(told) == (3 if adapter.grid_of_longest else 1)  # of 1 and 2 rows, of 3 and 5, and of 11
+    kept = dict(call.kept)
+    by_kernel(adapter, [call], Scores(SCALE), *whole)
+    assert all(call.kept[place] is calls for place, calls in kept.items()) and len(kept) == 1
+    check(adapter, [call], "grouped", torch.bfloat16)
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -319,6 +248,32 @@ def test_adapters_ask_for_determinism(adapter, wanted, everywhere):
     finally:
         torch.use_deterministic_algorithms(False)
     assert told == [wanted or (everywhere == 2 and adapter.name in ("torch", "cudnn"))]
+
+
+def test_pytorchs_kernel_passes_no_limit_as_none(monkeypatch):
+    """Check that another implementation that is activated in PyTorch takes a causal call for no window."""
+    passed = []
+
+    class Passed(StandInForAten):
+        def forward(self, *args, **options):
+            passed.append((args[8], options.get("window_size_left"), options.get("window_size_right")))
+            return super().forward(*args, **options)
+
+        def backward(self, *args, **options):
+            passed.append((args[11], options.get("window_size_left"), options.get("window_size_right")))
+            return super().backward(*args, **options)
+
+    whole = tensors(SHAPES["grouped"], torch.bfloat16)
+    monkeypatch.setattr(torch_cuda, "current_flash_attention_impl", lambda: "FA4")
+    with Passed():
+        by_kernel(TorchKernel(), CALLS["a tile"], Scores(SCALE), *whole)
+        by_kernel(TorchKernel(), CALLS["a causal tile"], Scores(SCALE), *whole)
+        assert passed == [(False, None, None)] * 2 + [(True, None, None)] * 2
+        with pytest.raises(ValueError, match=r"implementation 'FA4' of PyTorch, whose backward takes no windows"):
+            by_kernel(TorchKernel(), CALLS["windows"], Scores(SCALE), *whole)
+    assert "FA4 of PyTorch, has no softcap" in TorchKernel().refusal(
+        torch.device("cuda"), torch.bfloat16, 64, 64, Scores(SCALE, SOFTCAP)
+    )
 
 
 @pytest.mark.parametrize("adapter", ["cudnn"], indirect=True)
@@ -340,10 +295,68 @@ def test_cudnn_computes_one_plain_tile_and_pytorchs_kernel_the_rest(adapter, cal
     told.clear()
     by_kernel(adapter, CALLS[calls], Scores(SCALE, deterministic=True), *whole)
     assert told == [True]
+    told.clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        by_kernel(adapter, CALLS[calls], Scores(SCALE), *whole)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told == [True]
     monkeypatch.setattr(cudnn, "SHORTEST", 1000)
     told.clear()
     by_kernel(adapter, CALLS[calls], Scores(SCALE), *whole)
     assert told == [False]
+
+
+class Noted(StandInForAten):
+    """Stand-in for PyTorch's operators that notes which of them are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.__name__:
+            self.names.append("cudnn" if "cudnn" in func.__name__ else "flash")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture
+def thrifty(monkeypatch):
+    """Fixture of cuDNN's kernel as `auto` makes it, with a stand-in that notes the operators of a function."""
+    monkeypatch.setattr(cudnn, "SHORTEST", 1)
+    monkeypatch.setattr(cudnn, "_widest_head", lambda device: 256)
+    monkeypatch.setattr(cudnn, "PAYS", 2.5 * attention_flops(18 * 7, *SHAPES["grouped"][:3:2], 16))
+    kernel, whole = CudnnKernel(compiles_at_once=False), tensors(SHAPES["grouped"], torch.bfloat16)
+
+    def computed(*calls):
+        with Noted() as noted:
+            for call in calls:
+                by_kernel(kernel, [call], Scores(SCALE), *whole)
+        return noted.names
+
+    return computed
+
+
+TILE = Segments(((0, 7),), ((2, 20),))
+
+
+def test_a_shape_goes_to_cudnn_when_compiling_has_paid(thrifty):
+    """Check both passes: three forwards have 2.5 times the work of one, and so has one backward."""
+    both = [thrifty(TILE) for _ in range(5)]
+    assert both == [["flash", "flash"], ["flash", "cudnn"], ["flash", "cudnn"], ["cudnn", "cudnn"], ["cudnn", "cudnn"]]
+    # Another thread compiles its own plans, and other ranges of the same lengths need none.
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(thrifty, TILE).result() == ["flash", "flash"]
+    assert thrifty(Segments(((3, 10),), ((0, 18),))) == ["cudnn", "cudnn"]
+
+
+def test_lengths_that_do_not_come_back_are_never_compiled(thrifty, monkeypatch):
+    monkeypatch.setattr(cudnn, "MOST_SHAPES", 6)
+    new = [Segments(((0, rows),), ((0, rows),), CAUSAL) for rows in range(2, 20)]
+    assert set(thrifty(*new)) == {"flash"}
+    assert set(thrifty(*new)) == {"flash"}  # the last ones alone are counted, by pass
+    assert thrifty(*[TILE] * 4)[-2:] == ["cudnn", "cudnn"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

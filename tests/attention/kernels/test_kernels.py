@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from hf_context_parallel.attention.kernels import cpu, reference
+from hf_context_parallel.attention.kernels import cpu, flash_attn_4, reference
 from hf_context_parallel.attention.kernels.registry import KERNELS, CpuKernel, ReferenceKernel
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
@@ -85,7 +85,7 @@ def test_no_tensor_grows_with_the_square_of_the_tokens(kernel, scores, band):
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["torch", "flash_attn"])
+@pytest.mark.parametrize("name", ["torch", "flash_attn", "flash_attn_3", "flash_attn_4"])
 @pytest.mark.parametrize(
     "device, dtype, dims, refusal",
     [
@@ -106,8 +106,14 @@ def test_flash_kernels_refuse(name, device, dtype, dims, refusal):
 @pytest.mark.parametrize(
     "name, scores, refusal",
     [
-        ("torch", "softcap", r"it has no softcap \(1.5\). Install flash-attn, or use kernel='reference'"),
+        (
+            "torch",
+            "softcap",
+            r"FlashAttention-2 of PyTorch, has no softcap \(1.5\). Install flash-attn",
+        ),
         ("flash_attn", "softcap", None),
+        ("flash_attn_3", "softcap", None),
+        ("flash_attn_3", "dropout", "a dropout of 0.1 dropped"),
         ("torch", "dropout", "a dropout of 0.1 dropped. Set attention dropout to 0, or use kernel='reference'"),
         ("flash_attn", "dropout", "a dropout of 0.1 dropped. Set attention dropout to 0, or use kernel='reference'"),
         ("reference", "softcap", None),
@@ -117,6 +123,57 @@ def test_flash_kernels_refuse(name, device, dtype, dims, refusal):
 def test_scores_that_kernels_refuse(name, scores, refusal):
     found = KERNELS[name]().refusal(CUDA, torch.bfloat16, 64, 64, SCORES[scores])
     assert found is None if refusal is None else re.search(refusal, found)
+
+
+@pytest.fixture
+def device_of(monkeypatch):
+    """Fixture that gives the CUDA device a compute capability."""
+
+    def has(*capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a device")
+
+    return has
+
+
+@pytest.mark.parametrize(
+    "name, capabilities, needs",
+    [
+        ("torch", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], r"8.0 \(Ampere\) or later"),
+        ("flash_attn_3", [(9, 0)], r"9.0 \(Hopper\)"),
+        ("flash_attn_4", [(9, 0), (10, 0), (10, 3)], r"9.0 \(Hopper\) or 10.x \(Blackwell\)"),
+    ],
+)
+def test_flash_kernels_refuse_devices(name, capabilities, needs, device_of):
+    for capability in [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]:
+        device_of(*capability)
+        found = KERNELS[name]().refusal(CUDA, torch.bfloat16, 64, 64, Scores(SCALE))
+        said = f"needs compute capability {needs}, and a device has {capability[0]}.{capability[1]}. Use kernel='auto'"
+        assert found is None if capability in capabilities else re.search(said, found)
+
+
+def test_flash_attention_3_is_not_deterministic_for_wide_heads():
+    scores = Scores(SCALE, deterministic=True)
+    assert KERNELS["flash_attn_3"]().refusal(CUDA, torch.bfloat16, 192, 128, scores) is None
+    assert "head dims above 192, and this one is 256. Use kernel='torch'" in KERNELS["flash_attn_3"]().refusal(
+        CUDA, torch.bfloat16, 64, 256, scores
+    )
+
+
+def test_flash_attention_4_names_the_versions_and_devices_without_a_softcap(device_of, monkeypatch):
+    scores, kernel = Scores(SCALE, SOFTCAP), KERNELS["flash_attn_4"]()
+    monkeypatch.setattr(flash_attn_4, "version", lambda name: "4.0.0b23")
+    said = r"flash-attn-4 4.0.0b23 has no backward with a softcap \(1.5\). Run pip install 'flash-attn-4>=4.0.0b24'"
+    assert re.search(said, kernel.refusal(CUDA, torch.bfloat16, 64, 64, scores))
+    monkeypatch.setattr(flash_attn_4, "version", lambda name: "4.0.0b24")
+    device_of(9, 0)
+    assert kernel.refusal(CUDA, torch.bfloat16, 256, 256, scores) is None
+    device_of(10, 0)
+    assert kernel.refusal(CUDA, torch.bfloat16, 128, 128, scores) is None
+    assert "has no softcap (1.5) for head dims 160 and 160 on Blackwell" in kernel.refusal(
+        CUDA, torch.bfloat16, 160, 160, scores
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,29 +4,45 @@ import importlib.util
 import logging
 import re
 import sys
-from types import ModuleType
+from importlib.metadata import PackageNotFoundError
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from hf_context_parallel.attention.kernels.registry import CpuKernel, TorchKernel, check_kernel, choose_kernel
+from hf_context_parallel.attention.kernels import flash_attn_3, flash_attn_4
+from hf_context_parallel.attention.kernels.registry import (
+    CpuKernel,
+    FlashAttn3Kernel,
+    FlashAttn4Kernel,
+    TorchKernel,
+    check_kernel,
+    choose_kernel,
+)
 from hf_context_parallel.attention.scores import Scores
 from tests.helpers.kernels import SCALE, SHAPES, SOFTCAP, tensors
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    choose_kernel.cache_clear()
+    for cached in (choose_kernel, flash_attn_3.interface):
+        cached.cache_clear()
     yield
-    choose_kernel.cache_clear()
+    for cached in (choose_kernel, flash_attn_3.interface):
+        cached.cache_clear()
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """Fixture that sets the software and hardware of the machine. By default there is none."""
 
-    def has(flash_attn=False, cuda=False, flash_in_torch=False):
+    def has(flash_attn=False, cuda=False, flash_in_torch=False, capability=(8, 0), others=()):
         find_spec = importlib.util.find_spec
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: "cudnn" in others)
+        for kernel in (FlashAttn3Kernel, FlashAttn4Kernel):
+            if kernel.name in others:
+                monkeypatch.setattr(kernel, "missing", staticmethod(lambda: None))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash_in_torch)
         monkeypatch.setattr(
@@ -41,6 +57,9 @@ def machine(monkeypatch):
         monkeypatch.delitem(sys.modules, interface, raising=False)
         if flash_attn is True:
             monkeypatch.setitem(sys.modules, interface, ModuleType(interface))
+        if flash_attn == "broken":
+            (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol')")
+            package.__path__ = [str(tmp_path)]
 
     has()
     return has
@@ -62,11 +81,58 @@ def test_a_missing_kernel_says_how_to_get_it(machine):
 
 
 def test_a_flash_attn_that_cannot_be_imported_is_passed_over(machine):
-    """Break flash-attn as one built for another PyTorch, or flash-attn-4, whose modules lie in the same package."""
+    """Break flash-attn as one built for another PyTorch."""
     machine(flash_attn="broken", cuda=True, flash_in_torch=True)
     assert choose_kernel("auto", "cuda").name == "torch"
-    with pytest.raises(ValueError, match=r"flash-attn cannot be imported \(No module named.*pip install"):
+    with pytest.raises(ValueError, match=r"flash-attn cannot be imported \(undefined symbol.*pip install"):
         choose_kernel("flash_attn", "cuda")
+
+
+def test_flash_attn_4_alone_is_told_apart_from_a_broken_flash_attn(machine):
+    """Check the remedy where only flash-attn-4 is installed, whose modules lie in the same package."""
+    machine(flash_attn="only 4", cuda=True, flash_in_torch=True)
+    assert choose_kernel("auto", "cuda").name == "torch"
+    with pytest.raises(ValueError, match=r"flash-attn-4 is installed without flash-attn. Use kernel='flash_attn_4'"):
+        choose_kernel("flash_attn", "cuda")
+
+
+def test_flash_attention_3_is_taken_from_where_it_can_be_imported(machine, monkeypatch):
+    machine(cuda=True)
+    with pytest.raises(ValueError, match=r"FlashAttention-3 cannot be imported.*_interface.*install kernels"):
+        choose_kernel("flash_attn_3", "cuda")
+    asked = []
+    hub = ModuleType("kernels")
+    hub.get_kernel = lambda *args, **kwargs: (
+        asked.append((args, kwargs)) or SimpleNamespace(flash_attn_interface="hub")
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "kernels" or None)
+    monkeypatch.setitem(sys.modules, "kernels", hub)
+    assert choose_kernel("flash_attn_3", "cuda").name == "flash_attn_3"
+    assert flash_attn_3.interface() == "hub" and asked == [(("kernels-community/flash-attn3",), {"version": 1})]
+    flash_attn_3.interface.cache_clear()
+    installed = ModuleType("flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", installed)
+    assert flash_attn_3.interface() is installed
+
+
+@pytest.mark.parametrize(
+    "installed, message",
+    [
+        (None, r"flash-attn-4 package is not installed. Run pip install 'flash-attn-4>=4.0.0b24'"),
+        ("4.0.0b4", r"flash-attn-4 4.0.0b4 is older than 4.0.0b5. Run pip install"),
+        ("4.0.0b36", r"flash-attn-4 cannot be imported \(ModuleNotFoundError: .*Run pip install"),
+    ],
+)
+def test_a_missing_flash_attention_4_says_how_to_get_it(machine, monkeypatch, installed, message):
+    def version(name):
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    machine(cuda=True)
+    monkeypatch.setattr(flash_attn_4, "version", version)
+    with pytest.raises(ValueError, match=message):
+        choose_kernel("flash_attn_4", "cuda")
 
 
 def test_no_kernel_for_a_device_says_why(machine):
@@ -78,10 +144,31 @@ def test_no_kernel_for_a_device_says_why(machine):
         choose_kernel("auto", "mps")
 
 
-@pytest.mark.parametrize("has_flash_attn, chosen", [(True, "flash_attn"), (False, "torch")])
-def test_auto_takes_the_best_there_is(machine, has_flash_attn, chosen):
-    machine(flash_attn=has_flash_attn, cuda=True, flash_in_torch=True)
-    assert choose_kernel("auto", "cuda").name == chosen
+EVERYTHING = ("flash_attn_3", "flash_attn_4", "cudnn")
+
+
+@pytest.mark.parametrize(
+    "capability, flash_attn, others, chosen",
+    [
+        ((8, 0), True, EVERYTHING, "flash_attn"),
+        ((8, 9), False, EVERYTHING, "torch"),
+        ((9, 0), True, EVERYTHING, "flash_attn_3"),
+        ((9, 0), True, ("flash_attn_4", "cudnn"), "flash_attn_4"),
+        ((9, 0), True, ("cudnn",), "cudnn"),
+        ((9, 0), True, (), "flash_attn"),
+        ((9, 0), False, (), "torch"),
+        ((10, 3), True, EVERYTHING, "flash_attn_4"),
+        ((10, 0), True, ("flash_attn_3", "cudnn"), "cudnn"),
+        ((12, 0), False, EVERYTHING, "torch"),
+    ],
+)
+def test_auto_takes_the_best_there_is(machine, capability, flash_attn, others, chosen):
+    machine(flash_attn=flash_attn, cuda=True, flash_in_torch=True, capability=capability, others=others)
+    kernel = choose_kernel("auto", "cuda")
+    assert kernel.name == chosen
+    if chosen == "cudnn":
+        assert kernel.other.name == "flash_attn"
+        assert kernel._counted is not None and choose_kernel("cudnn", "cuda")._counted is None
     assert choose_kernel("auto", "cpu").name == "cpu"
 
 
