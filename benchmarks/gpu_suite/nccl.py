@@ -20,7 +20,7 @@ from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.distributed.messages import GroupExchange, Subset
-from hf_context_parallel.distributed.process_groups import build_groups
+from hf_context_parallel.distributed.process_groups import _transfers_first, build_groups
 from hf_context_parallel.planning.layout import contiguous
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 
@@ -43,9 +43,11 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
             dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
             groups = build_groups(1)
             yield {"what": f"group, debug {detail}", "right": groups.device.type == "cuda", "size": groups.size}
-            yield from ring(groups.group, detail)
+            options = _transfers_first()
+            group = dist.new_group([0], pg_options=options, timeout=options._timeout)
+            yield from ring(group, detail)
             if detail == "OFF":
-                yield from memory(groups.group)
+                yield from memory(group)
             dist.destroy_process_group()
 
 

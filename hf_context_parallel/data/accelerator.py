@@ -14,7 +14,7 @@ from accelerate.utils import recursively_apply
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..compat import has_ended
-from ..distributed.process_groups import Groups
+from ..distributed.process_groups import Groups, recommend_launch_order
 from .collectives import from_first_ranks
 from .loader import prepare_data_loader
 
@@ -40,6 +40,8 @@ def share_groups(accelerator: Accelerator, cp: HasGroups) -> None:
     accelerator.cp = cp
     for scheduler in accelerator._schedulers:  # that were prepared before
         count_groups(scheduler, accelerator)
+    if accelerator.is_fsdp2 and cp.size > 1:
+        recommend_launch_order()
 
 
 class CpAccelerator(Accelerator):

@@ -24,7 +24,7 @@ class Ranks:
     """Ranks of a process group, of which this process is one.
 
     Args:
-        group: the process group. None if `torch.distributed` is not initialised, or for a dimension of one rank.
+        group: the process group. None for one rank, also where `torch.distributed` is not initialised.
         rank: the rank of this process in the group.
         size: the number of ranks of the group.
         device: the device that tensors of collectives must be on.
@@ -113,7 +113,8 @@ def cp_blocks(size: int, mesh: DeviceMesh | None, divided: bool = False) -> list
             f"or choose a size that divides {extent}."
         )
     rows = ranks.permute(*shared, *other, names.index(along)).reshape(-1, size)
-    return [(row, number % (len(rows) // copies)) for number, row in enumerate(rows.tolist())]
+    # Process groups number their ranks in ascending order, whatever the order of a mesh.
+    return [(sorted(row), number % (len(rows) // copies)) for number, row in enumerate(rows.tolist())]
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:

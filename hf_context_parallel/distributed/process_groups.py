@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,23 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .mesh import TENSOR_DIMENSION, Ranks, cp_blocks, device_of, has_nccl, ranks_of, world
+
+MOST_BLOCKS = 8
+"""Most blocks of threads (CTAs) of an operation of NCCL in a CP group. Each takes a multiprocessor from kernels.
+
+Without a limit these are up to 32 over NVLink. A ring needs few: 16,384 tokens of 8 heads and 256 values (keys and
+values of 128) in bfloat16 are 67 MB, and the kernels of such a step take about 6 ms on an H100, so 11 GB/s hide them.
+One block moves more. The environment variable NCCL_MAX_CTAS takes precedence.
+"""
+
+LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
+"""Environment variable. With 1, a device runs operations of several communicators in the order of the host.
+
+Otherwise the order may differ between ranks, since the streams of communicators wait for different events. Operations
+of NCCL that wait for each other on two devices, with no multiprocessor left for the others, are a deadlock.
+"""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,28 +93,31 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
         alone = world()
         return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, same_batch=alone)
     blocks = cp_blocks(size, mesh, divided)
-    timeout = _timeout()
-    options = _transfers_first(timeout)
-    group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks], timeout, pg_options=options)
+    group = new_groups([ranks for ranks, _ in blocks], _transfers_first())
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
-    device = device_of(group)
+    everyone = world()
     # All ranks of the world must choose by the same numbers, since schedules are made for the whole world.
-    least = torch.tensor([_on_a_node(ranks), os.cpu_count() or 1], device=device)
+    least = torch.tensor([_on_a_node(ranks), os.cpu_count() or 1], device=everyone.device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)  # with NCCL, a group must not begin with p2p
     node, cores = least.tolist()
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]
-    mine = Ranks(group, ranks.index(me), size, device)
-    tensor, same_batch = Ranks(None, 0, 1, device), mine
+    mine = Ranks(group, ranks.index(me), size, everyone.device)
+    tensor, same_batch = Ranks(None, 0, 1, everyone.device), mine
     if mesh is not None and TENSOR_DIMENSION in (mesh.mesh_dim_names or ()) and mesh[TENSOR_DIMENSION].size() > 1:
         tensor = ranks_of(mesh.get_group(TENSOR_DIMENSION))
     if len(blocks) > len(first_ranks):
         by_share = [
             [rank for block, share in blocks if share == number for rank in block] for number in sorted(firsts)
         ]
-        same_batch = ranks_of(dist.new_subgroups_by_enumeration(by_share, timeout)[0])
+        readers = new_groups(by_share)
+        assert readers is not None  # several blocks read the same samples
+        same_batch = ranks_of(readers)
+        if group is not None:
+            # With NCCL, a group must not begin with sends and receives. Elsewhere it begins with the agreement of its
+            # ranks on a batch. Its communicator takes memory, so it is not made before it is needed.
+            dist.all_reduce(least, group=group)
     return Groups(
         **vars(mine),
         data_rank=data_rank,
@@ -109,16 +130,56 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     )
 
 
-def _transfers_first(timeout: timedelta) -> Any:
-    """Options of an NCCL group whose messages get free multiprocessors of a device before kernels do.
+def new_groups(blocks: list[list[int]], options: Any = None) -> dist.ProcessGroup | None:
+    """Make a process group of each block of ranks, and return that of this rank; None for blocks of one rank.
 
-    Without them, a message that is posted while a kernel fills the device may wait for the end of that kernel.
+    Every process of the world must call this with the same arguments. Other processes are waited for only where a
+    communicator of the world is split, which is one collective operation for all blocks together.
+
+    Args:
+        blocks: the ranks of each group, ascending. The blocks are of one size, and hold each rank of the world once.
+        options: options of the groups; None for the default ones.
+    """
+    if len(blocks[0]) == 1:
+        return None
+    timeout = timeout_of_world()
+    everyone = dist.group.WORLD
+    assert everyone is not None  # groups are made after the world
+    group: dist.ProcessGroup | None
+    if has_nccl() and everyone.bound_device_id is not None:
+        group = dist.split_group(everyone, blocks, timeout, options)
+    else:
+        # torch names groups by a count that all processes share. With `use_local_synchronization` it would name them
+        # by the number of groups that a process holds, which differs if a user has made groups of some ranks.
+        group = dist.new_subgroups_by_enumeration(blocks, timeout, pg_options=options)[0]
+    return group
+
+
+def _transfers_first() -> Any:
+    """Options of an NCCL group whose messages take few multiprocessors of a device, and get them before kernels do.
+
+    Without the priority, a message that is posted while a kernel fills the device may wait for the end of that kernel.
     """
     if not has_nccl():
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = timeout  # or else torch warns that it differs
+    options.config.max_ctas = MOST_BLOCKS
+    options._timeout = timeout_of_world()  # or else torch warns that it differs
     return options
+
+
+@cache
+def recommend_launch_order() -> None:
+    """Recommend `LAUNCH_ORDER` on rank 0, once, if communicators of CP and of FSDP run together without it.
+
+    It cannot be set here, since NCCL reads it when the first communicator is made.
+    """
+    if has_nccl() and dist.get_rank() == 0 and os.environ.get(LAUNCH_ORDER) != "1":
+        logger.warning(
+            "CP and FSDP2 use several communicators of NCCL at a time, which may deadlock. Start "
+            "the processes with %s=1 in their environment, which rules this out (since NCCL 2.26).",
+            LAUNCH_ORDER,
+        )
 
 
 def _on_a_node(ranks: list[int]) -> int:
@@ -127,10 +188,10 @@ def _on_a_node(ranks: list[int]) -> int:
     return max(Counter(rank // local for rank in ranks).values())
 
 
-def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGroup:
+def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGroup | None:
     """Make the process group of the ranks that have this rank's place in CP groups of `size`.
 
-    It has one rank for each share of the samples, in the order of the shares.
+    It has one rank for each share of the samples, in the order of the shares. It is None if there is one share.
 
     Every process of the world must call this with the same arguments.
     """
@@ -139,11 +200,10 @@ def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGrou
     columns: list[tuple[int, ...]] = []
     for first in range(0, len(blocks), shares):  # blocks of ranks that read all samples once
         columns += zip(*(ranks for ranks, _ in blocks[first : first + shares]))
-    group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(list(map(list, columns)), _timeout())[0]
-    return group
+    return new_groups(list(map(list, columns)))
 
 
-def _timeout() -> timedelta:
+def timeout_of_world() -> timedelta:
     """Timeout of the world, since a new group would have the default timeout."""
     group = dist.group.WORLD
     assert group is not None  # groups are made after the world

@@ -71,7 +71,7 @@ class Scheduler:
         for size in sizes(cp.size):
             with cp.using(size):
                 pass
-        self._column = build_columns(cp.size, cp.mesh) if cp.groups.data_size > 1 else None
+        self._column = build_columns(cp.size, cp.mesh)
         machine = cp.group.machine(next(model.parameters()).device)
         self._costs = Costs.of(model_shape(model), machine, sharded)
         self._settings = fingerprint({"costs": self._costs, "config": cp.config})

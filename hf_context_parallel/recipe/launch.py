@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
+from hf_context_parallel.distributed.process_groups import LAUNCH_ORDER
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import PARALLEL_SIZES, Recipe
 
@@ -33,12 +34,16 @@ def launcher_arguments(processes: int, arguments: Sequence[str]) -> list[str]:
 def launch(processes: int, arguments: Sequence[str], threads: int | None = None) -> int:
     """Start the runner in `processes` processes through accelerate's launcher, and return its exit status.
 
+    The environment has `LAUNCH_ORDER` set, unless the user has set it to something else.
+
     Args:
         processes: the number of processes.
         arguments: the arguments of the runner.
         threads: CPU threads of a process. By default OMP_NUM_THREADS, or 1.
     """
-    environment = os.environ if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = {LAUNCH_ORDER: "1", **os.environ}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     return subprocess.run(
         [*accelerate, *DEFAULTS, *launcher_arguments(processes, arguments)], env=environment

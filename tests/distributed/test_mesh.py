@@ -17,7 +17,7 @@ def place(
     """Return the place of this rank: group, rank in it, share of the samples, shares, and first rank of each share."""
     mesh = None if shape is None else init_device_mesh("cpu", shape, mesh_dim_names=names)
     groups = build_groups(size, mesh)
-    ranks = dist.get_process_group_ranks(groups.group)
+    ranks = [dist.get_rank()] if groups.group is None else dist.get_process_group_ranks(groups.group)
     return ranks, groups.rank, groups.data_rank, groups.data_size, groups.first_ranks
 
 
