@@ -7,15 +7,14 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype
+from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype, in_flight
 from ..distributed.rows import Rows
 from ..distributed.side_stream import GradientStream
 from ..planning.plan import Plan
@@ -123,8 +122,8 @@ def _forward(
     """Compute the output `[T, H, D_v]`, and its LSE `[T, H]` in the accumulation dtype."""
     ready, number_of_call = prepared(plan), 0
     output = Output(ready.queries)
-    with closing(_exchanged("forward", ready, exchange, key_value)) as exchanged:
-        for number, step, keys in exchanged:
+    with in_flight(exchange) as exchange:
+        for number, step, keys in _exchanged("forward", ready, exchange, key_value):
             for index, call in enumerate(step.step.calls):
                 with span(f"forward/step{number}/compute"):
                     part = kernel.forward(
@@ -168,8 +167,8 @@ def _backward(
     number: int
     step: PreparedStep | None
     keys: torch.Tensor | None
-    with closing(_exchanged("backward", ready, exchange, key_value)) as exchanged:
-        for number, step, keys in chain(exchanged, after):
+    with in_flight(exchange) as exchange:
+        for number, step, keys in chain(_exchanged("backward", ready, exchange, key_value), after):
             with stream, span(f"backward/step{number}/send sums"):
                 joined, returned, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
             sent = leaving
@@ -206,7 +205,7 @@ def _backward(
 
 def _exchanged(
     direction: str, plan: PreparedPlan, exchange: Exchange, own: torch.Tensor
-) -> Generator[tuple[int, PreparedStep, torch.Tensor], None, None]:
+) -> Iterator[tuple[int, PreparedStep, torch.Tensor]]:
     """Yield each step with its number and its keys. The next keys travel while the caller computes with these.
 
     At most three buffers are alive: this rank's own keys, the keys of this step, and the keys that arrive. If messages
@@ -225,11 +224,9 @@ def _exchanged(
             sends += [(parcel.peer, parcel.taken(own)) for parcel in upcoming.direct_sends]
             pending = _post(exchange, plan.rank, sends, landings)
             del sends, landings  # else they would keep keys alive when buffers of later steps are allocated
-        try:
-            yield number, step, held
-        finally:  # buffers must not be freed while messages are written to them
-            with span(f"{direction}/step{number}/wait"):
-                pending.wait()
+        yield number, step, held
+        with span(f"{direction}/step{number}/wait"):
+            pending.wait()
         with span(f"{direction}/step{number}/order"):
             upcoming.receives.settle(apart, arriving)
         held = arriving
