@@ -66,7 +66,7 @@ def attention(
     # From here on all ranks have the same data, so they all refuse or none does.
     layout, mask = _whole(group, q.shape[0], notes.numbers, pattern, cu_seqlens, attention_mask)
     choice = group.choice(comm_type, layout, mask, call.shape, q.device)
-    strategy = build_strategy(*choice[:2], layout, mask, group.rank)
+    strategy = build_strategy(choice.comm_type, choice.inner, layout, mask, group.rank, choice.together)
     return group.attend(call, strategy, sinks).transpose(1, 2)
 
 

@@ -20,6 +20,7 @@ from ..planning.machine import Machine, attention_flops
 from ..planning.mask import Mask
 from ..planning.workload import Workload, workload
 from .peak_memory import peak_of_backward
+from .ring_steps import Ring, merged_bytes, owners_a_step
 from .strategy import Shape, bytes_of_heads, bytes_of_keys
 from .ulysses import SharedHeads
 
@@ -28,10 +29,18 @@ CLOSE = 1.03
 
 
 class Choice(NamedTuple):
-    """Name of a strategy, number of ranks in its subgroups, and the reason for the choice."""
+    """Strategy of a layer.
+
+    Args:
+        comm_type: name of the strategy.
+        inner: number of ranks in its subgroups.
+        together: number of owners whose keys its ring computes with at each step.
+        reason: reason for the choice.
+    """
 
     comm_type: str
     inner: int
+    together: int = 1
     reason: str = ""
 
 
@@ -82,14 +91,16 @@ def choose(
     the least memory. If none fits, it is the one that needs the least of all.
     """
     if comm_type != "auto":
-        return Choice(comm_type, inner_size(config, comm_type, shape))
+        inner = inner_size(config, comm_type, shape)
+        return Choice(comm_type, inner, _together(comm_type, inner, layout, mask, shape, machine))
     if layout.size == 1:
-        return Choice("p2p", 1, "one rank")
+        return Choice("p2p", 1, 1, "one rank")
     here = workload(layout, mask)
-    found = {
-        candidate: estimate(shares(*candidate, layout, mask, shape, machine, here), shape, machine)
-        for candidate in candidates(config, shape)
-    }
+    found: dict[tuple[str, int, int], Estimate] = {}
+    for name, inner in candidates(config, shape):
+        together = _together(name, inner, layout, mask, shape, machine, here)
+        counted = shares(name, inner, layout, mask, shape, machine, here, together)
+        found[name, inner, together] = estimate(counted, shape, machine)
     fitting = [candidate for candidate in found if found[candidate].peak <= free]
     least = min((found[candidate].total for candidate in fitting), default=0.0)
     close = [candidate for candidate in fitting if found[candidate].total <= CLOSE * least]
@@ -97,7 +108,28 @@ def choose(
     return Choice(*best, _reason(best, found, free, here))
 
 
-def _reason(best: tuple[str, int], found: dict[tuple[str, int], Estimate], free: float, here: Workload) -> str:
+def _together(
+    comm_type: str,
+    inner: int,
+    layout: Layout,
+    mask: Mask,
+    shape: Shape,
+    machine: Machine,
+    here: Workload | None = None,
+) -> int:
+    """Number of owners at each step of a strategy's ring, the same on all ranks."""
+    ranks = layout.size // inner
+    if comm_type == "all_gather" or ranks < 3:
+        return 1
+    outer = workload(layout.merged(inner), mask) if inner > 1 else here or workload(layout, mask)
+    ring = Ring(ranks, max(outer.pairs), max(outer.read), max(outer.merged), layout.size > machine.node)
+    heads, key_heads = (-(-count // inner) for count in (shape.heads, shape.key_heads))
+    return owners_a_step(ring, shape._replace(heads=heads, key_heads=key_heads), machine)
+
+
+def _reason(
+    best: tuple[str, int, int], found: dict[tuple[str, int, int], Estimate], free: float, here: Workload
+) -> str:
     """Describe the estimates, beginning with those of the best candidate."""
     listed = ", ".join(
         f"{_named(candidate)} {found[candidate].total * 1e3:.3g} ms and {found[candidate].peak / 2**30:.3g} GiB"
@@ -123,8 +155,10 @@ def candidates(config: ContextParallelConfig, shape: Shape) -> list[tuple[str, i
     return found + [("a2a+p2p", n) for n in inner if 1 < n < size and n <= shape.heads]
 
 
-def _named(candidate: tuple[str, int]) -> str:
-    return f"{candidate[0]} of {candidate[1]}" if candidate[0] == "a2a+p2p" else candidate[0]
+def _named(candidate: tuple[str, int, int]) -> str:
+    comm_type, inner, together = candidate
+    name = f"{comm_type} of {inner}" if comm_type == "a2a+p2p" else comm_type
+    return name if together == 1 else f"{name} with {together} owners a step"
 
 
 class Traffic(NamedTuple):
@@ -197,6 +231,7 @@ def shares(
     shape: Shape,
     machine: Machine,
     here: Workload | None = None,
+    together: int = 1,
 ) -> list[Share]:
     """Work and traffic of each rank.
 
@@ -204,10 +239,11 @@ def shares(
 
     Args:
         here: workload of the layout, if the caller has it.
+        together: owners at each step of a ring.
     """
     here = here or workload(layout, mask)
     if inner > 1:
-        return _shares_of_heads(inner, layout, mask, shape, machine, here)
+        return _shares_of_heads(inner, layout, mask, shape, machine, here, together)
     crosses, most = layout.size > machine.node, max(here.tokens)
     outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # share of a rank's group on other nodes
     found = []
@@ -225,13 +261,13 @@ def shares(
             peak = peak_of_backward(*call, gathered, here.documents[rank], own_tokens + gathered, gathered + read)
             found.append(Share(work, 2, copied, shown=traffic, peak=peak))
         else:
-            ring = ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses)
-            found.append(ring._replace(peak=_peak_of_ring(*call, min(read, most), here.documents[rank])))
+            ring = ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses, together)
+            found.append(ring._replace(peak=_peak_of_ring(*call, min(read, together * most), here.documents[rank])))
     return found
 
 
 def _shares_of_heads(
-    inner: int, layout: Layout, mask: Mask, shape: Shape, machine: Machine, here: Workload
+    inner: int, layout: Layout, mask: Mask, shape: Shape, machine: Machine, here: Workload, together: int
 ) -> list[Share]:
     """Work and traffic of each rank if subgroups exchange heads."""
     outer = workload(layout.merged(inner), mask)
@@ -244,8 +280,9 @@ def _shares_of_heads(
         work = (outer.pairs[group] - sum(here.own_pairs[first:last])) * heads + own * shape.heads
         read, calls = outer.read[group], 1 + outer.owners[group] + (own > 0)
         here_shape = shape._replace(heads=heads, key_heads=shared.key_heads)
-        ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, layout.size > machine.node)
-        arriving, tokens = min(read, max(outer.tokens)), outer.tokens[group]
+        crosses = layout.size > machine.node
+        ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, crosses, together)
+        arriving, tokens = min(read, together * max(outer.tokens)), outer.tokens[group]
         peak = _peak_of_ring(here_shape, machine.kernel, tokens, arriving, outer.documents[group])
         peak += tokens * heads * shape.value_dim * shape.dtype.itemsize  # the gradients of outputs, exchanged
         found.append(ring._replace(copied=ring.copied + copied, shown=exchanged, peak=peak))
@@ -267,20 +304,25 @@ def _peak_of_ring(shape: Shape, kernel: str, tokens: int, arriving: int, documen
     return peak_of_backward(shape, kernel, tokens, keys, documents, tokens + 2 * arriving, tokens + 3 * arriving)
 
 
-def ring_of_keys(work: int, calls: int, keys: int, gradients: int, merged: int, shape: Shape, crosses: bool) -> Share:
+def ring_of_keys(
+    work: int, calls: int, keys: int, gradients: int, merged: int, shape: Shape, crosses: bool, together: int = 1
+) -> Share:
     """Work and traffic of a rank that computes while keys travel around the ring.
 
     Args:
         work: query-key pairs, counted for each head.
-        calls: kernel calls of one pass.
+        calls: kernel calls of one pass, if the keys of each owner are computed apart.
         keys: tokens whose keys/values the rank sends in each pass.
         gradients: tokens whose key/value gradients the rank sends.
-        merged: rows of outputs that it merges.
+        merged: rows of outputs that it merges, if the keys of each owner are computed apart.
         crosses: True if the ring crosses nodes. Then the ranks at the edge of a node get all keys from another node,
             and the other ranks wait for them.
+        together: owners whose keys are computed with at each step.
     """
+    steps = -(-(calls - 1) // together)
+    merged, calls = merged * steps // max(1, calls - 1), 1 + steps
     sent = sum(bytes_of_keys(shape, shape.key_heads, keys, gradients))
-    copied = _merging(shape, merged, shape.heads) + _adding(shape, keys, shape.key_heads)
+    copied = merged_bytes(shape, merged, shape.heads) + _adding(shape, keys, shape.key_heads)
     return Share(work, calls, copied, _split(sent, float(crosses), 3 * (calls - 1)))
 
 
@@ -305,16 +347,6 @@ def exchange_of_heads(
 def _split(sent: float, far: float, messages: int) -> Traffic:
     """Divide `sent` bytes into those within the node and the share `far` to other nodes."""
     return Traffic(sent * (1 - far), sent * far, messages if sent else 0)
-
-
-def _merging(shape: Shape, rows: int, heads: int) -> float:
-    """Bytes read and written to merge rows of outputs, and to add rows to the gradients of queries.
-
-    An output is first converted to the dtype of sums. Then both it and the sum are read, and the sum is written. A
-    gradient needs no conversion: it and the sum are read, and the sum is written.
-    """
-    size, sums = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
-    return rows * heads * (shape.value_dim * (size + 4 * sums) + shape.query_dim * (size + 2 * sums))
 
 
 def _adding(shape: Shape, tokens: int, key_heads: int) -> float:

@@ -47,7 +47,7 @@ class ActiveBatch:
         self.handled: dict[str, set[str]] = {}
         """Class names of modules that mix tokens, each with the ways in which they were computed."""
         self.strategies: dict[tuple, Strategy] = {}
-        """Strategies of the layers so far, by pattern, communication type and size of a subgroup."""
+        """Strategies of the layers so far, by pattern and choice."""
         self._choices: dict[tuple, Choice] = {}
         self._parts: dict[type, Any] = {}
 
@@ -75,10 +75,11 @@ class ActiveBatch:
         key = pattern, comm_type, shape, device
         if key not in self._choices:
             self._choices[key] = self.group.choice(comm_type, shard.layout, shard.mask(pattern), shape, device)
-        made = pattern, *self._choices[key][:2]
+        comm_type, inner, together, _ = self._choices[key]
+        made = pattern, comm_type, inner, together
         if made not in self.strategies:
             mask = shard.mask(pattern)
-            strategy = build_strategy(*made[1:], shard.layout, mask, shard.rank)
+            strategy = build_strategy(comm_type, inner, shard.layout, mask, shard.rank, together)
             self.strategies[made] = with_padding(strategy, shard.layout, mask) if self._padding_reads else strategy
         return self.strategies[made]
 

@@ -62,7 +62,7 @@ def test_auto_follows_the_mask_and_the_topology():
     assert choice.comm_type == "a2a" and "mean work" in choice.reason and "p2p" in choice.reason
     window = Mask(length, whole_rows(1, length), Pattern(sliding_window=1024))
     assert chosen(window, shape).comm_type in ("p2p", "all_gather")
-    assert chosen(one, shape, size=1) == ("p2p", 1, "one rank")
+    assert chosen(one, shape, size=1) == ("p2p", 1, 1, "one rank")
 
 
 def test_keys_go_to_one_rank_each_unless_told():
