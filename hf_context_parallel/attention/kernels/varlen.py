@@ -258,14 +258,15 @@ class VarlenKernel(Kernel):
         """
         key_heads = most = key.shape[1]
         share = query.shape[1] // key_heads
-        width = multiple(max(query.shape[2], value.shape[2]), 32)
+        dim = max(query.shape[2], value.shape[2])
+        width = multiple(dim, 32 if dim <= 128 else 64)  # of sums of gradients
         rows = len(query) + BLOCK * len(lengths.cu_queries)
         elements = width * max(rows * (share if self.short_offsets else 1), len(key))
         if elements > MOST_ELEMENTS:
             raise ValueError(
-                f"kernel={self.name!r} cannot compute {len(query)} queries and {len(key)} keys at a time: with "
-                f"{share} query heads of {width} for a key head, offsets pass 32 bits ({elements} elements). Set a "
-                "larger size, or use kernel='flash_attn_3' (Hopper) or kernel='reference'."
+                f"kernel={self.name!r} cannot compute {len(query)} queries and {len(key)} keys in one call, since the "
+                f"{elements} elements of one key head are beyond its 32-bit offsets. Set a larger size, or use "
+                "kernel='flash_attn_3' (on Hopper) or kernel='reference'."
             )
         if self.short_offsets:
             most = min(most, MOST_ELEMENTS // elements)

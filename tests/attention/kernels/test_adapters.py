@@ -189,7 +189,7 @@ def test_calls_beyond_32_bit_offsets_are_cut_by_heads(adapter, monkeypatch):
     if adapter.name == "flash_attn_3":
         assert same(by_kernel(adapter, calls, scores, *whole), expected)
         monkeypatch.setattr(varlen, "MOST_ELEMENTS", rows * 32 - 1)
-    said = r"kernel='\w+' cannot compute 18 queries and 18 keys at a time: .* 3 query heads of 32 .*Set a larger size"
+    said = r"kernel='\w+' cannot compute 18 queries and 18 keys in one call, .*32-bit offsets. Set a larger size"
     with pytest.raises(ValueError, match=said):
         by_kernel(adapter, calls, scores, *whole)
 
