@@ -18,8 +18,9 @@ from .cp_group import CPGroup
 from .data.accelerator import share_groups
 from .data.loader import prepare_data_loader
 from .distributed.agreement import collective, fingerprint, odd_rank
+from .distributed.devices import refuse_shared_devices
 from .distributed.mesh import world
-from .distributed.messages import Exchange, GroupExchange
+from .distributed.messages import CheckedExchange, Exchange, GroupExchange
 from .distributed.process_groups import Groups, build_groups
 from .integration.active_batch import ActiveBatch, active_batch
 from .integration.border.parallelize import whole
@@ -41,7 +42,7 @@ class ContextParallel:
 
     Raises:
         ValueError: on all ranks, if the sizes do not divide, ranks ask for different settings, torch.distributed is
-            not initialised, or the kernel cannot be used.
+            not initialised, two ranks use one GPU, or the kernel cannot be used.
 
     Example:
 
@@ -52,6 +53,7 @@ class ContextParallel:
     """
 
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
+        refuse_shared_devices()
         # Making groups is collective, so ranks must find out before it that they ask for different groups.
         with collective(world(), "settings or meshes", "Give every process the same ones.") as notes:
             if config.kernel != "auto":  # "auto" is chosen later, by the device of the tensors
@@ -160,7 +162,7 @@ class ContextParallel:
         self.group = self._made[size]
 
     def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
-        exchange = GroupExchange(groups.group)
+        exchange = CheckedExchange(GroupExchange(groups.group), groups.size)
         self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._logged)
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:

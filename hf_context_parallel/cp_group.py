@@ -15,7 +15,8 @@ from .attention.kernels.registry import check_kernel, choose_kernel
 from .attention.scores import Scores, make_scores, seed_of
 from .attention.strategy import Shape, Strategy
 from .config import ContextParallelConfig
-from .distributed.messages import Exchange
+from .distributed.devices import check_backend
+from .distributed.messages import CheckedExchange
 from .distributed.process_groups import Groups
 from .planning.layout import Layout
 from .planning.machine import machine_of
@@ -52,7 +53,7 @@ class CPGroup:
 
     config: ContextParallelConfig
     groups: Groups
-    exchange: Exchange
+    exchange: CheckedExchange
     first_size: int
     _logged: set[tuple[str, str, int]] = field(default_factory=set, compare=False, repr=False)
     """Choices of `auto` that were logged."""
@@ -111,8 +112,10 @@ class CPGroup:
             key, value: `[B, H_kv, S_local, D]` and `[B, H_kv, S_local, D_v]`.
 
         Raises:
-            ValueError: if the kernel does not support the tensors or the scores.
+            ValueError: if the kernel does not support the tensors or the scores, or the group cannot send the tensors.
         """
+        if self.size > 1:
+            check_backend(self.groups.group, query.device)
         query, key, value = one_dtype(query, key, value)
         scores = make_scores(query, scale, softcap, dropout_p, deterministic)
         kernel = self.kernel(query.device)

@@ -46,6 +46,7 @@ def attention(
     """
     settings = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
     with collective(group.groups, "arguments", "Call cp.attention with the same ones on all ranks.") as notes:
+        notes.alarm = group.exchange.interrupted
         if cu_seqlens is None and attention_mask is None:
             _refuse_documents_unsaid(group)
         _check_heads(q, k, v, sinks)
@@ -58,6 +59,8 @@ def attention(
             check_comm_type(comm_type)
         options = shapes, pattern, call.scores._replace(seed=0), sinks is None, comm_type
         notes.fingerprint = fingerprint({"options": options, **settings})
+    if notes.alarm:
+        group.exchange.settle(group.groups)
     # From here on all ranks have the same data, so they all refuse or none does.
     layout, mask = _whole(group, q.shape[0], notes.numbers, pattern, cu_seqlens, attention_mask)
     choice = group.choice(comm_type, layout, mask, call.shape, q.device)

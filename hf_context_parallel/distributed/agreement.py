@@ -25,8 +25,9 @@ class collective:
     Attributes that the block may set:
         fingerprint: a number that must be the same on all ranks.
         number: a number of this rank, to be told to all ranks.
+        alarm: a flag of this rank, to be told to all ranks.
 
-    After the block, `numbers` holds the `number` of each rank.
+    After the block, `numbers` holds the `number` of each rank, and `alarm` is True if it was on any rank.
 
     Raises:
         ValueError: on every rank with the same message, if a rank raised in the block or the fingerprints differ.
@@ -35,6 +36,7 @@ class collective:
     def __init__(self, ranks: Ranks, what: str = "", remedy: str = ""):
         self._ranks, self._what, self._remedy = ranks, what, remedy
         self.fingerprint = self.number = 0
+        self.alarm = False
         self.numbers: list[int] = []
 
     def __enter__(self) -> collective:
@@ -46,9 +48,10 @@ class collective:
         if self._ranks.size == 1:
             self.numbers = [self.number]
             return
-        notes = gather_numbers(self._ranks, error is not None, self.fingerprint, self.number)
-        failed, fingerprints, self.numbers = notes
-        raise_together(self._ranks, failed, error)
+        flags = (error is not None) + 2 * self.alarm
+        flags_of_all, fingerprints, self.numbers = gather_numbers(self._ranks, flags, self.fingerprint, self.number)
+        self.alarm = any(flags & 2 for flags in flags_of_all)
+        raise_together(self._ranks, [flags & 1 for flags in flags_of_all], error)
         check_consensus(fingerprints, self._what, self._remedy)
 
 

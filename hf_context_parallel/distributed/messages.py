@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.utils import dlpack
+
+from .agreement import gather_numbers
+from .mesh import Ranks
 
 Message = tuple[int, torch.Tensor]
 """Rank of the group, and the contiguous tensor to send to it or to receive from it."""
@@ -111,12 +115,123 @@ class Subset:
     """Messages of a subgroup, whose rank i is rank `ranks[i]` of the group. They are sent by the group's exchange."""
 
     def __init__(self, exchange: Exchange, ranks: Sequence[int]):
-        self._exchange = exchange
+        self.exchange = exchange
         self._ranks = ranks
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         sends, receives = ([(self._ranks[peer], x) for peer, x in messages] for messages in (sends, receives))
+        return self.exchange.post(sends, receives)
+
+
+class CheckedExchange:
+    """Exchange of a group that counts its messages, and sends no more after a step that ended by an error.
+
+    Messages between two ranks have no names, so a message of that step that nobody has taken would be taken for one of
+    the next step. So nothing is posted until the ranks have settled that none is left.
+
+    Args:
+        exchange: the exchange that carries the messages.
+        size: the number of ranks of the group.
+    """
+
+    def __init__(self, exchange: Exchange, size: int):
+        self._exchange = exchange
+        self._sent, self._received = [0] * size, [0] * size
+        self._left: list[Pending] = []
+        self.interrupted = False
+        """True after a step of this rank that ended by an error, until the ranks have settled."""
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        if self.interrupted:
+            raise RuntimeError(
+                "an error ended a step of this CP group while its messages were on their way, and the ranks have not "
+                "agreed since then that all have arrived. Begin a new batch on all ranks of the group, by the call of "
+                "a prepared model, cp.shard or cp.attention. Gradients of earlier batches are lost."
+            )
+        for counts, messages in ((self._sent, sends), (self._received, receives)):
+            for peer, _ in messages:
+                counts[peer] += 1
         return self._exchange.post(sends, receives)
+
+    def interrupt(self, left: Sequence[Pending] = ()) -> None:
+        """Post nothing until `settle`, and keep the buffers of messages that were not waited for alive until then.
+
+        They are not waited for here: a message never comes if its sender has failed too.
+        """
+        self.interrupted = True
+        self._left += left
+
+    def settle(self, ranks: Ranks) -> None:
+        """Go on after an interruption on any rank, if each message was both sent and received. All ranks call this.
+
+        Raises:
+            ValueError: on all ranks, naming two of them between which a message is left.
+        """
+        counts = gather_numbers(ranks, *self._sent, *self._received)
+        for sender in range(ranks.size):
+            for receiver in range(ranks.size):
+                sent, received = counts[receiver][sender], counts[ranks.size + sender][receiver]
+                if sent != received:
+                    raise ValueError(
+                        f"an error ended an earlier step of this CP group in its middle: rank {sender} of the group "
+                        f"has sent {sent} messages to rank {receiver}, which has received {received}. The next step "
+                        "would take what is left for its own, so the group cannot go on. Start the processes again."
+                    )
+        for pending in self._left:
+            pending.wait()
+        self._left.clear()
+        self._sent, self._received = [0] * ranks.size, [0] * ranks.size
+        self.interrupted = False
+
+
+@contextmanager
+def in_flight(exchange: Exchange) -> Iterator[Exchange]:
+    """Yield an exchange for the messages of a `with` block. An error in the block leaves no buffer to be written late.
+
+    A `CheckedExchange` is interrupted, and keeps the buffers of messages that were not waited for alive. Messages of
+    another exchange are waited for.
+    """
+    flight = _Flight(exchange)
+    try:
+        yield flight
+    except BaseException:
+        flight.interrupt()
+        raise
+
+
+class _Flight:
+    """Exchange that knows which of its messages were not waited for."""
+
+    def __init__(self, exchange: Exchange):
+        self.exchange = exchange
+        self._left: set[Pending] = set()
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        return _Tracked(self.exchange.post(sends, receives), self._left)
+
+    def interrupt(self) -> None:
+        exchange = self.exchange
+        while isinstance(exchange, (Subset, _Flight)):
+            exchange = exchange.exchange
+        if isinstance(exchange, CheckedExchange):
+            exchange.interrupt(list(self._left))
+            return
+        for pending in list(self._left):
+            with suppress(Exception):  # the error of the block is raised
+                pending.wait()
+
+
+class _Tracked(Pending):
+    """Messages in progress that leave a set when they have been waited for."""
+
+    def __init__(self, pending: Pending, left: set[Pending]):
+        super().__init__([pending])
+        self._left = left
+        left.add(self)
+
+    def wait(self) -> None:
+        super().wait()
+        self._left.discard(self)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

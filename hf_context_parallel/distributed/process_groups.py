@@ -142,7 +142,7 @@ def new_groups(blocks: list[list[int]], options: Any = None) -> dist.ProcessGrou
     """
     if len(blocks[0]) == 1:
         return None
-    timeout = _timeout()
+    timeout = timeout_of_world()
     everyone = dist.group.WORLD
     assert everyone is not None  # groups are made after the world
     group: dist.ProcessGroup | None
@@ -164,7 +164,7 @@ def _transfers_first() -> Any:
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = MOST_BLOCKS
-    options._timeout = _timeout()  # or else torch warns that it differs
+    options._timeout = timeout_of_world()  # or else torch warns that it differs
     return options
 
 
@@ -203,7 +203,7 @@ def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGrou
     return new_groups(list(map(list, columns)))
 
 
-def _timeout() -> timedelta:
+def timeout_of_world() -> timedelta:
     """Timeout of the world, since a new group would have the default timeout."""
     group = dist.group.WORLD
     assert group is not None  # groups are made after the world

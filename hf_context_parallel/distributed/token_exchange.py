@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from .messages import Exchange, Pending
+from .messages import Exchange, in_flight
 from .rows import Rows
 
 Dealt = Sequence[range]
@@ -81,12 +82,11 @@ class TokenExchange:
                 Rows.move(_heads(x, shares[rank]), self.tokens, block, None)
         own = [shares[self.rank] for shares in dealt]
         received = {rank: _empty(tensors, self.counts[rank], own) for rank in self._others}
-        pending = self._post(sent, received)
-        make = torch.Tensor.new_empty if sum(self.counts) == self.whole else torch.Tensor.new_zeros
-        results = [make(x, (self.whole, len(share), x.shape[2])) for x, share in zip(tensors, own)]
-        for result, x, share in zip(results, tensors, own):
-            Rows.move(_heads(x, share), self.tokens, result, self.places[self.rank])
-        pending.wait()
+        with self._posted(sent, received):
+            make = torch.Tensor.new_empty if sum(self.counts) == self.whole else torch.Tensor.new_zeros
+            results = [make(x, (self.whole, len(share), x.shape[2])) for x, share in zip(tensors, own)]
+            for result, x, share in zip(results, tensors, own):
+                Rows.move(_heads(x, share), self.tokens, result, self.places[self.rank])
         for rank, message in received.items():
             for result, block in zip(results, message.blocks):
                 Rows.move(block, None, result, self.places[rank])
@@ -106,16 +106,15 @@ class TokenExchange:
         count = self.counts[self.rank]
         sent = {rank: _filled([self.places[rank].of(x) for x in tensors]) for rank in self._others}
         received = {rank: _empty(tensors, count, [d[rank] for d in dealt]) for rank in self._others}
-        pending = self._post(sent, received)
         once = [sum(map(len, shares)) == total for shares, total in zip(dealt, totals)]
-        results = [
-            (x.new_empty if single and self.tokens is None else x.new_zeros)(self.rows, total, x.shape[2])
-            for x, single, total in zip(tensors, once, totals)
-        ]
-        for x, result, single, shares in zip(tensors, results, once, dealt):
-            place = _heads(result, shares[self.rank])
-            Rows.move(x, self.places[self.rank], place, self.tokens, add=not single)
-        pending.wait()
+        with self._posted(sent, received):
+            results = [
+                (x.new_empty if single and self.tokens is None else x.new_zeros)(self.rows, total, x.shape[2])
+                for x, single, total in zip(tensors, once, totals)
+            ]
+            for x, result, single, shares in zip(tensors, results, once, dealt):
+                place = _heads(result, shares[self.rank])
+                Rows.move(x, self.places[self.rank], place, self.tokens, add=not single)
         for rank, message in received.items():
             for block, result, single, shares in zip(message.blocks, results, once, dealt):
                 Rows.move(block, None, _heads(result, shares[rank]), self.tokens, add=not single)
@@ -125,14 +124,18 @@ class TokenExchange:
     def _others(self) -> list[int]:
         return [rank for rank in range(len(self.counts)) if rank != self.rank]
 
-    def _post(self, sent: dict[int, _Message], received: dict[int, _Message]) -> Pending:
-        """Post a message to each other rank, and one from each."""
+    @contextmanager
+    def _posted(self, sent: dict[int, _Message], received: dict[int, _Message]) -> Iterator[None]:
+        """Post a message to each other rank and one from each, and wait for them at the end of the block."""
         sends, receives = (
             [(rank, part) for rank, message in side.items() for part in message.parts if part.numel()]
             for side in (sent, received)
         )
         assert self.exchange is not None  # nothing is posted where messages are only counted
-        return self.exchange.post(sends, receives)
+        with in_flight(self.exchange) as exchange:
+            pending = exchange.post(sends, receives)
+            yield
+            pending.wait()
 
 
 def _heads(x: torch.Tensor, share: range) -> torch.Tensor:

@@ -58,10 +58,11 @@ class ShardedBatch(AbstractContextManager):
         if self._entered:
             raise RuntimeError("this sharded batch was entered before. For another pass, call cp.shard(batch) again.")
         self._entered = True
-        self._failure_report = FailureReport()
+        self._failure_report = FailureReport(self._group.groups.same_batch)
         compared = []
         with self._failure_report.opening():
             with collective(self._group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
+                notes.alarm = self._group.exchange.interrupted
                 mark = ()
                 if self._model is not None:
                     self._check(self._model)
@@ -71,6 +72,8 @@ class ShardedBatch(AbstractContextManager):
                 if self._passed is not None:
                     check_range(self._passed, self._batch, local[SHARD], values=self._group.config.check_batch)
                 notes.fingerprint = fingerprint({"batch": local[SHARD].fingerprint, "model": mark})
+            if notes.alarm:
+                self._group.exchange.settle(self._group.groups)
             check_weights(compared, self._group.groups)
         self._active = ActiveBatch(local.pop(SHARD), self._group, run_outermost=self._run)
         self._positions = local["position_ids"]
@@ -91,6 +94,7 @@ class ShardedBatch(AbstractContextManager):
         self._passed = None
         leave(self._active)
         if error is not None:
+            self._group.exchange.interrupt()
             self._failure_report.publish(error)
 
     def _check(self, model: torch.nn.Module) -> None:

@@ -171,7 +171,7 @@ class ContextParallelMixin:
     ) -> torch.Tensor:
         """Run a training step, with `dynamic` round by round."""
         self._prove()
-        with reported_failures(), self.accelerator.in_step():
+        with reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
             if self._scheduler is None:
                 rows, length = _shape_of(inputs)
                 self._count(rows * length, length)
@@ -214,7 +214,7 @@ class ContextParallelMixin:
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prediction step, which returns whole outputs on every rank."""
         self._prove()
-        with reported_failures(), self.accelerator.in_step():
+        with reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
             return super().prediction_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -40,8 +42,10 @@ def alone_in_a_block(folder, when) -> str:
     def steps(rank: int) -> None:
         cp, model = context(), tiny_model("llama", "context_parallel")
         batch = {"input_ids": tokens(1, 16), "labels": tokens(1, 16)}
+        kernel = type(cp.group.kernel(torch.device("cpu")))
+        fails = patch.object(kernel, "forward", side_effect=KeyError("the disk is full"))
         for step in range(2):
-            with cp.shard(batch, model) as local:
+            with fails if rank == 1 and when == "in a kernel" else nullcontext(), cp.shard(batch, model) as local:
                 if rank == 1 and when == "before":
                     raise KeyError("the disk is full")
                 model(**local).loss.backward()
@@ -51,7 +55,7 @@ def alone_in_a_block(folder, when) -> str:
     return raised_by(steps, folder)
 
 
-@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("when", ["before", "in a kernel", pytest.param("after", marks=pytest.mark.exhaustive)])
 def test_others_end_within_the_timeout_and_say_why(on_ranks, tmp_path, when):
     mine, raised = on_ranks(2, alone_in_a_block, tmp_path, when)
     assert raised == "KeyError: 'the disk is full'"

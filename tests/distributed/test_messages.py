@@ -2,15 +2,20 @@
 
 import weakref
 from itertools import count
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.distributed import messages as exchanges
+from hf_context_parallel.distributed.mesh import Ranks
+from hf_context_parallel.distributed.messages import CheckedExchange, GroupExchange, Subset, in_flight
 from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 from hf_context_parallel.planning.plan import build_plan
+from tests.helpers.models import context, tiny_model, tokens
 from tests.helpers.ring import MASKS, SIZES, on_rank, tensors
 from tests.helpers.simulated import Event, LiveBuffers, Log, run
 
@@ -140,3 +145,112 @@ def test_a_process_groups_messages(monkeypatch):
     assert all(buffer() is not None for buffer in alive) and not waited
     pending.wait()
     assert all(buffer() is None for buffer in alive) and len(waited) == 1
+
+
+class LateExchange:
+    """Exchange whose messages arrive when the test delivers them, as those of NCCL do after the host has gone on."""
+
+    def __init__(self):
+        self.addresses: list[tuple[weakref.ref, int]] = []
+        self.waited = 0
+
+    def post(self, sends, receives):
+        self.addresses += [weakref.ref(tensor.untyped_storage()) for _, tensor in receives]
+        return exchanges.Pending([self], [tensor for _, tensor in (*sends, *receives)])
+
+    def wait(self):
+        self.waited += 1
+
+    def alive(self) -> list[bool]:
+        return [storage() is not None for storage in self.addresses]
+
+
+def interrupted_step(exchange) -> None:
+    """Receive two messages, wait for one of them, and run out of memory."""
+    with pytest.raises(torch.OutOfMemoryError), in_flight(Subset(exchange, [1, 0])) as messages:
+        messages.post([], [(0, torch.zeros(3))]).wait()
+        messages.post([], [(0, torch.zeros(3))])
+        raise torch.OutOfMemoryError
+
+
+def test_memory_that_is_received_late_is_kept_until_all_has_arrived(monkeypatch):
+    late = LateExchange()
+    exchange = CheckedExchange(late, 2)
+    interrupted_step(exchange)
+    assert late.alive() == [False, True] and late.waited == 1
+    with pytest.raises(RuntimeError, match="an error ended a step of this CP group while its messages"):
+        exchange.post([], [])
+    ranks = Ranks(None, 0, 2, torch.device("cpu"))
+    counts = {"sent": [0, 0], "received": [0, 2]}, {"sent": [1, 0], "received": [0, 0]}
+    by_rank = [[side["sent"][peer] for side in counts] for peer in range(2)]
+    by_rank += [[side["received"][peer] for side in counts] for peer in range(2)]
+    monkeypatch.setattr(exchanges, "gather_numbers", lambda ranks, *mine: by_rank)
+    with pytest.raises(ValueError, match="rank 1 of the group has sent 1 messages to rank 0, which has received 2"):
+        exchange.settle(ranks)
+    assert exchange.interrupted and late.alive() == [False, True]
+    by_rank[0][1] = 2  # the other rank has sent both
+    exchange.settle(ranks)
+    assert not exchange.interrupted and late.waited == 2 and late.alive() == [False, False]
+    exchange.post([], []).wait()
+
+
+def test_messages_of_an_unchecked_exchange_are_waited_for():
+    late = LateExchange()
+    interrupted_step(late)
+    assert late.waited == 2 and late.alive() == [False, False]
+
+
+def batch_after_an_error() -> list[torch.Tensor | str]:
+    """Let the kernel raise on both ranks, and then run the batch again."""
+    cp, model = context(), tiny_model("llama", "context_parallel")
+    batch = {"input_ids": tokens(2, 33)}
+    kernel = type(cp.group.kernel(batch["input_ids"].device))
+    original, calls, found = kernel.forward, [], []
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return original(self, *args)
+
+    for _ in range(2):
+        try:
+            with patch.object(kernel, "forward", failing), cp.shard(batch, model) as local, torch.no_grad():
+                found.append(cp.gather(model(**local).logits))
+        except torch.OutOfMemoryError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_batch_runs_after_an_error_of_all_ranks(on_ranks):
+    with torch.no_grad():
+        expected = tiny_model("llama", "sdpa")(input_ids=tokens(2, 33)).logits
+    for error, logits in on_ranks(2, batch_after_an_error):
+        assert error == "no memory"
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def left_over_message() -> list[str]:
+    """Let both ranks fail, rank 0 after it has sent a message that rank 1 has not received."""
+    cp, model = context(), tiny_model("llama", "context_parallel")
+    batch, rank, found = {"input_ids": tokens(1, 16)}, dist.get_rank(), []
+    sent = torch.arange(3.0)
+    for step in range(3):
+        try:
+            with cp.shard(batch, model), in_flight(cp.exchange) as exchange:
+                if step == 0:
+                    exchange.post([(1, sent)] if rank == 0 else [], [])
+                    raise KeyError("the disk is full")
+        except (KeyError, ValueError) as error:
+            found.append(str(error))
+    left = torch.zeros(3)
+    GroupExchange(cp.groups.group).post([], [] if rank == 0 else [(0, left)]).wait()
+    assert rank == 0 or left.equal(sent)  # the next step would have taken it for keys
+    return found
+
+
+def test_a_message_that_is_left_is_never_taken_for_one_of_the_next_step(on_ranks):
+    for first, *later in on_ranks(2, left_over_message):
+        assert first == "'the disk is full'" and len(later) == 2
+        for message in later:
+            assert "rank 0 of the group has sent 1 messages to rank 1, which has received 0" in message

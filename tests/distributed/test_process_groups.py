@@ -82,7 +82,7 @@ def with_fake_nccl(monkeypatch, bound_to: torch.device | None) -> list:
     )
     monkeypatch.setattr(process_groups, "dist", options)
     monkeypatch.setattr(process_groups, "has_nccl", lambda: True)
-    monkeypatch.setattr(process_groups, "_timeout", lambda: timedelta(seconds=7))
+    monkeypatch.setattr(process_groups, "timeout_of_world", lambda: timedelta(seconds=7))
     return calls
 
 

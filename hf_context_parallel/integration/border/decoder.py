@@ -128,6 +128,7 @@ class DecoderBorder(ModulePatch):
                 self.handled = call.batch.handled
                 return call.gathered(output)
             except BaseException as error:
+                call.group.exchange.interrupt()
                 call.failure_report.publish(error)
                 raise
         finally:
@@ -147,14 +148,15 @@ class _Call:
     """
 
     def __init__(self, decoder: PreTrainedModel, given: dict[str, Any], group: CPGroup):
-        self._decoder, self._group = decoder, group
-        self.failure_report = FailureReport()
+        self._decoder, self.group = decoder, group
+        self.failure_report = FailureReport(group.groups.same_batch)
         given = {name: value for name, value in given.items() if value is not None and name not in OF_HEADS}
         call, masks = outer_call(), _take_masks(given)
         _add_documents(decoder, given)
         compared = []
         with self.failure_report.opening():
             with collective(group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
+                notes.alarm = group.exchange.interrupted
                 check_call(decoder, decoder if call is None else call.model, given, group)
                 compared = sampled(decoder, group)
                 self.local = self._shard(_embedded(decoder, given))
@@ -170,6 +172,8 @@ class _Call:
                 mark = (*signature(decoder), len(compared))
                 compared_labels = labels if group.config.check_batch else {}
                 notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark, **compared_labels})
+            if notes.alarm:
+                group.exchange.settle(group.groups)
             check_weights(compared, group.groups)
         self.batch = ActiveBatch(self.local.pop(SHARD), group, padding_reads=call is None or call.uses_padding)
         for mask in _planned(masks):
@@ -181,7 +185,7 @@ class _Call:
         """Return the arguments for the shard of this rank."""
         known = {*PADDING, *CONSUMED, *PASSED_ON}
         inputs = {name: value for name, value in given.items() if name in known}
-        local = shard_batch(inputs, self._group.config, self._group.rank)
+        local = shard_batch(inputs, self.group.config, self.group.rank)
         shard = local[SHARD]
         positions = shard.layout.positions(shard.rank)
         for name, value in given.items():
