@@ -3,7 +3,7 @@
     python -m benchmarks.attention --ranks 2,4 --tokens 4096,8192,16384 --dtypes float32,bfloat16
 
 Batches are one document of each length. In the first dtype they are also packed documents and a window, of `PACKED`
-tokens. Ranks are processes with one torch thread each, connected by gloo. Variants are timed in turns, over the same
+tokens. Ranks are processes with one torch thread each. Variants are timed in turns, over the same
 CPU kernel:
 
     ideal         the kernel calls of an equal share of the arithmetic, 1/N of the heads of the whole batch, and
@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import quantiles
@@ -48,7 +49,9 @@ from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import Shape, build_strategy
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.distributed.messages import GroupExchange
+from hf_context_parallel.distributed.mesh import ranks_of
+from hf_context_parallel.distributed.messages import Exchange
+from hf_context_parallel.distributed.shared_memory import make_exchange
 from hf_context_parallel.planning.balanced import balanced
 from hf_context_parallel.planning.layout import Layout, zigzag
 from hf_context_parallel.planning.machine import machine_of
@@ -151,7 +154,7 @@ def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
         strategy = build_strategy(comm_type, inner(size), layout, layer.mask, rank)
         inputs = [tensor[layout.positions(rank)].requires_grad_() for tensor in layer.whole[:3]]
         grad_output = layer.whole[3][layout.positions(rank)]
-        how = {"exchange": GroupExchange(layer.group), "kernel": layer.kernel, "scores": layer.scores}
+        how = {"exchange": exchange_of(layer.group), "kernel": layer.kernel, "scores": layer.scores}
 
         def run():
             output = attention(*inputs, strategy=strategy, **how)
@@ -161,6 +164,12 @@ def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
         return run
 
     return build
+
+
+@cache
+def exchange_of(group: dist.ProcessGroup) -> Exchange:
+    """Messages of our variants, as a `ContextParallel` makes them."""
+    return make_exchange(ranks_of(group))
 
 
 def one_process(layer: Layer) -> Run:

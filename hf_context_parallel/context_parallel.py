@@ -19,8 +19,9 @@ from .data.accelerator import share_groups
 from .data.loader import prepare_data_loader
 from .distributed.agreement import collective, fingerprint, odd_rank
 from .distributed.mesh import world
-from .distributed.messages import Exchange, GroupExchange
+from .distributed.messages import Exchange
 from .distributed.process_groups import Groups, build_groups
+from .distributed.shared_memory import make_exchange
 from .integration.active_batch import ActiveBatch, active_batch
 from .integration.border.parallelize import whole
 from .integration.sharded_batch import ShardedBatch
@@ -160,8 +161,7 @@ class ContextParallel:
         self.group = self._made[size]
 
     def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
-        exchange = GroupExchange(groups.group)
-        self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._logged)
+        self._made[config.size] = CPGroup(config, groups, make_exchange(groups), self.made_with.size, self._logged)
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:
         """Shard a batch for a `with` block that contains the forward and backward of the model.

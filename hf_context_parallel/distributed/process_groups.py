@@ -75,7 +75,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
         alone = world()
         return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, same_batch=alone)
     blocks = cp_blocks(size, mesh, divided)
-    timeout = _timeout()
+    timeout = timeout_of_world()
     options = _transfers_first(timeout)
     group, _ = dist.new_subgroups_by_enumeration([ranks for ranks, _ in blocks], timeout, pg_options=options)
     me = dist.get_rank()
@@ -139,11 +139,11 @@ def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGrou
     columns: list[tuple[int, ...]] = []
     for first in range(0, len(blocks), shares):  # blocks of ranks that read all samples once
         columns += zip(*(ranks for ranks, _ in blocks[first : first + shares]))
-    group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(list(map(list, columns)), _timeout())[0]
+    group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(list(map(list, columns)), timeout_of_world())[0]
     return group
 
 
-def _timeout() -> timedelta:
+def timeout_of_world() -> timedelta:
     """Timeout of the world, since a new group would have the default timeout."""
     group = dist.group.WORLD
     assert group is not None  # groups are made after the world
