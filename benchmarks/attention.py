@@ -18,14 +18,11 @@ CPU kernel:
 
 A run lasts from the start of the first rank to the end of the last rank. Efficiency is the time of ideal over the time
 of a variant in the same round. Before anything is timed, outputs and gradients are compared with those of one process.
-While runs are timed, the C library keeps freed memory, as the allocators of GPUs do. Otherwise a run would also take
-the time to get memory from the system anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -294,14 +291,6 @@ def measure_memory(run: Run) -> float | None:
     return None if peak.isnan() else peak.item()
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep memory that this process frees, in blocks up to its limit. Other libraries are left alone."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return no memory
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: use mmap only for larger blocks
-
-
 def check_case(case: Case, variants: list[str], progress: tqdm) -> dict[str, Any]:
     """Compare the variants with one process. Return the absent ones, and the peak memory of the others."""
     progress.set_description(f"{described(case)}: verifying")
@@ -337,7 +326,6 @@ def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     with tqdm(total=len(cases) * rounds, unit="round", disable=rank > 0) as progress:
         checked = [check_case(case, variants, progress) for case in cases]
-        keep_freed_memory()  # after peaks were measured, which count from the memory at the start
         results = [
             {
                 "case": case._asdict(),
@@ -475,8 +463,7 @@ def write(folder: Path, machine: dict[str, Any], results: list[dict[str, Any]], 
         f"One causal layer, {case.heads} query heads on {case.key_heads} key heads of {case.head_dim}, "
         f"forward and backward; {peers.versions()}. Medians and quartiles of {rounds} interleaved rounds. "
         "Efficiency is the time of an equal share of the kernel calls alone (ideal) over a variant's; share is a "
-        "rank's own kernel calls in p2p. Peak memory is above the start of a run. While runs are timed the C library "
-        "keeps what they free. "
+        "rank's own kernel calls in p2p. Peak memory is above the start of a run. "
         f"The window is of {WINDOW:,} tokens."
     )
     text = "\n\n".join([report.described(machine), about, table, "\n".join(f"- {note}" for note in notes)])

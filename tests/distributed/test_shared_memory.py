@@ -240,19 +240,16 @@ def test_all_ranks_share_memory_or_none(on_ranks, odd, step):
     assert on_ranks(3, chosen, odd, step) == [(name, 2.0), (name, 0.0), (name, 1.0)]
 
 
-def sockets_left() -> tuple[int, int]:
-    """Number of sockets and memory files of messages in use, and after contexts were used and dropped."""
-    counts = []
-    for _ in range(2):
-        cp, q = context(), torch.randn(1, 2, 8, 4)
-        assert isinstance(cp.exchange, SharedMemoryExchange)
-        cp.attention(q, q, q)
-        counts.append(in_use())
-        del cp
-        gc.collect()
-        counts.append(in_use())
-    assert counts[2:] == counts[:2]
-    return counts[0], counts[1]
+def sockets_left() -> list[int]:
+    """Number of sockets and memory files of messages, before a context, while it is used, and when it is dropped."""
+    gc.collect()
+    counts = [in_use()]
+    cp, q = context(), torch.randn(1, 2, 8, 4)
+    cp.attention(q, q, q)
+    counts.append(in_use())
+    del cp
+    gc.collect()
+    return [*counts, in_use()]
 
 
 def in_use() -> int:
@@ -267,5 +264,5 @@ def in_use() -> int:
 
 
 def test_sockets_and_memory_go_with_their_group(on_ranks):
-    for used, left in on_ranks(2, sockets_left):
-        assert used >= 3 and left == 0  # a socket, and memory each way
+    for before, used, after in on_ranks(2, sockets_left):
+        assert used >= before + 3 and after <= before  # a socket, and memory each way
