@@ -142,6 +142,7 @@ class _Departure:
         while self.link.queue:
             self.link.refuse_if_ended()
             self.exchange.progress(self.link, deadline)
+            self.link.refuse_if_ended()  # the queue may have been dropped
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ class _Memory:
 
     @classmethod
     def of(cls, number: int, descriptor: int, size: int) -> _Memory:
-        return cls(number, torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8))
+        with torch.inference_mode(False):  # so that memory which evaluation made serves training
+            return cls(number, torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8))
 
 
 class _Link:
@@ -239,10 +241,6 @@ class _Link:
                 self._take_in(packet, descriptors)
             else:
                 self.ended = True
-                for _, descriptor in self.queue:
-                    if descriptor is not None:
-                        os.close(descriptor)
-                self.queue.clear()
 
     def _take_in(self, packet: bytes, descriptors: list[int]) -> None:
         kind, number, size, made = PACKET.unpack(packet)
@@ -271,16 +269,19 @@ class _Link:
             self.queue.append((packet, descriptor))
 
     def _sent_now(self, packet: bytes, descriptor: int | None) -> bool:
-        """Send a packet and close its descriptor. Return False if the socket has no room."""
+        """Send a packet and close its descriptor. Return False if the socket has no room.
+
+        A packet to a peer that is gone is dropped. That is no error of a peer that gets no message any more.
+        """
         try:
-            if descriptor is None:
-                self.socket.send(packet, socket.MSG_NOSIGNAL)
-            else:
+            if descriptor is not None and not self.ended:
                 socket.send_fds(self.socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
+            elif not self.ended:
+                self.socket.send(packet, socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError):
-            self.read()  # up to the end of what it sent. To have gone is no error of a peer that gets no message more.
+            self.read()  # up to the end of what it sent
         if descriptor is not None:
             os.close(descriptor)
         return True

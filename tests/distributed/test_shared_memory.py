@@ -201,6 +201,42 @@ def test_what_a_rank_sent_before_it_ended_arrives(beside):
     assert (received == torch.tensor([[3.0], [4.0]])).all()
 
 
+def test_messages_to_a_rank_that_is_gone_end_with_an_error(beside):
+    """Check that it is raised for messages that are queued, since the socket has no room for them."""
+
+    def child(exchange: SharedMemoryExchange) -> None:
+        os.read(go[0], 1)
+
+    go = os.pipe()
+    exchange, process = beside(child)
+    pending = [exchange.post([(1, torch.zeros(1))], []) for _ in range(1500)]
+    queued = len(exchange._links[1].queue)
+    files = len(os.listdir("/proc/self/fd"))
+    os.write(go[1], b"x")
+    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    for posted in (pending[-1], exchange):
+        with pytest.raises(dist.DistNetworkError, match="rank 1 of the group closed its connection"):
+            posted.wait() if posted is pending[-1] else posted.post([(1, torch.zeros(1))], [])
+    assert queued and len(os.listdir("/proc/self/fd")) <= files - queued // 2
+
+
+def echo(exchange: SharedMemoryExchange) -> None:
+    received = torch.empty(2, 1000)
+    for _ in range(2):
+        exchange.post([], [(0, received)]).wait()
+        exchange.post([(0, received + 1)], []).wait()
+
+
+def test_memory_of_evaluation_serves_training(beside):
+    exchange, _ = beside(echo)
+    for number, mode in enumerate((torch.inference_mode, torch.enable_grad)):
+        with mode():
+            sent, received = torch.full((2, 1000), number + 5.0), torch.empty(2, 1000)
+            exchange.post([(1, sent)], [(1, received)]).wait()
+        assert (received == number + 6).all()
+    assert exchange._links[1]._made == 1
+
+
 def test_waiting_ends_with_the_timeout_of_the_process_group(beside):
     exchange, _ = beside(lambda exchange: signal.pause(), timeout=0.2)
     pending = exchange.post([], [(1, torch.empty(1))])
