@@ -3,7 +3,7 @@
     python -m benchmarks.attention --ranks 2,4 --tokens 4096,8192,16384 --dtypes float32,bfloat16
 
 Batches are one document of each length. In the first dtype they are also packed documents and a window, of `PACKED`
-tokens. Ranks are processes with one torch thread each, connected by gloo. Variants are timed in turns, over the same
+tokens. Ranks are processes with one torch thread each. Variants are timed in turns, over the same
 CPU kernel:
 
     ideal         the kernel calls of an equal share of the arithmetic, 1/N of the heads of the whole batch, and
@@ -18,14 +18,11 @@ CPU kernel:
 
 A run lasts from the start of the first rank to the end of the last rank. Efficiency is the time of ideal over the time
 of a variant in the same round. Before anything is timed, outputs and gradients are compared with those of one process.
-While runs are timed, the C library keeps freed memory, as the allocators of GPUs do. Otherwise a run would also take
-the time to get memory from the system anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -33,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import quantiles
@@ -48,7 +46,9 @@ from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import Shape, build_strategy
 from hf_context_parallel.config import ContextParallelConfig
-from hf_context_parallel.distributed.messages import GroupExchange
+from hf_context_parallel.distributed.mesh import ranks_of
+from hf_context_parallel.distributed.messages import Exchange
+from hf_context_parallel.distributed.shared_memory import make_exchange
 from hf_context_parallel.planning.balanced import balanced
 from hf_context_parallel.planning.layout import Layout, zigzag
 from hf_context_parallel.planning.machine import machine_of
@@ -151,7 +151,7 @@ def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
         strategy = build_strategy(comm_type, inner(size), layout, layer.mask, rank)
         inputs = [tensor[layout.positions(rank)].requires_grad_() for tensor in layer.whole[:3]]
         grad_output = layer.whole[3][layout.positions(rank)]
-        how = {"exchange": GroupExchange(layer.group), "kernel": layer.kernel, "scores": layer.scores}
+        how = {"exchange": exchange_of(layer.group), "kernel": layer.kernel, "scores": layer.scores}
 
         def run():
             output = attention(*inputs, strategy=strategy, **how)
@@ -161,6 +161,12 @@ def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
         return run
 
     return build
+
+
+@cache
+def exchange_of(group: dist.ProcessGroup) -> Exchange:
+    """Messages of our variants, as a `ContextParallel` makes them."""
+    return make_exchange(ranks_of(group))
 
 
 def one_process(layer: Layer) -> Run:
@@ -285,14 +291,6 @@ def measure_memory(run: Run) -> float | None:
     return None if peak.isnan() else peak.item()
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep memory that this process frees, in blocks up to its limit. Other libraries are left alone."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return no memory
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: use mmap only for larger blocks
-
-
 def check_case(case: Case, variants: list[str], progress: tqdm) -> dict[str, Any]:
     """Compare the variants with one process. Return the absent ones, and the peak memory of the others."""
     progress.set_description(f"{described(case)}: verifying")
@@ -328,7 +326,6 @@ def work(rank: int, cases: list[Case], variants: list[str], rounds: int, folder:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     with tqdm(total=len(cases) * rounds, unit="round", disable=rank > 0) as progress:
         checked = [check_case(case, variants, progress) for case in cases]
-        keep_freed_memory()  # after peaks were measured, which count from the memory at the start
         results = [
             {
                 "case": case._asdict(),
@@ -466,8 +463,7 @@ def write(folder: Path, machine: dict[str, Any], results: list[dict[str, Any]], 
         f"One causal layer, {case.heads} query heads on {case.key_heads} key heads of {case.head_dim}, "
         f"forward and backward; {peers.versions()}. Medians and quartiles of {rounds} interleaved rounds. "
         "Efficiency is the time of an equal share of the kernel calls alone (ideal) over a variant's; share is a "
-        "rank's own kernel calls in p2p. Peak memory is above the start of a run. While runs are timed the C library "
-        "keeps what they free. "
+        "rank's own kernel calls in p2p. Peak memory is above the start of a run. "
         f"The window is of {WINDOW:,} tokens."
     )
     text = "\n\n".join([report.described(machine), about, table, "\n".join(f"- {note}" for note in notes)])

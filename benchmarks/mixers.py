@@ -2,7 +2,7 @@
 
     python -m benchmarks.mixers --tokens 2048,4096
 
-Ranks are processes with one torch thread each, connected by gloo. Variants are timed in turns on one sequence:
+Ranks are processes with one torch thread each. Variants are timed in turns on one sequence:
 
     one process       the whole sequence on one rank, while the other is idle
     whole sequences   the mixer sees the whole sequence on one of the ranks, and its output returns to the shards

@@ -3,7 +3,7 @@
     python -m benchmarks.trace --ranks 4 --tokens 8192 --comm-types p2p,all_gather,a2a,a2a+p2p
     python -m benchmarks.trace --device cuda --dtype bfloat16 --tokens 131072 --heads 32 --kv-heads 8 --head-dim 128
 
-On CPU, ranks are processes connected by gloo. The arrival of a message cannot be observed there. So a message is drawn
+On CPU, ranks are processes. The arrival of a message cannot be observed there. So a message is drawn
 from the time it was posted to the end of waiting for it. On one GPU, ranks run one after another. Their messages are
 copied on a stream of their own, as with NCCL. Kernels and copies are drawn at their times on the device.
 
@@ -34,7 +34,9 @@ from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.attention.profiling import span
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import Strategy, build_strategy
-from hf_context_parallel.distributed.messages import Exchange, GroupExchange
+from hf_context_parallel.distributed.mesh import world
+from hf_context_parallel.distributed.messages import Exchange
+from hf_context_parallel.distributed.shared_memory import make_exchange
 from hf_context_parallel.planning.intervals import total, union
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, whole_rows
@@ -151,11 +153,12 @@ def profiled(run: Callable[[], None], rounds: int, device: str, path: Path) -> N
 
 
 def work(rank: int, options: argparse.Namespace, folder: str) -> None:
-    """Run one rank of a gloo group."""
+    """Run one rank, as a process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks)
+    exchange = make_exchange(world())
     for comm_type in options.comm_types:
-        run = layer(options, comm_type, rank, GroupExchange(dist.group.WORLD))
+        run = layer(options, comm_type, rank, exchange)
         profiled(run, options.rounds, options.device, _path(folder, comm_type, rank))
     dist.destroy_process_group()
 
@@ -318,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"--comm-types has {', '.join(unknown)}: it takes {', '.join(INNER)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("PyTorch sees no CUDA device. --device cpu traces processes that talk over gloo.", file=sys.stderr)
+        print("PyTorch sees no CUDA device. --device cpu traces processes on the CPU.", file=sys.stderr)
         return 2
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -336,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     facts = report.machine()
     where = (
-        f"{options.ranks} processes over gloo on {facts['cores']} cores"
+        f"{options.ranks} processes on {facts['cores']} cores"
         if options.device == "cpu"
         else f"{options.ranks} simulated ranks on one GPU, one after another"
     )

@@ -21,8 +21,9 @@ from .data.loader import prepare_data_loader
 from .distributed.agreement import collective, fingerprint, gather_numbers, odd_rank, of_first_rank
 from .distributed.devices import refuse_shared_devices
 from .distributed.mesh import world
-from .distributed.messages import CheckedExchange, Exchange, GroupExchange
+from .distributed.messages import CheckedExchange, Exchange
 from .distributed.process_groups import Groups, build_groups
+from .distributed.shared_memory import make_exchange
 from .integration.active_batch import ActiveBatch, active_batch
 from .integration.border.parallelize import whole
 from .integration.sharded_batch import ShardedBatch
@@ -165,7 +166,7 @@ class ContextParallel:
         self.group = self._made[size]
 
     def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
-        exchange = CheckedExchange(GroupExchange(groups.group), groups.size)
+        exchange = CheckedExchange(make_exchange(groups), groups.size)
         self._made[config.size] = CPGroup(config, groups, exchange, self.made_with.size, self._machines, self._logged)
 
     def shard(self, batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> ShardedBatch:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from .buffers import new_buffer
 from .messages import Exchange, in_flight
 from .rows import Rows
 
@@ -159,7 +160,7 @@ def _empty(like: Sequence[torch.Tensor], tokens: int, heads: Sequence[range]) ->
     parts, blocks = [], {}
     for dtype in dict.fromkeys(x.dtype for x in like):
         alike = [index for index, x in enumerate(like) if x.dtype == dtype]
-        parts.append(like[alike[0]].new_empty(tokens, sum(widths[index] for index in alike)))
+        parts.append(new_buffer(like[alike[0]], tokens, sum(widths[index] for index in alike)))
         for index, block in zip(alike, parts[-1].split([widths[index] for index in alike], dim=1)):
             blocks[index] = block.unflatten(1, (len(heads[index]), like[index].shape[-1]))
     return _Message(parts, [blocks[index] for index in range(len(like))])

@@ -1,0 +1,391 @@
+"""Messages between ranks of one machine through shared memory, for tensors on the CPU.
+
+Gloo sends such messages through TCP: cores copy them in pieces into the kernel and out of it, and threads of gloo wake
+up for each piece. Here the sender copies a tensor once into memory that both ranks have mapped, and the receiver
+copies it out once.
+
+Each pair of ranks has a Unix socket for control packets, which also carries the descriptors of memory files. These are
+made by `memfd_create`: they need no space in /dev/shm, and no name that a dead rank would leave behind. Packets say
+that memory is filled or free. Flags in the shared memory could say so too, but a socket blocks in the kernel, orders
+the accesses of two cores to memory, and ends when the peer dies.
+
+- Posting waits for no peer, since two ranks that post to each other could wait forever. If no memory of the pair is
+  free, more is made. Packets that a socket has no room for are queued by the sender.
+- A waiting rank polls all its sockets, takes in what has arrived on any of them, and sends what is queued. So it holds
+  up no rank but by its own messages.
+- Memory is free again when the receiver has copied the message out of it. `IdleBlocks` bounds what is kept for later.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+from weakref import WeakSet, finalize
+
+import torch
+import torch.distributed as dist
+
+from .agreement import gather_numbers
+from .buffers import IdleBlocks, capacity_for
+from .mesh import Ranks
+from .messages import Exchange, GroupExchange, Message, Pending, Work
+from .process_groups import timeout_of_world
+
+logger = logging.getLogger(__name__)
+
+MESSAGE, RECEIVED, RELEASED = range(3)
+"""Kinds of packets: memory holds a message, memory is free again, and memory is not used any more."""
+PACKET = struct.Struct("<4q")
+"""Control packet: its kind, the number of the sender's memory, the bytes of the message, and the bytes of the memory
+if it is new to the receiver, else 0. The descriptor of new memory comes along."""
+HELLO = struct.Struct("<16sq")
+"""First packet of a connection: the secret of the rank that is called, and the calling rank."""
+LONGEST_POLL = 3600.0
+"""Seconds that a single poll may take; the kernel counts them in milliseconds of 32 bits."""
+
+
+def make_exchange(ranks: Ranks) -> Exchange:
+    """Make the exchange of a group. Every rank of the group must call this.
+
+    Messages go through shared memory if the group's tensors are on the CPU and all its ranks reach each other so, and
+    through the process group otherwise.
+    """
+    group = GroupExchange(ranks.group)
+    if ranks.size == 1 or ranks.device.type != "cpu":
+        return group
+    sockets = _connect(ranks)
+    if sockets is None:
+        logger.info("the %d ranks of this group do not share memory, so messages go through gloo", ranks.size)
+        return group
+    return SharedMemoryExchange(sockets, group, timeout_of_world())
+
+
+class SharedMemoryExchange:
+    """Messages of ranks that share a machine. Threads may use it one after another.
+
+    Args:
+        sockets: the connection to each other rank of the group.
+        group: the exchange for tensors that are not on the CPU.
+        timeout: longest time to wait for a message.
+
+    Raises:
+        DistNetworkError: in `post` or `wait`, if the peer is gone, or its message does not arrive in time.
+    """
+
+    def __init__(self, sockets: dict[int, socket.socket], group: Exchange, timeout: timedelta):
+        self._links = {rank: _Link(rank, connection) for rank, connection in sockets.items()}
+        self._group = group
+        self._timeout = timeout.total_seconds()
+        _open_sockets.update(sockets.values())
+        _close_in_forks()
+        finalize(self, _close, list(sockets.values()))
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        if any(tensor.device.type != "cpu" for _, tensor in (*sends, *receives)):
+            return self._group.post(sends, receives)
+        for peer, tensor in sends:
+            self._links[peer].send(tensor)
+        queued = {peer for peer, _ in sends if self._links[peer].queue}
+        works: list[Work] = [_Departure(self, self._links[peer]) for peer in queued]
+        works += [_Arrival(self, self._links[peer], self._links[peer].expect(), tensor) for peer, tensor in receives]
+        return Pending(works)
+
+    def progress(self, link: _Link, deadline: float) -> None:
+        """Wait until something arrives from any rank, or a socket has room for what is queued.
+
+        Raises:
+            DistNetworkError: if the deadline passes, naming the rank of `link`.
+        """
+        poll = select.poll()
+        links = {other.socket.fileno(): other for other in self._links.values() if not other.ended}
+        for descriptor, other in links.items():
+            poll.register(descriptor, select.POLLIN | (select.POLLOUT if other.queue else 0))
+        left = deadline - time.monotonic()
+        ready = poll.poll(1000 * min(max(left, 0.0), LONGEST_POLL))
+        if not ready and left <= 0:
+            raise dist.DistNetworkError(
+                f"rank {link.rank} of the group did not answer within {self._timeout:g} s, the timeout of the process "
+                "group"
+            )
+        for descriptor, _ in ready:
+            links[descriptor].read()
+            links[descriptor].flush()
+
+    def deadline(self) -> float:
+        return time.monotonic() + self._timeout
+
+
+@dataclass(frozen=True)
+class _Departure:
+    """Messages to a rank some of whose packets the socket had no room for."""
+
+    exchange: SharedMemoryExchange
+    link: _Link
+
+    def wait(self) -> None:
+        deadline = self.exchange.deadline()
+        while self.link.queue:
+            self.link.refuse_if_ended()
+            self.exchange.progress(self.link, deadline)
+            self.link.refuse_if_ended()  # the queue may have been dropped
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """Message of a rank by its number, which is copied to `tensor` as soon as that is waited for."""
+
+    exchange: SharedMemoryExchange
+    link: _Link
+    number: int
+    tensor: torch.Tensor
+
+    def wait(self) -> None:
+        self.link.read()
+        deadline = self.exchange.deadline()
+        while self.number not in self.link.arrived:
+            self.link.refuse_if_ended()
+            self.exchange.progress(self.link, deadline)
+        self.link.receive(self.number, self.tensor)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Memory file that two ranks have mapped. Its sender counts the files, and `number` is this one's."""
+
+    number: int
+    content: torch.Tensor
+
+    @classmethod
+    def of(cls, number: int, descriptor: int, size: int) -> _Memory:
+        with torch.inference_mode(False):  # so that memory which evaluation made serves training
+            return cls(number, torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8))
+
+
+class _Link:
+    """Connection to another rank of the group, with the memory through which messages go both ways."""
+
+    def __init__(self, rank: int, connection: socket.socket):
+        self.rank, self.socket = rank, connection
+        self.queue: deque[tuple[bytes, int | None]] = deque()
+        """Packets and descriptors that the socket had no room for."""
+        self.arrived: dict[int, tuple[_Memory, int]] = {}
+        """Memory and bytes of messages that have arrived and were not waited for, by their number."""
+        self.ended = False
+        """True if the peer has closed the connection, and all that it sent has been read."""
+        self._expected = self._read = self._made = 0
+        self._idle: IdleBlocks[_Memory] = IdleBlocks()
+        self._sent: dict[int, _Memory] = {}
+        self._mapped: dict[int, _Memory] = {}
+
+    def send(self, tensor: torch.Tensor) -> None:
+        self.read()  # memory may be free again
+        source = _bytes_of(tensor)
+        memory = self._idle.take(len(source))
+        made, descriptor = 0, None
+        if memory is None:
+            made = capacity_for(len(source))
+            descriptor = os.memfd_create("hf_context_parallel")
+            os.ftruncate(descriptor, made)
+            memory = _Memory.of(self._made, descriptor, made)
+            self._made += 1
+        memory.content[: len(source)].copy_(source)
+        self._sent[memory.number] = memory
+        self._write(PACKET.pack(MESSAGE, memory.number, len(source), made), descriptor)
+        for unused in self._idle.release():
+            self._write(PACKET.pack(RELEASED, unused.number, 0, 0))
+        self.refuse_if_ended()
+
+    def expect(self) -> int:
+        """Number of the next message that is to be received."""
+        self._expected += 1
+        return self._expected - 1
+
+    def receive(self, number: int, tensor: torch.Tensor) -> None:
+        """Copy a message that has arrived to `tensor`, and tell its sender that the memory is free.
+
+        Raises:
+            RuntimeError: if the message has another size.
+        """
+        memory, size = self.arrived.pop(number)
+        target = _bytes_of(tensor)
+        if size != len(target):
+            raise RuntimeError(f"rank {self.rank} of the group sent {size} bytes where {len(target)} were expected")
+        target.copy_(memory.content[:size])
+        self._write(PACKET.pack(RECEIVED, memory.number, 0, 0))
+
+    def read(self) -> None:
+        """Take in all that has arrived, without waiting."""
+        while not self.ended:
+            try:
+                packet, descriptors, _, _ = socket.recv_fds(self.socket, PACKET.size, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:  # the peer left something unread when it closed, and what it sent follows
+                continue
+            if packet:
+                self._take_in(packet, descriptors)
+            else:
+                self.ended = True
+
+    def _take_in(self, packet: bytes, descriptors: list[int]) -> None:
+        kind, number, size, made = PACKET.unpack(packet)
+        if kind == RECEIVED:
+            memory = self._sent.pop(number)
+            self._idle.put(len(memory.content), memory)
+        elif kind == RELEASED:
+            del self._mapped[number]
+        else:
+            if made and not descriptors:  # the kernel drops them then
+                raise OSError(errno.EMFILE, "a message cannot be received, since this process has too many open files")
+            for descriptor in descriptors:
+                self._mapped[number] = _Memory.of(number, descriptor, made)
+                os.close(descriptor)
+            self.arrived[self._read] = self._mapped[number], size
+            self._read += 1
+
+    def flush(self) -> None:
+        """Send what is queued, as far as the socket has room for it."""
+        while self.queue and self._sent_now(*self.queue[0]):
+            self.queue.popleft()
+
+    def _write(self, packet: bytes, descriptor: int | None = None) -> None:
+        self.flush()
+        if self.queue or not self._sent_now(packet, descriptor):
+            self.queue.append((packet, descriptor))
+
+    def _sent_now(self, packet: bytes, descriptor: int | None) -> bool:
+        """Send a packet and close its descriptor. Return False if the socket has no room.
+
+        A packet to a peer that is gone is dropped. That is no error of a peer that gets no message any more.
+        """
+        try:
+            if descriptor is not None and not self.ended:
+                socket.send_fds(self.socket, [packet], [descriptor], socket.MSG_NOSIGNAL)
+            elif not self.ended:
+                self.socket.send(packet, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except (BrokenPipeError, ConnectionResetError):
+            self.read()  # up to the end of what it sent
+        if descriptor is not None:
+            os.close(descriptor)
+        return True
+
+    def refuse_if_ended(self) -> None:
+        """Raise if the peer is gone.
+
+        Raises:
+            DistNetworkError: naming its rank.
+        """
+        if self.ended:
+            raise dist.DistNetworkError(f"rank {self.rank} of the group closed its connection: it failed or ended")
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """View the bytes of a contiguous tensor."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+_open_sockets: WeakSet[socket.socket] = WeakSet()
+
+
+@cache
+def _close_in_forks() -> None:
+    """Let processes that this one forks, such as data workers, close their copies of the sockets.
+
+    A connection ends for the peer only when all copies are closed.
+    """
+    os.register_at_fork(after_in_child=lambda: _close(list(_open_sockets)))
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for connection in sockets:
+        connection.close()
+
+
+def _connect(ranks: Ranks) -> dict[int, socket.socket] | None:
+    """Connect all ranks of a group with each other. Every rank must call this.
+
+    Names of abstract sockets mean nothing on other machines, so ranks of several machines do not reach each other.
+
+    Returns:
+        The socket to each other rank; None on all ranks if any of them cannot connect.
+    """
+    secret, listener = secrets.token_bytes(16), _listen(ranks.size)
+    every: list[Any] = [None] * ranks.size
+    dist.all_gather_object(every, listener and (listener.getsockname(), secret), group=ranks.group)
+    sockets: dict[int, socket.socket] = {}
+    callers = {HELLO.pack(secret, rank): rank for rank in range(ranks.rank + 1, ranks.size)}
+    reached = None not in every
+    if reached:
+        with suppress(OSError):
+            for rank, (name, its_secret) in enumerate(every[: ranks.rank]):
+                sockets[rank] = _call(name, HELLO.pack(its_secret, ranks.rank))
+    reached = _all(ranks, reached and len(sockets) == ranks.rank)
+    if reached and listener is not None:
+        with suppress(OSError):  # all that call have called, so nothing is waited for
+            while len(sockets) < ranks.size - 1:
+                caller = listener.accept()[0]
+                caller.setblocking(False)
+                hello = caller.recv(HELLO.size)
+                if hello in callers:
+                    sockets[callers[hello]] = caller
+                else:  # any process of the machine may call
+                    caller.close()
+    reached = _all(ranks, reached and len(sockets) == ranks.size - 1)
+    _close([listener] if listener else [])
+    if not reached:
+        _close(sockets.values())
+    return sockets if reached else None
+
+
+def _listen(size: int) -> socket.socket | None:
+    """Socket that other ranks can call. None if this system lacks something that messages need."""
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
+        return None
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.setblocking(False)
+        listener.bind(f"\0hf_context_parallel/{secrets.token_hex(16)}")
+        listener.listen(size)
+        os.close(os.memfd_create("hf_context_parallel"))  # sandboxes may forbid it
+    except OSError:
+        return None
+    return listener
+
+
+def _call(name: bytes, hello: bytes) -> socket.socket:
+    """Connect to the listener of another rank.
+
+    Raises:
+        OSError: if it cannot be reached.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.setblocking(False)
+        connection.connect(name)
+        connection.send(hello)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _all(ranks: Ranks, flag: bool) -> bool:
+    """Return True on every rank if the flag of every rank is True."""
+    return all(gather_numbers(ranks, flag)[0])
