@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..distributed.buffers import new_buffer
 from ..distributed.messages import Message
 from ..distributed.rows import Rows
 from ..planning.plan import Plan, Step, Transfer
@@ -44,7 +45,7 @@ class Arrivals:
 
     def landings(self, buffer: torch.Tensor) -> tuple[list[Message], torch.Tensor | None]:
         """Return where each message lands: rows of the buffer, or rows of a second tensor, which is returned too."""
-        apart = None if self._rows is None else buffer.new_empty(len(self._rows), *buffer.shape[1:])
+        apart = None if self._rows is None else new_buffer(buffer, len(self._rows), *buffer.shape[1:])
         messages, offset = [], 0
         for parcel in self.parcels:
             run = parcel.rows.run

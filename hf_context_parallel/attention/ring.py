@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..distributed.buffers import new_buffer
 from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype, in_flight
 from ..distributed.rows import Rows
 from ..distributed.side_stream import GradientStream
@@ -218,7 +219,7 @@ def _exchanged(
             yield number, step, held
             return
         with span(f"{direction}/step{number}/send"):
-            arriving = own.new_empty(upcoming.step.tokens, *own.shape[1:])
+            arriving = new_buffer(own, upcoming.step.tokens, *own.shape[1:])
             landings, apart = upcoming.receives.landings(arriving)
             sends = [(parcel.peer, parcel.taken(held)) for parcel in upcoming.forwards]
             sends += [(parcel.peer, parcel.taken(own)) for parcel in upcoming.direct_sends]
@@ -249,7 +250,7 @@ def _post_gradients(
         return [], [], Pending()
 
     def expect(parcels: list[Parcel], like: torch.Tensor = leaving) -> list[tuple[Parcel, torch.Tensor]]:
-        return [(parcel, like.new_empty(parcel.tokens, *like.shape[1:])) for parcel in parcels]
+        return [(parcel, new_buffer(like, parcel.tokens, *like.shape[1:])) for parcel in parcels]
 
     joined, returned = expect(step.grad_receives if step else []), expect(previous.grad_returns)
     sends = [(parcel.peer, parcel.taken(leaving)) for parcel in previous.grad_sends]
@@ -283,8 +284,7 @@ class _KeySums:
 
     def __init__(self, places: Places, keys: torch.Tensor, key_dim: int, travels: bool):
         self._places, self._key_dim = places, key_dim
-        # The keys themselves are not held, so that they are freed.
-        self._shape, self._dtype, self._device = keys.shape, keys.dtype, keys.device
+        self._shape, self._like = keys.shape, keys.new_empty(0)  # and not the keys, so that they are freed
         self._adds = travels or places.most > 1
         self._total: torch.Tensor | None = None
         self._sums: list[Sum] = []
@@ -301,8 +301,8 @@ class _KeySums:
 
     def total(self) -> torch.Tensor:
         """The sums, once all calls are added."""
-        return self._allocate(accumulation_dtype(self._dtype)) if self._total is None else self._total
+        return self._allocate(accumulation_dtype(self._like.dtype)) if self._total is None else self._total
 
     def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
-        make = torch.empty if self._places.complete else torch.zeros
-        return make(self._shape, dtype=dtype, device=self._device)
+        total = new_buffer(self._like, *self._shape, dtype=dtype)
+        return total if self._places.complete else total.zero_()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..distributed.buffers import new_buffer
 from ..distributed.messages import accumulation_dtype
 from ..distributed.rows import Rows
 from ..planning.portions import Portions
@@ -66,8 +67,9 @@ class _Total(ABC):
             if self._places.is_all(number):
                 self._value = part
                 return
-            make = part.new_empty if self._places.complete else part.new_zeros
-            self._value = make(self._places.rows, *part.shape[1:])
+            self._value = new_buffer(part, self._places.rows, *part.shape[1:])
+            if not self._places.complete:
+                self._value.zero_()
         for placed in self._places.of_parts[number]:
             if placed.before == 0:
                 Rows.move(part, placed.part, self._value, placed.rows)
@@ -82,7 +84,7 @@ class _Total(ABC):
         if self._value.dtype == dtype:
             return self._value
         if self._sums is None:
-            self._sums = self._value.new_empty(self._value.shape, dtype=dtype)
+            self._sums = new_buffer(self._value, *self._value.shape, dtype=dtype)
         return self._sums
 
     @abstractmethod
