@@ -96,16 +96,28 @@ def choose(
     if layout.size == 1:
         return Choice("p2p", 1, 1, "one rank")
     here = workload(layout, mask)
-    found: dict[tuple[str, int, int], Estimate] = {}
-    for name, inner in candidates(config, shape):
-        together = _together(name, inner, layout, mask, shape, machine, here)
-        counted = shares(name, inner, layout, mask, shape, machine, here, together)
-        found[name, inner, together] = estimate(counted, shape, machine)
+    found = estimates(config, layout, mask, shape, machine, here)
     fitting = [candidate for candidate in found if found[candidate].peak <= free]
     least = min((found[candidate].total for candidate in fitting), default=0.0)
     close = [candidate for candidate in fitting if found[candidate].total <= CLOSE * least]
     best = min(close or found, key=lambda candidate: (found[candidate].peak, found[candidate].total))
     return Choice(*best, _reason(best, found, free, here))
+
+
+def estimates(
+    config: ContextParallelConfig, layout: Layout, mask: Mask, shape: Shape, machine: Machine, here: Workload
+) -> dict[tuple[str, int, int], Estimate]:
+    """Estimate all candidates: by name, ranks of a subgroup, and owners at each step of the ring.
+
+    Args:
+        here: workload of the layout.
+    """
+    found: dict[tuple[str, int, int], Estimate] = {}
+    for name, inner in candidates(config, shape):
+        together = _together(name, inner, layout, mask, shape, machine, here)
+        counted = shares(name, inner, layout, mask, shape, machine, here, together)
+        found[name, inner, together] = estimate(counted, shape, machine)
+    return found
 
 
 def _together(
