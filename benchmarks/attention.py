@@ -142,13 +142,16 @@ def _calls_of_one(layer: Layer):
     return build_own_plan(zigzag(layer.mask.length, 1), layer.mask, 0).steps[0].calls
 
 
-def ours(comm_type: str, inner: Callable[[int], int]) -> Callable[[Layer], Run]:
+def ours(comm_type: str) -> Callable[[Layer], Run]:
     def build(layer: Layer) -> Run:
         size, rank = dist.get_world_size(layer.group), dist.get_rank(layer.group)
         if comm_type == "a2a+p2p" and size < 4:
             raise UnsuitablePeer("two ranks cannot be divided into subgroups of two")
         layout = dealt(layer.mask, size)
-        strategy = build_strategy(comm_type, inner(size), layout, layer.mask, rank)
+        query, key, value = (tensor.transpose(0, 1) for tensor in layer.whole[:3])
+        machine = machine_of(torch.device("cpu"), size, os.cpu_count())
+        choice = choose(settings(size, comm_type), comm_type, layout, layer.mask, Shape.of(query, key, value), machine)
+        strategy = build_strategy(comm_type, choice.inner, layout, layer.mask, rank, choice.together)
         inputs = [tensor[layout.positions(rank)].requires_grad_() for tensor in layer.whole[:3]]
         grad_output = layer.whole[3][layout.positions(rank)]
         how = {"exchange": exchange_of(layer.group), "kernel": layer.kernel, "scores": layer.scores}
@@ -194,12 +197,7 @@ def one_process(layer: Layer) -> Run:
     return run
 
 
-OURS = {
-    "p2p": ours("p2p", lambda size: 1),
-    "all_gather": ours("all_gather", lambda size: 1),
-    "a2a": ours("a2a", lambda size: size),
-    "a2a+p2p": ours("a2a+p2p", lambda size: 2),
-}
+OURS = {name: ours(name) for name in ("p2p", "all_gather", "a2a", "a2a+p2p")}
 PEERS = {
     "ring-flash-attn zigzag": peers.ring_flash_attn_zigzag,
     "ring-flash-attn zigzag varlen": peers.ring_flash_attn_zigzag_varlen,
@@ -227,10 +225,14 @@ def build_mask(case: Case) -> Mask:
 
 def chosen(case: Case, cores: int) -> str:
     """Strategy that `comm_type="auto"` chooses on a machine with `cores` cores."""
-    config = ContextParallelConfig(size=case.ranks, comm_type="auto", a2a_size=2 if case.ranks == 4 else None)
     shape = Shape(case.heads, case.key_heads, case.head_dim, case.head_dim, getattr(torch, case.dtype))
     machine, mask = machine_of(torch.device("cpu"), case.ranks, cores), build_mask(case)
-    return choose(config, "auto", dealt(mask, case.ranks), mask, shape, machine).comm_type
+    return choose(settings(case.ranks, "auto"), "auto", dealt(mask, case.ranks), mask, shape, machine).comm_type
+
+
+def settings(size: int, comm_type: str) -> ContextParallelConfig:
+    """Settings with a strategy, in which pairs of ranks exchange heads under a2a+p2p."""
+    return ContextParallelConfig(size=size, comm_type=comm_type, a2a_size=2 if size == 4 else None)
 
 
 def dealt(mask: Mask, size: int) -> Layout:

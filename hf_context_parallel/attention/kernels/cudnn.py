@@ -1,7 +1,7 @@
 """Kernel `cudnn`: attention of cuDNN, called by PyTorch's operators.
 
 On Hopper it is 1.6 to 1.8 times as fast as FlashAttention-2 (`benchmarks/results/gpu_suite.md`). It computes calls of
-one long segment that is read entirely, or is a square with a causal mask. All calls of a ring over one long document
+few long segments that are read entirely, or are squares with a causal mask. All calls of a ring over one long document
 are such. FlashAttention-2 computes the others: windows, packed documents, softcap, short tiles, and causal tiles of
 `all_gather`, which have more keys than queries.
 
@@ -26,6 +26,8 @@ from .varlen import aligned
 
 SHORTEST = 1024
 """Fewest queries and keys of a tile for which cuDNN is used."""
+MOST_SEGMENTS = 8
+"""Most segments of a call that cuDNN computes, one after another. FlashAttention-2 computes more of them at once."""
 PAYS = 1e15
 """Floating-point operations on which cuDNN saves the time of compiling. On an H100 it takes 1.3 to 1.4 s less than
 FlashAttention-2 for them (347 and 626 TFLOP/s forward, 310 and 553 backward: `benchmarks/results/h100.md`)."""
@@ -63,17 +65,9 @@ class CudnnKernel(Kernel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._takes("forward", query, key, value, segments, scores):
             return self.other.forward(query, key, value, segments, scores)
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            _heads_first(query, segments.query_runs),
-            _heads_first(key, segments.key_runs),
-            _heads_first(value, segments.key_runs),
-            None,
-            True,
-            0.0,
-            segments.band.right == 0,
-            scale=scores.scale,
-        )
-        return output[0].transpose(0, 1), lse.reshape(query.shape[1], -1).T
+        parts = (_forward(query, key, value, single, scores) for single in _singly(segments))
+        output, lse = (_cat(side) for side in zip(*parts))
+        return output, lse
 
     def backward(
         self,
@@ -88,27 +82,9 @@ class CudnnKernel(Kernel):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not self._takes("backward", query, key, value, segments, scores):
             return self.other.backward(grad_output, query, key, value, output, lse, segments, scores)
-        queries, keys = segments.query_runs, segments.key_runs
-        unused = torch.empty((), dtype=torch.int64, device=query.device)  # the random state, since dropout is 0
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            _heads_first(grad_output, queries),
-            _heads_first(query, queries),
-            _heads_first(key, keys),
-            _heads_first(value, keys),
-            _heads_first(output, queries),
-            take(lse, queries).T[None, :, :, None].contiguous(),
-            unused,
-            unused,
-            None,
-            None,
-            None,
-            _length(segments.queries[0]),
-            _length(segments.keys[0]),
-            0.0,
-            segments.band.right == 0,
-            scale=scores.scale,
-        )
-        grad_query, grad_key, grad_value = (grad[0].transpose(0, 1) for grad in grads)
+        arguments = grad_output, query, key, value, output, lse
+        grads = zip(*(_backward(*arguments, single, scores) for single in _singly(segments)))
+        grad_query, grad_key, grad_value = (_cat(side) for side in grads)
         return grad_query, grad_key, grad_value
 
     def _takes(
@@ -125,11 +101,81 @@ class CudnnKernel(Kernel):
             return False
         if self._counted is None:
             return True
-        tensors = ((tensor.dtype, tensor.shape[1:], tensor.stride()) for tensor in (query, key, value))
-        tile = _length(segments.queries[0]), _length(segments.keys[0]), segments.band
-        work = attention_flops(segments.pairs, query.shape[1], query.shape[-1], value.shape[-1])
-        work *= BACKWARD if side == "backward" else 1
-        return self._counted.add((side, query.device, *tensors, *tile), work) >= PAYS
+        tensors = tuple((tensor.dtype, tensor.shape[1:], tensor.stride()) for tensor in (query, key, value))
+        pays = True
+        for single in _singly(segments):
+            tile = _length(single.queries[0]), _length(single.keys[0]), single.band
+            work = attention_flops(single.pairs, query.shape[1], query.shape[-1], value.shape[-1])
+            work *= BACKWARD if side == "backward" else 1
+            pays &= self._counted.add((side, query.device, *tensors, *tile), work) >= PAYS
+        return pays
+
+
+def _singly(segments: Segments) -> list[Segments]:
+    """Segments of a call, as a call each."""
+    if len(segments.queries) == 1:
+        return [segments]
+    if "singly" not in segments.kept:
+        tiles = zip(segments.queries, segments.keys)
+        segments.kept["singly"] = [Segments((query,), (key,), segments.band) for query, key in tiles]
+    found: list[Segments] = segments.kept["singly"]
+    return found
+
+
+def _cat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scores: Scores
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the output `[Q, H, D_v]` and the LSE `[Q, H]` of one segment."""
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        _heads_first(query, segments.query_runs),
+        _heads_first(key, segments.key_runs),
+        _heads_first(value, segments.key_runs),
+        None,
+        True,
+        0.0,
+        segments.band.right == 0,
+        scale=scores.scale,
+    )
+    return output[0].transpose(0, 1), lse.reshape(query.shape[1], -1).T
+
+
+def _backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    segments: Segments,
+    scores: Scores,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the gradients of one segment, given the LSE over all keys."""
+    queries, keys = segments.query_runs, segments.key_runs
+    unused = torch.empty((), dtype=torch.int64, device=query.device)  # the random state, since dropout is 0
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        _heads_first(grad_output, queries),
+        _heads_first(query, queries),
+        _heads_first(key, keys),
+        _heads_first(value, keys),
+        _heads_first(output, queries),
+        take(lse, queries).T[None, :, :, None].contiguous(),
+        unused,
+        unused,
+        None,
+        None,
+        None,
+        _length(segments.queries[0]),
+        _length(segments.keys[0]),
+        0.0,
+        segments.band.right == 0,
+        scale=scores.scale,
+    )
+    grad_query, grad_key, grad_value = (grad[0].transpose(0, 1) for grad in grads)
+    return grad_query, grad_key, grad_value
 
 
 class _Counted(threading.local):
@@ -154,12 +200,12 @@ def _can(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores: S
     """
     if scores.deterministic or torch.are_deterministic_algorithms_enabled():
         return False
-    if len(segments.queries) > 1 or scores.softcap is not None:
+    if len(segments.queries) > MOST_SEGMENTS or scores.softcap is not None:
         return False
     if any(tensor.shape[-1] % 8 or tensor.shape[-1] > _widest_head(query.device) for tensor in (query, value)):
         return False
-    queries, keys = _length(segments.queries[0]), _length(segments.keys[0])
-    return min(queries, keys) >= SHORTEST and is_plain(queries, keys, segments.band)
+    tiles = [(_length(query), _length(key)) for query, key in zip(segments.queries, segments.keys)]
+    return all(min(tile) >= SHORTEST and is_plain(*tile, segments.band) for tile in tiles)
 
 
 def _widest_head(device: torch.device) -> int:
