@@ -44,11 +44,10 @@ class Item:
         start, before = time.perf_counter(), self._results.stat().st_size if self._results.exists() else 0
         with suppress(BrokenPipeError):  # its import failed, which its status tells
             self._begin.send(None)
-        self._process.join(most)
-        status: int | str | None = self._process.exitcode
-        if self._process.is_alive():
-            status = f"stopped after {most:.3g} s"
-            self.end()
+        try:
+            self._process.join(most)
+        finally:
+            status = f"stopped after {most:.3g} s" if self.end() else self._process.exitcode
         self._results.touch()  # an item may have ended before its first result
         with self._results.open(encoding="utf-8") as lines:
             lines.seek(before)
@@ -56,12 +55,15 @@ class Item:
         took = time.perf_counter() - start
         yield {"item": self._name, "what": "ended", "right": status == 0, "status": status, "s": took}
 
-    def end(self) -> None:
-        """End the process and those that it has started, if they run."""
+    def end(self) -> bool:
+        """End the process and those that it has started. Return False if it had ended."""
+        if not self._process.is_alive():
+            return False
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()  # it may not have a group of its own yet
         self._process.join()
+        return True
 
 
 def run_here(name: str, options: Namespace, waits: Connection) -> None:

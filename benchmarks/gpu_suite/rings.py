@@ -161,8 +161,8 @@ def ring(layer: Layer, kernel: Kernel, fastest: dict[str, Any], device: torch.de
     if device.type == "cuda":
         result["kernels ms"] = kernel_ms(work.both)
     aim = AIMS.get((layer.ranks, layer.tokens))
-    # One owner a step is measured for comparison, in rings for which more would be chosen.
-    judged = layer.together == chosen(layer.mask, layer.ranks, kernel, device)
-    if aim and layer.of == "one document" and layer.comm_type == "p2p" and judged and kernel.name == fastest["kernel"]:
+    is_judged = aim and layer.of == "one document" and layer.comm_type == "p2p" and kernel.name == fastest["kernel"]
+    # One owner a step is only shown, in rings for which more would be chosen.
+    if is_judged and layer.together == chosen(layer.mask, layer.ranks, kernel, device):
         result |= {"aim": aim, "right": result["of the fastest call's"] >= aim}
     return result
