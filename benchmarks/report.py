@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from hf_context_parallel.calibration.rates import processor
 
@@ -37,6 +36,8 @@ def described(facts: dict[str, Any]) -> str:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Format a Markdown table. Cells are written as they are given."""
+    from tabulate import tabulate  # `gpu_suite` runs where torch, Transformers and accelerate are all there is
+
     numeric = ["left" if isinstance(cell, str) and not cell[:1].isdigit() else "right" for cell in rows[0]]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=numeric)
 

@@ -148,13 +148,14 @@ class _Departure:
 class PreparedExchange:
     """Messages that are already there, to time one rank without other ranks.
 
-    Each message is the beginning of `stock`, `[tokens, ...]`. Its values are wrong, but computing with them takes the
-    same time. On CUDA messages are copied on a stream of their own, beside the kernels, at the speed of the device's
-    memory. They occupy no multiprocessor for long. So the overlap that is measured here is the best possible.
+    The bytes of each message are the first ones of `stock`, whose dtype is that of the computation. So values are
+    wrong, but computing with them takes the same time. On CUDA messages are copied on a stream of their own, beside
+    the kernels, at the speed of the device's memory. They occupy no multiprocessor for long. So the overlap that is
+    measured here is the best possible.
     """
 
     def __init__(self, stock: torch.Tensor):
-        self._stock = stock.flatten()
+        self._stock = stock.flatten().view(torch.uint8)
         self._network = _Network()
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
@@ -165,7 +166,8 @@ class PreparedExchange:
         return Pending(works, [tensor for _, tensor in (*sends, *receives)])
 
     def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Take as many elements of the stock as `tensor` has. The stock is enlarged if it has fewer."""
-        if tensor.numel() > self._stock.numel():
-            self._stock = self._stock.repeat(-(-tensor.numel() // self._stock.numel()))
-        return self._stock[: tensor.numel()].view(tensor.shape)
+        """Take as many bytes of the stock as `tensor` has. The stock is enlarged if it has fewer."""
+        size = tensor.numel() * tensor.itemsize
+        if size > len(self._stock):
+            self._stock = self._stock.repeat(-(-size // len(self._stock)))
+        return self._stock[:size].view(tensor.dtype).view(tensor.shape)

@@ -1,92 +1,105 @@
-"""Run the items of the suite one after another and write `gpu_suite.jsonl` and `gpu_suite.md`.
+"""Run the items of the suite one after another and write `gpu_suite.jsonl`, `gpu_suite.md` and `gpu_suite.log`.
 
     python -m benchmarks.gpu_suite --output results
     python -m benchmarks.gpu_suite --device cpu --items calls,races    # the same code on sizes that a CPU can do
 
-The exit code is 0 when every check of every item passed.
+The exit code is 0 when every item ran to its end and every check passed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import report
+from .one_item import Item
+
+
+class Seconds(NamedTuple):
+    """Seconds that an item is expected to take on an H100, and after which it is stopped."""
+
+    expected: int
+    most: int
+
 
 ITEMS = {
-    "facts": 60,
-    "calls": 90,
-    "nccl": 60,
-    "races": 90,
-    "models": 120,
-    "processes": 120,
-    "speed": 180,
-    "limits": 90,
-    "flash_attn_4": 150,
+    "facts": Seconds(8, 40),
+    "calls": Seconds(35, 90),
+    "accuracy": Seconds(25, 60),
+    "merging": Seconds(8, 60),
+    "nccl": Seconds(20, 60),
+    "races": Seconds(20, 90),
+    "waiting": Seconds(20, 60),
+    "rings": Seconds(75, 150),
+    "models": Seconds(60, 120),
+    "limits": Seconds(15, 60),
+    "memory": Seconds(15, 60),
+    "processes": Seconds(40, 120),
+    "overlap": Seconds(10, 45),
+    "calibrate": Seconds(15, 60),
+    "auto_kernel": Seconds(15, 60),
+    "device_tests": Seconds(25, 60),
+    "flash_attn_4": Seconds(1, 150),
 }
-"""Items, the most important first, and the seconds that each may take on a GPU."""
+"""Items, the most important first. The last one takes longer where flash-attn-4 is installed."""
+TOTAL = 480
+"""Seconds after which no item runs. An item that is not expected to end before is not started."""
 SLOWER = 5
-"""Factor of the time limits on a CPU."""
+"""Factor of all times on a CPU."""
 
 
-def run_item(name: str, options: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
-    """Run one item in a process of its own, and yield its results. The last one says how the item ended."""
-    results = options.output / "gpu_suite.jsonl"
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--item", name, "--device", options.device]
-    command += ["--output", str(options.output)]
-    limit = ITEMS[name] * (SLOWER if options.device == "cpu" else 1)
-    start, before = time.perf_counter(), results.stat().st_size if results.exists() else 0
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("a", encoding="utf-8") as output:
-        print(f"== {name}", file=output, flush=True)
-        try:
-            status: int | str = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, timeout=limit, env=environment
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {limit} s"
-    results.touch()  # an item may have ended before its first result
-    with results.open(encoding="utf-8") as lines:
-        lines.seek(before)
-        yield from map(json.loads, lines)
-    yield {"item": name, "what": "ended", "right": status == 0, "status": status, "s": time.perf_counter() - start}
-
-
-def run_here(name: str, options: argparse.Namespace) -> None:
-    """Run one item in this process and append each result to `gpu_suite.jsonl` as it comes."""
-    with (options.output / "gpu_suite.jsonl").open("a", encoding="utf-8") as file:
-        for result in importlib.import_module(f"benchmarks.gpu_suite.{name}").run(options):
-            print(json.dumps({"item": name, **result}), file=file, flush=True)
+def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Run the items in turn, and yield their results. An item for which no time is left is a failure."""
+    slower, start = SLOWER if options.device == "cpu" else 1, time.perf_counter()
+    upcoming: dict[str, Item] = {}
+    try:
+        for name, following in zip(options.items, [*options.items[1:], None]):
+            item = upcoming.pop(name, None) or Item(name, options, list(ITEMS))
+            if following is not None:
+                upcoming[following] = Item(following, options, list(ITEMS))
+            left = TOTAL * slower - (time.perf_counter() - start)
+            expected, most = (seconds * slower for seconds in ITEMS[name])
+            if left < expected:
+                item.end()
+                what = f"not started: {left:.0f} of {TOTAL * slower} s are left, and it takes {expected}"
+                yield {"item": name, "what": what, "right": False}
+                continue
+            yield from item.run(min(left, most))
+    finally:
+        for item in upcoming.values():
+            item.end()
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """Format a Markdown page: the checks that failed, then a table for each item."""
-    checked = [result for result in results if "right" in result]
-    wrong = [result for result in checked if not result["right"]]
-    parts = [f"{len(checked) - len(wrong)} of {len(checked)} checks passed."]
+    """Format a Markdown page: the checks that failed, the results of each item, and a table of the items."""
+    wrong = [result for result in results if not result.get("right", True)]
+    checked = sum("right" in result for result in results)
+    parts = [f"{checked - len(wrong)} of {checked} checks passed."]
     if wrong:
-        parts += ["## What failed", "\n".join(f"- {shown(result)}" for result in wrong)]
-    for name in ITEMS:
+        parts += ["## What failed", "\n".join(f"- {result['item']}: {shown(result)}" for result in wrong)]
+    rows = ["| item | checks passed | s | s expected on an H100 |", "|---|---|---|---|"]
+    for name, seconds in ITEMS.items():
         mine = [result for result in results if result["item"] == name]
-        if mine:
-            parts += [f"## {name}", "\n".join(f"- {shown(result)}" for result in mine)]
-    return "\n\n".join(parts)
+        if not mine:
+            continue
+        parts += [f"## {name}", "\n".join(f"- {shown(result)}" for result in mine)]
+        verdicts = [result["right"] for result in mine if "right" in result]
+        rows.append(
+            f"| {name} | {sum(verdicts)} of {len(verdicts)} | {mine[-1].get('s', 0):.0f} | {seconds.expected} |"
+        )
+    return "\n\n".join([*parts, "## All items", "\n".join(rows)])
 
 
 def shown(result: dict[str, Any]) -> str:
     """Format one result as a line."""
     rest = {key: value for key, value in result.items() if key not in ("item", "what", "right")}
-    verdict = {True: "", False: "**WRONG** "}[result.get("right", True)]
+    verdict = "" if result.get("right", True) else "**WRONG** "
     numbers = ", ".join(
         f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in rest.items()
     )
@@ -99,22 +112,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--items", type=report.comma_separated(), default=list(ITEMS))
-    parser.add_argument("--item", choices=ITEMS, help="run only this item, in this process")
     parser.add_argument("--output", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
+    unknown = [name for name in options.items if name not in ITEMS]
+    if unknown:
+        parser.error(f"--items has {', '.join(unknown)}: it takes {', '.join(ITEMS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no CUDA device. --device cpu tries the same code on small sizes.", file=sys.stderr)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.item:
-        run_here(options.item, options)
-        return 0
     results = []
-    for name in options.items:
-        print(f"== {name}", flush=True)
-        for result in run_item(name, options, options.output / "gpu_suite.log"):
-            print(shown(result), flush=True)
-            results.append(result)
+    for result in run_all(options):
+        print(f"{result['item']}: {shown(result)}", flush=True)
+        results.append(result)
     text = f"# What one GPU shows\n\n{page(results)}\n"
     (options.output / "gpu_suite.md").write_text(text, encoding="utf-8")
     return 0 if all(result.get("right", True) for result in results) else 1

@@ -11,7 +11,7 @@ import torch
 from hf_context_parallel.attention.kernels.registry import KERNELS
 
 from .calls import Heads, checked
-from .limits import last_rows
+from .limits import exact
 from .speed import one_call
 
 CASES = [
@@ -31,4 +31,4 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
     for tokens in (4096, 16_384, 65_536):
         yield from one_call([kernel], tokens, device)
     yield from checked(kernel, CASES, device, small=False)
-    yield last_rows(kernel, 524_416, 2)
+    yield exact(kernel, 524_416, 2, device)

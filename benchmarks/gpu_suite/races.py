@@ -22,7 +22,7 @@ from hf_context_parallel.distributed.messages import GroupExchange
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, whole_rows
 
-from ..simulation import PreparedExchange, ThreadGroup
+from ..simulation import ThreadGroup
 from .measure import DTYPES, errors
 
 RANKS, DELAY = 4, 1_000_000  # in cycles, about half a millisecond for each message
@@ -55,9 +55,6 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
             worst = {key: max(error[key] for error in found) for key in ("all", "row")}
             right = same and worst["all"] <= ALL and worst["row"] <= ROW
             yield {"what": f"{comm_type}, {name}", "right": right, "same bits": same, **worst}
-    if device.type == "cuda":
-        for comm_type in WAYS:
-            yield no_waiting(comm_type, masks(length)["100 documents"], device)
 
 
 def tensors(mask: Mask, device: torch.device) -> list[torch.Tensor]:
@@ -105,27 +102,3 @@ def on_ranks(comm_type: str, mask: Mask, whole: list[torch.Tensor], delay: int) 
     rows = len(mask.rows)
     joined = [torch.cat([p.unflatten(0, (rows, -1)) for p in parts], 1)[:, order].flatten(0, 1) for parts in by_token]
     return [*joined, sum(sinks)[:, None]]
-
-
-def no_waiting(comm_type: str, mask: Mask, device: torch.device) -> dict[str, Any]:
-    """Check that forward and backward of a layer never make the host wait for the device."""
-    layout, kernel = zigzag(mask.length, RANKS), choose_kernel("auto", device.type)
-    strategy = build_strategy(comm_type, WAYS[comm_type], layout, mask, 1)
-    inputs = [tensor[:, :, layout.positions(1).to(device)] for tensor in tensors(mask, device)[:4]]
-    inputs.append(torch.zeros(HEADS, device=device))
-    exchange = PreparedExchange(torch.randn(1 << 24, device=device))
-
-    def layer():
-        with torch.autograd.set_multithreading_enabled(False):
-            computed(inputs, strategy, exchange, kernel)
-
-    layer()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        layer()
-    except RuntimeError as error:
-        return {"what": f"{comm_type} waits for the device", "right": False, "error": str(error)[:300]}
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return {"what": f"{comm_type} never waits for the device", "right": True}
