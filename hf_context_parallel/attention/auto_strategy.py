@@ -6,8 +6,9 @@ Time and memory are estimated from counts, so all ranks make the same choice wit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -92,37 +93,40 @@ def choose(
     """
     if comm_type != "auto":
         inner = inner_size(config, comm_type, shape)
-        return Choice(comm_type, inner, _together(comm_type, inner, layout, mask, shape, machine))
+        return Choice(
+            comm_type, inner, _together(comm_type, inner, layout.size, counts_of(layout, mask), shape, machine)
+        )
     if layout.size == 1:
         return Choice("p2p", 1, 1, "one rank")
-    here = workload(layout, mask)
+    counts = counts_of(layout, mask)
     found: dict[tuple[str, int, int], Estimate] = {}
     for name, inner in candidates(config, shape):
-        together = _together(name, inner, layout, mask, shape, machine, here)
-        counted = shares(name, inner, layout, mask, shape, machine, here, together)
+        together = _together(name, inner, layout.size, counts, shape, machine)
+        counted = shares(name, inner, layout, counts, shape, machine, together)
         found[name, inner, together] = estimate(counted, shape, machine)
     fitting = [candidate for candidate in found if found[candidate].peak <= free]
     least = min((found[candidate].total for candidate in fitting), default=0.0)
     close = [candidate for candidate in fitting if found[candidate].total <= CLOSE * least]
     best = min(close or found, key=lambda candidate: (found[candidate].peak, found[candidate].total))
-    return Choice(*best, _reason(best, found, free, here))
+    return Choice(*best, _reason(best, found, free, counts(1)))
 
 
-def _together(
-    comm_type: str,
-    inner: int,
-    layout: Layout,
-    mask: Mask,
-    shape: Shape,
-    machine: Machine,
-    here: Workload | None = None,
-) -> int:
+Counts = Callable[[int], Workload]
+"""Workload of subgroups, by the number of their ranks. It is counted once."""
+
+
+def counts_of(layout: Layout, mask: Mask) -> Counts:
+    """Count what subgroups of a layout compute and read, once they are asked for."""
+    return cache(lambda inner: workload(layout if inner == 1 else layout.merged(inner), mask))
+
+
+def _together(comm_type: str, inner: int, size: int, counts: Counts, shape: Shape, machine: Machine) -> int:
     """Number of owners at each step of a strategy's ring, the same on all ranks."""
-    ranks = layout.size // inner
+    ranks = size // inner
     if comm_type == "all_gather" or ranks < 3:
         return 1
-    outer = workload(layout.merged(inner), mask) if inner > 1 else here or workload(layout, mask)
-    ring = Ring(ranks, max(outer.pairs), max(outer.read), max(outer.merged), layout.size > machine.node)
+    outer = counts(inner)
+    ring = Ring(ranks, max(outer.pairs), max(outer.read), max(outer.merged), size > machine.node)
     heads, key_heads = (-(-count // inner) for count in (shape.heads, shape.key_heads))
     return owners_a_step(ring, shape._replace(heads=heads, key_heads=key_heads), machine)
 
@@ -227,10 +231,9 @@ def shares(
     comm_type: str,
     inner: int,
     layout: Layout,
-    mask: Mask,
+    counts: Counts,
     shape: Shape,
     machine: Machine,
-    here: Workload | None = None,
     together: int = 1,
 ) -> list[Share]:
     """Work and traffic of each rank.
@@ -238,12 +241,12 @@ def shares(
     Each rank is assumed to send as many tokens as it reads. Summed over all ranks the two are equal.
 
     Args:
-        here: workload of the layout, if the caller has it.
+        counts: the workloads; see `counts_of`.
         together: owners at each step of a ring.
     """
-    here = here or workload(layout, mask)
     if inner > 1:
-        return _shares_of_heads(inner, layout, mask, shape, machine, here, together)
+        return _shares_of_heads(inner, layout.size, counts, shape, machine, together)
+    here = counts(1)
     crosses, most = layout.size > machine.node, max(here.tokens)
     outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # share of a rank's group on other nodes
     found = []
@@ -267,12 +270,12 @@ def shares(
 
 
 def _shares_of_heads(
-    inner: int, layout: Layout, mask: Mask, shape: Shape, machine: Machine, here: Workload, together: int
+    inner: int, size: int, counts: Counts, shape: Shape, machine: Machine, together: int
 ) -> list[Share]:
     """Work and traffic of each rank if subgroups exchange heads."""
-    outer = workload(layout.merged(inner), mask)
+    here, outer = counts(1), counts(inner)
     found = []
-    for rank in range(layout.size):
+    for rank in range(size):
         group = rank // inner
         first, last = group * inner, (group + 1) * inner
         shared, copied, exchanged = exchange_of_heads(rank, here.exchanged[first:last], shape, machine)
@@ -280,7 +283,7 @@ def _shares_of_heads(
         work = (outer.pairs[group] - sum(here.own_pairs[first:last])) * heads + own * shape.heads
         read, calls = outer.read[group], 1 + outer.owners[group] + (own > 0)
         here_shape = shape._replace(heads=heads, key_heads=shared.key_heads)
-        crosses = layout.size > machine.node
+        crosses = size > machine.node
         ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, crosses, together)
         arriving, tokens = min(read, together * max(outer.tokens)), outer.tokens[group]
         peak = _peak_of_ring(here_shape, machine.kernel, tokens, arriving, outer.documents[group])

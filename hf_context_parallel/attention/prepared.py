@@ -58,6 +58,10 @@ class Arrivals:
             messages.append((parcel.peer, target[run]))
         return messages, apart
 
+    def rows(self) -> list[Rows]:
+        """All rows that the messages fill."""
+        return [*(parcel.rows for parcel in self.parcels), *([] if self._rows is None else [self._rows])]
+
     def settle(self, apart: torch.Tensor | None, buffer: torch.Tensor) -> None:
         """Move messages that landed apart to their rows of the buffer."""
         if apart is not None:
@@ -81,6 +85,12 @@ class PreparedStep:
     grad_returns: list[Parcel]
     keys: Places
 
+    def rows(self) -> list[Rows]:
+        """All rows of the step."""
+        parcels = self.forwards, self.direct_sends, self.grad_receives, self.grad_sends, self.grad_returns
+        found = [parcel.rows for each in parcels for parcel in each]
+        return [*self.receives.rows(), *found, *self.keys.all_rows()]
+
 
 @dataclass(frozen=True)
 class PreparedPlan:
@@ -95,6 +105,13 @@ class PreparedPlan:
     steps: list[PreparedStep]
     queries: Places
     travels: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the row numbers that are kept on the host."""
+        return sum(
+            rows.nbytes for rows in [*self.queries.all_rows(), *(r for step in self.steps for r in step.rows())]
+        )
 
 
 def prepared(plan: Plan) -> PreparedPlan:

@@ -42,6 +42,10 @@ class Places:
             for part in portions.of_parts
         ]
 
+    def all_rows(self) -> list[Rows]:
+        """All rows of the portions."""
+        return [rows for part in self.of_parts for placed in part for rows in (placed.part, placed.rows)]
+
     def is_all(self, number: int) -> bool:
         """Return True if a part holds all rows, in order, and is the first to do so."""
         everything = slice(0, self.rows)

@@ -15,10 +15,13 @@ class Rows:
 
     Args:
         numbers: the numbers `[n]`, on the CPU.
+
+    Attributes:
+        run: the rows as one slice, or None if they are several ranges.
     """
 
     def __init__(self, numbers: torch.Tensor):
-        self._numbers = numbers
+        self._count = len(numbers)
         self._on: dict[tuple[torch.device, int], torch.Tensor] = {}
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1 if len(numbers) else numbers
         self._ranges: list[tuple[int, int]] | None = None
@@ -28,6 +31,11 @@ class Rows:
             self._ranges = [
                 (int(numbers[start]), stop - start) for start, stop in zip(edges, edges[1:]) if start < stop
             ]
+        self._numbers = numbers if self._ranges is None else None  # a few ranges take less memory
+        self.run: slice | None = None
+        if self._ranges is not None and len(self._ranges) == 1:
+            first, count = self._ranges[0]
+            self.run = slice(first, first + count)
 
     @classmethod
     def of_runs(cls, runs: Sequence[tuple[int, int]]) -> Rows:
@@ -35,15 +43,12 @@ class Rows:
         return cls(torch.cat([torch.arange(start, stop) for start, stop in runs]))
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self._count
 
     @property
-    def run(self) -> slice | None:
-        """The rows as one slice, or None if they are several ranges."""
-        if self._ranges is None or len(self._ranges) != 1:
-            return None
-        first, count = self._ranges[0]
-        return slice(first, first + count)
+    def nbytes(self) -> int:
+        """Bytes of the numbers that are kept. Their index on a device takes as many."""
+        return 0 if self._numbers is None else self._numbers.nbytes
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Take these rows of `x`, one after another. One range is returned as a view."""
@@ -56,7 +61,10 @@ class Rows:
         """Index `[n]` on a device. It is made once for each of its streams, and copied without a wait of the host."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         if (device, stream) not in self._on:
-            pinned = self._numbers.pin_memory() if device.type == "cuda" else self._numbers
+            numbers = self._numbers
+            if numbers is None:
+                numbers = torch.cat([torch.arange(first, first + count) for first, count in self._ranges or [(0, 0)]])
+            pinned = numbers.pin_memory() if device.type == "cuda" else numbers
             self._on[device, stream] = pinned.to(device, non_blocking=True)
         return self._on[device, stream]
 

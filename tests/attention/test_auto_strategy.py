@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_context_parallel.attention.auto_strategy import CLOSE, choose, estimate, inner_size, shares
+from hf_context_parallel.attention.auto_strategy import CLOSE, choose, counts_of, estimate, inner_size, shares
 from hf_context_parallel.attention.strategy import Shape, build_strategy
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.distributed.token_exchange import deal_heads
@@ -30,7 +30,7 @@ def test_shares_are_those_of_strategies(case, key_heads, group, bfloat16, data):
     comm_type = data.draw(st.sampled_from(["p2p", "all_gather"])) if inner == 1 else "a2a+p2p"
     heads = key_heads * group * -(-inner // (key_heads * group))
     shape = Shape(heads, key_heads, 8, 4, torch.bfloat16 if bfloat16 else torch.float64)
-    counted = shares(comm_type, inner, layout, mask, shape, MACHINE)
+    counted = shares(comm_type, inner, layout, counts_of(layout, mask), shape, MACHINE)
     strategies = [build_strategy(comm_type, inner, layout, mask, rank) for rank in range(layout.size)]
     assert sum(share.bytes for share in counted) == pytest.approx(sum(sum(s.sent(shape)) for s in strategies))
     if all(len(document) == 1 for row in mask.rows for document in row):  # there is no padding inside of documents
@@ -76,7 +76,10 @@ def peaks(mask, shape, size=4, machine=MACHINE):
     """Peak of each strategy, in bytes."""
     layout = zigzag(mask.length, size)
     ways = ("p2p", 1), ("all_gather", 1), ("a2a", size)
-    return {way[0]: estimate(shares(*way, layout, mask, shape, machine), shape, machine).peak for way in ways}
+    return {
+        way[0]: estimate(shares(*way, layout, counts_of(layout, mask), shape, machine), shape, machine).peak
+        for way in ways
+    }
 
 
 def test_peaks_count_buffers_sums_and_what_the_kernel_allocates():
@@ -115,7 +118,7 @@ def test_auto_takes_the_least_memory_of_what_is_nearly_as_fast():
     shape = Shape(16, 1, 256, 256, torch.bfloat16)  # all_gather is faster by less than 1 %
     layout = zigzag(mask.length, 4)
     times = {
-        way: estimate(shares(way, 1, layout, mask, shape, MACHINE), shape, MACHINE).total
+        way: estimate(shares(way, 1, layout, counts_of(layout, mask), shape, MACHINE), shape, MACHINE).total
         for way in ("p2p", "all_gather")
     }
     assert times["all_gather"] < times["p2p"] < CLOSE * times["all_gather"]
@@ -126,7 +129,8 @@ def test_auto_takes_the_least_memory_of_what_is_nearly_as_fast():
 def test_auto_takes_what_fits():
     mask = Mask(4096, whole_rows(1, 4096))
     shape = Shape(2, 2, 64, 64, torch.float32)
-    found = shares("a2a+p2p", 2, zigzag(4096, 4), mask, shape, MACHINE)
+    layout = zigzag(4096, 4)
+    found = shares("a2a+p2p", 2, layout, counts_of(layout, mask), shape, MACHINE)
     fastest = max(share.peak for share in found)
     assert chosen(mask, shape, free=fastest)[:2] == ("a2a+p2p", 2)
     choice = chosen(mask, shape, free=fastest - 1)
