@@ -9,7 +9,7 @@ import torch
 
 from ..distributed.buffers import new_buffer
 from ..distributed.messages import Message
-from ..distributed.rows import Rows
+from ..distributed.rows import Rows, cut
 from ..planning.plan import Plan, Step, Transfer
 from ..planning.portions import portions_of
 from .totals import Places
@@ -55,7 +55,7 @@ class Arrivals:
             else:
                 target = buffer
             assert target is not None  # since a message is scattered
-            messages.append((parcel.peer, target[run]))
+            messages.append((parcel.peer, cut(target, run)))
         return messages, apart
 
     def rows(self) -> list[Rows]:
@@ -99,12 +99,14 @@ class PreparedPlan:
     Args:
         queries: rows of the queries that each call computes, calls of all steps in order.
         travels: True if keys travel between ranks or within this rank.
+        sends_itself: True if a message goes from this rank to itself.
     """
 
     rank: int
     steps: list[PreparedStep]
     queries: Places
     travels: bool
+    sends_itself: bool
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +134,9 @@ def prepared(plan: Plan) -> PreparedPlan:
         ]
         calls = [call.query_runs for step in plan.steps for call in step.calls]
         travels = any(step.grad_sends or step.grad_returns for step in plan.steps)
-        plan.kept["prepared"] = PreparedPlan(plan.rank, steps, Places(portions_of(calls, plan.tokens)), travels)
+        itself = any(t.peer == plan.rank for step in plan.steps for t in (*step.receives, *step.grad_returns))
+        queries = Places(portions_of(calls, plan.tokens))
+        plan.kept["prepared"] = PreparedPlan(plan.rank, steps, queries, travels, itself)
     found: PreparedPlan = plan.kept["prepared"]
     return found
 

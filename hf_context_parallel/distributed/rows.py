@@ -10,6 +10,10 @@ FEW = 8
 """Number of ranges from which an index is used. With fewer, copying each range takes less time."""
 
 
+Pair = tuple[slice, slice]
+"""Slices of two tensors with equally many rows."""
+
+
 class Rows:
     """Rows by their numbers, in any order, without duplicates.
 
@@ -23,6 +27,8 @@ class Rows:
     def __init__(self, numbers: torch.Tensor):
         self._count = len(numbers)
         self._on: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._common: dict[tuple[Rows | None, Rows | None], list[Pair] | None] = {}
+        """What `in_common` has found, by the rows of the source and of the target."""
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1 if len(numbers) else numbers
         self._ranges: list[tuple[int, int]] | None = None
         """First row and number of rows of each range, or None if there are `FEW` ranges or more."""
@@ -52,10 +58,12 @@ class Rows:
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Take these rows of `x`, one after another. One range is returned as a view."""
+        if self.run is not None:
+            return cut(x, self.run)
         if self._ranges is None:
             return x.index_select(0, self.index(x.device))
         parts = [x[first : first + count] for first, count in self._ranges]
-        return parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
+        return torch.cat([x[:0], *parts])
 
     def index(self, device: torch.device) -> torch.Tensor:
         """Index `[n]` on a device. It is made once for each of its streams, and copied without a wait of the host."""
@@ -84,23 +92,33 @@ class Rows:
                 target.index_copy_(0, put.index(target.device), moved.to(target.dtype))
             return
         for here, there in common:
-            target[there].add_(source[here]) if add else target[there].copy_(source[here])
+            to, part = cut(target, there), cut(source, here)
+            to.add_(part) if add else to.copy_(part)
 
 
-def in_common(
-    source: torch.Tensor, taken: Rows | None, target: torch.Tensor, put: Rows | None
-) -> Iterator[tuple[slice, slice]] | None:
+def cut(x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Take a range of rows. All rows are `x` itself, since making a view takes the host ten times this comparison."""
+    return x if rows.start == 0 and rows.stop == x.shape[0] else x[rows]
+
+
+def in_common(source: torch.Tensor, taken: Rows | None, target: torch.Tensor, put: Rows | None) -> list[Pair] | None:
     """Cut rows of two tensors into slices with equally many rows, or return None if an index takes less time.
 
     Args:
         taken, put: as many rows of `source` as of `target`. None means all rows.
     """
-    left = [(0, len(source))] if taken is None else taken._ranges
-    right = [(0, len(target))] if put is None else put._ranges
-    return None if left is None or right is None else _common(left, right)
+    known = taken if taken is not None else put
+    if known is None:
+        return [(slice(0, len(source)), slice(0, len(target)))]
+    if (taken, put) not in known._common:
+        everything = [(0, len(known))]
+        left = everything if taken is None else taken._ranges
+        right = everything if put is None else put._ranges
+        known._common[taken, put] = None if left is None or right is None else list(_cut(left, right))
+    return known._common[taken, put]
 
 
-def _common(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+def _cut(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> Iterator[Pair]:
     here, there = ([list(pair) for pair in reversed(side)] for side in (left, right))
     while here and there:
         (first, left_over), (second, right_over) = here[-1], there[-1]
