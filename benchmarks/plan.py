@@ -37,6 +37,7 @@ from hf_context_parallel.attention.auto_strategy import (
     Share,
     Traffic,
     candidates,
+    counts_of,
     exchange_of_heads,
     ring_of_keys,
     shares,
@@ -110,11 +111,11 @@ class Result(NamedTuple):
 def ours(batch: Batch, layout: Layout) -> dict[str, list[Share]]:
     """Work and traffic of each rank, by each strategy."""
     mask = batch.mask()
-    here = workload(layout, mask)
+    counts = counts_of(layout, mask)
     found = {}
     for comm_type, inner in candidates(ContextParallelConfig(size=layout.size), SHAPE):
         name = f"a2a+p2p of {inner}" if comm_type == "a2a+p2p" else comm_type
-        found[name] = shares(comm_type, inner, layout, mask, SHAPE, MACHINE, here)
+        found[name] = shares(comm_type, inner, layout, counts, SHAPE, MACHINE)
     return found
 
 

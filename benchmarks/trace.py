@@ -145,7 +145,7 @@ def profiled(run: Callable[[], None], rounds: int, device: str, path: Path) -> N
         for number in range(rounds):
             if dist.is_initialized():
                 dist.barrier()
-            with span(f"round/{number}"):
+            with span("round", str(number)):
                 run()
             if cuda:
                 torch.cuda.synchronize()

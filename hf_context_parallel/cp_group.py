@@ -14,8 +14,9 @@ from .attention.auto_strategy import Choice, choose
 from .attention.executor import attend, one_dtype
 from .attention.kernels.base import Kernel
 from .attention.kernels.registry import check_kernel, choose_kernel
+from .attention.recent import Recent
 from .attention.scores import Scores, make_scores, seed_of
-from .attention.strategy import Shape, Strategy
+from .attention.strategy import Shape, Strategy, build_strategy, with_padding
 from .config import ContextParallelConfig
 from .distributed.devices import check_backend
 from .distributed.free_memory import least_free_bytes
@@ -31,6 +32,14 @@ SHARE = 0.5
 """Share of the memory that is free at the first call of attention, which `auto` lets one layer need at its peak.
 
 At that time, activations and the states of an optimizer may not have been allocated yet."""
+
+
+ALIKE = 32
+"""Most strategies, and most choices, that are kept for batches that are alike."""
+PLANNED = 2**27
+"""Bytes of row numbers on the host from which fewer strategies are kept. A device holds as many, for each stream.
+
+Rows that lie in few ranges take none, so those of one document do not."""
 
 
 class AttentionCall(NamedTuple):
@@ -69,6 +78,8 @@ class CPGroup:
     """Choices of `auto` that were logged."""
     _free: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
     """Least free bytes of the ranks, by the type of the device."""
+    _choices: Recent[Choice] = field(default_factory=lambda: Recent(ALIKE), compare=False, repr=False)
+    _strategies: Recent[Strategy] = field(default_factory=lambda: Recent(ALIKE, PLANNED), compare=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -94,6 +105,25 @@ class CPGroup:
             return replace(self.machines["cuda"], node=self.groups.node)
         return replace(self.machines["cpu"], node=self.groups.node, cores=self.groups.cores)
 
+    def strategy(
+        self, comm_type: str, layout: Layout, mask: Mask, shape: Shape, device: torch.device, padding: bool = False
+    ) -> Strategy:
+        """Choose the strategy of a layer, and make the part of this rank. Batches that are alike share it.
+
+        All ranks must call this with the same arguments; see `choice`.
+
+        Args:
+            padding: True to compute the queries of padding too.
+        """
+        comm_type, inner, together, _ = self.choice(comm_type, layout, mask, shape, device)
+
+        def make() -> Strategy:
+            made = build_strategy(comm_type, inner, layout, mask, self.rank, together)
+            return with_padding(made, layout, mask) if padding else made
+
+        key = comm_type, inner, together, layout, mask, padding
+        return self._strategies.get(key, make, lambda made: made.nbytes)
+
     def choice(self, comm_type: str, layout: Layout, mask: Mask, shape: Shape, device: torch.device) -> Choice:
         """Choose the strategy of a layer. Each new choice of `"auto"` is logged with its reason.
 
@@ -107,8 +137,10 @@ class CPGroup:
             device: device whose rates are used in estimates.
         """
         machine = self.machine(device)
+        # The ranks compare their memory even if this choice is kept, which may differ between them.
         free = SHARE * self._least_free(device) if comm_type == "auto" and self.size > 1 else math.inf
-        choice = choose(self.config, comm_type, layout, mask, shape, machine, free)
+        key = comm_type, layout, mask, shape, machine, free
+        choice = self._choices.get(key, lambda: choose(self.config, comm_type, layout, mask, shape, machine, free))
         kind = layer_type(mask.pattern)
         if choice.reason and (kind, *choice[:2]) not in self._logged and self.rank == 0:
             self._logged.add((kind, *choice[:2]))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from .attention.strategy import build_strategy
 from .config import check_comm_type
 from .cp_group import CPGroup
 from .distributed.agreement import collective, fingerprint
@@ -65,8 +64,7 @@ def attention(
         group.exchange.settle(group.groups)
     # From here on all ranks have the same data, so they all refuse or none does.
     layout, mask = _whole(group, q.shape[0], notes.numbers, pattern, cu_seqlens, attention_mask)
-    choice = group.choice(comm_type, layout, mask, call.shape, q.device)
-    strategy = build_strategy(choice.comm_type, choice.inner, layout, mask, group.rank, choice.together)
+    strategy = group.strategy(comm_type, layout, mask, call.shape, q.device)
     return group.attend(call, strategy, sinks).transpose(1, 2)
 
 

@@ -6,8 +6,9 @@ Time and memory are estimated from counts, so all ranks make the same choice wit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -92,49 +93,48 @@ def choose(
     """
     if comm_type != "auto":
         inner = inner_size(config, comm_type, shape)
-        return Choice(comm_type, inner, _together(comm_type, inner, layout, mask, shape, machine))
+        return Choice(
+            comm_type, inner, _together(comm_type, inner, layout.size, counts_of(layout, mask), shape, machine)
+        )
     if layout.size == 1:
         return Choice("p2p", 1, 1, "one rank")
-    here = workload(layout, mask)
-    found = estimates(config, layout, mask, shape, machine, here)
+    counts = counts_of(layout, mask)
+    found = estimates(config, layout, counts, shape, machine)
     fitting = [candidate for candidate in found if found[candidate].peak <= free]
     least = min((found[candidate].total for candidate in fitting), default=0.0)
     close = [candidate for candidate in fitting if found[candidate].total <= CLOSE * least]
     best = min(close or found, key=lambda candidate: (found[candidate].peak, found[candidate].total))
-    return Choice(*best, _reason(best, found, free, here))
+    return Choice(*best, _reason(best, found, free, counts(1)))
+
+
+Counts = Callable[[int], Workload]
+"""Workload of subgroups, by the number of their ranks. It is counted once."""
+
+
+def counts_of(layout: Layout, mask: Mask) -> Counts:
+    """Count what subgroups of a layout compute and read, once they are asked for."""
+    return cache(lambda inner: workload(layout if inner == 1 else layout.merged(inner), mask))
 
 
 def estimates(
-    config: ContextParallelConfig, layout: Layout, mask: Mask, shape: Shape, machine: Machine, here: Workload
+    config: ContextParallelConfig, layout: Layout, counts: Counts, shape: Shape, machine: Machine
 ) -> dict[tuple[str, int, int], Estimate]:
-    """Estimate all candidates: by name, ranks of a subgroup, and owners at each step of the ring.
-
-    Args:
-        here: workload of the layout.
-    """
+    """Estimate all candidates: by name, ranks of a subgroup, and owners at each step of the ring."""
     found: dict[tuple[str, int, int], Estimate] = {}
     for name, inner in candidates(config, shape):
-        together = _together(name, inner, layout, mask, shape, machine, here)
-        counted = shares(name, inner, layout, mask, shape, machine, here, together)
+        together = _together(name, inner, layout.size, counts, shape, machine)
+        counted = shares(name, inner, layout, counts, shape, machine, together)
         found[name, inner, together] = estimate(counted, shape, machine)
     return found
 
 
-def _together(
-    comm_type: str,
-    inner: int,
-    layout: Layout,
-    mask: Mask,
-    shape: Shape,
-    machine: Machine,
-    here: Workload | None = None,
-) -> int:
+def _together(comm_type: str, inner: int, size: int, counts: Counts, shape: Shape, machine: Machine) -> int:
     """Number of owners at each step of a strategy's ring, the same on all ranks."""
-    ranks = layout.size // inner
+    ranks = size // inner
     if comm_type == "all_gather" or ranks < 3:
         return 1
-    outer = workload(layout.merged(inner), mask) if inner > 1 else here or workload(layout, mask)
-    ring = Ring(ranks, max(outer.pairs), max(outer.read), max(outer.merged), layout.size > machine.node)
+    outer = counts(inner)
+    ring = Ring(ranks, max(outer.pairs), max(outer.read), max(outer.merged), size > machine.node)
     heads, key_heads = (-(-count // inner) for count in (shape.heads, shape.key_heads))
     return owners_a_step(ring, shape._replace(heads=heads, key_heads=key_heads), machine)
 
@@ -239,10 +239,9 @@ def shares(
     comm_type: str,
     inner: int,
     layout: Layout,
-    mask: Mask,
+    counts: Counts,
     shape: Shape,
     machine: Machine,
-    here: Workload | None = None,
     together: int = 1,
 ) -> list[Share]:
     """Work and traffic of each rank.
@@ -250,12 +249,12 @@ def shares(
     Each rank is assumed to send as many tokens as it reads. Summed over all ranks the two are equal.
 
     Args:
-        here: workload of the layout, if the caller has it.
+        counts: the workloads; see `counts_of`.
         together: owners at each step of a ring.
     """
-    here = here or workload(layout, mask)
     if inner > 1:
-        return _shares_of_heads(inner, layout, mask, shape, machine, here, together)
+        return _shares_of_heads(inner, layout.size, counts, shape, machine, together)
+    here = counts(1)
     crosses, most = layout.size > machine.node, max(here.tokens)
     outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # share of a rank's group on other nodes
     found = []
@@ -268,9 +267,11 @@ def shares(
             own = own_tokens * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
             # In both passes the rank copies its own keys to the other ranks.
             copied = 4 * own + _adding(shape, read, shape.key_heads)
-            # The sums of its own keys that arrive from other ranks are taken to be as many as those that leave.
+            # The sums of its own keys that arrive from other ranks, when the kernel is done, are taken to be as many
+            # as those that leave.
             gathered = own_tokens + read
-            peak = peak_of_backward(*call, gathered, here.documents[rank], own_tokens + gathered, gathered + read)
+            sums = own_tokens + gathered
+            peak = peak_of_backward(*call, gathered, here.documents[rank], own_tokens + gathered, sums, read)
             found.append(Share(work, 2, copied, shown=traffic, peak=peak))
         else:
             ring = ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses, together)
@@ -279,12 +280,12 @@ def shares(
 
 
 def _shares_of_heads(
-    inner: int, layout: Layout, mask: Mask, shape: Shape, machine: Machine, here: Workload, together: int
+    inner: int, size: int, counts: Counts, shape: Shape, machine: Machine, together: int
 ) -> list[Share]:
     """Work and traffic of each rank if subgroups exchange heads."""
-    outer = workload(layout.merged(inner), mask)
+    here, outer = counts(1), counts(inner)
     found = []
-    for rank in range(layout.size):
+    for rank in range(size):
         group = rank // inner
         first, last = group * inner, (group + 1) * inner
         shared, copied, exchanged = exchange_of_heads(rank, here.exchanged[first:last], shape, machine)
@@ -292,7 +293,7 @@ def _shares_of_heads(
         work = (outer.pairs[group] - sum(here.own_pairs[first:last])) * heads + own * shape.heads
         read, calls = outer.read[group], 1 + outer.owners[group] + (own > 0)
         here_shape = shape._replace(heads=heads, key_heads=shared.key_heads)
-        crosses = layout.size > machine.node
+        crosses = size > machine.node
         ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, crosses, together)
         arriving, tokens = min(read, together * max(outer.tokens)), outer.tokens[group]
         peak = _peak_of_ring(here_shape, machine.kernel, tokens, arriving, outer.documents[group])
@@ -304,8 +305,8 @@ def _shares_of_heads(
 def _peak_of_ring(shape: Shape, kernel: str, tokens: int, arriving: int, documents: int) -> float:
     """Bytes that a rank needs at the peak of a ring.
 
-    Beside its own, it holds the keys/values of the step and of the next, and the sums of gradients of this step, of
-    the step before, and those that arrive.
+    Beside its own, it holds the keys/values of the step and of the next, the sums of gradients of the step before and
+    those that arrive, and then those of this step.
 
     Args:
         tokens: tokens of the rank.
@@ -313,7 +314,8 @@ def _peak_of_ring(shape: Shape, kernel: str, tokens: int, arriving: int, documen
         documents: number of documents that the rank has tokens of.
     """
     keys = max(tokens, arriving)
-    return peak_of_backward(shape, kernel, tokens, keys, documents, tokens + 2 * arriving, tokens + 3 * arriving)
+    held = tokens + 2 * arriving
+    return peak_of_backward(shape, kernel, tokens, keys, documents, held, tokens + 2 * arriving, arriving)
 
 
 def ring_of_keys(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..distributed.messages import accumulation_dtype
-from ..distributed.rows import Rows, in_common
+from ..distributed.rows import Rows, cut, in_common
 
 
 def add_rows(source: torch.Tensor, part: torch.Tensor, target: torch.Tensor, rows: Rows, of_part: Rows) -> None:
@@ -20,10 +20,11 @@ def add_rows(source: torch.Tensor, part: torch.Tensor, target: torch.Tensor, row
         target.index_copy_(0, rows.index(target.device), _sum(rows.of(source), of_part.of(part)).to(target.dtype))
         return
     for here, there in common:
+        left, right, result = cut(source, there), cut(part, here), cut(target, there)
         if source.dtype == target.dtype:
-            torch.add(source[there], part[here], out=target[there])
+            torch.add(left, right, out=result)
         else:
-            target[there].copy_(_sum(source[there], part[here]))
+            result.copy_(_sum(left, right))
 
 
 def _sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -57,18 +58,21 @@ def merge_rows(
         lse.index_copy_(0, index, merged)
         return
     for here, there in common:
-        merged, weight = _weight(lse[there], part_lse[here])
+        lse_there = cut(lse, there)
+        merged, weight = _weight(lse_there, cut(part_lse, here))
+        left, right, result = cut(source, there), cut(part, here), cut(target, there)
         if source.dtype == part.dtype == target.dtype == weight.dtype:
-            torch.lerp(source[there], part[here], weight, out=target[there])
+            torch.lerp(left, right, weight, out=result)
         else:
-            target[there].copy_(_mean(source[there], part[here], weight))
-        lse[there] = merged
+            result.copy_(_mean(left, right, weight))
+        lse_there.copy_(merged)
 
 
 def _weight(lse: torch.Tensor, part_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the merged LSE `[R, H]`, and the weight of the part `[R, H, 1]`, which is 0 if no key was read."""
     merged = torch.logaddexp(lse, part_lse.to(lse.dtype))
-    weight = (part_lse - merged).exp_().masked_fill_(merged == float("-inf"), 0.0)
+    least = torch.finfo(merged.dtype).min  # -inf less itself would be NaN
+    weight = (part_lse - merged.clamp_min(least)).exp_()
     return merged, weight.unsqueeze(-1)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..distributed.messages import accumulation_dtype
+from .kernels.varlen import MOST_EXPANDED
 from .strategy import Shape
 
 
@@ -48,7 +49,9 @@ FlashAttention-2: `dq_accum`, `dk_expanded` and `dv_expanded` of `csrc/flash_att
 `dq_accum`, `dk_accum` and `dv_accum` of `hopper/flash_api.cpp`."""
 
 
-def peak_of_backward(shape: Shape, kernel: str, queries: int, keys: int, segments: int, held: int, sums: int) -> float:
+def peak_of_backward(
+    shape: Shape, kernel: str, queries: int, keys: int, segments: int, held: int, sums: int, later: int
+) -> float:
     """Estimate the bytes of a layer at the peak of its backward.
 
     Args:
@@ -57,14 +60,16 @@ def peak_of_backward(shape: Shape, kernel: str, queries: int, keys: int, segment
         queries, keys: tokens of the largest kernel call.
         segments: segments of this call.
         held: tokens whose keys/values are in buffers.
-        sums: tokens for which sums of the gradients of keys/values are held.
+        sums: tokens for which sums of the gradients of keys/values are held during the call.
+        later: tokens for which sums are held only when the kernel has freed its temporaries.
     """
     size, total = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
     query, key_value = shape.heads * shape.query_dim, shape.key_heads * (shape.query_dim + shape.value_dim)
     own = TEMPORARIES.get(kernel, Temporaries())
     temporary = 4 * own.queries * (queries + own.rows * segments) * query + 4 * own.keys * keys * key_value
     if own.expanded and shape.heads != shape.key_heads:
-        temporary += keys * shape.heads * (shape.query_dim + shape.value_dim) * size
-    # The gradients of keys and of values are returned apart and then put side by side.
-    returned = size * (queries * query + 2 * keys * key_value)
-    return temporary + returned + held * key_value * size + (sums * key_value + queries * query) * total
+        expanded = keys * shape.heads * (shape.query_dim + shape.value_dim) * size
+        temporary += min(expanded, max(MOST_EXPANDED, expanded // shape.key_heads))  # it is cut by groups of key heads
+    returned = size * (queries * query + keys * key_value)
+    most = max(temporary, later * key_value * total)
+    return most + returned + held * key_value * size + (sums * key_value + queries * query) * total

@@ -9,7 +9,7 @@ import torch
 
 from ..distributed.buffers import new_buffer
 from ..distributed.messages import Message
-from ..distributed.rows import Rows
+from ..distributed.rows import Rows, cut
 from ..planning.plan import Plan, Step, Transfer
 from ..planning.portions import portions_of
 from .totals import Places
@@ -55,8 +55,12 @@ class Arrivals:
             else:
                 target = buffer
             assert target is not None  # since a message is scattered
-            messages.append((parcel.peer, target[run]))
+            messages.append((parcel.peer, cut(target, run)))
         return messages, apart
+
+    def rows(self) -> list[Rows]:
+        """All rows that the messages fill."""
+        return [*(parcel.rows for parcel in self.parcels), *([] if self._rows is None else [self._rows])]
 
     def settle(self, apart: torch.Tensor | None, buffer: torch.Tensor) -> None:
         """Move messages that landed apart to their rows of the buffer."""
@@ -81,6 +85,12 @@ class PreparedStep:
     grad_returns: list[Parcel]
     keys: Places
 
+    def rows(self) -> list[Rows]:
+        """All rows of the step."""
+        parcels = self.forwards, self.direct_sends, self.grad_receives, self.grad_sends, self.grad_returns
+        found = [parcel.rows for each in parcels for parcel in each]
+        return [*self.receives.rows(), *found, *self.keys.all_rows()]
+
 
 @dataclass(frozen=True)
 class PreparedPlan:
@@ -89,12 +99,21 @@ class PreparedPlan:
     Args:
         queries: rows of the queries that each call computes, calls of all steps in order.
         travels: True if keys travel between ranks or within this rank.
+        sends_itself: True if a message goes from this rank to itself.
     """
 
     rank: int
     steps: list[PreparedStep]
     queries: Places
     travels: bool
+    sends_itself: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the row numbers that are kept on the host."""
+        return sum(
+            rows.nbytes for rows in [*self.queries.all_rows(), *(r for step in self.steps for r in step.rows())]
+        )
 
 
 def prepared(plan: Plan) -> PreparedPlan:
@@ -115,7 +134,9 @@ def prepared(plan: Plan) -> PreparedPlan:
         ]
         calls = [call.query_runs for step in plan.steps for call in step.calls]
         travels = any(step.grad_sends or step.grad_returns for step in plan.steps)
-        plan.kept["prepared"] = PreparedPlan(plan.rank, steps, Places(portions_of(calls, plan.tokens)), travels)
+        itself = any(t.peer == plan.rank for step in plan.steps for t in (*step.receives, *step.grad_returns))
+        queries = Places(portions_of(calls, plan.tokens))
+        plan.kept["prepared"] = PreparedPlan(plan.rank, steps, queries, travels, itself)
     found: PreparedPlan = plan.kept["prepared"]
     return found
 

@@ -75,7 +75,7 @@ class _Attention(torch.autograd.Function):
         dtype, heads = query.dtype, slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
         with torch.autocast(query.device.type, enabled=False):
             if shared is not None:
-                with span("forward/to heads"):
+                with span("forward", "to heads"):
                     query, key_value = shared.to_heads(query, key_value)
             output, lse = _forward(query, key_value, key_dim, plan, exchange, kernel, scores)
             if sinks is not None:
@@ -87,7 +87,7 @@ class _Attention(torch.autograd.Function):
         ctx.shared, ctx.heads = shared, heads
         if shared is None:
             return output
-        with span("forward/to tokens"):
+        with span("forward", "to tokens"):
             return shared.output_to_tokens(output)
 
     @staticmethod
@@ -98,7 +98,7 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             grad_output = grad_output.contiguous()
             if shared is not None:
-                with span("backward/to heads"):
+                with span("backward", "to heads"):
                     grad_output = shared.output_to_heads(grad_output)
             grad_query, grad_key_value = _backward(grad_output, query, key_value, output, lse, *ctx.environment)
             if sinks is not None:
@@ -106,7 +106,7 @@ class _Attention(torch.autograd.Function):
                 grad_sinks[ctx.heads] = sinks_gradient(grad_output, output, lse, sinks[ctx.heads])
             if shared is not None:
                 grad_key_value = grad_key_value.to(shared.gradient_dtype(key_value.dtype, grad_key_value.dtype))
-                with span("backward/to tokens"):
+                with span("backward", "to tokens"):
                     grad_query, grad_key_value = shared.to_tokens(grad_query, grad_key_value)
         return grad_query, grad_key_value.to(key_value.dtype), grad_sinks, *[None] * 7
 
@@ -126,14 +126,13 @@ def _forward(
     with in_flight(exchange) as exchange:
         for number, step, keys in _exchanged("forward", ready, exchange, key_value):
             for index, call in enumerate(step.step.calls):
-                with span(f"forward/step{number}/compute"):
-                    part = kernel.forward(
-                        query, keys[..., :key_dim], keys[..., key_dim:], call, scores.of(number, index)
-                    )
-                with span(f"forward/step{number}/merge"):
+                with span("forward", "compute", number):
+                    key, value = _split(keys, key_dim)
+                    part = kernel.forward(query, key, value, call, scores.of(number, index))
+                with span("forward", "merge", number):
                     output.add(number_of_call, *part)
                 number_of_call += 1
-                del part
+                del key, value, part
             del keys  # else it would be a fourth buffer while the next one is allocated
     if output.value is not None:
         return output.value
@@ -170,17 +169,17 @@ def _backward(
     keys: torch.Tensor | None
     with in_flight(exchange) as exchange:
         for number, step, keys in chain(_exchanged("backward", ready, exchange, key_value), after):
-            with stream, span(f"backward/step{number}/send sums"):
-                joined, returned, pending = _post_gradients(exchange, plan.rank, previous, leaving, step)
+            with stream, span("backward", "send sums", number):
+                joined, returned, pending = _post_gradients(exchange, ready, previous, leaving, step)
             sent = leaving
             if step is not None and keys is not None:
                 grad_keys = _KeySums(step.keys, keys, key_dim, ready.travels)
                 for index, call in enumerate(step.step.calls):
-                    key, value = keys[..., :key_dim], keys[..., key_dim:]
+                    key, value = _split(keys, key_dim)
                     arguments = grad_output, query, key, value, output, lse, call, scores.of(number, index)
-                    with span(f"backward/step{number}/compute"):
+                    with span("backward", "compute", number):
                         dq, dk, dv = kernel.backward(*arguments)
-                    with span(f"backward/step{number}/merge"):
+                    with span("backward", "merge", number):
                         grad_query.add(number_of_call, dq)
                         grad_keys.add(index, dk, dv)
                     number_of_call += 1
@@ -189,9 +188,9 @@ def _backward(
             del keys
             stream.follow()
             with stream:
-                with span(f"backward/step{number}/wait sums"):
+                with span("backward", "wait sums", number):
                     pending.wait()
-                with span(f"backward/step{number}/add sums"):
+                with span("backward", "add sums", number):
                     _add(leaving, joined)
                     _add(grad_own, returned)
             stream.keep(sent)
@@ -218,17 +217,17 @@ def _exchanged(
         if upcoming is None:
             yield number, step, held
             return
-        with span(f"{direction}/step{number}/send"):
+        with span(direction, "send", number):
             arriving = new_buffer(own, upcoming.step.tokens, *own.shape[1:])
             landings, apart = upcoming.receives.landings(arriving)
             sends = [(parcel.peer, parcel.taken(held)) for parcel in upcoming.forwards]
             sends += [(parcel.peer, parcel.taken(own)) for parcel in upcoming.direct_sends]
-            pending = _post(exchange, plan.rank, sends, landings)
+            pending = _post(exchange, plan, sends, landings)
             del sends, landings  # else they would keep keys alive when buffers of later steps are allocated
         yield number, step, held
-        with span(f"{direction}/step{number}/wait"):
+        with span(direction, "wait", number):
             pending.wait()
-        with span(f"{direction}/step{number}/order"):
+        with span(direction, "order", number):
             upcoming.receives.settle(apart, arriving)
         held = arriving
         del apart, arriving
@@ -236,7 +235,7 @@ def _exchanged(
 
 def _post_gradients(
     exchange: Exchange,
-    rank: int,
+    plan: PreparedPlan,
     previous: PreparedStep | None,
     leaving: torch.Tensor | None,
     step: PreparedStep | None,
@@ -254,9 +253,15 @@ def _post_gradients(
 
     joined, returned = expect(step.grad_receives if step else []), expect(previous.grad_returns)
     sends = [(parcel.peer, parcel.taken(leaving)) for parcel in previous.grad_sends]
-    pending = _post(exchange, rank, sends, [(parcel.peer, part) for parcel, part in joined + returned])
-    by_rows = ([(parcel.rows, part) for parcel, part in parts] for parts in (joined, returned))
-    return next(by_rows), next(by_rows), pending
+    pending = _post(exchange, plan, sends, [(parcel.peer, part) for parcel, part in joined + returned])
+    rows_joined = [(parcel.rows, part) for parcel, part in joined]
+    return rows_joined, [(parcel.rows, part) for parcel, part in returned], pending
+
+
+def _split(keys: torch.Tensor, key_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the keys and of the values in packed keys/values."""
+    key, value = keys.split_with_sizes((key_dim, keys.shape[-1] - key_dim), -1)
+    return key, value
 
 
 def _add(sums: torch.Tensor | None, parts: list[tuple[Rows, torch.Tensor]]) -> None:
@@ -266,8 +271,11 @@ def _add(sums: torch.Tensor | None, parts: list[tuple[Rows, torch.Tensor]]) -> N
         Rows.move(part, None, sums, rows, add=True)
 
 
-def _post(exchange: Exchange, rank: int, sends: list[Message], receives: list[Message]) -> Pending:
-    """Post messages to other ranks, and copy the messages of `rank` to itself."""
+def _post(exchange: Exchange, plan: PreparedPlan, sends: list[Message], receives: list[Message]) -> Pending:
+    """Post messages to other ranks, and copy the messages of this rank to itself."""
+    rank = plan.rank
+    if not plan.sends_itself:
+        return exchange.post(sends, receives)
     pending = exchange.post(*([m for m in messages if m[0] != rank] for messages in (sends, receives)))
     mine = ([tensor for peer, tensor in messages if peer == rank] for messages in (sends, receives))
     for source, target in zip(*mine):
@@ -294,8 +302,10 @@ class _KeySums:
         if self._total is None:
             dtype = accumulation_dtype(parts[0].dtype) if self._adds else parts[0].dtype
             self._total = self._allocate(dtype)
-            views = self._total[..., : self._key_dim], self._total[..., self._key_dim :]
-            self._sums = [Sum(self._places, view) for view in views]
+            if self._places.most == 1 and self._places.is_all(number):
+                torch.cat(parts, dim=-1, out=self._total)
+                return
+            self._sums = [Sum(self._places, view) for view in _split(self._total, self._key_dim)]
         for total, part in zip(self._sums, parts):
             total.add(number, part)
 

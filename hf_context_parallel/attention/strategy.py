@@ -23,6 +23,7 @@ from ..distributed.token_exchange import TokenExchange
 from ..planning.layout import Layout
 from ..planning.mask import Document, Mask, readers_in_padding
 from ..planning.plan import Plan, build_gathering_plan, build_own_plan, build_plan
+from .prepared import prepared
 from .ulysses import SharedHeads
 
 
@@ -73,6 +74,12 @@ class Strategy:
     padding: Plan | None = None
     exchanged: tuple[Rows, ...] = ()
     places: tuple[Rows, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the row numbers that are kept on the host to execute this strategy."""
+        plans = [prepared(plan).nbytes for plan in (self.plan, self.own, self.padding) if plan is not None]
+        return sum(plans) + sum(rows.nbytes for rows in (*self.exchanged, *self.places))
 
     def outer(self, exchange: Exchange) -> Exchange:
         """Messages between this rank and the ranks that have its place in other subgroups."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +42,17 @@ class Places:
             [Placed(Rows.of_runs(p.part), Rows.of_runs(p.rows), p.before, p.last) for p in part]
             for part in portions.of_parts
         ]
+        self._all = [self._is_all(number) for number in range(len(self.of_parts))]
+
+    def all_rows(self) -> list[Rows]:
+        """All rows of the portions."""
+        return [rows for part in self.of_parts for placed in part for rows in (placed.part, placed.rows)]
 
     def is_all(self, number: int) -> bool:
         """Return True if a part holds all rows, in order, and is the first to do so."""
+        return self._all[number]
+
+    def _is_all(self, number: int) -> bool:
         everything = slice(0, self.rows)
         found = self.of_parts[number]
         return len(found) == 1 and found[0].before == 0 and found[0].part.run == found[0].rows.run == everything
@@ -148,7 +157,12 @@ class Output(_Total):
 
 def combining(part: torch.Tensor) -> Any:
     """Module that combines rows: `fused` on CUDA, where there is Triton and it has the dtype, or else `merge`."""
-    if not part.is_cuda or part.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+    return merge if not part.is_cuda or part.dtype == torch.float64 else _on_cuda()
+
+
+@cache
+def _on_cuda() -> Any:
+    if importlib.util.find_spec("triton") is None:
         return merge
     from . import fused  # importing Triton takes time, and it is missing in builds for the CPU
 

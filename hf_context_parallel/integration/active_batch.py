@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..attention.auto_strategy import Choice
-from ..attention.strategy import Shape, Strategy, build_strategy, with_padding
+from ..attention.strategy import Shape, Strategy
 from ..cp_group import CPGroup
 from ..data.batch import positions_in_documents, take_columns
 from ..data.shard import Shard
@@ -47,8 +46,7 @@ class ActiveBatch:
         self.handled: dict[str, set[str]] = {}
         """Class names of modules that mix tokens, each with the ways in which they were computed."""
         self.strategies: dict[tuple, Strategy] = {}
-        """Strategies of the layers so far, by pattern and choice."""
-        self._choices: dict[tuple, Choice] = {}
+        """Strategies of the layers so far, by pattern, communication type, shape and device."""
         self._parts: dict[type, Any] = {}
 
     def part(self, kind: type[Part]) -> Part:
@@ -73,15 +71,10 @@ class ActiveBatch:
         shard = self.shard
         comm_type = self.group.config.comm_type_of(layer_type(pattern), layer)
         key = pattern, comm_type, shape, device
-        if key not in self._choices:
-            self._choices[key] = self.group.choice(comm_type, shard.layout, shard.mask(pattern), shape, device)
-        comm_type, inner, together, _ = self._choices[key]
-        made = pattern, comm_type, inner, together
-        if made not in self.strategies:
-            mask = shard.mask(pattern)
-            strategy = build_strategy(comm_type, inner, shard.layout, mask, shard.rank, together)
-            self.strategies[made] = with_padding(strategy, shard.layout, mask) if self._padding_reads else strategy
-        return self.strategies[made]
+        if key not in self.strategies:
+            how = comm_type, shard.layout, shard.mask(pattern), shape, device, self._padding_reads
+            self.strategies[key] = self.group.strategy(*how)
+        return self.strategies[key]
 
     @cached_property
     def indices(self) -> torch.Tensor:

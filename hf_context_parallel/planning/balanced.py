@@ -15,7 +15,8 @@ A single document is dealt in zigzag.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 from .layout import FIXED_LAYOUTS, Layout, zigzag
@@ -48,11 +49,18 @@ def make_layout(
     """
     if name in FIXED_LAYOUTS:
         return FIXED_LAYOUTS[name](length, size)
-    even = zigzag(length, size)
     if length < LEAST * size:
-        return even
-    documents = list(documents)
-    dealt = balanced(length, size, documents, most=most)
+        return zigzag(length, size)
+    return _by_work(name, length, size, tuple(documents), most, FINEST)
+
+
+@lru_cache(maxsize=16)
+def _by_work(
+    name: str, length: int, size: int, documents: tuple[Document, ...], most: int | None, finest: int
+) -> Layout:
+    """Layout of this name, which the documents decide. Batches that are alike take that of the first one."""
+    even = zigzag(length, size)
+    dealt = balanced(length, size, documents, finest, most)
     if name == "auto" and _most(dealt, documents) > GAIN * _most(even, documents):
         return even
     return dealt
@@ -119,7 +127,7 @@ def work_of_chunks(length: int, count: int, documents: Iterable[Document]) -> li
     return work
 
 
-def _most(layout: Layout, documents: list[Document]) -> int:
+def _most(layout: Layout, documents: Sequence[Document]) -> int:
     """Query-key pairs of the busiest rank."""
     work = [0] * layout.size
     for rank, pairs in zip(layout.chunk_owners, work_of_chunks(layout.length, len(layout.chunk_owners), documents)):

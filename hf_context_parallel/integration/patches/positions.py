@@ -26,12 +26,28 @@ def corrected_query(module: torch.nn.Module, query: torch.Tensor, batch: ActiveB
     if not counts_tokens(module):
         return query
 
-    def factor(index: torch.Tensor) -> torch.Tensor:
-        return torch.log1p(torch.floor((index.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+    return query * batch.part(_Temperatures).right(module, query)
 
-    of_shard = torch.arange(query.shape[2], device=query.device)
-    right = factor(batch.indices.to(query.device)).double() / factor(of_shard).double()
-    return query * right[:, None, :, None].to(query.dtype)
+
+class _Temperatures:
+    """Part of an active batch: the factors that correct queries, made once for all layers that scale alike."""
+
+    def __init__(self, batch: ActiveBatch):
+        self._indices = batch.indices
+        self._made: dict[tuple, torch.Tensor] = {}
+
+    def right(self, module: torch.nn.Module, query: torch.Tensor) -> torch.Tensor:
+        """Return the right factor over that of the index on the rank, `[B, 1, S_local, 1]`."""
+        key = module.floor_scale, module.attn_scale, query.device, query.dtype
+        if key not in self._made:
+
+            def factor(index: torch.Tensor) -> torch.Tensor:
+                return torch.log1p(torch.floor((index.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+            of_shard = torch.arange(query.shape[2], device=query.device)
+            right = factor(self._indices.to(query.device)).double() / factor(of_shard).double()
+            self._made[key] = right[:, None, :, None].to(query.dtype)
+        return self._made[key]
 
 
 def _bloom_alibi(module: torch.nn.Module, of_shard: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
