@@ -101,22 +101,22 @@ CPU = Machine(
     forward=58e9,
     backward=58e9,
     linear=60e9,
-    memory=8e9,
-    bandwidth=1e9,
-    node_bandwidth=1e9,
-    latency=100e-6,
-    node_latency=200e-6,
+    memory=2e9,
+    bandwidth=0.7e9,
+    node_bandwidth=0.7e9,
+    latency=2e-3,
+    node_latency=2e-3,
     launch=50e-6,
     node=8,
     overlap=0.0,
     kernel="cpu",
     source="the built-in rates of a CPU core",
 )
-"""One CPU core for each rank, in float32, with gloo.
+"""One CPU core for each rank, in float32, with messages through shared memory.
 
-Gloo copies messages with the same cores, so computing hides none of them. The rates are fitted: with them, `auto`
-chooses a strategy that `benchmarks/attention.py` measured to be fastest, or near it, on the machines of its results.
-The arithmetic is that of the slower machine."""
+The same cores copy messages, so computing hides none of them. The rates are fitted: with them, `auto` chooses a strategy
+that `benchmarks/attention.py` measured to be fastest, or near it, on the machines of its results. A message takes long
+since a rank waits until the system lets its peer run, on cores that ranks share."""
 
 
 class Calibration(NamedTuple):
