@@ -114,9 +114,9 @@ CPU = Machine(
 )
 """One CPU core for each rank, in float32, with messages through shared memory.
 
-The same cores copy messages, so computing hides none of them. The rates are fitted: with them, `auto` chooses a strategy
-that `benchmarks/attention.py` measured to be fastest, or near it, on the machines of its results. A message takes long
-since a rank waits until the system lets its peer run, on cores that ranks share."""
+The same cores copy messages, so computing hides none of them. The rates are fitted: with them, `auto` chooses a
+strategy that `benchmarks/attention.py` measured to be fastest, or near it, on the machines of its results. A message
+takes long since a rank waits until the system lets its peer run, on cores that ranks share."""
 
 
 class Calibration(NamedTuple):
