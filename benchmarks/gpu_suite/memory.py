@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_context_parallel.attention.auto_strategy import shares
+from hf_context_parallel.attention.auto_strategy import counts_of, shares
 from hf_context_parallel.attention.kernels.base import Kernel
 from hf_context_parallel.attention.strategy import Shape
 from hf_context_parallel.planning.layout import zigzag
@@ -39,7 +39,7 @@ def peak(layer: Layer, kernel: Kernel, device: torch.device) -> dict[str, Any]:
     """Measure the rank that needs most by the estimate."""
     shape = Shape(HEADS, KEY_HEADS, DIM, DIM, DTYPES[device.type])
     layout, machine = zigzag(layer.mask.length, RANKS), machine_of(device, RANKS, None, kernel.name)
-    found = shares(layer.comm_type, 1, layout, layer.mask, shape, machine, together=layer.together)
+    found = shares(layer.comm_type, 1, layout, counts_of(layout, layer.mask), shape, machine, layer.together)
     estimates = [share.peak for share in found]
     rank = estimates.index(max(estimates))
     layer = replace(layer, rank=rank)

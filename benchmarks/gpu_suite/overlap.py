@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from hf_context_parallel.attention.profiling import span
 from hf_context_parallel.planning.intervals import intersection, total, union
 from hf_context_parallel.planning.mask import Mask, whole_rows
 
@@ -56,7 +55,7 @@ def profiled(layer: Callable[[], Any], cuda: bool, path: Path) -> None:
     if cuda:
         torch.cuda.synchronize()
     with profile(activities=activities) as profiler:
-        with span("layer"):
+        with record_function("layer"):
             layer()
         if cuda:
             torch.cuda.synchronize()
@@ -86,7 +85,7 @@ def overlap(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 def waiting(events: list[dict[str, Any]]) -> dict[str, Any]:
     """Calls that make the host wait while it queues the layer."""
-    whole = next(event for event in events if event["cat"] == "user_annotation" and event["name"] == "cp/layer")
+    whole = next(event for event in events if event["cat"] == "user_annotation" and event["name"] == "layer")
     start, end = whole["ts"], whole["ts"] + whole["dur"]
     names = [event["name"] for event in events if event["cat"] == "cuda_runtime" and start <= event["ts"] < end]
     found = sorted({name for name in names if name in WAITS})
