@@ -5,8 +5,6 @@ It computes what `merge.py` computes by several operators of PyTorch. On the CPU
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -73,32 +71,32 @@ def _place(rows: Rows, device: torch.device) -> tuple[int, torch.Tensor | None]:
 
 
 @triton.jit
-def _combine(
-    source: Any,
-    source_row: Any,
-    source_head: Any,
-    part: Any,
-    part_row: Any,
-    part_head: Any,
-    target: Any,
-    target_row: Any,
-    target_head: Any,
-    lse: Any,
-    lse_row: Any,
-    lse_head: Any,
-    part_lse: Any,
-    part_lse_row: Any,
-    part_lse_head: Any,
-    index: Any,
-    index_of_part: Any,
-    first: Any,
-    first_of_part: Any,
-    heads: Any,
-    dim: Any,
+def _combine(  # type: ignore[no-untyped-def]  # since Triton compiles annotations, and knows none but its own
+    source,
+    source_row,
+    source_head,
+    part,
+    part_row,
+    part_head,
+    target,
+    target_row,
+    target_head,
+    lse,
+    lse_row,
+    lse_head,
+    part_lse,
+    part_lse_row,
+    part_lse_head,
+    index,
+    index_of_part,
+    first,
+    first_of_part,
+    heads,
+    dim,
     MERGES: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-) -> None:
+):
     """Combine one row: some of its heads, with all of their elements. Names end in the strides of tensors."""
     number = tl.program_id(0).to(tl.int64)  # rows times strides pass 2**31
     row, of_part = first + number, first_of_part + number

@@ -117,3 +117,23 @@ def test_the_fused_kernel_computes_the_same():
     environment = {"TRITON_INTERPRET": "1", "PATH": "", "PYTHONWARNINGS": "ignore", "PYTHONPATH": "."}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("merges, indexed", [(True, True), (False, False)])
+def test_the_fused_kernel_compiles_for_a_gpu(merges, indexed):
+    """Compile for Hopper, which needs no device. The interpreter takes more of Python than the compiler does."""
+    triton = pytest.importorskip("triton", reason="Triton has builds for Linux alone")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_context_parallel.attention import fused
+
+    types = {"source": "*fp32", "part": "*bf16", "target": "*bf16"}
+    types |= dict.fromkeys(("lse", "part_lse"), "*fp32") if merges else {}
+    types |= dict.fromkeys(("index", "index_of_part"), "*i64") if indexed else {}
+    constants = {"MERGES": merges, "HEIGHT": 4, "WIDTH": 128}
+    constants |= dict.fromkeys({"lse", "part_lse", "index", "index_of_part"} - types.keys())
+    names = fused._combine.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = ASTSource(fn=fused._combine, signature=signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
