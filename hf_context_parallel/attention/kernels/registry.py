@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -73,8 +74,7 @@ def choose_kernel(name: str, device_type: str) -> Kernel:
     if name != "auto":
         return named_kernel(name)
     reasons = []
-    for candidate in AUTOMATIC.get(_generation(device_type), ()):
-        missing = KERNELS[candidate].missing()
+    for candidate, missing in _automatic(device_type):
         if missing is None:
             logger.info("context parallelism computes attention with kernel=%r on %s", candidate, device_type)
             return CudnnKernel(compiles_at_once=False) if candidate == CudnnKernel.name else KERNELS[candidate]()
@@ -83,6 +83,12 @@ def choose_kernel(name: str, device_type: str) -> Kernel:
         f"kernel='auto' finds none for device type {device_type!r} ({'; '.join(reasons) or 'none is known for it'}). "
         "Use kernel='reference', which runs everywhere, but slowly."
     )
+
+
+def _automatic(device_type: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the kernels that `auto` tries for the current device of a type, each with the reason why it is missing."""
+    for name in AUTOMATIC.get(_generation(device_type), ()):
+        yield name, KERNELS[name].missing()
 
 
 def _generation(device_type: str) -> str:
@@ -108,4 +114,4 @@ def kernel_name(name: str, device_type: str) -> str | None:
     """Name of the kernel that `choose_kernel` makes, or None if `"auto"` finds none."""
     if name != "auto":
         return name
-    return next((each for each in AUTOMATIC.get(device_type, ()) if KERNELS[each].missing() is None), None)
+    return next((candidate for candidate, missing in _automatic(device_type) if missing is None), None)
