@@ -135,7 +135,7 @@ def zigzag_by_document(batch: Batch, size: int) -> list[Share] | None:
 def llama3(batch: Batch, size: int) -> list[Share]:
     """Work and traffic of the all-gather of Llama 3. Gradients are reduced in the dtype of the keys."""
     mask = batch.mask()
-    own = mask.length / size * SHAPE.key_heads * (SHAPE.query_dim + SHAPE.value_dim) * SHAPE.dtype.itemsize
+    own = mask.length / size * SHAPE.key_value_numbers * SHAPE.dtype.itemsize
     sent = 3 * own * (size - 1)
     far = sent / MACHINE.node if size > MACHINE.node else 0.0
     traffic = Traffic(sent - far, far, 3 * (size - 1))

@@ -61,7 +61,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
 def both(
     device: torch.device, kernel: str, rates: dict[str, float], tokens: int, window: int | None
 ) -> dict[str, str]:
-    """What `auto` chooses by the built-in and by the measured rates."""
+    """Choices of `auto` by the built-in and by the measured rates."""
     mask = Mask(tokens, whole_rows(1, tokens), Pattern(sliding_window=window))
     shape = Shape(HEADS, KEY_HEADS, DIM, DIM, torch.bfloat16)
     chosen = {}

@@ -91,14 +91,12 @@ def choose(
     That is the fastest one that needs at most `free` bytes. Of those that are nearly as fast, it is the one that needs
     the least memory. If none fits, it is the one that needs the least of all.
     """
+    counts = counts_of(layout, mask)
     if comm_type != "auto":
         inner = inner_size(config, comm_type, shape)
-        return Choice(
-            comm_type, inner, _together(comm_type, inner, layout.size, counts_of(layout, mask), shape, machine)
-        )
+        return Choice(comm_type, inner, _together(comm_type, inner, layout.size, counts, shape, machine))
     if layout.size == 1:
         return Choice("p2p", 1, 1, "one rank")
-    counts = counts_of(layout, mask)
     found = estimates(config, layout, counts, shape, machine)
     fitting = [candidate for candidate in found if found[candidate].peak <= free]
     least = min((found[candidate].total for candidate in fitting), default=0.0)
@@ -264,9 +262,9 @@ def shares(
         call = shape, machine.kernel, own_tokens
         if comm_type == "all_gather":
             traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), outside, 3 * owners)
-            own = own_tokens * shape.key_heads * (shape.query_dim + shape.value_dim) * shape.dtype.itemsize
+            own = own_tokens * shape.key_value_numbers * shape.dtype.itemsize
             # In both passes the rank copies its own keys to the other ranks.
-            copied = 4 * own + _adding(shape, read, shape.key_heads)
+            copied = 4 * own + _adding(shape, read)
             # The sums of its own keys that arrive from other ranks, when the kernel is done, are taken to be as many
             # as those that leave.
             gathered = own_tokens + read
@@ -336,7 +334,7 @@ def ring_of_keys(
     steps = -(-(calls - 1) // together)
     merged, calls = merged * steps // max(1, calls - 1), 1 + steps
     sent = sum(bytes_of_keys(shape, shape.key_heads, keys, gradients))
-    copied = merged_bytes(shape, merged, shape.heads) + _adding(shape, keys, shape.key_heads)
+    copied = merged_bytes(shape, merged, shape.heads) + _adding(shape, keys)
     return Share(work, calls, copied, _split(sent, float(crosses), 3 * (calls - 1)))
 
 
@@ -363,6 +361,6 @@ def _split(sent: float, far: float, messages: int) -> Traffic:
     return Traffic(sent * (1 - far), sent * far, messages if sent else 0)
 
 
-def _adding(shape: Shape, tokens: int, key_heads: int) -> float:
+def _adding(shape: Shape, tokens: int) -> float:
     """Bytes read and written to add up the key/value gradients that arrive."""
-    return tokens * key_heads * (shape.query_dim + shape.value_dim) * 3 * accumulation_dtype(shape.dtype).itemsize
+    return tokens * shape.key_value_numbers * 3 * accumulation_dtype(shape.dtype).itemsize

@@ -17,7 +17,7 @@ from .strategy import Shape
 
 
 class Temporaries(NamedTuple):
-    """What a kernel allocates in backward beside the gradients that it returns.
+    """Tensors that a kernel allocates in backward beside the gradients that it returns.
 
     Args:
         queries: float32 tensors in the shape of the queries.
@@ -64,7 +64,7 @@ def peak_of_backward(
         later: tokens for which sums are held only when the kernel has freed its temporaries.
     """
     size, total = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
-    query, key_value = shape.heads * shape.query_dim, shape.key_heads * (shape.query_dim + shape.value_dim)
+    query, key_value = shape.heads * shape.query_dim, shape.key_value_numbers
     own = TEMPORARIES.get(kernel, Temporaries())
     temporary = 4 * own.queries * (queries + own.rows * segments) * query + 4 * own.keys * keys * key_value
     if own.expanded and shape.heads != shape.key_heads:

@@ -17,7 +17,7 @@ MOST_BYTES = 2**30
 
 
 class Ring(NamedTuple):
-    """What the busiest rank of a ring computes and reads in a pass.
+    """Counts of the busiest rank of a ring in a pass.
 
     Args:
         ranks: number of ranks.
@@ -52,14 +52,14 @@ def _further_bytes(count: int, ring: Ring, shape: Shape) -> float:
     There are the keys of a step and of the next, and the sums of a step, of the step before and those that arrive.
     """
     size, total = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
-    return (count - 1) / (ring.ranks - 1) * ring.read * _numbers(shape) * (2 * size + 3 * total)
+    return (count - 1) / (ring.ranks - 1) * ring.read * shape.key_value_numbers * (2 * size + 3 * total)
 
 
 def _seconds(count: int, ring: Ring, shape: Shape, machine: Machine) -> float:
     """Estimate the seconds of both passes that depend on the number of owners."""
     others, size = ring.ranks - 1, shape.dtype.itemsize
     steps = -(-others // count)
-    share = ring.read / others * _numbers(shape)
+    share = ring.read / others * shape.key_value_numbers
     merging = merged_bytes(shape, ring.merged * steps / others, shape.heads) / machine.memory
     latency = machine.node_latency if ring.crosses else machine.latency
     # Keys of the first step travel while own keys are computed with. Sums of the last one travel at the end.
@@ -73,11 +73,6 @@ def _seconds(count: int, ring: Ring, shape: Shape, machine: Machine) -> float:
 
 def _travel(sent: float, ring: Ring, machine: Machine) -> float:
     return sent / (machine.node_bandwidth if ring.crosses else machine.bandwidth)
-
-
-def _numbers(shape: Shape) -> int:
-    """Numbers of the keys/values of a token."""
-    return shape.key_heads * (shape.query_dim + shape.value_dim)
 
 
 def merged_bytes(shape: Shape, rows: float, heads: int) -> float:

@@ -41,6 +41,11 @@ class Shape(NamedTuple):
         """Shape of a layer with tensors `[..., H, T, D]`."""
         return cls(query.shape[-3], key.shape[-3], query.shape[-1], value.shape[-1], query.dtype)
 
+    @property
+    def key_value_numbers(self) -> int:
+        """Numbers of the keys/values of a token."""
+        return self.key_heads * (self.query_dim + self.value_dim)
+
 
 class Sent(NamedTuple):
     """Bytes that a rank sends to other ranks for a layer."""

@@ -131,12 +131,11 @@ class Output(_Total):
     def add(self, number: int, part: torch.Tensor, part_lse: torch.Tensor) -> None:
         """Merge part `number`, `[rows of the part, H, D]`, with its LSE `[rows of the part, H]`."""
         dtype = accumulation_dtype(part.dtype)
-        if self._lse is None:
-            if self._places.is_all(number):
-                self._lse = part_lse.to(dtype)
-            else:
+        if self._places.is_all(number):
+            self._lse = part_lse.to(dtype)
+        else:
+            if self._lse is None:
                 self._lse = part_lse.new_full((self._places.rows, part_lse.shape[1]), float("-inf"), dtype=dtype)
-        if self._value is not None or not self._places.is_all(number):
             for placed in self._places.of_parts[number]:
                 if placed.before == 0:
                     Rows.move(part_lse, placed.part, self._lse, placed.rows)

@@ -17,7 +17,7 @@ from .mesh import Ranks, has_nccl
 
 @dataclass
 class _Process:
-    """What this process knows of failures in one world.
+    """Knowledge of this process about failures in one world.
 
     Args:
         blocks: number of blocks that were opened.
@@ -46,7 +46,7 @@ class FailureReport:
     """
 
     _processes: ClassVar[WeakKeyDictionary[object, _Process]] = WeakKeyDictionary()
-    """What is known of failures in each default process group."""
+    """Knowledge about failures in each default process group."""
 
     def __init__(self, ranks: Ranks) -> None:
         world = dist.group.WORLD if dist.is_initialized() else type(self)

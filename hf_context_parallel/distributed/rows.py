@@ -28,7 +28,7 @@ class Rows:
         self._count = len(numbers)
         self._on: dict[tuple[torch.device, int], torch.Tensor] = {}
         self._common: dict[tuple[Rows | None, Rows | None], list[Pair] | None] = {}
-        """What `in_common` has found, by the rows of the source and of the target."""
+        """Results of `in_common`, by the rows of the source and of the target."""
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1 if len(numbers) else numbers
         self._ranges: list[tuple[int, int]] | None = None
         """First row and number of rows of each range, or None if there are `FEW` ranges or more."""

@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 
 import hf_context_parallel as hcp
-from hf_context_parallel.data import shard
 from hf_context_parallel.dynamic.scheduler import Scheduler
-from hf_context_parallel.planning import balanced
-from hf_context_parallel.planning.balanced import padded_layout
 from hf_context_parallel.planning.layout import Layout
+from tests.helpers.layouts import finely_dealt
 from tests.helpers.models import context, needs_sharding_while_loading, some_labels, tiny_model, tokens
 from tests.helpers.trainer import STOCK, make_trainer, random_crops, samples_of
 
@@ -182,16 +180,7 @@ def test_dynamic_training_is_that_of_one_process(on_ranks, tmp_path, case):
 
 def finely_dealt_history(extent, folder, options, most) -> tuple[list[tuple[float, float]], list[Layout]]:
     """Train with the smallest chunks, and return loss and gradient norm of each step, and the layouts of all rows."""
-    dealt = []
-
-    def noting(*how):
-        dealt.append(padded_layout(*how))
-        return dealt[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(balanced, "FINEST", 1)
-        patch.setattr(balanced, "LEAST", 1)
-        patch.setattr(shard, "padded_layout", noting)
+    with finely_dealt() as dealt:
         return history(extent, folder, options, most)[0], dealt
 
 

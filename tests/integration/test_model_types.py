@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_context_parallel.data import shard
 from hf_context_parallel.integration.active_batch import active_batch
-from hf_context_parallel.planning import balanced
-from hf_context_parallel.planning.balanced import padded_layout
 from hf_context_parallel.verification.types import check as checks
 from hf_context_parallel.verification.types.tiny import tiny_config
+from tests.helpers.layouts import finely_dealt
 from tests.helpers.models import context, document_positions, error, reduced, some_labels, tiny_model, tokens
 
 EXACT = ("gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
@@ -111,16 +109,7 @@ def test_other_group_sizes_and_layouts_are_exact(on_ranks, ranks, layout):
 
 def errors_of_a_balanced_model(model_type: str, layout: str) -> tuple[dict, bool]:
     """Compute errors with the smallest chunks, and whether any batch had another layout than zigzag."""
-    dealt = []
-
-    def noting(*how):
-        dealt.append(padded_layout(*how))
-        return dealt[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(balanced, "FINEST", 1)
-        patch.setattr(balanced, "LEAST", 1)
-        patch.setattr(shard, "padded_layout", noting)
+    with finely_dealt() as dealt:
         found, _ = checks.errors(tiny_config(model_type), {"layout": layout})
     return found, any(len(layout.chunk_owners) > 2 * layout.size for layout in dealt)
 
