@@ -168,6 +168,26 @@ def mask_piece(name: str) -> Callable:
     return lookup("transformers.masking_utils", name, "a model type that sees whole sequences")
 
 
+def find_no_documents_if(condition: Callable[[], bool]) -> None:
+    """Let Transformers find no packed documents in positions where a condition holds, but when it compiles.
+
+    A version without this function looks for none.
+    """
+    module, name = importlib.import_module("transformers.masking_utils"), "find_packed_sequence_indices"
+    original = getattr(module, name, None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def find(position_ids: torch.Tensor) -> torch.Tensor | None:
+        if not torch.compiler.is_compiling() and condition():
+            return None
+        found: torch.Tensor | None = original(position_ids)
+        return found
+
+    setattr(module, name, find)
+
+
 def chunks_count_from_documents() -> bool:
     """Return whether chunked attention counts chunks from the start of each packed document, as from 5.18 on."""
     return hasattr(importlib.import_module("transformers.masking_utils"), "remap_positions_for_packed_sequence")

@@ -316,16 +316,21 @@ class ContextParallel:
             comm_type=comm_type,
         )
 
-    def prepare_data_loader(self, loader: DataLoader, accelerator: Accelerator | None = None) -> DataLoader:
+    def prepare_data_loader(
+        self, loader: DataLoader, accelerator: Accelerator | None = None, device: torch.device | str | None = None
+    ) -> DataLoader:
         """Prepare a data loader: each CP group reads samples of its own, and all ranks of a group read the same.
 
         Args:
             loader: the loader of whole batches.
             accelerator: the Accelerator of the loop. It prepares the loader, and from then on takes a CP group for one
                 process: `gather_for_metrics` gathers each sample once, and loaders that it prepares later are shared.
+            device: without an Accelerator, the device that the loader puts batches on. It then plans attention of each
+                batch ahead of its step, and a step does not wait for the device to read the batch.
         """
         if accelerator is None:
-            return prepare_data_loader(loader, self.groups)
+            where = {} if device is None else {"put_on_device": True, "device": torch.device(device)}
+            return prepare_data_loader(loader, self.groups, self.group.planner, **where)
         share_groups(accelerator, self)
         return accelerator.prepare_data_loader(loader)
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
-from .attention.auto_strategy import Choice, choose
+from .attention.auto_strategy import Choice
 from .attention.executor import attend, one_dtype
 from .attention.kernels.base import Kernel
 from .attention.kernels.registry import check_kernel, choose_kernel
-from .attention.recent import Recent
+from .attention.planner import Layer, Planner
 from .attention.scores import Scores, make_scores, seed_of
-from .attention.strategy import Shape, Strategy, build_strategy, with_padding
+from .attention.strategy import Shape, Strategy
 from .config import ContextParallelConfig
 from .distributed.devices import check_backend
 from .distributed.free_memory import least_free_bytes
@@ -32,14 +31,6 @@ SHARE = 0.5
 """Share of the memory that is free at the first call of attention, which `auto` lets one layer need at its peak.
 
 At that time, activations and the states of an optimizer may not have been allocated yet."""
-
-
-ALIKE = 32
-"""Most strategies, and most choices, that are kept for batches that are alike."""
-PLANNED = 2**27
-"""Bytes of row numbers on the host from which fewer strategies are kept. A device holds as many, for each stream.
-
-Rows that lie in few ranges take none, so those of one document do not."""
 
 
 class AttentionCall(NamedTuple):
@@ -76,10 +67,12 @@ class CPGroup:
     machines: Mapping[str, Machine] = field(compare=False, repr=False)
     _logged: set[tuple[str, str, int]] = field(default_factory=set, compare=False, repr=False)
     """Choices of `auto` that were logged."""
-    _free: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
-    """Least free bytes of the ranks, by the type of the device."""
-    _choices: Recent[Choice] = field(default_factory=lambda: Recent(ALIKE), compare=False, repr=False)
-    _strategies: Recent[Strategy] = field(default_factory=lambda: Recent(ALIKE, PLANNED), compare=False, repr=False)
+    planner: Planner = field(init=False, compare=False, repr=False)
+    """Planner of this rank."""
+
+    def __post_init__(self) -> None:
+        here = {kind: self.machine(torch.device(kind)) for kind in self.machines}
+        object.__setattr__(self, "planner", Planner(self.config, self.rank, here))
 
     @property
     def rank(self) -> int:
@@ -115,14 +108,9 @@ class CPGroup:
         Args:
             padding: True to compute the queries of padding too.
         """
-        comm_type, inner, together, _ = self.choice(comm_type, layout, mask, shape, device)
-
-        def make() -> Strategy:
-            made = build_strategy(comm_type, inner, layout, mask, self.rank, together)
-            return with_padding(made, layout, mask) if padding else made
-
-        key = comm_type, inner, together, layout, mask, padding
-        return self._strategies.get(key, make, lambda made: made.nbytes)
+        layer = Layer(comm_type, mask.pattern, shape, device.type, padding)
+        self._choice(layer, layout, mask, device)
+        return self.planner.strategy(layer, layout, mask)
 
     def choice(self, comm_type: str, layout: Layout, mask: Mask, shape: Shape, device: torch.device) -> Choice:
         """Choose the strategy of a layer. Each new choice of `"auto"` is logged with its reason.
@@ -136,11 +124,13 @@ class CPGroup:
             shape: heads, head dims and dtype of the layer.
             device: device whose rates are used in estimates.
         """
-        machine = self.machine(device)
+        return self._choice(Layer(comm_type, mask.pattern, shape, device.type), layout, mask, device)
+
+    def _choice(self, layer: Layer, layout: Layout, mask: Mask, device: torch.device) -> Choice:
         # The ranks compare their memory even if this choice is kept, which may differ between them.
-        free = SHARE * self._least_free(device) if comm_type == "auto" and self.size > 1 else math.inf
-        key = comm_type, layout, mask, shape, machine, free
-        choice = self._choices.get(key, lambda: choose(self.config, comm_type, layout, mask, shape, machine, free))
+        if layer.comm_type == "auto" and self.size > 1 and layer.device not in self.planner.free:
+            self.planner.free[layer.device] = SHARE * least_free_bytes(self.groups, device)
+        choice = self.planner.choice(layer, layout, mask)
         kind = layer_type(mask.pattern)
         if choice.reason and (kind, *choice[:2]) not in self._logged and self.rank == 0:
             self._logged.add((kind, *choice[:2]))
@@ -151,14 +141,9 @@ class CPGroup:
                 choice.comm_type,
                 subgroups,
                 choice.reason,
-                machine.source,
+                self.planner.machines[layer.device].source,
             )
         return choice
-
-    def _least_free(self, device: torch.device) -> int:
-        if device.type not in self._free:
-            self._free[device.type] = least_free_bytes(self.groups, device)
-        return self._free[device.type]
 
     def prepare(
         self,

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_context_parallel import ContextParallel, ContextParallelConfig, cp_group
+from hf_context_parallel import ContextParallel, ContextParallelConfig
+from hf_context_parallel.attention import planner
 from hf_context_parallel.attention.auto_strategy import choose
 from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.distributed import free_memory
@@ -32,7 +33,7 @@ def choices_with_unequal_memory() -> tuple[list, int]:
         return 1 if cp.rank == cp.size - 1 else 2**50
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cp_group, "choose", watched)
+        patch.setattr(planner, "choose", watched)
         patch.setattr(free_memory, "free_bytes", free)
         cp = ContextParallel(ContextParallelConfig(size=dist.get_world_size(), comm_type="auto"))
         for heads in (3, 6):
@@ -60,7 +61,7 @@ def planned_again() -> tuple[list, list]:
         return build_strategy(comm_type, inner, layout, mask, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cp_group, "build_strategy", watched)
+        patch.setattr(planner, "build_strategy", watched)
         cp = ContextParallel(ContextParallelConfig(size=dist.get_world_size(), comm_type="p2p", layout="zigzag"))
         for heads, edges in ((2, A), (2, B), (2, A), (4, A), (2, A)):
             cu_seqlens, random = torch.tensor(edges), torch.Generator().manual_seed(heads)

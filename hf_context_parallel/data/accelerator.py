@@ -14,13 +14,31 @@ from accelerate.utils import recursively_apply
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..compat import has_ended
+from ..config import ContextParallelConfig
 from ..distributed.process_groups import Groups, recommend_launch_order
+from .ahead import Planner
 from .collectives import from_first_ranks
 from .loader import prepare_data_loader
 
 
+class HasPlanner(Protocol):
+    """CP group, as far as loaders use it."""
+
+    @property
+    def planner(self) -> Planner:
+        """Planner of this rank."""
+
+
 class HasGroups(Protocol):
-    """Object that knows the process groups that are in use, such as `ContextParallel`."""
+    """Object that knows the CP group that is in use, and the process groups around it, such as `ContextParallel`."""
+
+    @property
+    def config(self) -> ContextParallelConfig:
+        """Settings of the group."""
+
+    @property
+    def group(self) -> HasPlanner:
+        """The CP group."""
 
     @property
     def groups(self) -> Groups:
@@ -103,6 +121,7 @@ class CpAccelerator(Accelerator):
         loader = prepare_data_loader(
             data_loader,
             self.cp.groups,
+            None if self.cp.config.dynamic else self.cp.group.planner,  # samples would move to other rows
             device=self.device,
             split_batches=self.split_batches,
             put_on_device=self.device_placement if device_placement is None else device_placement,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from ..distributed.host import on_host, to_device
 from ..planning import mask as masks
 
 IGNORED = -100
@@ -35,18 +36,19 @@ PASSED_ON = ("num_items_in_batch", "return_dict", "output_hidden_states")
 
 
 def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[masks.Document, ...], ...], dict]:
-    """Read a whole batch.
+    """Read a whole batch, on the host.
 
     Returns:
         The inputs that are not None, the documents of each row, and the inputs with a sequence dimension, `[B, S]` or
-        `[B, S, hidden]`. The last include the `position_ids` and the `shift_labels` that one process would make. If
-        the batch has labels, `labels` is the same tensor as `shift_labels`. If a token has a position on each of k
-        axes, these are `AXES`, `[B, S, k]`, and `position_ids` are those in the text.
+        `[B, S, hidden]`. All are on the host but `inputs_embeds`, which is not read. The last include the
+        `position_ids` and the `shift_labels` that one process would make. If the batch has labels, `labels` is the
+        same tensor as `shift_labels`. If a token has a position on each of k axes, these are `AXES`, `[B, S, k]`, and
+        `position_ids` are those in the text.
 
     Raises:
         ValueError: if the batch holds an input that cannot be exact on a shard, as for `shard_batch`.
     """
-    batch = {name: value for name, value in batch.items() if value is not None}
+    batch = {name: _read(name, value) for name, value in batch.items() if value is not None}
     axes = _take_axes(batch)
     if "input_ids" not in batch and "inputs_embeds" not in batch:
         raise ValueError(
@@ -65,7 +67,7 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
         whole["position_ids"] = (
             positions_in_documents(rows, length) if "cu_seq_lens_q" in batch else torch.arange(length)
         )
-    whole["position_ids"] = whole["position_ids"].to(tokens.device).expand(batch_size, -1)
+    whole["position_ids"] = whole["position_ids"].expand(batch_size, -1)
     if axes is not None:
         if tuple(axes.shape[1:]) not in ((batch_size, length), (1, length)):
             raise ValueError(
@@ -79,6 +81,11 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
         whole["labels"] = whole["shift_labels"]
         _refuse_padded_targets(whole["shift_labels"], batch.get("attention_mask"))
     return batch, rows, whole
+
+
+def _read(name: str, value: Any) -> Any:
+    read = name in (*PADDING, *CONSUMED) and name != "inputs_embeds" and isinstance(value, torch.Tensor)
+    return on_host(value) if read else value
 
 
 def _take_axes(batch: dict[str, Any]) -> torch.Tensor | None:
@@ -108,9 +115,13 @@ def positions_in_documents(rows: tuple[tuple[masks.Document, ...], ...], length:
 
 
 def take_columns(tensor: torch.Tensor, positions: torch.Tensor, length: int, fill: int) -> torch.Tensor:
-    """Take the columns `positions` of a tensor `[B, S, ...]` that is first padded with `fill` to `length` columns."""
+    """Take the columns `positions` of a tensor `[B, S, ...]` that is first padded with `fill` to `length` columns.
+
+    Args:
+        positions: `[n]`, on the host.
+    """
     filled = pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, length - tensor.shape[1]), value=fill)
-    return filled.index_select(1, positions)
+    return filled.index_select(1, to_device(positions, tensor.device))
 
 
 def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[tuple[masks.Document, ...], ...]:
@@ -164,7 +175,7 @@ def _begins_again(position_ids: torch.Tensor, mask: torch.Tensor | None) -> bool
     """Return whether positions do not count up by 1 somewhere. Positions of padding do not matter."""
     jumps = position_ids.diff(dim=-1) != 1
     if mask is not None and mask.dim() == 2 and mask.shape[1] == position_ids.shape[1]:
-        tokens = mask.bool().to(jumps.device)
+        tokens = mask.bool()
         jumps = jumps & tokens[:, 1:] & tokens[:, :-1]
     return bool(jumps.any())
 
@@ -176,7 +187,7 @@ def _check_seq_idx(seq_idx: torch.Tensor, rows: tuple[tuple[masks.Document, ...]
         for number, document in enumerate(documents):
             for start, stop in document:
                 numbers[row, start:stop] = number
-    found = seq_idx.cpu().expand(len(rows), -1)
+    found = seq_idx.expand(len(rows), -1)
     if found.shape != numbers.shape or not torch.equal(found.diff(dim=-1) != 0, numbers.diff(dim=-1) != 0):
         raise ValueError(
             "seq_idx numbers other documents than position_ids or cu_seq_lens_q describe. Give position_ids that "
@@ -235,7 +246,7 @@ def _refuse_padded_targets(shift_labels: torch.Tensor, attention_mask: torch.Ten
     """
     if attention_mask is None:
         return
-    tokens = attention_mask.bool().to(shift_labels.device)
+    tokens = attention_mask.bool()
     follows_token = tokens.cumsum(dim=1) > 0
     unusable = ~pad(tokens, (0, 1), value=True)[:, 1:] | (~tokens & follows_token)
     wrong = ((shift_labels != IGNORED) & unusable).nonzero()

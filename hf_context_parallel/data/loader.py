@@ -5,42 +5,51 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader as prepare
-from accelerate.state import GradientState
-from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..distributed.agreement import fingerprint, gather_numbers, odd_rank
 from ..distributed.mesh import world
 from ..distributed.process_groups import Groups
+from .ahead import Loaded, PlanAhead, Planner
 
 
-def prepare_data_loader(loader: DataLoader, groups: Groups, **options: Any) -> DataLoader:
+def prepare_data_loader(
+    loader: DataLoader, groups: Groups, planner: Planner | None = None, **options: Any
+) -> DataLoader:
     """Prepare a data loader as `accelerate.data_loader.prepare_data_loader` does, for CP groups instead of processes.
 
     Batches are never dispatched from rank 0, because rank 0 would then collate the shards of all ranks. From an
     iterable data set every rank reads all samples and keeps those of its group, in the order of a dispatching loader.
     Accelerate would split the files of the data set between groups, and one group could get more samples than another.
 
+    If the loader puts batches on a device, it also plans attention of each batch ahead of its step, and the host
+    remembers the values of the batch.
+
     Args:
         loader: the loader of whole batches.
         groups: the process groups of this rank.
+        planner: the planner of this rank; None to plan nothing ahead.
         options: further options of accelerate's function.
     """
     _share_seed(loader)
     share = {"num_processes": groups.data_size, "process_index": groups.data_rank}
     shared = groups.data_size > 1 or groups.same_batch.size > 1
-    if isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None and shared:
-        counted = options.get("put_on_device", False) and options.get("device") is not None
-        size = loader.batch_size * (1 if options.get("split_batches") else groups.data_size)
-        # Accelerate makes a new loader from the attributes of this one, and DataLoader forbids setting them.
-        loader = copy.copy(loader)
-        vars(loader).update(batch_size=size, collate_fn=_Dealer(loader.collate_fn, size, groups, counted))
+    size, collate = loader.batch_size, loader.collate_fn
+    moves = options.get("put_on_device", False) and options.get("device") is not None
+    if isinstance(loader.dataset, IterableDataset) and size is not None and shared:
+        size *= 1 if options.get("split_batches") else groups.data_size
+        collate = _Dealer(collate, size, groups, counted=moves)
         share = {"num_processes": 1, "process_index": 0}
+    if moves:
+        collate = PlanAhead(collate, planner)
+    # Accelerate makes a new loader from the attributes of this one, and DataLoader forbids setting them.
+    loader = copy.copy(loader)
+    vars(loader).update(batch_size=size, collate_fn=collate)
     prepared = prepare(loader, **options, **share, dispatch_batches=False)
     prepared.groups = groups
     return prepared
@@ -67,24 +76,7 @@ class _Dealer:
         if len(samples) < self._size:
             self._first = None  # this was the last batch of a pass over the data
         batch = self._collate(dealt[self._rank * share : (self._rank + 1) * share])
-        return _Dealt(batch, counts) if self._counted else batch
-
-
-class _Dealt(NamedTuple):
-    """Collated batch of one group, with the number of samples of each group that are not repeated ones."""
-
-    batch: Any
-    counts: list[int]
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
-        """Move the batch to a device and return it without the counts, which go to the active data loader.
-
-        Accelerate calls this just before its loader yields the batch.
-        """
-        loader = GradientState().active_dataloader
-        loader.counts = self.counts
-        loader.remainder = 0  # gather_for_metrics already removes repeated samples, by the counts
-        return send_to_device(self.batch, device, non_blocking=non_blocking)
+        return Loaded(batch, counts) if self._counted else batch
 
 
 def _share_seed(loader: DataLoader) -> None:

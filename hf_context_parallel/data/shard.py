@@ -15,10 +15,11 @@ import torch
 
 from ..config import ContextParallelConfig
 from ..distributed.agreement import fingerprint
+from ..distributed.host import beside
 from ..planning import mask as masks
 from ..planning.balanced import padded_layout
 from ..planning.layout import Layout
-from .batch import AXES, IGNORED, PADDING, PASSED_ON, SHARD, read_batch, take_columns
+from .batch import AXES, CONSUMED, IGNORED, PADDING, PASSED_ON, SHARD, read_batch, take_columns
 
 
 @dataclass(frozen=True)
@@ -102,27 +103,28 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     Raises:
         ValueError: if the batch holds an input that cannot be exact on a shard.
     """
-    batch, rows, whole = read_batch(batch)
+    given = batch
+    batch, rows, whole = read_batch(given)
+    tokens = given["input_ids" if "input_ids" in batch else "inputs_embeds"]
     batch_size, length = whole["position_ids"].shape
-    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     num_items = (whole["shift_labels"] != IGNORED).sum() if "shift_labels" in whole else None
 
-    documents = [document for row in rows for document in row]
-    layout = padded_layout(config.layout, length, config.size, documents, config.max_tokens_per_rank)
-    positions = layout.positions(rank).to(tokens.device)
+    layout = _layout(rows, length, config)
+    positions = layout.positions(rank)
     local = {name: batch[name] for name in PASSED_ON if name in batch}
-    local |= {name: take_columns(value, positions, layout.length, PADDING[name]) for name, value in whole.items()}
+    for name, value in whole.items():
+        local[name] = beside(take_columns(value, positions, layout.length, PADDING[name]), tokens)
     if AXES in local:
         local["position_ids"] = local.pop(AXES).permute(2, 0, 1)
     if "labels" in local:
         local["labels"] = local["shift_labels"]  # the same tensor, so that no check has to compare values
     local["use_cache"] = False
     if num_items is not None:
-        local.setdefault("num_items_in_batch", num_items)
+        local.setdefault("num_items_in_batch", beside(num_items, tokens))
     packed = "attention_mask" not in batch and any(len(row) > 1 for row in rows)
     largest = whole[AXES].amax(-1) if AXES in whole else whole["position_ids"]
-    reach = _reach(largest.cpu(), rows, packed)
-    lengths = take_columns(reach, layout.positions(rank), layout.length, int(reach.max()))
+    reach, all_lengths = _reach(largest, rows, packed)
+    lengths = take_columns(reach, positions, layout.length, all_lengths[-1])
     unshifted, count = None, None
     if "labels" in batch:
         unshifted = take_columns(batch["labels"], positions, layout.length, IGNORED)
@@ -141,29 +143,59 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
         packed=packed,
         fingerprint=mark,
         lengths=lengths,
-        all_lengths=tuple(reach.unique().tolist()),
+        all_lengths=all_lengths,
         has_targets=num_items is not None,
         typed=types is not None and bool(types.any()),
-        begins=_begins(whole["position_ids"].cpu(), rows) if packed else 0,
+        begins=_begins(whole["position_ids"], rows) if packed else 0,
         unshifted=unshifted,
         unshifted_count=count,
     )
     return local
 
 
-def _reach(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...], packed: bool) -> torch.Tensor:
-    """Compute for each token the largest position that its RoPE frequencies may depend on, plus one: `[B, S]`."""
-    reach = (position_ids.max() + 1).expand(position_ids.shape).clone()
-    if packed:
-        for row, documents in enumerate(rows):
-            for document in documents:
-                start, stop = document[0][0], document[-1][1]
-                reach[row, start:stop] = position_ids[row, start:stop].max() + 1
-    return reach
+def layout_of(
+    batch: Mapping[str, Any], config: ContextParallelConfig
+) -> tuple[Layout, tuple[tuple[masks.Document, ...], ...]]:
+    """Make the layout of a whole batch, and read the documents of its rows. Inputs that do not matter may be any.
+
+    Raises:
+        ValueError: as for `shard_batch`.
+    """
+    described = (*PADDING, *CONSUMED)
+    inputs = {name: batch[name] for name in described if name in batch and name not in ("labels", "shift_labels")}
+    _, rows, whole = read_batch(inputs)
+    return _layout(rows, whole["position_ids"].shape[1], config), rows
+
+
+def _layout(rows: tuple[tuple[masks.Document, ...], ...], length: int, config: ContextParallelConfig) -> Layout:
+    documents = [document for row in rows for document in row]
+    return padded_layout(config.layout, length, config.size, documents, config.max_tokens_per_rank)
+
+
+def _reach(
+    position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...], packed: bool
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Compute for each token the largest position that its RoPE frequencies may depend on, plus one.
+
+    Returns:
+        `[B, S]`, and its distinct values, ascending.
+    """
+    if not packed:
+        largest = position_ids.max() + 1
+        return largest.expand(position_ids.shape), (int(largest),)
+    reach, distinct = torch.empty_like(position_ids), set()
+    for row, documents in enumerate(rows):
+        begins = torch.zeros(position_ids.shape[1], dtype=torch.long)
+        begins[[start for (start, _), *_ in documents if start]] = 1  # packed documents have no gaps between them
+        numbers = begins.cumsum(0)
+        ends = position_ids.new_zeros(len(documents))
+        ends = ends.scatter_reduce(0, numbers, position_ids[row], "amax", include_self=False) + 1
+        reach[row] = ends[numbers]
+        distinct |= set(ends.tolist())
+    return reach, tuple(sorted(distinct))
 
 
 def _begins(position_ids: torch.Tensor, rows: tuple[tuple[masks.Document, ...], ...]) -> int:
     """Compute the greatest common divisor of the positions of all documents' first tokens; 0 if all are 0."""
-    return gcd(
-        *(int(position_ids[row, document[0][0]]) for row, documents in enumerate(rows) for document in documents)
-    )
+    firsts = (position_ids[row, [document[0][0] for document in documents]] for row, documents in enumerate(rows))
+    return gcd(*torch.cat(list(firsts)).unique().tolist())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .host import on_host
 from .mesh import Ranks
 
 
@@ -116,7 +117,7 @@ def fingerprint(content: Mapping[str, object]) -> int:
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(on_host(value).contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             digest.update(repr(value).encode())
     return int.from_bytes(digest.digest(), "big") >> 1

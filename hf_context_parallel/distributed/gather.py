@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..planning.layout import Layout
+from .host import beside
 from .messages import accumulation_dtype
 
 
@@ -59,7 +60,7 @@ class _Gather(torch.autograd.Function):
         if layout.size > 1:
             parts = [torch.empty_like(parts[0]) for _ in range(layout.size)]
             dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim=1).index_select(1, layout.restore()[:length].to(x.device))
+        return torch.cat(parts, dim=1).index_select(1, beside(layout.restore()[:length], x))
 
     @staticmethod
     @once_differentiable
@@ -68,7 +69,8 @@ class _Gather(torch.autograd.Function):
         whole = pad(grad, (0, 0) * (grad.dim() - 2) + (0, layout.length - grad.shape[1]))
         # Gradients are summed over ranks, so they travel in the accumulation dtype.
         whole = whole.to(accumulation_dtype(grad.dtype))
-        parts = [whole.index_select(1, layout.positions(rank).to(grad.device)) for rank in range(layout.size)]
+        everyone = (beside(layout.positions(rank), grad) for rank in range(layout.size))
+        parts = [whole.index_select(1, positions) for positions in everyone]
         local = parts[0]
         if layout.size > 1:
             local = torch.empty_like(local)

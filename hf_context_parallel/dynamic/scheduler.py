@@ -223,7 +223,7 @@ def cut(batch: Mapping[str, Any]) -> list[torch.Tensor]:
             )
     if "shift_labels" not in whole:
         raise ValueError("the batch has no labels, and dynamic=True divides losses by their count. Add labels.")
-    table = torch.stack([whole[name].cpu().long() for name in CARRIED])
+    table = torch.stack([whole[name].long() for name in CARRIED])
     samples = []
     for number, documents in enumerate(rows):
         for document in documents:

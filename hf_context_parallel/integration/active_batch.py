@@ -105,7 +105,7 @@ class ActiveBatch:
                 f"a tensor has shape {tuple(x.shape)}, and the batch has {shard.batch_size} rows of {shard.length} "
                 "tokens. Give a tensor whose shape begins with these."
             )
-        return take_columns(x, shard.layout.positions(shard.rank).to(x.device), shard.layout.length, fill)
+        return take_columns(x, shard.layout.positions(shard.rank), shard.layout.length, fill)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Gather `[B, S_local, ...]` to `[B, S, ...]` in the original order, on every rank. Differentiable.

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..distributed.host import on_host
+
 
 class OuterCall:
     """Call of the outermost model with a whole batch, which its decoder is going to shard.
@@ -32,7 +34,7 @@ class OuterCall:
     def typed(self) -> bool:
         """Return whether a token has a token type other than 0, as the tokens of an image have."""
         types = self.given.get("token_type_ids")
-        return types is not None and bool(types.any())
+        return types is not None and bool(on_host(types).any())
 
 
 class _Calls(threading.local):

@@ -16,11 +16,11 @@ A single document is dealt in zigzag.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import accumulate
 
 from .layout import FIXED_LAYOUTS, Layout, zigzag
 from .mask import Document
+from .recent import Recent
 
 LEAST = 2048
 """Fewest tokens of a rank for which documents are balanced. Below it the row is dealt in zigzag: cut documents send
@@ -51,14 +51,18 @@ def make_layout(
         return FIXED_LAYOUTS[name](length, size)
     if length < LEAST * size:
         return zigzag(length, size)
-    return _by_work(name, length, size, tuple(documents), most, FINEST)
+    key = name, length, size, tuple(documents), most, FINEST
+    return layouts.get(key, lambda: _by_work(*key))
 
 
-@lru_cache(maxsize=16)
+layouts: Recent[Layout] = Recent(16)
+"""Layouts that documents decide, by the arguments of `_by_work`. Batches that are alike take that of the first one."""
+
+
 def _by_work(
     name: str, length: int, size: int, documents: tuple[Document, ...], most: int | None, finest: int
 ) -> Layout:
-    """Layout of this name, which the documents decide. Batches that are alike take that of the first one."""
+    """Layout of this name, which the documents decide."""
     even = zigzag(length, size)
     dealt = balanced(length, size, documents, finest, most)
     if name == "auto" and _most(dealt, documents) > GAIN * _most(even, documents):

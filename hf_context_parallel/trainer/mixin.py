@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from ..config import ContextParallelConfig
 from ..context_parallel import ContextParallel
 from ..data.accelerator import share_groups
+from ..data.ahead import moved
 from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
 from ..distributed.agreement import of_first_rank
@@ -192,8 +193,9 @@ class ContextParallelMixin:
                 self.cp.switch(round.size)
                 self._count(round.tokens, round.longest)
                 self.accelerator.gradient_state._set_sync_gradients(sync and last)
+                batch = moved(round.batch, self.args.device)
                 with nullcontext() if last else self._without_reduction(model):
-                    loss = loss + super().training_step(model, round.batch, num_items_in_batch)
+                    loss = loss + super().training_step(model, batch, num_items_in_batch)
         finally:
             self.cp.switch(self._config.size)
             self.accelerator.gradient_state._set_sync_gradients(sync)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...distributed.host import to_device
 from ...planning.intervals import Interval
 from ...planning.tiles import CAUSAL, FULL, Segments, take
 from ..scores import Scores
@@ -309,7 +310,7 @@ def _side(
     starts, sorted_lengths = lengths.cumsum(0) - lengths, lengths[numbers]
     moved = starts[numbers] - (sorted_lengths.cumsum(0) - sorted_lengths)
     order = torch.arange(int(lengths.sum())) + moved.repeat_interleave(sorted_lengths)
-    return Side(runs, sizes, _put(order, device), _put(order.argsort(), device))
+    return Side(runs, sizes, to_device(order, device), to_device(order.argsort(), device))
 
 
 def _lengths(segments: Segments, device: torch.device) -> Lengths:
@@ -320,7 +321,7 @@ def _lengths(segments: Segments, device: torch.device) -> Lengths:
         # FlashAttention-2 replaces a missing right limit of a window by `max_keys`, and drops a limit of `max_keys` or
         # more (`set_params_fprop`, `mha_varlen_fwd`). Both are right only if no query range is longer.
         longest_key = max(longest_key, longest_query)
-    cu_queries, cu_keys = (_put(_cumulative(side), device) for side in sides)
+    cu_queries, cu_keys = (to_device(_cumulative(side), device) for side in sides)
     return Lengths(cu_queries, cu_keys, longest_query, longest_key)
 
 
@@ -328,11 +329,6 @@ def _cumulative(ranges: tuple[Interval, ...]) -> torch.Tensor:
     """Cumulative lengths of the ranges, beginning with 0."""
     lengths = torch.tensor([0, *(stop - start for start, stop in ranges)], dtype=torch.int32)
     return lengths.cumsum(0, dtype=torch.int32)
-
-
-def _put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor of the host to a device, without a wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _window(segments: Segments) -> Window:

@@ -204,7 +204,7 @@ class _Call:
                         f"tensors that begin with its {shard.batch_size} rows of {shard.length} tokens can be "
                         "sharded. Leave it out, or run the model in `with cp.whole(model):`."
                     )
-                value = take_columns(value, positions.to(value.device), shard.layout.length, 0)
+                value = take_columns(value, positions, shard.layout.length, 0)
             local[name] = value
         unknown = {"position_ids", "use_cache"} - set(accepted(self._decoder, ("position_ids", "use_cache")))
         return {name: value for name, value in local.items() if name not in unknown}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn.functional import cross_entropy
 
+from ...distributed.host import beside, values_of
 from .chunked_loss import chunked_sum
 
 
@@ -174,17 +175,21 @@ class DeferredLogits:
             ignore_index: target of the tokens that are left out.
             reduction: `"sum"` or `"mean"`.
         """
-        mine = self._tokens.take(target.view(self._tokens.whole_shape), ignore_index).flatten()
-        chosen = (mine != ignore_index).nonzero()[:, 0]
-        mine = mine[chosen]
+        known, target = values_of(target)
+
+        def shard_of(targets: torch.Tensor) -> torch.Tensor:
+            return self._tokens.take(targets.view(self._tokens.whole_shape), ignore_index).flatten()
+
+        chosen = beside((shard_of(known) != ignore_index).nonzero()[:, 0], target)
+        mine = shard_of(target).index_select(0, chosen)
 
         def loss(hidden: torch.Tensor, tokens: slice) -> torch.Tensor:
             logits = self._logits(hidden)
             return cross_entropy(logits, mine[tokens], reduction="sum", label_smoothing=label_smoothing)
 
         trained = [*self._parameters, *self._trained_arguments()]
-        total = chunked_sum(self._hidden.flatten(0, 1)[chosen], loss, self._width, trained, self._chunk)
-        total = self._tokens.sum(total)
+        hidden = self._hidden.flatten(0, 1).index_select(0, chosen)
+        total = self._tokens.sum(chunked_sum(hidden, loss, self._width, trained, self._chunk))
         return total if reduction == "sum" else total / (target != ignore_index).sum()
 
     def _trained_arguments(self) -> list[torch.Tensor]:

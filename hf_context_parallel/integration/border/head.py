@@ -18,12 +18,15 @@ from ...compat import language_model_classes, set_compiler
 from ...config import ContextParallelConfig
 from ...cp_group import CPGroup
 from ...data.batch import IGNORED
+from ...distributed.host import Twin, on_host
 from ..checks.model import has_forward_of, stock_class
 from ..installation import decoder_of
 from ..outer_call import OuterCall, in_call, outer_call
 from ..patches.module_patch import ModulePatch, by_name, has_hooks
 from .deferred_logits import DeferredLogits, Tokens
 
+LABELS = ("labels", "shift_labels")
+"""Arguments of a language model that hold its targets."""
 Z_LOSS = "z_loss_coefficient"
 """Field of a configuration that weighs a mean over all logits, those of padding too."""
 
@@ -87,11 +90,11 @@ class HeadCall(OuterCall):
         mask = self.given.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             return False
-        padding = mask == 0
+        padding = on_host(mask) == 0
         near = padding | pad(padding, (1, 0))[:, :-1]
-        labels = (self.given.get(name) for name in ("labels", "shift_labels"))
+        labels = (self.given.get(name) for name in LABELS)
         return any(
-            x.shape == near.shape and bool(((x != IGNORED) & near.to(x.device)).any()) for x in labels if x is not None
+            x.shape == near.shape and bool(((on_host(x) != IGNORED) & near).any()) for x in labels if x is not None
         )
 
     @property
@@ -177,6 +180,9 @@ class OuterPatch(ModulePatch):
                     set_compiler(compiler)
                     return forward(*args, **kwargs)
             call = HeadCall(module, decoder_of(module), given, alone, self._border.cp.group.config, compiler)
+            for name in LABELS:
+                if isinstance(kwargs.get(name), torch.Tensor):
+                    kwargs[name] = Twin.of(kwargs[name])
             with in_call(call):
                 return call.finished(forward(*args, **kwargs))
         finally:

@@ -13,6 +13,7 @@ from ...cp_group import CPGroup
 from ...data.batch import IGNORED
 from ...data.shard import Shard
 from ...distributed.agreement import gather_numbers
+from ...distributed.host import on_host
 from ...distributed.mesh import Ranks
 from ..model_registry import UNSHIFTED, learned_positions
 
@@ -63,9 +64,9 @@ def _check_values(
     model: PreTrainedModel, batch: Mapping[str, Any], name: str, most: int, remedy: str, *beside: int
 ) -> None:
     """Refuse a tensor of the batch with values outside 0 to `most - 1` that are not in `beside` either."""
-    values = batch.get(name)
-    if values is None:
+    if batch.get(name) is None:
         return
+    values = on_host(batch[name])
     wrong = values[(values < 0) | (values >= most)]
     for value in beside:
         wrong = wrong[wrong != value]
@@ -158,7 +159,7 @@ def _same(given: torch.Tensor | None, ours: torch.Tensor | None, ranks: Ranks) -
     """
     if given is None or ours is None or given is ours:
         return True
-    [differs] = gather_numbers(ranks, not torch.equal(given.cpu(), ours.cpu()))
+    [differs] = gather_numbers(ranks, not torch.equal(on_host(given), on_host(ours)))
     return not any(differs)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AttentionMaskInterface
 
-from ...compat import chunks_count_from_documents
+from ...compat import chunks_count_from_documents, find_no_documents_if
 from ...data.shard import Shard
 from ...planning.mask import Pattern
 from ..active_batch import active_batch
@@ -30,8 +30,13 @@ GIVEN_A_MASK = (
 
 
 def register() -> None:
-    """Register the mask function with Transformers."""
+    """Register the mask function with Transformers.
+
+    Transformers also looks for packed documents in the positions of a shard, for which the host waits for the device.
+    The plan has the documents, so nothing is looked for there.
+    """
     AttentionMaskInterface.register(NAME, context_parallel_mask)
+    find_no_documents_if(lambda: active_batch() is not None)
 
 
 @torch.compiler.disable

@@ -12,6 +12,7 @@ import torch
 from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from ...compat import attention_name, default_attention, mask_piece, set_attention_name, tree_map
+from ...distributed.host import beside
 from ..model_registry import NAME
 from ..patches.module_patch import refuse_recomputation
 from ..switches import switches
@@ -99,7 +100,7 @@ def whole_mask(
         padding: `[rows, length]`, 0 at padding, or None.
         like: a tensor with the dtype and device of the computation.
     """
-    padding = None if padding is None else padding.to(like.device).bool()
+    padding = None if padding is None else beside(padding, like).bool()
     # Without padding Transformers may skip the mask, and some models then compute another attention. In a batch with
     # padding it makes the mask for all rows, so here it must not be skipped either. A causal mask is never skipped:
     # Transformers takes a shard whose positions are not consecutive for packed documents, so ranks would differ.
@@ -113,7 +114,7 @@ def whole_mask(
         parts.append(overlay(window if causal else window - 1))
     if chunk is not None:
         left = torch.zeros(rows, dtype=torch.long) if padding is None else (padding.cumsum(-1) == 0).sum(-1)
-        parts.append(mask_piece("chunked_overlay")(chunk, left.to(like.device)))
+        parts.append(mask_piece("chunked_overlay")(chunk, left if padding is not None else beside(left, like)))
     local_size = [size for size in (window, chunk) if size is not None]
     made = AttentionMaskInterface()[unsharded_implementation(type(mask.config))](
         batch_size=rows,

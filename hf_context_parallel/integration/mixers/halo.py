@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ...data.shard import Shard
+from ...distributed.host import to_device
 from .resharding import Piece, all_to_all, linear, pieces, ranges, scattered, sequences
 
 
@@ -51,10 +52,10 @@ class Halo:
         self._slots = slots
         self._sends = [sum(part.length for part in parts) for parts in sent]
         self._receives = [sum(length for _, length in parts) for parts in received]
-        self._sent = ranges([part.token for part in parts], [part.length for part in parts]).to(device)
-        self._arrival = ranges(*_columns(arriving, 2)).to(device)
+        self._sent = to_device(ranges([part.token for part in parts], [part.length for part in parts]), device)
+        self._arrival = to_device(ranges(*_columns(arriving, 2)), device)
         tokens, places, lengths = _columns(own, 3)
-        self._tokens, self._places = ranges(tokens, lengths).to(device), ranges(places, lengths).to(device)
+        self._tokens, self._places = (to_device(ranges(begins, lengths), device) for begins in (tokens, places))
 
     def extended(self, x: torch.Tensor) -> torch.Tensor:
         """Lay out `[B, S_local, C]` as stretches, each with its halo in front: `[1, T, C]`."""

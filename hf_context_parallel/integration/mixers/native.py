@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...data.batch import take_columns
+from ...distributed.host import to_device
 from ...distributed.token_exchange import deal_heads
 from ..active_batch import ActiveBatch
 from ..patches.module_patch import BatchPatch, by_name
@@ -103,7 +104,7 @@ class NativeMixers:
             padding = shard.padding
             if padding is not None:
                 positions = shard.layout.positions(shard.rank)
-                padding = take_columns(padding, positions, shard.layout.length, 0).to(device)
+                padding = to_device(take_columns(padding, positions, shard.layout.length, 0), device)
             self._paddings[device] = padding
         return self._paddings[device]
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ...data.shard import Shard
+from ...distributed.host import to_device
 from ...planning.layout import Layout
 
 
@@ -116,8 +117,8 @@ class Resharding:
         sent = [held(shard, theirs)[shard.rank] for theirs in dealt]
         received = held(shard, self.mine)
         self._send_counts, self._receive_counts = [len(x) for x, _ in sent], [len(x) for x, _ in received]
-        self._tokens = torch.cat([tokens for tokens, _ in sent]).to(device)
-        self._reverse = torch.cat([places for _, places in received]).to(device)
+        self._tokens = to_device(torch.cat([tokens for tokens, _ in sent]), device)
+        self._reverse = to_device(torch.cat([places for _, places in received]), device)
         self._order = self._reverse.argsort()
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...compat import tree_flatten, tree_unflatten
+from ...distributed.host import beside
 from ..active_batch import ActiveBatch, entered
 from ..interfaces.planned_mask import PlannedMask
 from ..interfaces.stock_attention import stock_attention, whole_mask
@@ -206,7 +207,7 @@ def _with_padding(mask: Any, padding: torch.Tensor | None) -> Any:
     if isinstance(mask, dict):
         return {name: _with_padding(x, padding) if name in PADDING_MASKS else x for name, x in mask.items()}
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        return torch.ones_like(mask) if padding is None else padding.to(mask)
+        return torch.ones_like(mask) if padding is None else beside(padding, mask).to(mask)
     return padding if mask is None else mask
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...compat import causal_lm_loss
 from ...data.shard import Shard
+from ...distributed.host import beside
 from ..active_batch import active_batch
 from ..model_registry import UNSHIFTED
 from .module_patch import by_name
@@ -43,7 +44,7 @@ def install_balancing_loss(model: PreTrainedModel) -> None:
         rows = batch.shard.batch_size
         gathered = [batch.gather(logits.reshape(rows, -1, logits.shape[-1])).flatten(0, 1) for logits in router]
         padding = batch.shard.padding
-        mask = None if padding is None else padding.to(gathered[0].device)
+        mask = None if padding is None else beside(padding, gathered[0])
         return original(**given | {"gate_logits": tuple(gathered), "attention_mask": mask}) / batch.group.size
 
     names[BALANCING] = of_whole_batch
@@ -73,11 +74,8 @@ def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any]
         return None
     logits = output["logits"]
     if config.model_type in UNSHIFTED:
-        count = shard.unshifted_count
-        labels = shard.unshifted.to(logits.device)
-        loss = causal_lm_loss()(
-            logits, None, logits.shape[-1], num_items_in_batch=count.to(logits.device), shift_labels=labels
-        )
+        count, labels = (beside(x, logits) for x in (shard.unshifted_count, shard.unshifted))
+        loss = causal_lm_loss()(logits, None, logits.shape[-1], num_items_in_batch=count, shift_labels=labels)
     elif getattr(config, "z_loss_coefficient", 0):
         if shard.padding is not None:
             raise ValueError(
@@ -86,8 +84,8 @@ def corrected_loss(model: PreTrainedModel, output: Any, given: Mapping[str, Any]
             )
         # The model has added the mean over its shard. It is replaced by this shard's share of the mean over the batch.
         squares = logits.logsumexp(dim=-1).to(output["loss"].dtype).pow(2)
-        real = shard.layout.positions(shard.rank).to(logits.device) < shard.length
-        mean = squares[:, real].sum() / (shard.batch_size * shard.length)
+        real = (shard.layout.positions(shard.rank) < shard.length).nonzero().flatten()
+        mean = squares.index_select(1, beside(real, logits)).sum() / (shard.batch_size * shard.length)
         loss = output["loss"] + config.z_loss_coefficient * (mean - squares.mean())
     else:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...compat import bloom_alibi
+from ...distributed.host import beside
 from ..active_batch import ActiveBatch
 
 
@@ -45,20 +46,20 @@ class _Temperatures:
                 return torch.log1p(torch.floor((index.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
             of_shard = torch.arange(query.shape[2], device=query.device)
-            right = factor(self._indices.to(query.device)).double() / factor(of_shard).double()
+            right = factor(beside(self._indices, query)).double() / factor(of_shard).double()
             self._made[key] = right[:, None, :, None].to(query.dtype)
         return self._made[key]
 
 
 def _bloom_alibi(module: torch.nn.Module, of_shard: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
     """Make the score biases of whole rows for Bloom, `[B * H, 1, S]`. The model makes them once for all layers."""
-    return bloom_alibi()(padding.to(of_shard.device), module.num_heads, of_shard.dtype)
+    return bloom_alibi()(beside(padding, of_shard), module.num_heads, of_shard.dtype)
 
 
 def _ids_without_padding(module: torch.nn.Module, input_ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
     """Make the tokens of whole rows for the n-grams of Qwen 4, `[B, S]`. Padding ends a segment of n-grams."""
     end = module.ple_embedding.eos_token_id
-    return torch.where(padding.to(input_ids.device).bool(), input_ids, end)
+    return torch.where(beside(padding, input_ids).bool(), input_ids, end)
 
 
 def _distances(module: torch.nn.Module, of_shard: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from ...compat import tree_map
 from ...data.shard import Shard
+from ...distributed.host import beside
 from ..active_batch import ActiveBatch
 from .module_patch import BatchPatch
 
@@ -49,7 +50,7 @@ class RopeByLength:
             # Positions of longer documents would be the largest, so they are clamped. Their results are not kept.
             part = forward(x, torch.cat([position_ids.clamp(max=length - 1), last], dim=-1), **options)
             part = tree_map(lambda tensor: tensor[..., :-1, :], part)
-            chosen = (lengths == length)[..., None].to(x.device)
+            chosen = beside((lengths == length)[..., None], x)
             result = part if result is None else _where(chosen, part, result)
         return result
 

@@ -1,6 +1,6 @@
 """Tests of the cache by which batches that are alike are planned once."""
 
-from hf_context_parallel.attention.recent import Recent
+from hf_context_parallel.planning.recent import Recent
 
 
 def test_what_was_not_used_for_longest_is_made_again():
@@ -17,7 +17,7 @@ def test_what_was_not_used_for_longest_is_made_again():
 
 
 def test_large_values_are_forgotten_but_for_the_last():
-    recent = Recent(10, most_bytes=100)
+    recent = Recent(10, 100, bytes_of=lambda size: size)
     for key, kept in ((60, 1), (40, 2), (1, 3), (2, 3), (1000, 4), (3, 1), (4, 2)):
-        recent.get(key, object, lambda _, size=key: size)
+        recent.put(key, key)
         assert len(recent) == kept, key

@@ -1,0 +1,123 @@
+"""Tensors on the host and on a device: copies that hold up nobody, and values that the host knows already.
+
+A copy from a device to the host waits until the device has done all that was queued before. So the host remembers the
+tensors that it has sent to a device, such as those of a batch, and reads them where they came from.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+
+class _Known(NamedTuple):
+    """Tensor on a device, and the tensor on the host that it was copied from, with the versions that are equal."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    source: torch.Tensor
+    source_version: int
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Return whether neither tensor was written since the copy."""
+        return (tensor._version, self.source._version) == (self.version, self.source_version)
+
+
+_known: dict[int, _Known] = {}
+"""By the id of the tensor on the device. An entry goes with this tensor."""
+
+
+def to_device(source: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to a device. For a copy to CUDA nobody waits."""
+    return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source.to(device)
+
+
+def beside(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor of the host to where another one is."""
+    return source if is_on_host(like) else to_device(source, like.device)
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Return whether the host can read a tensor without a wait for a device."""
+    return tensor.is_cpu
+
+
+def remember(tensor: torch.Tensor, source: torch.Tensor) -> None:
+    """Remember the tensor of the host that a tensor was copied from."""
+    if is_on_host(tensor) or not is_on_host(source) or tensor.is_inference() or source.is_inference():
+        return
+    key = id(tensor)
+    reference = weakref.ref(tensor, lambda _: _known.pop(key, None))
+    _known[key] = _Known(reference, tensor._version, source, source._version)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values of a tensor on the host.
+
+    They are not copied if it is on the host, or is remembered and neither of the two tensors was written since then.
+    """
+    found = _kept(tensor)
+    return tensor.detach().cpu() if found is None else found
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Values of a tensor that the host has without a wait, or None."""
+    if is_on_host(tensor):
+        return tensor.detach()
+    known = _known.get(id(tensor))
+    return known.source if known is not None and known.tensor() is tensor and known.holds(tensor) else None
+
+
+METHODS = ("to", "contiguous", "__getitem__", "view", "reshape", "flatten")
+FOLLOWED = {pad, *(getattr(torch.Tensor, name) for name in METHODS)}
+"""Functions of a `Twin` that are computed on the host too."""
+
+
+def values_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the values of a tensor on the host, without a wait if it is a twin, and the plain tensor."""
+    if not isinstance(tensor, Twin):
+        return on_host(tensor), tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = tensor.as_subclass(torch.Tensor)
+    return tensor._host if tensor._at == tensor._version else on_host(plain), plain
+
+
+class Twin(torch.Tensor):
+    """Tensor whose values the host follows, through functions that move and cut it.
+
+    The loss of a model shifts labels before it uses them. So the host knows the targets without a wait.
+    """
+
+    _host: torch.Tensor
+    _at: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> torch.Tensor:
+        """Make a twin of a tensor on a device whose values the host has. Others are returned as they are."""
+        host = None if is_on_host(tensor) else _kept(tensor)
+        return tensor if host is None else cls._made(tensor, host)
+
+    @classmethod
+    def _made(cls, tensor: torch.Tensor, host: torch.Tensor) -> Twin:
+        made = tensor.as_subclass(cls)
+        made._host, made._at = host, made._version
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs)
+            first, *others = args or (None,)
+            alone = not any(isinstance(x, torch.Tensor) for x in (*others, *kwargs.values()))
+            if function not in FOLLOWED or not isinstance(first, Twin) or not alone or first._at != first._version:
+                return result
+            if function is not torch.Tensor.to:
+                return cls._made(result, function(first._host, *others, **kwargs))
+            return cls._made(result, first._host) if result.dtype == first.dtype else result
