@@ -157,6 +157,26 @@ def test_the_items_of_the_gpu_suite_fit_into_its_time():
     assert sum(seconds.expected for seconds in suite.ITEMS.values()) <= suite.TOTAL
 
 
+@pytest.mark.parametrize(
+    ("report", "status", "errors"),
+    [("ERROR SUMMARY: 0 errors", 0, 0), ("Invalid read\nERROR SUMMARY: 1 error", 0, 1), ("no such device", 1, None)],
+)
+def test_gpu_suite_judges_the_report_of_compute_sanitizer(report, status, errors):
+    result = importlib.import_module("benchmarks.gpu_suite.sanitizer").judged(report, status)
+    assert (result["errors"], result["right"]) == (errors, errors == 0)
+    assert result["right"] or result["report"] == report
+
+
+def test_gpu_suite_finds_compute_sanitizer_beside_cuda(tmp_path, monkeypatch):
+    sanitizer = importlib.import_module("benchmarks.gpu_suite.sanitizer")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.touch(0o755)
+    assert sanitizer.found() == tool
+
+
 def test_gpu_suite_says_that_there_is_none(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert importlib.import_module("benchmarks.gpu_suite.__main__").main([]) == 2
