@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
@@ -45,8 +46,8 @@ def no_waiting(what: str, work: Callable[[], Any], device: torch.device) -> dict
     try:
         work()
     except RuntimeError as error:
-        trace = [f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in extract_tb(error.__traceback__)]
-        return {"what": what, "right": False, "error": str(error)[:300], "at": trace[-8:]}
+        calls = [f"{Path(call.filename).name}:{call.lineno}" for call in extract_tb(error.__traceback__)]
+        return {"what": what, "right": False, "error": str(error)[:300], "at": calls[-8:]}
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return {"what": what, "right": True}
