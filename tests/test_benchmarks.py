@@ -129,7 +129,7 @@ def test_gpu_suite_on_the_cpu(tmp_path):
     suite = importlib.import_module("benchmarks.gpu_suite.__main__")
     assert suite.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
     results = [json.loads(line) for line in (tmp_path / "gpu_suite.jsonl").read_text().splitlines()]
-    assert sum(result["item"] == "races" and result["right"] for result in results) == 16
+    assert sum(result["item"] == "races" and result["right"] for result in results) == 8
     assert {result["item"] for result in results} == set(suite.ITEMS) - {"nccl", "flash_attn_4"}
     assert len(list(tmp_path.iterdir())) <= 8
     page = (tmp_path / "gpu_suite.md").read_text()
@@ -155,6 +155,26 @@ def test_gpu_suite_starts_no_item_for_which_no_time_is_left(tmp_path, monkeypatc
 def test_the_items_of_the_gpu_suite_fit_into_its_time():
     suite = importlib.import_module("benchmarks.gpu_suite.__main__")
     assert sum(seconds.expected for seconds in suite.ITEMS.values()) <= suite.TOTAL
+
+
+@pytest.mark.parametrize(
+    ("report", "status", "errors"),
+    [("ERROR SUMMARY: 0 errors", 0, 0), ("Invalid read\nERROR SUMMARY: 1 error", 0, 1), ("no such device", 1, None)],
+)
+def test_gpu_suite_judges_the_report_of_compute_sanitizer(report, status, errors):
+    result = importlib.import_module("benchmarks.gpu_suite.sanitizer").judged(report, status)
+    assert (result["errors"], result["right"]) == (errors, errors == 0)
+    assert result["right"] or result["report"] == report
+
+
+def test_gpu_suite_finds_compute_sanitizer_beside_cuda(tmp_path, monkeypatch):
+    sanitizer = importlib.import_module("benchmarks.gpu_suite.sanitizer")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.touch(0o755)
+    assert sanitizer.found() == tool
 
 
 def test_gpu_suite_says_that_there_is_none(monkeypatch, capsys):

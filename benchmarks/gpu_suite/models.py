@@ -62,8 +62,10 @@ def tiny(model_type: str, device: torch.device) -> Iterator[dict[str, Any]]:
     input_ids = torch.randint(3, VOCABULARY, (2, 150), generator=torch.Generator().manual_seed(0)).to(device)
     batch = {"input_ids": input_ids, "labels": input_ids}
 
-    def taken(attention: str | None, dtype: torch.dtype, kernel: str | None = None):
+    def taken(attention: str | None, dtype: torch.dtype, kernel: str | None = None, autocast: bool = False):
         model = tiny_model(config, attention, torch.float32).to(device, dtype)  # it has the same weights, rounded
+        if autocast:
+            model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
         if kernel is None:
             return model, whole_step(model, batch)
         return model, sharded_step(model, batch, hcp.ContextParallel(hcp.ContextParallelConfig(size=1, kernel=kernel)))
@@ -71,13 +73,15 @@ def tiny(model_type: str, device: torch.device) -> Iterator[dict[str, Any]]:
     truth = taken(None, torch.float32)
     error = difference(*taken("context_parallel", torch.float32, "reference"), *truth)
     yield {"what": f"{model_type}, float32", "right": error <= EXACT, "error": error}
-    stock = difference(*taken(None, torch.bfloat16), *truth)
-    try:
-        error = difference(*taken("context_parallel", torch.bfloat16, "auto"), *truth)
-    except ValueError as refusal:
-        yield {"what": f"{model_type}, bfloat16, refused", "message": str(refusal)[:200]}
-        return
-    yield {"what": f"{model_type}, bfloat16", "right": error <= OF_STOCK * stock, "error": error, "stock": stock}
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        what = f"{model_type}, {'autocast to ' * autocast}bfloat16"
+        stock = difference(*taken(None, dtype, autocast=autocast), *truth)
+        try:
+            error = difference(*taken("context_parallel", dtype, "auto", autocast), *truth)
+        except ValueError as refusal:
+            yield {"what": f"{what}, refused", "message": str(refusal)[:200]}
+            return
+        yield {"what": what, "right": error <= OF_STOCK * stock, "error": error, "stock": stock}
 
 
 def large(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -105,6 +109,8 @@ def large(device: torch.device) -> Iterator[dict[str, Any]]:
         models[attention] = model.train()
     judged = choose_kernel("auto", device.type).name
     ways = {name: hcp.ContextParallel(hcp.ContextParallelConfig(size=1, kernel=name)) for name in (judged, "auto")}
+    if small:
+        del ways[judged]  # auto takes it too
     for checkpointing in (None, False, True):
         if checkpointing is not None:
             for model in models.values():
@@ -118,7 +124,8 @@ def large(device: torch.device) -> Iterator[dict[str, Any]]:
             return whole_step(model, batch) if way is None else sharded_step(model, batch, ways[way])
 
         # In turns, since the clock of a device depends on its temperature.
-        turns = [{way: measure(partial(step, way), device, repeats=2) for way in (None, *ways)} for _ in range(2)]
+        timed = range(1 if small else 2)
+        turns = [{way: measure(partial(step, way), device, repeats=1) for way in (None, *ways)} for _ in timed]
         stock = min((turn[None] for turn in turns), key=lambda times: times["ms"])
         loss = step(None).item()
         expected = middle_gradient(models["sdpa"])

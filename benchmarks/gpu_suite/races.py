@@ -44,8 +44,8 @@ def masks(length: int) -> dict[str, Mask]:
 
 def run(options: Namespace) -> Iterator[dict[str, Any]]:
     device = torch.device(options.device)
-    length = 8192 if device.type == "cuda" else 256
-    for name, mask in masks(length).items():
+    small = device.type == "cpu"
+    for name, mask in list(masks(256 if small else 8192).items())[:: 2 if small else 1]:
         whole = tensors(mask, device)
         expected = on_one_rank(mask, whole)
         for comm_type in WAYS:

@@ -22,6 +22,7 @@ from hf_context_parallel.attention.strategy import Shape, Strategy, build_strate
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.machine import machine_of
 from hf_context_parallel.planning.mask import Mask, Pattern, from_cu_seqlens, whole_rows
+from hf_context_parallel.planning.tiles import CAUSAL, FULL
 
 from ..simulation import PreparedExchange
 from .measure import DTYPES, kernel_ms, kernels, measure
@@ -72,7 +73,7 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
     present = kernels(device)
     last: dict[str, dict[str, Any]] = {}
     for tokens in (LONGEST["cpu"],) if small else (4096, 16_384, LONGEST["cuda"]):
-        for result in one_call(present, tokens, device):
+        for result in one_call(present, tokens, device, (CAUSAL,) if tokens == LONGEST["cuda"] else (FULL, CAUSAL)):
             yield result
             last[result["kernel"]] = result  # causal, and the longest
     fastest = min(last.values(), key=lambda result: result["forward ms"] + result["backward ms"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from hf_context_parallel.attention.kernels.base import Kernel
 from hf_context_parallel.attention.scores import Scores
-from hf_context_parallel.planning.tiles import CAUSAL, FULL, Segments
+from hf_context_parallel.planning.tiles import CAUSAL, FULL, Band, Segments
 
 from .measure import DTYPES, measure
 
@@ -35,9 +35,11 @@ def flops(pairs: float, products: int) -> float:
     return 2.0 * products * DIM * HEADS * pairs
 
 
-def one_call(kernels: list[Kernel], tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time each kernel, full and causal."""
-    for band in (FULL, CAUSAL):
+def one_call(
+    kernels: list[Kernel], tokens: int, device: torch.device, bands: Sequence[Band] = (FULL, CAUSAL)
+) -> Iterator[dict[str, Any]]:
+    """Time each kernel, by default full and causal."""
+    for band in bands:
         segments = Segments(((0, tokens),), ((0, tokens),), band)
         for kernel in kernels:
             call = call_of(kernel, segments, device)
