@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import DataLoader
 
 import hf_context_parallel as hcp
-from hf_context_parallel.data.loader import prepare_data_loader
 from hf_context_parallel.integration.switches import sharded_on_one_rank
 from hf_context_parallel.verification.types.tiny import VOCABULARY, tiny_config, tiny_model
 
@@ -67,7 +66,7 @@ def step_of_training(device: torch.device) -> dict[str, Any]:
     model = tiny_model(tiny_config("llama", num_hidden_layers=2), "context_parallel", torch.float32)
     model = hcp.parallelize(model.to(device, DTYPES[device.type]).train(), cp)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batches = iter(prepare_data_loader(DataLoader(samples), cp.groups, device=device, put_on_device=True))
+    batches = iter(cp.prepare_data_loader(DataLoader(samples), device=device))
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         optimizer.zero_grad()
