@@ -1,9 +1,9 @@
-"""Benchmark of planning a batch in its step, and of learning the plans that a worker of the loader has made.
+"""Benchmark of what a worker of the loader makes ahead of a step, and of what the rank has left to do.
 
     python -m benchmarks.ahead
 
-One process plays one of 8 ranks. It packs random documents into a row, and plans two kinds of layers: full attention
-and a window. Times are those of one thread on its core.
+One process plays one of 8 ranks. It packs random documents into a row, takes a shard, and plans two kinds of layers:
+full attention and a window. Times are those of one thread on its core.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from hf_context_parallel import ContextParallelConfig
 from hf_context_parallel.attention.planner import Layer, Planner
 from hf_context_parallel.attention.strategy import Shape
 from hf_context_parallel.calibration.rates import machines
-from hf_context_parallel.data.shard import layout_of, shard_batch
+from hf_context_parallel.data.batch import SHARD
+from hf_context_parallel.data.ready import describing, keep_ready, shard_of
+from hf_context_parallel.data.shard import shard_batch
 from hf_context_parallel.planning.mask import Pattern
 
 from . import report
@@ -30,7 +32,7 @@ from . import report
 RANKS, TOKENS = 8, 131_072
 SHAPE = Shape(32, 8, 128, 128, torch.bfloat16)
 LAYERS = tuple(Layer("auto", Pattern(True, window), SHAPE, "cuda") for window in (None, 4096))
-PARTS = ("layout, choice and strategies", "learning them", "finding them", "reading and sharding")
+PARTS = ("made ahead", "taken in", "found in the step")
 
 
 def packed(documents: int) -> dict[str, torch.Tensor]:
@@ -46,22 +48,21 @@ def times(batch: dict[str, torch.Tensor]) -> list[float]:
     config = ContextParallelConfig(size=RANKS)
     worker, rank = (Planner(config, 3, machines("flash_attn")) for _ in range(2))
     worker.meet((LAYERS, {}))
+    rank.meet((LAYERS, {}))
     worker.take_made()
     marks = [time.thread_time()]
-    layout, rows = layout_of(batch, config)
-    worker.plan(layout, rows)
+    local = shard_batch(describing(batch), config, 3)
+    worker.plan(local[SHARD].layout, local[SHARD].rows)
+    ahead = pickle.dumps((local, worker.take_made()))
     marks.append(time.thread_time())
-    made = pickle.dumps(worker.take_made())
-    begin = time.thread_time()
-    rank.learn(pickle.loads(made))
-    marks.append(marks[-1] + time.thread_time() - begin)
-    rank.meet((LAYERS, {}))
-    begin = time.thread_time()
-    rank.plan(layout, rows)
-    marks.append(marks[-1] + time.thread_time() - begin)
-    begin = time.thread_time()
-    shard_batch(batch, config, 3)
-    marks.append(marks[-1] + time.thread_time() - begin)
+    local, made = pickle.loads(ahead)
+    keep_ready(batch, config, 3, local)
+    rank.learn(made)
+    marks.append(time.thread_time())
+    found = shard_of(describing(batch), config, 3)
+    rank.plan(found[SHARD].layout, found[SHARD].rows)
+    marks.append(time.thread_time())
+    assert found[SHARD] is local[SHARD]
     return [stop - start for start, stop in zip(marks, marks[1:])]
 
 
@@ -81,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     text = "\n\n".join(
         [
             f"The host's milliseconds for a batch of {TOKENS:,} tokens on {RANKS} ranks, two kinds of layers. Medians "
-            f"of {options.rounds} batches. The first column is what a worker does ahead of the step. In the step are "
-            "left the last two.",
+            f"of {options.rounds} batches. A worker of the loader makes shard, layout, choices and strategies ahead. "
+            "The rank takes them in when the batch comes, and finds them in its step.",
             report.table(["documents", *PARTS], rows),
             report.described(report.machine()),
         ]

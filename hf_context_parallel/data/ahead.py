@@ -1,8 +1,8 @@
-"""Batches that are planned where they are loaded, one or more steps before their own.
+"""Batches that are sharded and planned where they are loaded, one or more steps before their own.
 
 A data loader collates in a worker process, or in the process of the rank just before the step that comes first. There
-the documents of a batch are read, and attention is planned for the layers that earlier batches have shown. In the step
-the plans are there. If they are not, as for the first batches, the step makes them.
+the shard of a batch is taken, and attention is planned for the layers that earlier batches have shown. In the step all
+is there. What is not, as the plans of the first batches, the step makes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from ..distributed.host import remember
 from ..planning.layout import Layout
 from ..planning.mask import Document
 from .batch import SHARD
-from .shard import layout_of
+from .ready import describing, keep_ready
+from .shard import shard_batch
 
 
 class Planner(Protocol):
     """Planner of attention, which can be pickled; see `attention.planner.Planner`."""
 
     config: ContextParallelConfig
+    rank: int
 
     @property
     def met(self) -> Any:
@@ -53,12 +55,13 @@ class Loaded(NamedTuple):
     Args:
         batch: the batch.
         counts: the number of samples of each group that are not repeated ones, if they are counted.
-        made: what a worker has planned, pickled; tensors inside would each take a file descriptor.
+        ahead: the shard or None, and what a worker has planned or None. They are pickled, since each tensor that a
+            worker sends takes a file descriptor.
     """
 
     batch: Any
     counts: list[int] | None = None
-    made: bytes | None = None
+    ahead: bytes | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Any:
         """Move the batch to a device and return it alone. The rest goes to the active data loader.
@@ -69,7 +72,7 @@ class Loaded(NamedTuple):
         if self.counts is not None:
             loader.counts = self.counts
             loader.remainder = 0  # gather_for_metrics already removes repeated samples, by the counts
-        loader.collate_fn.take(self.made)
+        loader.collate_fn.take(self)
         return moved(self.batch, device, non_blocking)
 
 
@@ -97,12 +100,16 @@ class PlanAhead:
         self._copy: Planner | None = None
         """Planner of a worker."""
 
-    def take(self, made: bytes | None) -> None:
-        """Learn what a worker has planned, and show workers what the planner of the rank has met."""
+    def take(self, loaded: Loaded) -> None:
+        """Keep what was made ahead, and show workers what the planner of the rank has met."""
         if self._planner is None or self._board is None:
             return
-        if made is not None:
-            self._planner.learn(pickle.loads(made))
+        if loaded.ahead is not None:
+            local, made = pickle.loads(loaded.ahead)
+            if local is not None:
+                keep_ready(loaded.batch, self._planner.config, self._planner.rank, local)
+            if made is not None:
+                self._planner.learn(made)
         self._board.write(self._planner.met)
 
     def __call__(self, samples: list) -> Loaded:
@@ -111,8 +118,7 @@ class PlanAhead:
         if self._planner is None or not isinstance(loaded.batch, Mapping):
             return loaded
         if get_worker_info() is None:
-            _plan(self._planner, loaded.batch)
-            return loaded
+            return loaded._replace(ahead=pickle.dumps((_planned(self._planner, loaded.batch), None)))
         if self._copy is None:
             self._copy = pickle.loads(pickle.dumps(self._planner))
             self._copy.take_made()
@@ -120,18 +126,21 @@ class PlanAhead:
         met = self._board.read()
         if met is not None:
             self._copy.meet(met)
-        _plan(self._copy, loaded.batch)
-        return loaded._replace(made=pickle.dumps(self._copy.take_made()))
+        local = _planned(self._copy, loaded.batch)
+        return loaded._replace(ahead=pickle.dumps((local, self._copy.take_made())))
 
 
-def _plan(planner: Planner, batch: Mapping[str, Any]) -> None:
-    """Plan a batch. What cannot be planned is refused in its step, by all ranks together."""
+def _planned(planner: Planner, batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Plan a batch and return its shard. It is None for a batch that is a shard, or that cannot be sharded.
+
+    What cannot be sharded is refused in its step, by all ranks together.
+    """
     try:
-        shard = batch.get(SHARD)
-        layout, rows = layout_of(batch, planner.config) if shard is None else (shard.layout, shard.rows)
-        planner.plan(layout, rows)
+        local = batch if SHARD in batch else shard_batch(describing(batch), planner.config, planner.rank)
+        planner.plan(local[SHARD].layout, local[SHARD].rows)
     except ValueError:
-        return
+        return None
+    return None if local is batch else local
 
 
 class Board:

@@ -19,7 +19,7 @@ from ..distributed.host import beside
 from ..planning import mask as masks
 from ..planning.balanced import padded_layout
 from ..planning.layout import Layout
-from .batch import AXES, CONSUMED, IGNORED, PADDING, PASSED_ON, SHARD, read_batch, take_columns
+from .batch import AXES, IGNORED, PADDING, PASSED_ON, SHARD, read_batch, take_columns
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
     batch_size, length = whole["position_ids"].shape
     num_items = (whole["shift_labels"] != IGNORED).sum() if "shift_labels" in whole else None
 
-    layout = _layout(rows, length, config)
+    documents = [document for row in rows for document in row]
+    layout = padded_layout(config.layout, length, config.size, documents, config.max_tokens_per_rank)
     positions = layout.positions(rank)
     local = {name: batch[name] for name in PASSED_ON if name in batch}
     for name, value in whole.items():
@@ -151,25 +152,6 @@ def shard_batch(batch: Mapping[str, Any], config: ContextParallelConfig, rank: i
         unshifted_count=count,
     )
     return local
-
-
-def layout_of(
-    batch: Mapping[str, Any], config: ContextParallelConfig
-) -> tuple[Layout, tuple[tuple[masks.Document, ...], ...]]:
-    """Make the layout of a whole batch, and read the documents of its rows. Inputs that do not matter may be any.
-
-    Raises:
-        ValueError: as for `shard_batch`.
-    """
-    described = (*PADDING, *CONSUMED)
-    inputs = {name: batch[name] for name in described if name in batch and name not in ("labels", "shift_labels")}
-    _, rows, whole = read_batch(inputs)
-    return _layout(rows, whole["position_ids"].shape[1], config), rows
-
-
-def _layout(rows: tuple[tuple[masks.Document, ...], ...], length: int, config: ContextParallelConfig) -> Layout:
-    documents = [document for row in rows for document in row]
-    return padded_layout(config.layout, length, config.size, documents, config.max_tokens_per_rank)
 
 
 def _reach(

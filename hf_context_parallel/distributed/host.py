@@ -67,7 +67,7 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 def _kept(tensor: torch.Tensor) -> torch.Tensor | None:
     """Values of a tensor that the host has without a wait, or None."""
     if is_on_host(tensor):
-        return tensor.detach()
+        return tensor.detach() if tensor.requires_grad else tensor
     known = _known.get(id(tensor))
     return known.source if known is not None and known.tensor() is tensor and known.holds(tensor) else None
 

@@ -10,8 +10,11 @@ from torch.utils.data import DataLoader
 
 from hf_context_parallel import parallelize
 from hf_context_parallel.attention.planner import Planner
-from hf_context_parallel.data.ahead import Board, Loaded, PlanAhead
+from hf_context_parallel.data import ready
+from hf_context_parallel.data.ahead import Board, PlanAhead
+from hf_context_parallel.data.batch import SHARD
 from hf_context_parallel.data.collator import ContextParallelDataCollator
+from hf_context_parallel.data.shard import shard_batch
 from tests.helpers.models import context, tiny_model, tokens
 
 ROWS = [(1, 2, 61), (30, 34), (5, 5, 54), (64,), (63, 1), (20, 20, 24), (2, 2, 2, 58), (50, 14)]
@@ -40,21 +43,24 @@ def made_in_steps(workers: int, context_of_workers: str | None, shards: bool) ->
     """
     model, cp = tiny_model("gemma3_text", "context_parallel").train(), context(layout="balanced")
     parallelize(model, cp)
-    planner, made, losses = cp.group.planner, [], []
+    planner, made, losses, sharded = cp.group.planner, [], [], []
     planner.take_made()
     collate = sharded_by(cp) if shards else collated
     loader = DataLoader(
         range(len(ROWS)), 1, collate_fn=collate, num_workers=workers, multiprocessing_context=context_of_workers
     )
-    for batch in cp.prepare_data_loader(loader, device="cpu"):
-        planner.take_made()  # what the process of the rank has made while it loaded
-        if shards:
-            with cp.shard(batch, model) as local:
-                loss = model(**local).loss
-        else:
-            loss = model(**batch).loss
-        made.append([len(entries) for entries in planner.take_made()])
-        losses.append(loss.item())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ready, "shard_batch", lambda *args: sharded.append(args) or shard_batch(*args))
+        for batch in cp.prepare_data_loader(loader, device="cpu"):
+            planner.take_made()  # what the process of the rank has made while it loaded
+            if shards:
+                with cp.shard(batch, model) as local:
+                    loss = model(**local).loss
+            else:
+                loss = model(**batch).loss
+            made.append([len(entries) for entries in planner.take_made()])
+            losses.append(loss.item())
+    assert not sharded  # from the first step on
     return made, losses
 
 
@@ -91,7 +97,39 @@ def test_what_cannot_be_planned_is_loaded():
     planner = Planner(context().config, 0, {})
     ahead = PlanAhead(lambda samples: samples[0], planner)
     for batch in ({"input_ids": [1, 2]}, {"text": "a"}, [1, 2], {"input_ids": torch.zeros(0, 0)}):
-        assert ahead([batch]) == Loaded(batch)
+        loaded = ahead([batch])
+        assert loaded.batch is batch and loaded.ahead in (None, pickle.dumps((None, None)))
+
+
+@pytest.mark.parametrize("change", ["nothing", "a value", "another tensor", "one tensor more", "another rank"])
+def test_a_ready_shard_is_that_of_its_batch_alone(change):
+    config, batch = context().config.of_size(2), collated([1])
+    local = shard_batch(ready.describing(batch), config, 1)
+    ready.keep_ready(batch, config, 1, local)
+    given, rank = ready.describing(batch), 1
+    if change == "a value":
+        batch["position_ids"][0, 40:] += 1
+    elif change == "another tensor":
+        given["position_ids"] = batch["position_ids"].clone()
+    elif change == "one tensor more":
+        given["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    elif change == "another rank":
+        rank = 0
+    found = ready.shard_of(given, config, rank)
+    assert (found[SHARD] is local[SHARD]) == (change == "nothing")
+    expected = shard_batch(given, config, rank)
+    assert found[SHARD] == expected[SHARD] and found.keys() == expected.keys()
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(found[name], expected[name]) and found[name] is not local[name]
+
+
+def test_a_ready_shard_goes_with_its_batch():
+    batch, config = collated([0]), context().config
+    before = len(ready._ready)
+    ready.keep_ready(batch, config, 0, shard_batch(ready.describing(batch), config, 0))
+    assert len(ready._ready) == before + 1
+    del batch
+    assert len(ready._ready) == before
 
 
 def test_a_planner_travels_without_its_plans():

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ...compat import set_compiler, tree_leaves, tree_map
 from ...cp_group import CPGroup
 from ...data.batch import CONSUMED, PADDING, PASSED_ON, SHARD, take_columns
-from ...data.shard import shard_batch
+from ...data.ready import shard_of
 from ...distributed.agreement import collective, fingerprint
 from ...distributed.failures import FailureReport
 from ..active_batch import ActiveBatch, active_batch, entered
@@ -185,7 +185,7 @@ class _Call:
         """Return the arguments for the shard of this rank."""
         known = {*PADDING, *CONSUMED, *PASSED_ON}
         inputs = {name: value for name, value in given.items() if name in known}
-        local = shard_batch(inputs, self.group.config, self.group.rank)
+        local = shard_of(inputs, self.group.config, self.group.rank)
         shard = local[SHARD]
         positions = shard.layout.positions(shard.rank)
         for name, value in given.items():
