@@ -63,7 +63,7 @@ class Rows:
         if self._ranges is None:
             return x.index_select(0, self.index(x.device))
         parts = [x[first : first + count] for first, count in self._ranges]
-        return torch.cat([x[:0], *parts])
+        return torch.cat(parts) if parts else x[:0]
 
     def index(self, device: torch.device) -> torch.Tensor:
         """Index `[n]` on a device. It is made once for each of its streams, and copied without a wait of the host."""
