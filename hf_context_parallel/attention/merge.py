@@ -20,7 +20,8 @@ def add_rows(source: torch.Tensor, part: torch.Tensor, target: torch.Tensor, row
         target.index_copy_(0, rows.index(target.device), _sum(rows.of(source), of_part.of(part)).to(target.dtype))
         return
     for here, there in common:
-        left, right, result = cut(source, there), cut(part, here), cut(target, there)
+        right, result = cut(part, here), cut(target, there)
+        left = result if source is target else cut(source, there)
         if source.dtype == target.dtype:
             torch.add(left, right, out=result)
         else:
@@ -52,28 +53,31 @@ def merge_rows(
     """
     common = in_common(part, of_part, target, rows)
     if common is None:
-        merged, weight = _weight(rows.of(lse), of_part.of(part_lse))
-        index = rows.index(target.device)
+        mine, index = rows.of(lse), rows.index(target.device)
+        weight = _merge_lse(mine, of_part.of(part_lse))
         target.index_copy_(0, index, _mean(rows.of(source), of_part.of(part), weight).to(target.dtype))
-        lse.index_copy_(0, index, merged)
+        lse.index_copy_(0, index, mine)
         return
     for here, there in common:
-        lse_there = cut(lse, there)
-        merged, weight = _weight(lse_there, cut(part_lse, here))
-        left, right, result = cut(source, there), cut(part, here), cut(target, there)
+        weight = _merge_lse(cut(lse, there), cut(part_lse, here))
+        right, result = cut(part, here), cut(target, there)
+        left = result if source is target else cut(source, there)
         if source.dtype == part.dtype == target.dtype == weight.dtype:
             torch.lerp(left, right, weight, out=result)
         else:
             result.copy_(_mean(left, right, weight))
-        lse_there.copy_(merged)
 
 
-def _weight(lse: torch.Tensor, part_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the merged LSE `[R, H]`, and the weight of the part `[R, H, 1]`, which is 0 if no key was read."""
-    merged = torch.logaddexp(lse, part_lse.to(lse.dtype))
-    least = torch.finfo(merged.dtype).min  # -inf less itself would be NaN
-    weight = (part_lse - merged.clamp_min(least)).exp_()
-    return merged, weight.unsqueeze(-1)
+def _merge_lse(lse: torch.Tensor, part_lse: torch.Tensor) -> torch.Tensor:
+    """Merge the LSE of a part into `lse`, both `[R, H]`.
+
+    Returns:
+        The weight of the part, `[R, H, 1]`: exp(part_lse - L), which is 0 if no key was read.
+    """
+    least = torch.finfo(lse.dtype).min  # -inf less itself would be NaN
+    weight = torch.sub(part_lse, lse.clamp_min(least)).sigmoid_()
+    torch.logaddexp(lse, part_lse, out=lse)
+    return weight.unsqueeze(-1)
 
 
 def _mean(output: torch.Tensor, part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

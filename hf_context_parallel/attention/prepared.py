@@ -10,25 +10,35 @@ import torch
 from ..distributed.buffers import new_buffer
 from ..distributed.messages import Message
 from ..distributed.rows import Rows, cut
-from ..planning.plan import Plan, Step, Transfer
+from ..planning.plan import Plan, Transfer
 from ..planning.portions import portions_of
+from ..planning.tiles import Segments
 from .totals import Places
 
 
-class Parcel:
-    """One message, and the rows of a buffer that it holds.
+class Parcels:
+    """Messages, and the rows of a buffer that each of them holds.
 
     Args:
-        transfer: the message, as the plan describes it.
+        transfers: the messages, as the plan describes them, in the order in which they are posted.
     """
 
-    def __init__(self, transfer: Transfer):
-        self.peer, self.tokens = transfer.peer, transfer.tokens
-        self.rows = Rows.of_runs(transfer.rows)
+    def __init__(self, transfers: Sequence[Transfer]):
+        self.peers = [transfer.peer for transfer in transfers]
+        self.rows = [Rows.of_runs(transfer.rows) for transfer in transfers]
+        self._sizes = [len(rows) for rows in self.rows]
+        self._parcels = [(peer, rows.run, rows) for peer, rows in zip(self.peers, self.rows)]
 
-    def taken(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Contents of the message: a view of the buffer if its rows are one run."""
-        return self.rows.of(buffer)
+    def taken(self, buffer: torch.Tensor) -> list[Message]:
+        """Messages to send: views of the buffer where their rows are one run."""
+        return [(peer, rows.of(buffer) if run is None else cut(buffer, run)) for peer, run, rows in self._parcels]
+
+    def apart(self, like: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Allocate memory for messages that arrive, with rows like those of a buffer."""
+        if not self.peers:
+            return ()
+        memory = new_buffer(like, sum(self._sizes), *like.shape[1:])
+        return (memory,) if len(self.peers) == 1 else memory.split_with_sizes(self._sizes)
 
 
 class Arrivals:
@@ -39,33 +49,46 @@ class Arrivals:
     """
 
     def __init__(self, transfers: Sequence[Transfer]):
-        self.parcels = [Parcel(transfer) for transfer in transfers]
         scattered = [transfer.rows for transfer in transfers if len(transfer.rows) > 1]
-        self._rows = Rows.of_runs([run for rows in scattered for run in rows]) if scattered else None
+        self._apart = Rows.of_runs([run for rows in scattered for run in rows]) if scattered else None
+        self._landings: list[tuple[int, slice, bool]] = []
+        """Rank that sends a message, the rows where it lands, and whether they are rows of memory apart."""
+        offset = 0
+        for transfer in transfers:
+            lands_apart = len(transfer.rows) > 1
+            start, stop = (offset, offset + transfer.tokens) if lands_apart else transfer.rows[0]
+            self._landings.append((transfer.peer, slice(start, stop), lands_apart))
+            offset += transfer.tokens if lands_apart else 0
 
     def landings(self, buffer: torch.Tensor) -> tuple[list[Message], torch.Tensor | None]:
         """Return where each message lands: rows of the buffer, or rows of a second tensor, which is returned too."""
-        apart = None if self._rows is None else new_buffer(buffer, len(self._rows), *buffer.shape[1:])
-        messages, offset = [], 0
-        for parcel in self.parcels:
-            run = parcel.rows.run
-            if run is None:
-                run, target = slice(offset, offset + parcel.tokens), apart
-                offset += parcel.tokens
-            else:
-                target = buffer
-            assert target is not None  # since a message is scattered
-            messages.append((parcel.peer, cut(target, run)))
-        return messages, apart
+        apart = buffer if self._apart is None else new_buffer(buffer, len(self._apart), *buffer.shape[1:])
+        found = [(peer, cut(apart if aside else buffer, rows)) for peer, rows, aside in self._landings]
+        return found, None if self._apart is None else apart
 
     def rows(self) -> list[Rows]:
-        """All rows that the messages fill."""
-        return [*(parcel.rows for parcel in self.parcels), *([] if self._rows is None else [self._rows])]
+        """All rows whose numbers are kept."""
+        return [] if self._apart is None else [self._apart]
 
     def settle(self, apart: torch.Tensor | None, buffer: torch.Tensor) -> None:
         """Move messages that landed apart to their rows of the buffer."""
         if apart is not None:
-            Rows.move(apart, None, buffer, self._rows)
+            Rows.move(apart, None, buffer, self._apart)
+
+
+@dataclass(frozen=True)
+class SumMessages:
+    """Messages of gradient sums after a step; see `Step`.
+
+    Args:
+        sends: sums of the step that are sent on.
+        joined: sums that are added to those of the next step.
+        returned: sums of this rank's own keys.
+    """
+
+    sends: Parcels
+    joined: Parcels
+    returned: Parcels
 
 
 @dataclass(frozen=True)
@@ -73,23 +96,27 @@ class PreparedStep:
     """Step whose messages are ready; see `Step` for the arguments of the same names.
 
     Args:
+        number: number of the step in the plan.
+        is_empty: True if this rank has no keys in the step, and sends none for it.
         keys: rows of the key buffer that each call adds gradients to.
+        sums: messages of gradient sums after this step, or None if there are none.
     """
 
-    step: Step
+    number: int
+    tokens: int
+    calls: tuple[Segments, ...]
     receives: Arrivals
-    forwards: list[Parcel]
-    direct_sends: list[Parcel]
-    grad_receives: list[Parcel]
-    grad_sends: list[Parcel]
-    grad_returns: list[Parcel]
+    forwards: Parcels
+    direct_sends: Parcels
+    is_empty: bool
     keys: Places
+    sums: SumMessages | None
 
     def rows(self) -> list[Rows]:
-        """All rows of the step."""
-        parcels = self.forwards, self.direct_sends, self.grad_receives, self.grad_sends, self.grad_returns
-        found = [parcel.rows for each in parcels for parcel in each]
-        return [*self.receives.rows(), *found, *self.keys.all_rows()]
+        """All rows of the step whose numbers are kept."""
+        sums = () if self.sums is None else (self.sums.sends, self.sums.joined, self.sums.returned)
+        parcels = [rows for each in (self.forwards, self.direct_sends, *sums) for rows in each.rows]
+        return [*self.receives.rows(), *parcels, *self.keys.all_rows()]
 
 
 @dataclass(frozen=True)
@@ -97,13 +124,14 @@ class PreparedPlan:
     """Plan whose messages and rows are ready.
 
     Args:
+        steps: the steps, each with the one that follows it.
         queries: rows of the queries that each call computes, calls of all steps in order.
         travels: True if keys travel between ranks or within this rank.
         sends_itself: True if a message goes from this rank to itself.
     """
 
     rank: int
-    steps: list[PreparedStep]
+    steps: list[tuple[PreparedStep, PreparedStep | None]]
     queries: Places
     travels: bool
     sends_itself: bool
@@ -111,35 +139,43 @@ class PreparedPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the row numbers that are kept on the host."""
-        return sum(
-            rows.nbytes for rows in [*self.queries.all_rows(), *(r for step in self.steps for r in step.rows())]
-        )
+        rows = [*self.queries.all_rows(), *(rows for step, _ in self.steps for rows in step.rows())]
+        return sum(each.nbytes for each in rows)
 
 
 def prepared(plan: Plan) -> PreparedPlan:
     """Make a plan ready. This is done once for each plan."""
-    if "prepared" not in plan.kept:
-        steps = [
-            PreparedStep(
-                step=step,
-                receives=Arrivals(step.receives),
-                forwards=_parcels(step.forwards),
-                direct_sends=_parcels(step.direct_sends),
-                grad_receives=_parcels(step.grad_receives),
-                grad_sends=_parcels(step.grad_sends),
-                grad_returns=_parcels(step.grad_returns),
-                keys=Places(portions_of([call.key_runs for call in step.calls], step.tokens)),
-            )
-            for step in plan.steps
-        ]
-        calls = [call.query_runs for step in plan.steps for call in step.calls]
-        travels = any(step.grad_sends or step.grad_returns for step in plan.steps)
-        itself = any(t.peer == plan.rank for step in plan.steps for t in (*step.receives, *step.grad_returns))
-        queries = Places(portions_of(calls, plan.tokens))
-        plan.kept["prepared"] = PreparedPlan(plan.rank, steps, queries, travels, itself)
-    found: PreparedPlan = plan.kept["prepared"]
+    found: PreparedPlan | None = plan.kept.get("prepared")
+    if found is None:
+        found = plan.kept["prepared"] = _prepared(plan)
     return found
 
 
-def _parcels(transfers: Sequence[Transfer]) -> list[Parcel]:
-    return [Parcel(transfer) for transfer in transfers]
+def _prepared(plan: Plan) -> PreparedPlan:
+    after = [step.grad_receives for step in plan.steps[1:]]
+    steps = [
+        PreparedStep(
+            number=number,
+            tokens=step.tokens,
+            calls=step.calls,
+            receives=Arrivals(step.receives),
+            forwards=Parcels(step.forwards),
+            direct_sends=Parcels(step.direct_sends),
+            is_empty=not (step.tokens or step.forwards or step.direct_sends),
+            keys=Places(portions_of([call.key_runs for call in step.calls], step.tokens)),
+            sums=_sum_messages(step.grad_sends, joined, step.grad_returns),
+        )
+        for number, (step, joined) in enumerate(zip(plan.steps, [*after, ()]))
+    ]
+    calls = [call.query_runs for step in plan.steps for call in step.calls]
+    return PreparedPlan(
+        rank=plan.rank,
+        steps=list(zip(steps, [*steps[1:], None])),
+        queries=Places(portions_of(calls, plan.tokens)),
+        travels=any(step.grad_sends or step.grad_returns for step in plan.steps),
+        sends_itself=any(t.peer == plan.rank for step in plan.steps for t in (*step.receives, *step.grad_returns)),
+    )
+
+
+def _sum_messages(*transfers: Sequence[Transfer]) -> SumMessages | None:
+    return SumMessages(*map(Parcels, transfers)) if any(transfers) else None

@@ -7,9 +7,9 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -20,12 +20,21 @@ from ..distributed.rows import Rows
 from ..distributed.side_stream import GradientStream
 from ..planning.plan import Plan
 from .kernels.base import Kernel
-from .prepared import Parcel, PreparedPlan, PreparedStep, prepared
+from .prepared import PreparedPlan, PreparedStep, SumMessages, prepared
 from .profiling import span
 from .scores import Scores
 from .sinks import add_sinks, sinks_gradient
-from .totals import Output, Places, Sum
+from .totals import Output, Sum
 from .ulysses import SharedHeads
+
+
+class Means(NamedTuple):
+    """What a plan is executed with; see `planned_attention`."""
+
+    plan: PreparedPlan
+    exchange: Exchange
+    kernel: Kernel
+    scores: Scores
 
 
 def planned_attention(
@@ -52,9 +61,8 @@ def planned_attention(
     Returns:
         `[T, H, D_v]` in the dtype of `query`; 0 for tokens that are in no call of the plan.
     """
-    key_value = torch.cat([key, value], dim=-1)  # so that a transfer takes one message instead of two
-    arguments = key.shape[-1], plan, exchange, kernel, scores, shared
-    output: torch.Tensor = _Attention.apply(query.contiguous(), key_value, sinks, *arguments)
+    means = Means(prepared(plan), exchange, kernel, scores)
+    output: torch.Tensor = _Attention.apply(query, key, value, sinks, means, shared)
     return output
 
 
@@ -63,28 +71,27 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any,
         query: torch.Tensor,
-        key_value: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         sinks: torch.Tensor | None,
-        key_dim: int,
-        plan: Plan,
-        exchange: Exchange,
-        kernel: Kernel,
-        scores: Scores,
+        means: Means,
         shared: SharedHeads | None,
     ) -> torch.Tensor:
-        dtype, heads = query.dtype, slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
-        with torch.autocast(query.device.type, enabled=False):
+        dtype, key_dim = query.dtype, key.shape[-1]
+        heads = slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
+        with _without_autocast(query):
+            query = query.contiguous()
+            key_value = torch.cat([key, value], dim=-1)  # so that a transfer takes one message instead of two
             if shared is not None:
                 with span("forward", "to heads"):
                     query, key_value = shared.to_heads(query, key_value)
-            output, lse = _forward(query, key_value, key_dim, plan, exchange, kernel, scores)
+            output, lse = _forward(query, key_value, key_dim, *means)
             if sinks is not None:
                 lse = add_sinks(output, lse, sinks[heads])
-            output = output.to(dtype)
+            output = _as(output, dtype)
         ctx.save_for_backward(query, key_value, sinks, output, lse)
         # Backward may run in a thread of autograd, where the active batch cannot be looked up. So it is all kept here.
-        ctx.environment = (key_dim, plan, exchange, kernel, scores)
-        ctx.shared, ctx.heads = shared, heads
+        ctx.means, ctx.shared, ctx.heads, ctx.key_dim = means, shared, heads, key_dim
         if shared is None:
             return output
         with span("forward", "to tokens"):
@@ -95,43 +102,55 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key_value, sinks, output, lse = ctx.saved_tensors
         shared, grad_sinks = ctx.shared, None
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with _without_autocast(grad_output):
             grad_output = grad_output.contiguous()
             if shared is not None:
                 with span("backward", "to heads"):
                     grad_output = shared.output_to_heads(grad_output)
-            grad_query, grad_key_value = _backward(grad_output, query, key_value, output, lse, *ctx.environment)
+            arguments = grad_output, query, key_value, output, lse, ctx.key_dim
+            grad_query, grad_key_value = _backward(*arguments, *ctx.means)
+            del arguments
             if sinks is not None:
                 grad_sinks = torch.zeros_like(sinks)
                 grad_sinks[ctx.heads] = sinks_gradient(grad_output, output, lse, sinks[ctx.heads])
             if shared is not None:
-                grad_key_value = grad_key_value.to(shared.gradient_dtype(key_value.dtype, grad_key_value.dtype))
+                grad_key_value = _as(grad_key_value, shared.gradient_dtype(key_value.dtype, grad_key_value.dtype))
                 with span("backward", "to tokens"):
                     grad_query, grad_key_value = shared.to_tokens(grad_query, grad_key_value)
-        return grad_query, grad_key_value.to(key_value.dtype), grad_sinks, *[None] * 7
+        return grad_query, *_split(_as(grad_key_value, key_value.dtype), ctx.key_dim), grad_sinks, None, None
+
+
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Context without autocast on the device of `x`. It takes no time where autocast is off."""
+    name = x.device.type
+    return torch.autocast(name, enabled=False) if torch.is_autocast_enabled(name) else nullcontext()
+
+
+def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _forward(
     query: torch.Tensor,
     key_value: torch.Tensor,
     key_dim: int,
-    plan: Plan,
+    plan: PreparedPlan,
     exchange: Exchange,
     kernel: Kernel,
     scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the output `[T, H, D_v]`, and its LSE `[T, H]` in the accumulation dtype."""
-    ready, number_of_call = prepared(plan), 0
-    output = Output(ready.queries)
+    output, count = Output(plan.queries), 0
     with in_flight(exchange) as exchange:
-        for number, step, keys in _exchanged("forward", ready, exchange, key_value):
-            for index, call in enumerate(step.step.calls):
+        for step, keys in _exchanged("forward", plan, exchange, key_value):
+            number = step.number
+            for index, call in enumerate(step.calls):
                 with span("forward", "compute", number):
                     key, value = _split(keys, key_dim)
                     part = kernel.forward(query, key, value, call, scores.of(number, index))
                 with span("forward", "merge", number):
-                    output.add(number_of_call, *part)
-                number_of_call += 1
+                    output.add(count, *part)
+                count += 1
                 del key, value, part
             del keys  # else it would be a fourth buffer while the next one is allocated
     if output.value is not None:
@@ -148,7 +167,7 @@ def _backward(
     output: torch.Tensor,
     lse: torch.Tensor,
     key_dim: int,
-    plan: Plan,
+    plan: PreparedPlan,
     exchange: Exchange,
     kernel: Kernel,
     scores: Scores,
@@ -158,73 +177,117 @@ def _backward(
     Returns:
         `[T, H, D]` in the dtype of the query, and `[T, H_kv, D + D_v]` in the accumulation dtype if they are sums.
     """
-    ready, stream, number_of_call = prepared(plan), GradientStream(query.device), 0
-    grad_query = Sum(ready.queries)
-    previous: PreparedStep | None = None
-    grad_own: torch.Tensor | None = None
-    leaving: torch.Tensor | None = None
-    after: list[tuple[int, None, None]] = [(len(ready.steps), None, None)]
-    number: int
-    step: PreparedStep | None
-    keys: torch.Tensor | None
+    grad_query, sums, count = Sum(plan.queries), _TravellingSums(plan, query.device), 0
     with in_flight(exchange) as exchange:
-        for number, step, keys in chain(_exchanged("backward", ready, exchange, key_value), after):
-            with stream, span("backward", "send sums", number):
-                joined, returned, pending = _post_gradients(exchange, ready, previous, leaving, step)
-            sent = leaving
-            if step is not None and keys is not None:
-                grad_keys = _KeySums(step.keys, keys, key_dim, ready.travels)
-                for index, call in enumerate(step.step.calls):
-                    key, value = _split(keys, key_dim)
-                    arguments = grad_output, query, key, value, output, lse, call, scores.of(number, index)
-                    with span("backward", "compute", number):
-                        dq, dk, dv = kernel.backward(*arguments)
-                    with span("backward", "merge", number):
-                        grad_query.add(number_of_call, dq)
-                        grad_keys.add(index, dk, dv)
-                    number_of_call += 1
-                    del arguments, key, value, dq, dk, dv
-                leaving = grad_keys.total()
-            del keys
-            stream.follow()
-            with stream:
-                with span("backward", "wait sums", number):
+        for step, keys in _exchanged("backward", plan, exchange, key_value):
+            number = step.number
+            sums.post(exchange, number)
+            if number and not step.tokens:
+                sums.follow(step, None)
+                continue
+            grad_keys = _KeySums(step, key_value, key_dim, plan.travels)
+            for index, call in enumerate(step.calls):
+                key, value = _split(keys, key_dim)
+                arguments = grad_output, query, key, value, output, lse, call, scores.of(number, index)
+                with span("backward", "compute", number):
+                    dq, dk, dv = kernel.backward(*arguments)
+                with span("backward", "merge", number):
+                    grad_query.add(count, dq)
+                    grad_keys.add(index, dk, dv)
+                count += 1
+                del arguments, key, value, dq, dk, dv
+            total = grad_keys.total()
+            del keys, grad_keys
+            sums.follow(step, total)
+            del total
+        sums.post(exchange, number + 1)
+        sums.follow(None, None)
+    of_query = torch.zeros_like(query) if grad_query.value is None else _as(grad_query.value, query.dtype)
+    return of_query, sums.own()
+
+
+class _TravellingSums:
+    """Sums of gradients of keys/values, which follow the keys one step behind.
+
+    At each step the sums of the step before are posted, and waited for when the gradients of the step are computed.
+    """
+
+    def __init__(self, plan: PreparedPlan, device: torch.device):
+        self._plan = plan
+        self._stream = GradientStream(device)
+        self._leaving: torch.Tensor | None = None
+        """Sums of the step before, if it had keys."""
+        self._messages: SumMessages | None = None
+        """Messages that carry them, and others of that time."""
+        self._own: torch.Tensor | None = None
+        """Sums of this rank's own keys."""
+        self._number = 0
+        self._arriving: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Pending] | None = None
+
+    def post(self, exchange: Exchange, number: int) -> None:
+        """Send the sums of the step before, and receive others."""
+        messages, own = self._messages, self._own
+        if messages is None or own is None:
+            return
+        self._number = number
+        with self._stream, span("backward", "send sums", number):
+            joined, returned = messages.joined.apart(own), messages.returned.apart(own)
+            receives = [*zip(messages.joined.peers, joined), *zip(messages.returned.peers, returned)]
+            sends = [] if self._leaving is None else messages.sends.taken(self._leaving)
+            pending = _post(exchange, self._plan, sends, receives)
+        self._arriving = joined, returned, pending
+
+    def follow(self, step: PreparedStep | None, sums: torch.Tensor | None) -> None:
+        """Wait for the messages, and add those that have arrived to the sums of a step or of this rank's own keys."""
+        messages, self._messages = self._messages, None if step is None else step.sums
+        sent, self._leaving = self._leaving, sums
+        self._stream.follow()
+        if messages is not None and self._arriving is not None:
+            joined, returned, pending = self._arriving
+            self._arriving = None
+            with self._stream:
+                with span("backward", "wait sums", self._number):
                     pending.wait()
-                with span("backward", "add sums", number):
-                    _add(leaving, joined)
-                    _add(grad_own, returned)
-            stream.keep(sent)
-            grad_own = leaving if grad_own is None else grad_own
-            previous = step
-            del joined, returned, sent  # else they would be alive while the next ones are allocated
-    stream.join()
-    assert grad_own is not None  # a plan has at least one step
-    total = torch.zeros_like(query) if grad_query.value is None else grad_query.value
-    return total.to(query.dtype), grad_own
+                with span("backward", "add sums", self._number):
+                    _add(sums, messages.joined.rows, joined)
+                    _add(self._own, messages.returned.rows, returned)
+        self._stream.keep(sent)
+        if self._own is None:
+            self._own = sums
+
+    def own(self) -> torch.Tensor:
+        """Sums of this rank's own keys, once all steps are done."""
+        self._stream.join()
+        assert self._own is not None  # a plan has at least one step
+        return self._own
 
 
 def _exchanged(
     direction: str, plan: PreparedPlan, exchange: Exchange, own: torch.Tensor
-) -> Iterator[tuple[int, PreparedStep, torch.Tensor]]:
-    """Yield each step with its number and its keys. The next keys travel while the caller computes with these.
+) -> Iterator[tuple[PreparedStep, torch.Tensor]]:
+    """Yield each step with its keys. The next keys travel while the caller computes with these.
 
     At most three buffers are alive: this rank's own keys, the keys of this step, and the keys that arrive. If messages
     hold scattered rows, these land in a fourth one. Around this generator `enumerate` would keep one more, since it
     frees an item only when it has the next one.
     """
-    held = own
-    for number, (step, upcoming) in enumerate(zip(plan.steps, (*plan.steps[1:], None))):
+    held, shape = own, own.shape[1:]
+    for step, upcoming in plan.steps:
         if upcoming is None:
-            yield number, step, held
+            yield step, held
             return
+        if upcoming.is_empty:
+            yield step, held
+            held = own  # of which nothing is read
+            continue
+        number = step.number
         with span(direction, "send", number):
-            arriving = new_buffer(own, upcoming.step.tokens, *own.shape[1:])
+            arriving = new_buffer(own, upcoming.tokens, *shape)
             landings, apart = upcoming.receives.landings(arriving)
-            sends = [(parcel.peer, parcel.taken(held)) for parcel in upcoming.forwards]
-            sends += [(parcel.peer, parcel.taken(own)) for parcel in upcoming.direct_sends]
+            sends = upcoming.forwards.taken(held) + upcoming.direct_sends.taken(own)
             pending = _post(exchange, plan, sends, landings)
             del sends, landings  # else they would keep keys alive when buffers of later steps are allocated
-        yield number, step, held
+        yield step, held
         with span(direction, "wait", number):
             pending.wait()
         with span(direction, "order", number):
@@ -233,49 +296,26 @@ def _exchanged(
         del apart, arriving
 
 
-def _post_gradients(
-    exchange: Exchange,
-    plan: PreparedPlan,
-    previous: PreparedStep | None,
-    leaving: torch.Tensor | None,
-    step: PreparedStep | None,
-) -> tuple[list[tuple[Rows, torch.Tensor]], list[tuple[Rows, torch.Tensor]], Pending]:
-    """Send the gradient sums `leaving` of the step before, and receive others.
-
-    Returns:
-        The sums to add to those of this step, the sums of this rank's own keys that return, and the messages.
-    """
-    if previous is None or leaving is None:
-        return [], [], Pending()
-
-    def expect(parcels: list[Parcel], like: torch.Tensor = leaving) -> list[tuple[Parcel, torch.Tensor]]:
-        return [(parcel, new_buffer(like, parcel.tokens, *like.shape[1:])) for parcel in parcels]
-
-    joined, returned = expect(step.grad_receives if step else []), expect(previous.grad_returns)
-    sends = [(parcel.peer, parcel.taken(leaving)) for parcel in previous.grad_sends]
-    pending = _post(exchange, plan, sends, [(parcel.peer, part) for parcel, part in joined + returned])
-    rows_joined = [(parcel.rows, part) for parcel, part in joined]
-    return rows_joined, [(parcel.rows, part) for parcel, part in returned], pending
-
-
 def _split(keys: torch.Tensor, key_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the keys and of the values in packed keys/values."""
     key, value = keys.split_with_sizes((key_dim, keys.shape[-1] - key_dim), -1)
     return key, value
 
 
-def _add(sums: torch.Tensor | None, parts: list[tuple[Rows, torch.Tensor]]) -> None:
+def _add(sums: torch.Tensor | None, places: Sequence[Rows], parts: Sequence[torch.Tensor]) -> None:
     """Add the parts that have arrived to their rows of `sums`, which may be None if there are no parts."""
-    for rows, part in parts:
+    for rows, part in zip(places, parts):
         assert sums is not None
         Rows.move(part, None, sums, rows, add=True)
 
 
 def _post(exchange: Exchange, plan: PreparedPlan, sends: list[Message], receives: list[Message]) -> Pending:
     """Post messages to other ranks, and copy the messages of this rank to itself."""
-    rank = plan.rank
+    if not (sends or receives):
+        return Pending()
     if not plan.sends_itself:
         return exchange.post(sends, receives)
+    rank = plan.rank
     pending = exchange.post(*([m for m in messages if m[0] != rank] for messages in (sends, receives)))
     mine = ([tensor for peer, tensor in messages if peer == rank] for messages in (sends, receives))
     for source, target in zip(*mine):
@@ -288,12 +328,14 @@ class _KeySums:
 
     They are in the accumulation dtype. If each row is of one call and nothing travels, they are in the dtype of the
     call.
+
+    Args:
+        like: keys/values of any step.
     """
 
-    def __init__(self, places: Places, keys: torch.Tensor, key_dim: int, travels: bool):
-        self._places, self._key_dim = places, key_dim
-        self._shape, self._like = keys.shape, keys.new_empty(0)  # and not the keys, so that they are freed
-        self._adds = travels or places.most > 1
+    def __init__(self, step: PreparedStep, like: torch.Tensor, key_dim: int, travels: bool):
+        self._places, self._tokens, self._like, self._key_dim = step.keys, step.tokens, like, key_dim
+        self._adds = travels or step.keys.most > 1
         self._total: torch.Tensor | None = None
         self._sums: list[Sum] = []
 
@@ -314,5 +356,5 @@ class _KeySums:
         return self._allocate(accumulation_dtype(self._like.dtype)) if self._total is None else self._total
 
     def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
-        total = new_buffer(self._like, *self._shape, dtype=dtype)
+        total = new_buffer(self._like, self._tokens, *self._like.shape[1:], dtype=dtype)
         return total if self._places.complete else total.zero_()

@@ -13,6 +13,7 @@ single rank between two exchanges of heads. And p2p is a plan for subgroups of o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class Strategy:
     def nbytes(self) -> int:
         """Bytes of the row numbers that are kept on the host to execute this strategy."""
         plans = [prepared(plan).nbytes for plan in (self.plan, self.own, self.padding) if plan is not None]
-        return sum(plans) + sum(rows.nbytes for rows in (*self.exchanged, *self.places))
+        return sum(plans) + sum(rows.nbytes for rows in (*self.exchanged, *self.places, *self.places))
 
     def outer(self, exchange: Exchange) -> Exchange:
         """Messages between this rank and the ranks that have its place in other subgroups."""
@@ -99,6 +100,19 @@ class Strategy:
         """Exchange of heads in the subgroup of this rank, or None for subgroups of one rank."""
         if self.inner == 1:
             return None
+        made = exchange, heads, key_heads, device
+        if made not in self._kept:
+            self._kept[made] = self._shared_heads(*made)
+        return self._kept[made]
+
+    @cached_property
+    def _kept(self) -> dict[tuple[Exchange | None, int, int, torch.device], SharedHeads]:
+        """Exchanges of heads of earlier layers, since all layers of a kind have the same."""
+        return {}
+
+    def _shared_heads(
+        self, exchange: Exchange | None, heads: int, key_heads: int, device: torch.device
+    ) -> SharedHeads:
         assert self.plan is not None  # without a plan no heads are exchanged
         first, mine = self.rank - self.rank % self.inner, self.rank % self.inner
         return SharedHeads(

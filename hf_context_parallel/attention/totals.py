@@ -16,6 +16,7 @@ import torch
 from ..distributed.buffers import new_buffer
 from ..distributed.messages import accumulation_dtype
 from ..distributed.rows import Rows
+from ..planning.intervals import total
 from ..planning.portions import Portions
 from . import merge
 
@@ -42,20 +43,18 @@ class Places:
             [Placed(Rows.of_runs(p.part), Rows.of_runs(p.rows), p.before, p.last) for p in part]
             for part in portions.of_parts
         ]
-        self._all = [self._is_all(number) for number in range(len(self.of_parts))]
+        self._all = [
+            all(p.before == 0 and p.part == p.rows for p in part) and sum(total(p.rows) for p in part) == self.rows
+            for part in portions.of_parts
+        ]
 
     def all_rows(self) -> list[Rows]:
         """All rows of the portions."""
         return [rows for part in self.of_parts for placed in part for rows in (placed.part, placed.rows)]
 
     def is_all(self, number: int) -> bool:
-        """Return True if a part holds all rows, in order, and is the first to do so."""
+        """Return True if a part holds all rows, in order, and is the first to hold any."""
         return self._all[number]
-
-    def _is_all(self, number: int) -> bool:
-        everything = slice(0, self.rows)
-        found = self.of_parts[number]
-        return len(found) == 1 and found[0].before == 0 and found[0].part.run == found[0].rows.run == everything
 
 
 class _Total(ABC):
@@ -79,21 +78,19 @@ class _Total(ABC):
             self._value = new_buffer(part, self._places.rows, *part.shape[1:])
             if not self._places.complete:
                 self._value.zero_()
+        value = self._value
         for placed in self._places.of_parts[number]:
             if placed.before == 0:
-                Rows.move(part, placed.part, self._value, placed.rows)
+                Rows.move(part, placed.part, value, placed.rows)
                 continue
-            source = self._value if placed.before == 1 else self._held(part)
-            self._combine(source, part, self._value if placed.last else self._held(part), placed)
+            source = value if placed.before == 1 else self._held(value)
+            self._combine(source, part, value if placed.last else self._held(value), placed)
 
-    def _held(self, part: torch.Tensor) -> torch.Tensor:
+    def _held(self, value: torch.Tensor) -> torch.Tensor:
         """Sums of rows that have had two parts, and will have more."""
-        assert self._value is not None
-        dtype = accumulation_dtype(part.dtype)
-        if self._value.dtype == dtype:
-            return self._value
         if self._sums is None:
-            self._sums = new_buffer(self._value, *self._value.shape, dtype=dtype)
+            dtype = accumulation_dtype(value.dtype)
+            self._sums = value if value.dtype == dtype else new_buffer(value, *value.shape, dtype=dtype)
         return self._sums
 
     @abstractmethod
@@ -132,7 +129,7 @@ class Output(_Total):
         """Merge part `number`, `[rows of the part, H, D]`, with its LSE `[rows of the part, H]`."""
         dtype = accumulation_dtype(part.dtype)
         if self._places.is_all(number):
-            self._lse = part_lse.to(dtype)
+            self._lse = part_lse if part_lse.dtype == dtype else part_lse.to(dtype)
         else:
             if self._lse is None:
                 self._lse = part_lse.new_full((self._places.rows, part_lse.shape[1]), float("-inf"), dtype=dtype)

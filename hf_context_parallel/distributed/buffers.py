@@ -111,6 +111,6 @@ def new_buffer(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None
         dtype: its dtype; that of `like` unless given.
     """
     dtype = like.dtype if dtype is None else dtype
-    if not like.is_cpu or prod(shape) * dtype.itemsize < SMALL:
-        return like.new_empty(shape, dtype=dtype)
-    return _pool.empty(shape, dtype)
+    if like.is_cpu and prod(shape) * dtype.itemsize >= SMALL:
+        return _pool.empty(shape, dtype)
+    return like.new_empty(shape) if dtype == like.dtype else like.new_empty(shape, dtype=dtype)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -184,54 +184,40 @@ class CheckedExchange:
         self.interrupted = False
 
 
-@contextmanager
-def in_flight(exchange: Exchange) -> Iterator[Exchange]:
-    """Yield an exchange for the messages of a `with` block. An error in the block leaves no buffer to be written late.
+class in_flight:
+    """Exchange for the messages of a `with` block. An error in the block leaves no buffer to be written late.
 
     A `CheckedExchange` is interrupted, and keeps the buffers of messages that were not waited for alive. Messages of
     another exchange are waited for.
     """
-    flight = _Flight(exchange)
-    try:
-        yield flight
-    except BaseException:
-        flight.interrupt()
-        raise
-
-
-class _Flight:
-    """Exchange that knows which of its messages were not waited for."""
 
     def __init__(self, exchange: Exchange):
         self.exchange = exchange
-        self._left: set[Pending] = set()
+        self._posted: list[Pending] = []
+        """All messages of the block. Those that were waited for hold nothing any more."""
+
+    def __enter__(self) -> in_flight:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        if kind is not None:
+            self._interrupt()
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        return _Tracked(self.exchange.post(sends, receives), self._left)
+        pending = self.exchange.post(sends, receives)
+        self._posted.append(pending)
+        return pending
 
-    def interrupt(self) -> None:
+    def _interrupt(self) -> None:
         exchange = self.exchange
-        while isinstance(exchange, (Subset, _Flight)):
+        while isinstance(exchange, (Subset, in_flight)):
             exchange = exchange.exchange
         if isinstance(exchange, CheckedExchange):
-            exchange.interrupt(list(self._left))
+            exchange.interrupt(self._posted)
             return
-        for pending in list(self._left):
+        for pending in self._posted:
             with suppress(Exception):  # the error of the block is raised
                 pending.wait()
-
-
-class _Tracked(Pending):
-    """Messages in progress that leave a set when they have been waited for."""
-
-    def __init__(self, pending: Pending, left: set[Pending]):
-        super().__init__([pending])
-        self._left = left
-        left.add(self)
-
-    def wait(self) -> None:
-        super().wait()
-        self._left.discard(self)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -48,6 +48,11 @@ class Rows:
         """Rows of half-open intervals, one after another."""
         return cls(torch.cat([torch.arange(start, stop) for start, stop in runs]))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """Rows of several parts, one part after another. No row is in two of them."""
+        return cls(torch.cat([part._all() for part in parts])) if parts else cls(torch.arange(0))
+
     def __len__(self) -> int:
         return self._count
 
@@ -63,18 +68,22 @@ class Rows:
         if self._ranges is None:
             return x.index_select(0, self.index(x.device))
         parts = [x[first : first + count] for first, count in self._ranges]
-        return torch.cat([x[:0], *parts])
+        return torch.cat(parts) if parts else x[:0]
 
     def index(self, device: torch.device) -> torch.Tensor:
         """Index `[n]` on a device. It is made once for each of its streams, and copied without a wait of the host."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         if (device, stream) not in self._on:
-            numbers = self._numbers
-            if numbers is None:
-                numbers = torch.cat([torch.arange(first, first + count) for first, count in self._ranges or [(0, 0)]])
+            numbers = self._all()
             pinned = numbers.pin_memory() if device.type == "cuda" else numbers
             self._on[device, stream] = pinned.to(device, non_blocking=True)
         return self._on[device, stream]
+
+    def _all(self) -> torch.Tensor:
+        """Numbers of the rows, on the CPU."""
+        if self._numbers is not None:
+            return self._numbers
+        return torch.cat([torch.arange(first, first + count) for first, count in self._ranges or [(0, 0)]])
 
     @staticmethod
     def move(

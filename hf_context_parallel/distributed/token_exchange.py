@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 
 from .buffers import new_buffer
-from .messages import Exchange, in_flight
+from .messages import Exchange, Message, in_flight
 from .rows import Rows
 
 Dealt = Sequence[range]
@@ -77,20 +76,22 @@ class TokenExchange:
         Args:
             dealt: the heads that each rank gets, for each tensor.
         """
-        sent = {rank: _empty(tensors, self.counts[self.rank], [d[rank] for d in dealt]) for rank in self._others}
-        for rank, message in sent.items():
-            for block, x, shares in zip(message.blocks, tensors, dealt):
-                Rows.move(_heads(x, shares[rank]), self.tokens, block, None)
+        travelling = [x if self.tokens is None else self.tokens.of(x) for x in tensors]
+        sent = _by_heads(travelling, self.counts[self.rank], _groups(_hashable(dealt), self.rank))
+        for index, group, block in sent.blocks:
+            block.copy_(_of_ranks(travelling[index], group.shares[index], group.ranks))
         own = [shares[self.rank] for shares in dealt]
-        received = {rank: _empty(tensors, self.counts[rank], own) for rank in self._others}
-        with self._posted(sent, received):
+        received = _by_tokens(tensors, self._other_counts, list(map(len, own)))
+        with in_flight(self._exchange) as exchange:
+            pending = exchange.post(sent.messages, received.messages)
             make = torch.Tensor.new_empty if sum(self.counts) == self.whole else torch.Tensor.new_zeros
             results = [make(x, (self.whole, len(share), x.shape[2])) for x, share in zip(tensors, own)]
-            for result, x, share in zip(results, tensors, own):
-                Rows.move(_heads(x, share), self.tokens, result, self.places[self.rank])
-        for rank, message in received.items():
-            for result, block in zip(results, message.blocks):
-                Rows.move(block, None, result, self.places[rank])
+            for result, x, share in zip(results, travelling, own):
+                Rows.move(_heads(x, share), None, result, self.places[self.rank])
+            del travelling, x  # which may be copies
+            pending.wait()
+        for result, block in zip(results, received.blocks):
+            Rows.move(block, None, result, self._elsewhere)
         return results
 
     def to_tokens(
@@ -104,11 +105,11 @@ class TokenExchange:
             dealt: the heads that each rank has, for each tensor.
             totals: H of each tensor.
         """
-        count = self.counts[self.rank]
-        sent = {rank: _filled([self.places[rank].of(x) for x in tensors]) for rank in self._others}
-        received = {rank: _empty(tensors, count, [d[rank] for d in dealt]) for rank in self._others}
+        sends = self._sent_tokens(tensors)
+        received = _by_heads(tensors, self.counts[self.rank], _groups(_hashable(dealt), self.rank))
         once = [sum(map(len, shares)) == total for shares, total in zip(dealt, totals)]
-        with self._posted(sent, received):
+        with in_flight(self._exchange) as exchange:
+            pending = exchange.post(sends, received.messages)
             results = [
                 (x.new_empty if single and self.tokens is None else x.new_zeros)(self.rows, total, x.shape[2])
                 for x, single, total in zip(tensors, once, totals)
@@ -116,61 +117,163 @@ class TokenExchange:
             for x, result, single, shares in zip(tensors, results, once, dealt):
                 place = _heads(result, shares[self.rank])
                 Rows.move(x, self.places[self.rank], place, self.tokens, add=not single)
-        for rank, message in received.items():
-            for block, result, single, shares in zip(message.blocks, results, once, dealt):
-                Rows.move(block, None, _heads(result, shares[rank]), self.tokens, add=not single)
+            pending.wait()
+        for index, group, block in received.blocks:
+            result, share = results[index], group.shares[index]
+            if once[index] and self.tokens is None:
+                _of_ranks(result, share, group.ranks).copy_(block)
+                continue
+            for number, part in enumerate(block):
+                start = share.start + number * len(share)
+                place = _heads(result, range(start, start + len(share)))
+                Rows.move(part, None, place, self.tokens, add=not once[index])
         return results
 
-    @property
-    def _others(self) -> list[int]:
-        return [rank for rank in range(len(self.counts)) if rank != self.rank]
+    def _sent_tokens(self, tensors: Sequence[torch.Tensor]) -> list[Message]:
+        """Make the messages with the tokens of the other ranks. Those of a single tensor are copied once at most."""
+        if len(tensors) == 1:
+            return _messages(self._other_counts, self._elsewhere.of(tensors[0]).flatten())
+        sent = _by_tokens(tensors, self._other_counts, [x.shape[1] for x in tensors])
+        for x, block in zip(tensors, sent.blocks):
+            Rows.move(x, self._elsewhere, block, None)
+        return sent.messages
 
-    @contextmanager
-    def _posted(self, sent: dict[int, _Message], received: dict[int, _Message]) -> Iterator[None]:
-        """Post a message to each other rank and one from each, and wait for them at the end of the block."""
-        sends, receives = (
-            [(rank, part) for rank, message in side.items() for part in message.parts if part.numel()]
-            for side in (sent, received)
-        )
+    @property
+    def _exchange(self) -> Exchange:
         assert self.exchange is not None  # nothing is posted where messages are only counted
-        with in_flight(self.exchange) as exchange:
-            pending = exchange.post(sends, receives)
-            yield
-            pending.wait()
+        return self.exchange
+
+    @cached_property
+    def _other_counts(self) -> dict[int, int]:
+        """Number of tokens that travel from each other rank."""
+        return {rank: count for rank, count in enumerate(self.counts) if rank != self.rank}
+
+    @cached_property
+    def _elsewhere(self) -> Rows:
+        """Rows of the tokens of all other ranks, one rank after another."""
+        return Rows.joined([self.places[rank] for rank in self._other_counts])
 
 
 def _heads(x: torch.Tensor, share: range) -> torch.Tensor:
     """View the heads `share` of `[tokens, H, D]`."""
-    return x[:, share.start : share.stop]
+    return x if len(share) == x.shape[1] else x[:, share.start : share.stop]
 
 
-class _Message(NamedTuple):
-    """Message with some tokens and heads of tensors.
+def _of_ranks(x: torch.Tensor, first: range, count: int) -> torch.Tensor:
+    """View heads of `[tokens, H, D]` by ranks, `[count, tokens, heads, D]`.
 
-    `parts` holds one buffer for each dtype. `blocks` holds a view `[tokens, heads, D]` of them for each tensor.
+    Args:
+        first: the heads of the first rank. The others have as many each, and follow it.
+    """
+    row, head, element = x.stride()
+    start = x.storage_offset() + first.start * head
+    shape, stride = (count, x.shape[0], len(first), x.shape[2]), (len(first) * head, row, head, element)
+    return x.as_strided(shape, stride, start)
+
+
+class _Group(NamedTuple):
+    """Neighbouring ranks with equally many heads each, whose heads follow each other.
+
+    `shares` holds the heads of the first of these ranks, for each tensor.
     """
 
-    parts: Sequence[torch.Tensor]
-    blocks: Sequence[torch.Tensor]
+    first: int
+    ranks: int
+    shares: tuple[range, ...]
 
 
-def _empty(like: Sequence[torch.Tensor], tokens: int, heads: Sequence[range]) -> _Message:
-    """Allocate a message of `tokens` tokens, with the given heads of each tensor."""
-    widths = [len(share) * x.shape[-1] for x, share in zip(like, heads)]
-    parts, blocks = [], {}
-    for dtype in dict.fromkeys(x.dtype for x in like):
-        alike = [index for index, x in enumerate(like) if x.dtype == dtype]
-        parts.append(new_buffer(like[alike[0]], tokens, sum(widths[index] for index in alike)))
-        for index, block in zip(alike, parts[-1].split([widths[index] for index in alike], dim=1)):
-            blocks[index] = block.unflatten(1, (len(heads[index]), like[index].shape[-1]))
-    return _Message(parts, [blocks[index] for index in range(len(like))])
+def _hashable(dealt: Sequence[Dealt]) -> tuple[tuple[range, ...], ...]:
+    return tuple(map(tuple, dealt))
 
 
-def _filled(tensors: Sequence[torch.Tensor]) -> _Message:
-    """Make a message of tensors `[tokens, heads, D]`. A single tensor is not copied."""
-    if len(tensors) == 1:
-        return _Message([tensors[0].flatten(1)], tensors)
-    message = _empty(tensors, len(tensors[0]), [range(x.shape[1]) for x in tensors])
-    for block, x in zip(message.blocks, tensors):
-        block.copy_(x)
-    return message
+@lru_cache(maxsize=1024)
+def _groups(dealt: tuple[tuple[range, ...], ...], without: int) -> list[_Group]:
+    """Group the ranks, so that the messages of a group are filled by one copy of each tensor.
+
+    Args:
+        without: a rank that is left out.
+    """
+    groups: list[_Group] = []
+    for rank, shares in enumerate(zip(*dealt)):
+        if rank == without:
+            continue
+        if groups:
+            first, count, before = groups[-1]
+            next_to = [range(s.start + count * len(s), s.stop + count * len(s)) for s in before]
+            if rank == first + count and list(shares) == next_to:
+                groups[-1] = _Group(first, count + 1, before)
+                continue
+        groups.append(_Group(rank, 1, shares))
+    return groups
+
+
+class _ByHeads(NamedTuple):
+    """Messages with the same tokens and different heads.
+
+    `blocks` holds views `[ranks, tokens, heads, D]` of the memory of the messages, with the index of the tensor.
+    """
+
+    messages: list[Message]
+    blocks: list[tuple[int, _Group, torch.Tensor]]
+
+
+def _by_heads(like: Sequence[torch.Tensor], tokens: int, groups: Sequence[_Group]) -> _ByHeads:
+    """Allocate a message for each rank of the groups, with its heads of each tensor."""
+    messages: list[Message] = []
+    blocks = []
+    for alike in _alike(like):
+        widths = [sum(len(group.shares[index]) * like[index].shape[2] for index in alike) for group in groups]
+        sizes = [tokens * width for group, width in zip(groups, widths) for _ in range(group.ranks)]
+        memory, start = new_buffer(like[alike[0]], sum(sizes)), 0
+        peers = [group.first + number for group in groups for number in range(group.ranks)]
+        messages += [message for message in zip(peers, memory.split_with_sizes(sizes)) if message[1].numel()]
+        for group, width in zip(groups, widths):
+            offset = start
+            for index in alike:
+                heads, dim = len(group.shares[index]), like[index].shape[2]
+                shape, stride = (group.ranks, tokens, heads, dim), (tokens * width, width, dim, 1)
+                blocks.append((index, group, memory.as_strided(shape, stride, offset)))
+                offset += heads * dim
+            start += group.ranks * tokens * width
+    return _ByHeads(messages, blocks)
+
+
+class _ByTokens(NamedTuple):
+    """Messages with the same heads and different tokens.
+
+    `blocks` holds a view `[tokens, heads, D]` of their memory for each tensor, with the tokens of all messages.
+    """
+
+    messages: list[Message]
+    blocks: list[torch.Tensor]
+
+
+def _by_tokens(like: Sequence[torch.Tensor], counts: dict[int, int], heads: Sequence[int]) -> _ByTokens:
+    """Allocate a message for each rank of `counts`, with that many tokens of each tensor."""
+    messages: list[Message] = []
+    blocks: dict[int, torch.Tensor] = {}
+    for alike in _alike(like):
+        sizes = [heads[index] * like[index].shape[2] for index in alike]
+        width, total, offset = sum(sizes), sum(counts.values()), 0
+        memory = new_buffer(like[alike[0]], total * width)
+        messages += _messages(counts, memory)
+        for index, size in zip(alike, sizes):
+            dim = like[index].shape[2]
+            blocks[index] = memory.as_strided((total, heads[index], dim), (width, dim, 1), offset)
+            offset += size
+    return _ByTokens(messages, [blocks[index] for index in range(len(like))])
+
+
+def _messages(counts: dict[int, int], memory: torch.Tensor) -> list[Message]:
+    """Cut flat memory into messages with that many tokens from or to each rank. Empty ones are left out."""
+    width = len(memory) // max(1, sum(counts.values()))
+    parts = zip(counts, memory.split_with_sizes([count * width for count in counts.values()]))
+    return [(rank, part) for rank, part in parts if part.numel()]
+
+
+def _alike(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Indices of the tensors of each dtype. Tensors of one dtype share messages."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, x in enumerate(tensors):
+        by_dtype.setdefault(x.dtype, []).append(index)
+    return list(by_dtype.values())

@@ -15,7 +15,7 @@ from hf_context_parallel.distributed.mesh import Ranks
 from hf_context_parallel.distributed.messages import CheckedExchange, Subset, in_flight
 from hf_context_parallel.planning.layout import contiguous, zigzag
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
-from hf_context_parallel.planning.plan import build_plan
+from hf_context_parallel.planning.plan import Step, build_plan
 from tests.helpers.models import context, tiny_model, tokens
 from tests.helpers.ring import MASKS, SIZES, on_rank, tensors
 from tests.helpers.simulated import Event, LiveBuffers, Log, run
@@ -36,13 +36,17 @@ def overlapping(plan):
     """Expected events, in which each transfer is posted before the kernel calls of a step and waited for after them.
 
     During a step the next keys travel. During a step of the backward, the gradients of the step before travel too.
+    Nothing is posted where nothing travels.
     """
-    posts, events = count(), []
+    posts, events, steps = count(), [], [*plan.steps, Step(0, ())]
     for backward in (False, True):
         for number in range(plan.size + backward):
-            keys = [next(posts)] if number + 1 < plan.size else []
-            gradients = [next(posts)] if backward and number else []
-            calls = plan.steps[number].calls if number < plan.size else ()
+            here, upcoming, before = (steps[min(max(0, n), plan.size)] for n in (number, number + 1, number - 1))
+            travels = bool(upcoming.receives or upcoming.forwards or upcoming.direct_sends)
+            keys = [next(posts)] if travels else []
+            returns = number > 0 and bool(before.grad_sends or before.grad_returns or here.grad_receives)
+            gradients = [next(posts)] if backward and returns else []
+            calls = here.calls
             events += [Event("post", post) for post in keys + gradients]
             events += [Event("kernel")] * len(calls)
             events += [Event("wait", post) for post in gradients + keys]
