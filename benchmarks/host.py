@@ -4,8 +4,8 @@
 
 A kernel returns tensors that were allocated before, and messages are neither sent nor awaited. What is left is
 Python, the dispatch of PyTorch, and copies and merges of few numbers. Both versions run in turns.
-The time is that of the thread on its core. That of a case is the least of the processes' medians, since the clock of a
-shared machine changes.
+The time is that of the thread on its core. That of a case is the least of all calls, since other processes of the
+machine share its caches, and only make a call take longer.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row)
     text = "\n\n".join(
         [
-            "The host's time for a layer of 8 ranks, 4,096 tokens, 8 heads: forward and backward, "
+            "The host's time for a layer of 8 ranks, 4,096 tokens, 8 heads: forward and backward, the least of "
             f"{options.calls} calls in each of {options.rounds} processes.",
             report.table(headers, rows),
             report.described(report.machine()),
