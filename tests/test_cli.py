@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from hf_context_parallel import train
+
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parent.parent
@@ -43,20 +45,39 @@ def test_mistakes_are_told_before_anything_starts(run):
     assert "Traceback" not in result.stdout
 
 
-def test_too_few_processes_are_told_with_the_right_command(run):
+TOO_FEW = (
+    "WORLD_SIZE, set by the launcher     1 (not set)",
+    "size of the process group           1",
+    "TrainingArguments.world_size        1",
+    "context_parallel.size of the recipe 2",
+    "accelerate launch --multi_gpu --num_processes 2 -m hf_context_parallel.train {recipe} training.seed=3",
+)
+
+
+def message_to_a_lone_process() -> str:
+    """Call the runner as in a process that no launcher has started."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    with pytest.raises(SystemExit) as ended:
+        train.main(ROOT / DEMO, ["training.seed=3"])
+    return str(ended.value)
+
+
+def test_too_few_processes_are_told_with_the_right_command(on_ranks):
+    [message] = on_ranks(1, message_to_a_lone_process)
+    for line in TOO_FEW:
+        assert line.format(recipe=ROOT / DEMO) in message
+
+
+@pytest.mark.exhaustive
+def test_a_launcher_that_starts_too_few_processes_is_told_the_right_command(run):
     # `--cpu` starts one process, whatever `--num_processes` says.
     result = run(
         *ACCELERATE, "--cpu", "--num_processes", "2", "-m", "hf_context_parallel.train", DEMO, "training.seed=3"
     )
     assert result.returncode != 0
-    for line in (
-        "WORLD_SIZE, set by the launcher     1 (not set)",
-        "size of the process group           1",
-        "TrainingArguments.world_size        1",
-        "context_parallel.size of the recipe 2",
-        f"accelerate launch --multi_gpu --num_processes 2 -m hf_context_parallel.train {DEMO} training.seed=3",
-    ):
-        assert line in result.stdout
+    for line in TOO_FEW:
+        assert line.format(recipe=DEMO) in result.stdout
 
 
 @pytest.mark.exhaustive

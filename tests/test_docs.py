@@ -9,13 +9,17 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib.util
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -275,9 +279,16 @@ def check_python(arguments: list[str]) -> None:
 
 @cache
 def help_of(module: str) -> str:
-    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Return what `python -m module --help` prints. It runs in this process, which has imported the package."""
+    told = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [module, "--help"]),
+        redirect_stdout(told),
+        pytest.raises(SystemExit) as ended,
+    ):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not ended.value.code, f"{module} --help exits with {ended.value.code}"
+    return told.getvalue()
 
 
 def check_pytest(arguments: list[str]) -> None:

@@ -6,6 +6,7 @@ in a fork of the worker, which is replaced when too many of their process groups
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import multiprocessing
@@ -110,6 +111,8 @@ class WorkerPool:
             there.close()  # so that a worker ends when the process that started it has died
             self._links.append(here)
             self._processes.append(process)
+        for link in self._links:
+            link.recv()  # imports are done, which do not count as time of a function
 
     def close(self) -> None:
         for process in self._processes:
@@ -138,6 +141,8 @@ def _serve(link: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported takes half a second of each collection, of which each Trainer makes one
+    link.send("ready")
     crowded = True
     while crowded:
         fork = os.fork()
@@ -155,6 +160,7 @@ def _run_tasks(link: Connection) -> int:
     import torch.distributed.tensor.debug as dtensor_debug
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    fresh = True
     while True:
         link.poll(None)
         if psutil.Process().num_threads() > MOST_THREADS:
@@ -167,11 +173,15 @@ def _run_tasks(link: Connection) -> int:
         os.environ |= {key: str(value) for key, value in launched.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
+            function = getattr(importlib.import_module(module), name)
+            if fresh:
+                gc.freeze()  # later, it would keep groups that are gone
+                fresh = False
             if ranks > 1:
                 options = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=timeout)}
                 dist.init_process_group("gloo", init_method=store.as_uri(), **options)
                 dist.barrier()  # else a rank that sends nothing may leave while others still connect to it
-            link.send((True, getattr(importlib.import_module(module), name)(*args)))
+            link.send((True, function(*args)))
         except BaseException:  # every failure must be reported to the caller
             link.send((False, traceback.format_exc()))
         finally:

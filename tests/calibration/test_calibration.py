@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from hf_context_parallel import ContextParallel, ContextParallelConfig, cp_group
+from hf_context_parallel import ContextParallel, ContextParallelConfig
+from hf_context_parallel.attention import planner
 from hf_context_parallel.attention.auto_strategy import choose
-from hf_context_parallel.calibration import command, rates
+from hf_context_parallel.calibration import command, measure, rates
 from hf_context_parallel.calibration.measure import Sizes
 from hf_context_parallel.planning.machine import CPU, H100_KERNELS, H100_NODE, machine_of
 
@@ -39,8 +41,25 @@ def test_rates_are_those_of_the_kernel():
     assert machine_of(torch.device("cpu"), 2, 4).forward == CPU.forward
 
 
+def on_a_rank(function: Callable[..., None], arguments: tuple) -> None:
+    """Call a function that makes a process group of its own, as `torch.multiprocessing.spawn` does."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    function(rank, *arguments)
+
+
 @pytest.mark.distributed
-def test_what_is_measured_is_used(cache, capsys):
+@pytest.mark.exhaustive
+def test_two_processes_are_started_to_measure_messages():
+    found = measure._messages("cpu", TINY)
+    assert found.keys() == {"bandwidth", "latency"} and min(found.values()) > 0
+
+
+def test_what_is_measured_is_used(cache, capsys, monkeypatch, on_ranks):
+    def spawn(function, arguments, nprocs):
+        on_ranks(nprocs, on_a_rank, function, arguments)
+
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)  # new processes would import everything first
     assert command.run_calibrate("cpu", TINY) == 0
     [(key, entry)] = json.loads(cache.read_text()).items()
     assert key.endswith(f"torch {torch.__version__}, cpu") and set(entry["rates"]) == set(rates.MEASURED)
@@ -88,7 +107,7 @@ def choices_with_other_rates(folder) -> tuple[list[str], str, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rates, "RATES", folder / f"rank{rank}" / "rates.json")
         rates.keep_rates("cpu", {"cpu": MEASURED | slow})
-        patch.setattr(cp_group, "choose", watched)
+        patch.setattr(planner, "choose", watched)
         logging.getLogger("hf_context_parallel").setLevel(logging.INFO)
         cp = ContextParallel(ContextParallelConfig(size=size, comm_type="auto"))
         x = torch.ones(1, 6, len(cp.positions(64)), 8, dtype=torch.float64)

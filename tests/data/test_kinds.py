@@ -70,19 +70,20 @@ def tensors(collator):
     return lambda rows: {name: torch.as_tensor(x) for name, x in collator(rows).items()}
 
 
-ODD = ("by length", "odd samples", "mixture")
+ODD = ("odd samples", "mixture")
+GROUPS = pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 
 
+@GROUPS
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in ODD else pytest.mark.exhaustive) for name in CASES]
 )
-def test_training_is_that_of_as_many_processes(on_ranks, tmp_path, name):
-    for groups in (1, 2):
-        # Accelerate cannot join batches of unequal length that it reads from a stream for two processes.
-        processes = 1 if name in ("mixture", "stream") else groups
-        expected = on_ranks(processes, run, 0, tmp_path, name)[0]
-        for found in on_ranks(2 * groups, run, 2, tmp_path, name):
-            check_training(found, expected, name)
+def test_training_is_that_of_as_many_processes(on_ranks, tmp_path, name, groups):
+    # Accelerate cannot join batches of unequal length that it reads from a stream for two processes.
+    processes = 1 if name in ("mixture", "stream") else groups
+    expected = on_ranks(processes, run, 0, tmp_path, name)[0]
+    for found in on_ranks(2 * groups, run, 2, tmp_path, name):
+        check_training(found, expected, name)
 
 
 def resumed(size: int, folder: str) -> list[float]:
@@ -97,9 +98,9 @@ def resumed(size: int, folder: str) -> list[float]:
     return [entry["loss"] for entry in second.state.log_history if "loss" in entry]
 
 
-def test_a_stream_resumes_in_its_middle(on_ranks, tmp_path):
-    for groups in (1, 2):
-        expected = on_ranks(1, resumed, 0, f"{tmp_path}/whole{groups}")[0]
-        assert len(expected) == 4
-        for found in on_ranks(2 * groups, resumed, 2, f"{tmp_path}/{groups}"):
-            np.testing.assert_allclose(found, expected, rtol=1e-5)
+@GROUPS
+def test_a_stream_resumes_in_its_middle(on_ranks, tmp_path, groups):
+    expected = on_ranks(1, resumed, 0, f"{tmp_path}/whole")[0]
+    assert len(expected) == 4
+    for found in on_ranks(2 * groups, resumed, 2, f"{tmp_path}/shards"):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -55,7 +55,9 @@ def alone_in_a_block(folder, when) -> str:
     return raised_by(steps, folder)
 
 
-@pytest.mark.parametrize("when", ["before", "in a kernel", pytest.param("after", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "when", ["in a kernel", *(pytest.param(when, marks=pytest.mark.exhaustive) for when in ("before", "after"))]
+)
 def test_others_end_within_the_timeout_and_say_why(on_ranks, tmp_path, when):
     mine, raised = on_ranks(2, alone_in_a_block, tmp_path, when)
     assert raised == "KeyError: 'the disk is full'"

@@ -187,7 +187,7 @@ def check_plans(layout, mask, together=1):
 TOGETHER = st.integers(1, 4)
 
 
-@examples(300)
+@examples(100)
 @given(cases(), TOGETHER)
 def test_every_pair_once_and_every_gradient_returned(case, together):
     check_plans(*case, together)
@@ -206,10 +206,24 @@ def test_every_pair_once_exhaustively(case, together):
     check_plans(*case, together)
 
 
-@examples(12)
-@given(cases(max_length=3000, sizes=st.sampled_from([128, 255, 512, 1024])), st.integers(0, 1023))
+large_groups = given(cases(max_length=3000, sizes=st.sampled_from([128, 255, 512, 1024])), st.integers(0, 1023))
+
+
+@examples(4)
+@large_groups
 def test_sampled_ranks_of_large_groups(case, rank):
-    layout, mask = case
+    check_a_rank(*case, rank)
+
+
+@pytest.mark.exhaustive
+@examples(30)
+@large_groups
+def test_many_sampled_ranks_of_large_groups(case, rank):
+    check_a_rank(*case, rank)
+
+
+def check_a_rank(layout, mask, rank):
+    """Check the plan of one rank, and its messages with the rank before."""
     rank %= layout.size
     plan, before = build_plan(layout, mask, rank), build_plan(layout, mask, (rank - 1) % layout.size)
     check_calls(plan)
@@ -267,7 +281,7 @@ def test_one_causal_document_on_1024_ranks(rank):
 
 
 @pytest.mark.parametrize("window", [1, 5, 6, 7])
-@pytest.mark.parametrize("size", [1, 2, 3, 64])
+@pytest.mark.parametrize("size", [1, 2, 3, 12, pytest.param(64, marks=pytest.mark.exhaustive)])
 def test_one_document_with_a_window_in_zigzag(size, window):
     """Chunks make tiles with themselves, and with the part of the chunk before that the window reaches."""
     chunk = 6

@@ -43,7 +43,7 @@ def sharded_history(size, folder, sizes, options) -> list[tuple[float, float]]:
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
     [
-        ("qwen3", {"fsdp_size": 4}),
+        pytest.param("qwen3", {"fsdp_size": 4}, marks=pytest.mark.exhaustive),
         ("qwen3", {"fsdp_size": 2, "dp_replicate_size": 2}),
         ("qwen3_moe", {"fsdp_size": 4, "ep_size": 2}),
         pytest.param("qwen3_moe", {"fsdp_size": 4, "ep_size": 4}, marks=pytest.mark.exhaustive),
@@ -100,7 +100,7 @@ def fsdp2_history(folder, size, options) -> list[tuple[float, float]]:
     ("ranks", "sizes", "size"),
     [
         (4, {"cp_size": 2, "dp_shard_size": 2}, 1),
-        (4, {"dp_shard_size": 2, "dp_replicate_size": 2}, 2),
+        pytest.param(4, {"dp_shard_size": 2, "dp_replicate_size": 2}, 2, marks=pytest.mark.exhaustive),
         (2, {}, 2),
     ],
     ids=["accelerate says the size", "replicas", "no sizes"],

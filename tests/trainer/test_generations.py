@@ -35,17 +35,16 @@ def with_server(trainer: str, port: int, folder: str, size: int, groups: int) ->
         return run(case, folder, size, groups)
 
 
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 @pytest.mark.parametrize("trainer", ["GRPO", pytest.param("RLOO", marks=pytest.mark.exhaustive)])
-def test_completions_of_a_vllm_server_are_those_without_cp(on_ranks, tmp_path, trainer):
+def test_completions_of_a_vllm_server_are_those_without_cp(on_ranks, tmp_path, trainer, groups):
     with serving() as server:
         port = server.server_address[1]
-        for groups in (1, 2):
-            expected = on_ranks(groups, with_server, trainer, port, f"{tmp_path}/whole{groups}", 0, groups)[0]
-            asked, server.prompts = server.prompts, []
-            for found in on_ranks(2 * groups, with_server, trainer, port, f"{tmp_path}/{groups}", 2, groups):
-                assert largest_error(found, expected)[0] < 1e-6 and found.is_sharded
-            assert server.prompts == asked  # each prompt once, whatever the number of ranks
-            server.prompts = []
+        expected = on_ranks(groups, with_server, trainer, port, f"{tmp_path}/whole", 0, groups)[0]
+        asked, server.prompts = server.prompts, []
+        for found in on_ranks(2 * groups, with_server, trainer, port, f"{tmp_path}/shards", 2, groups):
+            assert largest_error(found, expected)[0] < 1e-6 and found.is_sharded
+        assert server.prompts == asked  # each prompt once, whatever the number of ranks
 
 
 def arguments(**changes) -> SimpleNamespace:

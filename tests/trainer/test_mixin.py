@@ -40,7 +40,10 @@ CASES = {
     },
     "workers": {"dataloader_num_workers": 2},
 }
-SIMPLER = {"padding", "packing", "accumulation", "workers"}
+SIMPLER = {
+    *("padding", "packing", "accumulation", "workers"),
+    *("tokens not averaged", "gradient checkpointing", "reentrant checkpointing"),
+}
 """Cases that other ones contain, or that make test-all runs alone."""
 DEPENDS_ON_GROUPS = ("left padding", "tokens not averaged", "a model that takes no loss keywords")
 """Cases in which two data-parallel ranks differ from one process even without CP.
@@ -202,11 +205,23 @@ def test_losses_of_the_user_are_those_of_one_process(on_ranks, tmp_path, case, a
         for found in on_ranks(size, own_history, size, tmp_path, case, accumulation):
             check_training(found, expected)
             np.testing.assert_allclose(found[2], expected[2], rtol=1e-5)
-    if case != "NEFTune":  # two groups draw other noise
-        groups = on_ranks(2, own_history, STOCK, tmp_path, case, accumulation)[0]
-        for found in on_ranks(4, own_history, 2, tmp_path, case, accumulation):
-            check_training(found, groups)
-            np.testing.assert_allclose(found[2], groups[2], rtol=1e-5)
+
+
+# NEFTune is left out, as two groups draw other noise.
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("label smoothing", marks=pytest.mark.exhaustive),
+        pytest.param("compute_loss_func", marks=pytest.mark.exhaustive),
+        "own loss with a teacher",
+    ],
+)
+def test_losses_of_the_user_on_two_groups_are_those_of_two_processes(on_ranks, tmp_path, case, accumulation):
+    expected = on_ranks(2, own_history, STOCK, tmp_path, case, accumulation)[0]
+    for found in on_ranks(4, own_history, 2, tmp_path, case, accumulation):
+        check_training(found, expected)
+        np.testing.assert_allclose(found[2], expected[2], rtol=1e-5)
 
 
 def classification(kind, folder) -> tuple[list[tuple[float, float]], np.ndarray, dict[str, float], np.ndarray]:

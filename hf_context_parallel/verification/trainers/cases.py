@@ -61,9 +61,7 @@ GENERATING = {"max_completion_length": 9, "num_generations": 4, "temperature": 0
 
 CASES: dict[str, Case] = {
     "SFT": Case("SFTTrainer", "text", options=PLAIN),
-    "SFT, checkpointing, evaluation": Case(
-        "SFTTrainer", "text", options={"eval_strategy": "steps", "eval_steps": 1}, quick=True
-    ),
+    "SFT, checkpointing, evaluation": Case("SFTTrainer", "text", options={"eval_strategy": "steps", "eval_steps": 1}),
     "SFT, packing `bfd`": Case("SFTTrainer", "text", options={"packing": True, "max_length": 90}, quick=True),
     "SFT, packing `wrapped`": Case(
         "SFTTrainer", "text", options={"packing": True, "packing_strategy": "wrapped", "max_length": 50}
@@ -75,9 +73,7 @@ CASES: dict[str, Case] = {
     "SFT, label smoothing": Case("SFTTrainer", "text", options={"label_smoothing_factor": 0.1}),
     "SFT, NEFTune": Case("SFTTrainer", "text", options={"neftune_noise_alpha": 5.0}),
     "SFT, accumulation": Case("SFTTrainer", "text", options={"gradient_accumulation_steps": 2}),
-    "SFT, experts with auxiliary loss": Case(
-        "SFTTrainer", "text", "qwen3_moe", options={"router_aux_loss_coef": 1.0}, quick=True
-    ),
+    "SFT, experts with auxiliary loss": Case("SFTTrainer", "text", "qwen3_moe", options={"router_aux_loss_coef": 1.0}),
     "SFT, LoRA": Case("SFTTrainer", "text", tuner="LoRA, `all-linear`", options=PLAIN),
     "SFT, LoRA, checkpointing": Case("SFTTrainer", "text", tuner="LoRA, `all-linear`"),
     "SFT, attention sinks": Case("SFTTrainer", "text", "gpt_oss", attention="eager"),
@@ -97,7 +93,7 @@ CASES: dict[str, Case] = {
     "ORPO": Case("ORPOTrainer", "preference"),
     "CPO": Case("CPOTrainer", "preference"),
     "Reward, Llama": Case("RewardTrainer", "preference", options={"eval_strategy": "steps", "eval_steps": 1}),
-    "Reward, Qwen3": Case("RewardTrainer", "preference", "qwen3", quick=True),
+    "Reward, Qwen3": Case("RewardTrainer", "preference", "qwen3"),
     "GRPO": Case("GRPOTrainer", "prompt", options=GENERATING, quick=True),
     "GRPO, reference, two iterations, evaluation": Case(
         "GRPOTrainer",
@@ -123,7 +119,7 @@ OF_TUNERS: dict[str, Case] = {
         "qwen3_moe" if "experts" in name else "llama",
         tuner=name,
         options={} if name.startswith("prompt") else PLAIN,
-        quick=name in ("DoRA", "prompt tuning", "aLoRA"),
+        quick=name in ("prompt tuning", "aLoRA"),
     )
     for name in TUNERS
 } | {

@@ -29,6 +29,14 @@ FEW_HEADS = {
 """Fewer heads than ranks, in groups that several ranks share."""
 
 
+def families() -> list:
+    """Make test parameters of the families. The one that joins two of the others is for make test-all alone."""
+    return [
+        pytest.param(model_type, id=family, marks=[pytest.mark.exhaustive] * (model_type == "falcon_h1"))
+        for family, model_type in FAMILIES.items()
+    ]
+
+
 def errors_of_type(model_type: str, changes: dict) -> tuple[dict[str, Errors], dict[str, list[str]]]:
     return errors(tiny_config(model_type, **changes), {})
 
@@ -44,12 +52,12 @@ def check(results, how: str) -> None:
 @pytest.mark.parametrize(
     "ranks", [pytest.param(2, marks=pytest.mark.exhaustive), 3, pytest.param(4, marks=pytest.mark.exhaustive)]
 )
-@pytest.mark.parametrize("model_type", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("model_type", families())
 def test_families_are_exact(on_ranks, model_type, ranks):
     check(on_ranks(ranks, errors_of_type, model_type, {}), "halo" if model_type == "lfm2" else "heads")
 
 
-@pytest.mark.parametrize("model_type", FEW_HEADS)
+@pytest.mark.parametrize("model_type", [pytest.param("qwen3_next", marks=pytest.mark.exhaustive), "nemotron_h"])
 def test_fewer_heads_than_ranks_are_exact(on_ranks, model_type):
     check(on_ranks(4, errors_of_type, model_type, FEW_HEADS[model_type]), "heads")
 
@@ -71,8 +79,8 @@ def difference_by_checkpointing(model_type: str, reentrant: bool, changes: dict)
     return max((a - b).abs().max().item() for a, b in zip(found, expected) if a is not None)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("model_type", families())
 def test_checkpointing_changes_nothing(on_ranks, model_type, reentrant):
     assert max(on_ranks(3, difference_by_checkpointing, model_type, reentrant, FEW_HEADS.get(model_type, {}))) < 1e-12
 

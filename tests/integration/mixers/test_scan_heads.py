@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from hf_context_parallel.distributed.token_exchange import deal_heads
 from hf_context_parallel.integration.mixers import scan_heads
 from hf_context_parallel.integration.mixers.resharding import sequences
+from tests.helpers.examples import examples
 from tests.helpers.mixers import assert_same_on_shards, dense, random, shapes_given, shards
 from tests.helpers.models import needs_transformers
 from tests.helpers.simulated import Network, SimulatedExchange
 
 
+@examples(40)
 @given(shards(), st.integers(1, 4), st.sampled_from([1, 2, 3]), st.integers(0, 6))
 def test_scan_by_heads_is_that_of_whole_sequences(every, groups, ratio, turn):
     count, (rows, length) = groups * ratio, (every[0].batch_size, every[0].length)

@@ -35,12 +35,18 @@ SAMPLE = {
     "git": (2,),
 }
 """Types of every kind, and the sizes of the CP groups that they are checked on."""
+ELSEWHERE = {"gemma2", "modernbert-decoder", "nemotron_h", "lfm2", "opt", "git", "YaRN", "temperature"}
+"""Types and settings whose kind another test compares too: make test-all alone examines them."""
 
 
 def needing_marks(types: dict[str, str]) -> list:
     """Make test parameters of model types, with the marks that each type needs."""
     return [
-        pytest.param(name, marks=needs_chunks_of_documents if model_type == "llama4_text" else ())
+        pytest.param(
+            name,
+            marks=[needs_chunks_of_documents] * (model_type == "llama4_text")
+            + [pytest.mark.exhaustive] * (name in ELSEWHERE),
+        )
         for name, model_type in types.items()
     ]
 
