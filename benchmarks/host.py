@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row)
     text = "\n\n".join(
         [
-            "The host's time for a layer of 8 ranks, 4,096 tokens, 8 heads: forward and backward, the least of "
+            "The host's time for a layer of 8 ranks, 512 tokens, 8 heads: forward and backward, the least of "
             f"{options.calls} calls in each of {options.rounds} processes.",
             report.table(headers, rows),
             report.described(report.machine()),

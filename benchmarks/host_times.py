@@ -20,7 +20,7 @@ from hf_context_parallel.distributed.messages import Pending
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, from_cu_seqlens
 
-RANKS, TOKENS, HEADS, DIM = 8, 4096, 8, 1
+RANKS, TOKENS, HEADS, DIM = 8, 512, 8, 1
 """Few numbers for each token, so that the time is that of calls and not of memory."""
 CASES = [
     (f"{name}, {count} document{'s' * (count > 1)}, rank {rank}", comm_type, together, count, rank)

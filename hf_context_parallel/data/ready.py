@@ -23,24 +23,30 @@ class _Ready(NamedTuple):
 
     Args:
         tokens: the ids of the batch, on the host.
-        others: its other tensors, on the host.
-        versions: the versions of all its tensors, by name.
+        version: the version of the ids.
+        others: its other inputs, tensors on the host and numbers. Each tensor comes with its version, and a number
+            with None.
         made_for: settings and rank.
         local: what `shard_batch` returned.
     """
 
     tokens: weakref.ref[torch.Tensor]
-    others: dict[str, torch.Tensor]
-    versions: dict[str, int]
+    version: int
+    others: dict[str, tuple[Any, int | None]]
     made_for: tuple[ContextParallelConfig, int]
     local: dict[str, Any]
 
-    def is_of(self, inputs: Mapping[str, torch.Tensor]) -> bool:
-        """Return whether these are the tensors of the batch, and none was written since then."""
-        if inputs.keys() != self.versions.keys() or inputs["input_ids"] is not self.tokens():
+    def is_of(self, tokens: torch.Tensor, others: Mapping[str, Any]) -> bool:
+        """Return whether these are the inputs of the batch, and no tensor was written since then."""
+        if tokens is not self.tokens() or tokens._version != self.version or others.keys() != self.others.keys():
             return False
-        same = all(inputs[name] is other for name, other in self.others.items())
-        return same and all(inputs[name]._version == version for name, version in self.versions.items())
+        return all(_is_same(others[name], *other) for name, other in self.others.items())
+
+
+def _is_same(given: Any, other: Any, version: int | None) -> bool:
+    if version is None:
+        return type(given) is type(other) and bool(given == other)
+    return given is other and given._version == version
 
 
 _ready: dict[int, _Ready] = {}
@@ -61,12 +67,13 @@ def keep_ready(batch: Mapping[str, Any], config: ContextParallelConfig, rank: in
     """
     inputs = describing(batch)
     tokens = inputs.pop("input_ids", None)
-    if tokens is None or any(x.is_inference() for x in (tokens, *inputs.values())):
+    tensors = [x for x in (tokens, *inputs.values()) if isinstance(x, torch.Tensor)]
+    if tokens is None or any(x.is_inference() for x in tensors):
         return
     key = id(tokens)
     reference = weakref.ref(tokens, lambda _: _ready.pop(key, None))
-    versions = {name: x._version for name, x in (("input_ids", tokens), *inputs.items())}
-    _ready[key] = _Ready(reference, inputs, versions, (config, rank), local)
+    others = {name: (x, x._version if isinstance(x, torch.Tensor) else None) for name, x in inputs.items()}
+    _ready[key] = _Ready(reference, tokens._version, others, (config, rank), local)
 
 
 def shard_of(batch: Mapping[str, Any], config: ContextParallelConfig, rank: int) -> dict[str, Any]:
@@ -84,12 +91,16 @@ def shard_of(batch: Mapping[str, Any], config: ContextParallelConfig, rank: int)
 
 def _found(given: Mapping[str, Any]) -> _Ready | None:
     """Find the shard of these inputs, if it is ready."""
-    readable = given.keys() <= set(DESCRIBING) - {"inputs_embeds"}
-    if "input_ids" not in given or not readable or not all(isinstance(x, torch.Tensor) for x in given.values()):
+    tokens = given.get("input_ids")
+    if not isinstance(tokens, torch.Tensor) or "inputs_embeds" in given:
         return None
-    inputs = {name: on_host(value) for name, value in given.items()}
-    ready = _ready.get(id(inputs["input_ids"]))
-    return ready if ready is not None and ready.is_of(inputs) else None
+    tokens = on_host(tokens)
+    ready = _ready.get(id(tokens))
+    if ready is None:
+        return None
+    others = {name: on_host(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    del others["input_ids"]
+    return ready if ready.is_of(tokens, others) else None
 
 
 def _copy(value: Any, tokens: torch.Tensor) -> Any:

@@ -101,9 +101,12 @@ def test_what_cannot_be_planned_is_loaded():
         assert loaded.batch is batch and loaded.ahead in (None, pickle.dumps((None, None)))
 
 
-@pytest.mark.parametrize("change", ["nothing", "a value", "another tensor", "one tensor more", "another rank"])
+CHANGES = ["nothing", "a value", "another tensor", "one tensor more", "another number", "another rank"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_ready_shard_is_that_of_its_batch_alone(change):
-    config, batch = context().config.of_size(2), collated([1])
+    config, batch = context().config.of_size(2), collated([1]) | {"max_length_q": 34}
     local = shard_batch(ready.describing(batch), config, 1)
     ready.keep_ready(batch, config, 1, local)
     given, rank = ready.describing(batch), 1
@@ -113,6 +116,8 @@ def test_a_ready_shard_is_that_of_its_batch_alone(change):
         given["position_ids"] = batch["position_ids"].clone()
     elif change == "one tensor more":
         given["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    elif change == "another number":
+        given["max_length_q"] = 30
     elif change == "another rank":
         rank = 0
     found = ready.shard_of(given, config, rank)
