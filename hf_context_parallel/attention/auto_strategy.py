@@ -351,8 +351,8 @@ def exchange_of_heads(
     shared = SharedHeads(tokens, shape.heads, shape.key_heads, torch.device("cpu"))
     sent = sum(bytes_of_heads(shape, shared))
     outside = sum(other // machine.node != rank // machine.node for other in range(first, first + inner))
-    # All exchanged tensors are packed and unpacked, this rank's own part as well.
-    copied = 4 * sent * inner / (inner - 1)
+    # What leaves and what arrives is read and written once. So is this rank's own part, which is never packed.
+    copied = sent * (4 + 2 / (inner - 1))
     return shared, copied, _split(sent, outside / (inner - 1), 4 * (inner - 1))
 
 
