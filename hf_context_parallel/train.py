@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import datasets
+import torch.distributed as dist
 import typer
 from transformers import set_seed
 
@@ -117,6 +118,8 @@ def main(
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)
         sys.exit(str(error))
+    if dist.is_initialized():
+        dist.destroy_process_group()  # a thread of it that still runs at the end of Python may abort the process
 
 
 if __name__ == "__main__":
