@@ -28,7 +28,7 @@ Rows that lie in few ranges take none, so those of one document do not."""
 
 
 class Layer(NamedTuple):
-    """What a strategy depends on beside the batch.
+    """Properties of a layer on which its strategy depends, beside the batch.
 
     Args:
         comm_type: one of `COMM_TYPES`.

@@ -29,7 +29,7 @@ from .ulysses import SharedHeads
 
 
 class Means(NamedTuple):
-    """What a plan is executed with; see `planned_attention`."""
+    """Arguments of `planned_attention` by which tensors are computed, with the plan made ready."""
 
     plan: PreparedPlan
     exchange: Exchange

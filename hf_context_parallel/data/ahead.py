@@ -34,7 +34,7 @@ class Planner(Protocol):
 
     @property
     def met(self) -> Any:
-        """What a planner must have met to plan alike."""
+        """Layers and free memory by which another planner plans alike."""
 
     def meet(self, met: Any) -> None:
         """Take what another planner has met."""
