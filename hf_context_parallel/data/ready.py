@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from ..config import ContextParallelConfig
-from ..distributed.host import beside, is_on_host, on_host
+from ..distributed.host import ByTensor, beside, is_on_host, on_host
 from .batch import CONSUMED, PADDING
 from .shard import shard_batch
 
@@ -22,25 +21,21 @@ class _Ready(NamedTuple):
     """Shard of one rank.
 
     Args:
-        tokens: the ids of the batch, on the host.
-        version: the version of the ids.
-        others: its other inputs, tensors on the host and numbers. Each tensor comes with its version, and a number
-            with None.
+        others: the inputs of the batch beside its ids, tensors on the host and numbers. Each tensor comes with its
+            version, and a number with None.
         made_for: settings and rank.
         local: what `shard_batch` returned.
     """
 
-    tokens: weakref.ref[torch.Tensor]
-    version: int
     others: dict[str, tuple[Any, int | None]]
     made_for: tuple[ContextParallelConfig, int]
     local: dict[str, Any]
 
-    def is_of(self, tokens: torch.Tensor, others: Mapping[str, Any]) -> bool:
-        """Return whether these are the inputs of the batch, and no tensor was written since then."""
-        if tokens is not self.tokens() or tokens._version != self.version or others.keys() != self.others.keys():
-            return False
-        return all(_is_same(others[name], *other) for name, other in self.others.items())
+    def is_of(self, others: Mapping[str, Any]) -> bool:
+        """Return whether these are the inputs beside the ids, and no tensor was written since then."""
+        return others.keys() == self.others.keys() and all(
+            _is_same(others[name], *other) for name, other in self.others.items()
+        )
 
 
 def _is_same(given: Any, other: Any, version: int | None) -> bool:
@@ -49,8 +44,8 @@ def _is_same(given: Any, other: Any, version: int | None) -> bool:
     return given is other and given._version == version
 
 
-_ready: dict[int, _Ready] = {}
-"""By the id of the tokens on the host. An entry goes with them."""
+_ready: ByTensor[_Ready] = ByTensor()
+"""Shards by the ids of their batches, on the host."""
 
 
 def describing(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,10 +65,8 @@ def keep_ready(batch: Mapping[str, Any], config: ContextParallelConfig, rank: in
     tensors = [x for x in (tokens, *inputs.values()) if isinstance(x, torch.Tensor)]
     if tokens is None or any(x.is_inference() for x in tensors):
         return
-    key = id(tokens)
-    reference = weakref.ref(tokens, lambda _: _ready.pop(key, None))
     others = {name: (x, x._version if isinstance(x, torch.Tensor) else None) for name, x in inputs.items()}
-    _ready[key] = _Ready(reference, tokens._version, others, (config, rank), local)
+    _ready.put(tokens, _Ready(others, (config, rank), local))
 
 
 def shard_of(batch: Mapping[str, Any], config: ContextParallelConfig, rank: int) -> dict[str, Any]:
@@ -94,13 +87,12 @@ def _found(given: Mapping[str, Any]) -> _Ready | None:
     tokens = given.get("input_ids")
     if not isinstance(tokens, torch.Tensor) or "inputs_embeds" in given:
         return None
-    tokens = on_host(tokens)
-    ready = _ready.get(id(tokens))
+    ready = _ready.get(on_host(tokens))
     if ready is None:
         return None
     others = {name: on_host(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     del others["input_ids"]
-    return ready if ready.is_of(tokens, others) else None
+    return ready if ready.is_of(others) else None
 
 
 def _copy(value: Any, tokens: torch.Tensor) -> Any:

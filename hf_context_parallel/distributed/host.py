@@ -8,27 +8,44 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn.functional import pad
 
-
-class _Known(NamedTuple):
-    """Tensor on a device, and the tensor on the host that it was copied from, with the versions that are equal."""
-
-    tensor: weakref.ref[torch.Tensor]
-    version: int
-    source: torch.Tensor
-    source_version: int
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Return whether neither tensor was written since the copy."""
-        return (tensor._version, self.source._version) == (self.version, self.source_version)
+Value = TypeVar("Value")
 
 
-_known: dict[int, _Known] = {}
-"""By the id of the tensor on the device. An entry goes with this tensor."""
+class ByTensor(Generic[Value]):
+    """Values by tensors themselves, not by what they hold. It goes with its tensor, and is void once that is written.
+
+    Inference tensors have no version, so they get no value.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[weakref.ref[torch.Tensor], int, Value]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def put(self, tensor: torch.Tensor, value: Value) -> None:
+        """Keep the value of a tensor."""
+        if tensor.is_inference():
+            return
+        key = id(tensor)
+        reference = weakref.ref(tensor, lambda _: self._kept.pop(key, None))
+        self._kept[key] = reference, tensor._version, value
+
+    def get(self, tensor: torch.Tensor) -> Value | None:
+        """Return the value of a tensor that was not written since then, or None."""
+        reference, version, value = self._kept.get(id(tensor), (None, None, None))
+        if reference is None or reference() is not tensor or tensor._version != version:
+            return None
+        return value
+
+
+_known: ByTensor[tuple[torch.Tensor, int]] = ByTensor()
+"""Tensor on the host that a tensor on a device was copied from, and its version then."""
 
 
 def to_device(source: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -48,11 +65,8 @@ def is_on_host(tensor: torch.Tensor) -> bool:
 
 def remember(tensor: torch.Tensor, source: torch.Tensor) -> None:
     """Remember the tensor of the host that a tensor was copied from."""
-    if is_on_host(tensor) or not is_on_host(source) or tensor.is_inference() or source.is_inference():
-        return
-    key = id(tensor)
-    reference = weakref.ref(tensor, lambda _: _known.pop(key, None))
-    _known[key] = _Known(reference, tensor._version, source, source._version)
+    if not is_on_host(tensor) and is_on_host(source) and not source.is_inference():
+        _known.put(tensor, (source, source._version))
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,8 +82,8 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor | None:
     """Values of a tensor that the host has without a wait, or None."""
     if is_on_host(tensor):
         return tensor.detach() if tensor.requires_grad else tensor
-    known = _known.get(id(tensor))
-    return known.source if known is not None and known.tensor() is tensor and known.holds(tensor) else None
+    source, version = _known.get(tensor) or (None, 0)
+    return source if source is not None and source._version == version else None
 
 
 METHODS = ("to", "contiguous", "__getitem__", "view", "reshape", "flatten")
