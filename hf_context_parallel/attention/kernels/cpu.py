@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...distributed.buffers import new_buffer
 from ...planning.tiles import Segments
 from ..scores import Scores
 from .base import Block, Kernel, blocks, is_plain
@@ -140,7 +141,7 @@ def _one_head_dim(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
     """Copy `[S, H, D]` to contiguous `[1, H, S, D]`, in float32 or a wider dtype."""
     view = tensor.transpose(0, 1)[None]
-    return view.new_empty(view.shape, dtype=torch.promote_types(view.dtype, torch.float32)).copy_(view)
+    return new_buffer(view, *view.shape, dtype=torch.promote_types(view.dtype, torch.float32)).copy_(view)
 
 
 def _tokens_first(tensor: torch.Tensor) -> torch.Tensor:
