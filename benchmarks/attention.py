@@ -305,7 +305,7 @@ def measured_memory(run: Run) -> tuple[tuple[torch.Tensor, ...], float | None]:
 
 def rounds_of(case: Case, rounds: int) -> int:
     """Rounds of a case: those of `ROUND_TOKENS` tokens, and fewer of longer batches, whose runs vary less."""
-    return max(3, round(rounds * min(1.0, ROUND_TOKENS / case.tokens) ** 0.5))
+    return max(min(3, rounds), round(rounds * min(1.0, ROUND_TOKENS / case.tokens) ** 0.5))
 
 
 def run_case(case: Case, variants: list[str], rounds: int, progress: tqdm) -> dict[str, Any]:
