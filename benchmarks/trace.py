@@ -54,6 +54,7 @@ COLORS = {
     "kernels": "#3b76af",
     "merging": "#e8963c",
     "adding gradients": "#8a6bb1",
+    "ordering": "#5f9e8f",
     "posting": "#707070",
     "waiting": "#d94d4d",
     "keys": "#9cc3e6",
@@ -68,6 +69,7 @@ KINDS = {
     "send sums": "posting",
     "wait": "waiting",
     "wait sums": "waiting",
+    "order": "ordering",
 }
 SENDS = {"send": ("wait", "keys"), "send sums": ("wait sums", "gradients")}
 """Range of the wait, and name of the message, for each range in which a message is posted."""

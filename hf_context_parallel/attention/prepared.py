@@ -70,10 +70,9 @@ class Arrivals:
         """All rows whose numbers are kept."""
         return [] if self._apart is None else [self._apart]
 
-    def settle(self, apart: torch.Tensor | None, buffer: torch.Tensor) -> None:
+    def settle(self, apart: torch.Tensor, buffer: torch.Tensor) -> None:
         """Move messages that landed apart to their rows of the buffer."""
-        if apart is not None:
-            Rows.move(apart, None, buffer, self._apart)
+        Rows.move(apart, None, buffer, self._apart)
 
 
 @dataclass(frozen=True)

@@ -290,8 +290,9 @@ def _exchanged(
         yield step, held
         with span(direction, "wait", number):
             pending.wait()
-        with span(direction, "order", number):
-            upcoming.receives.settle(apart, arriving)
+        if apart is not None:
+            with span(direction, "order", number):
+                upcoming.receives.settle(apart, arriving)
         held = arriving
         del apart, arriving
 
