@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 LAYOUTS = ("auto", "zigzag", "contiguous", "balanced")
+ATTENTION_CHECKPOINTS = ("off", "device", "host")
 LOGITS = ("auto", "whole", "shard")
 KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "reference")
 
@@ -54,6 +55,11 @@ class ContextParallelConfig:
             `"cpu"`: PyTorch's CPU flash attention.
             `"reference"`: plain PyTorch, for any dtype and device. It is slow, and holds the scores of one block of
             queries at a time.
+        attention_checkpoints: where gradient checkpointing keeps the output of each layer's attention, so that
+            backward neither computes it again nor sends keys for it.
+            `"off"`: nowhere.
+            `"device"`: on the device.
+            `"host"`: in pinned memory of the host, copied while kernels run.
         check_batch: True to compare a checksum of each batch, and of some weights of the model, between the ranks of a
             CP group before the model runs, and to look for tokens outside of the vocabulary. Other local checks and
             the exchange of their outcome are always on.
@@ -83,6 +89,7 @@ class ContextParallelConfig:
     a2a_size: int | None = None
     layout: str = "auto"
     kernel: str = "auto"
+    attention_checkpoints: str = "off"
     check_batch: bool = True
     verify: bool = True
     sequence_parallel: bool = False
@@ -100,7 +107,13 @@ class ContextParallelConfig:
                 f"a2a_size={self.a2a_size!r} does not divide size={self.size}. Give one of "
                 f"{', '.join(str(n) for n in range(1, self.size + 1) if self.size % n == 0)}, or None."
             )
-        for field, allowed in (("layout", LAYOUTS), ("kernel", KERNELS), ("logits", LOGITS)):
+        choices = {
+            "layout": LAYOUTS,
+            "kernel": KERNELS,
+            "attention_checkpoints": ATTENTION_CHECKPOINTS,
+            "logits": LOGITS,
+        }
+        for field, allowed in choices.items():
             _check_choice(field, getattr(self, field), allowed)
         for field in ("check_batch", "verify", "sequence_parallel", "dynamic"):
             if not isinstance(getattr(self, field), bool):

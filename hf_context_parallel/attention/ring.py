@@ -24,6 +24,7 @@ from .prepared import PreparedPlan, PreparedStep, SumMessages, prepared
 from .profiling import span
 from .scores import Scores
 from .sinks import add_sinks, sinks_gradient
+from .tape import Record, active_pass
 from .totals import Output, Sum
 from .ulysses import SharedHeads
 
@@ -62,11 +63,23 @@ def planned_attention(
         `[T, H, D_v]` in the dtype of `query`; 0 for tokens that are in no call of the plan.
     """
     means = Means(prepared(plan), exchange, kernel, scores)
-    output: torch.Tensor = _Attention.apply(query, key, value, sinks, means, shared)
+    record, checkpointed = None, active_pass()
+    if checkpointed is not None:
+        described = query.device.type, query.dtype, *(tuple(x.shape) for x in (query, key, value))
+        record = checkpointed.next((*described, sinks is None, scores._replace(seed=0)), means)
+        means = record.means  # with the seed of the first pass
+    output: torch.Tensor = _Attention.apply(query, key, value, sinks, means, shared, record)
     return output
 
 
 class _Attention(torch.autograd.Function):
+    """Attention with gradients.
+
+    If heads are exchanged, backward needs queries, keys/values and output of the heads of this rank, which are saved.
+    With a record, those of the tokens of this rank are saved, since a replay exchanges nothing. They are then exchanged
+    in backward, in the messages that carry the gradient of the output.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -76,26 +89,38 @@ class _Attention(torch.autograd.Function):
         sinks: torch.Tensor | None,
         means: Means,
         shared: SharedHeads | None,
+        record: Record | None,
     ) -> torch.Tensor:
-        dtype, key_dim = query.dtype, key.shape[-1]
+        key_dim = key.shape[-1]
         heads = slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
+        # Backward may run in a thread of autograd, where the active batch cannot be looked up. So it is all kept here.
+        ctx.means, ctx.shared, ctx.heads, ctx.key_dim = means, shared, heads, key_dim
+        ctx.is_exchanged = shared is None or record is None
         with _without_autocast(query):
             query = query.contiguous()
             key_value = torch.cat([key, value], dim=-1)  # so that a transfer takes one message instead of two
+            if record is not None and record.is_kept:
+                output, lse = record.kept()
+                ctx.save_for_backward(query, key_value, sinks, output, lse)
+                return output
+            inputs = query, key_value
             if shared is not None:
                 with span("forward", "to heads"):
                     query, key_value = shared.to_heads(query, key_value)
             output, lse = _forward(query, key_value, key_dim, *means)
             if sinks is not None:
                 lse = add_sinks(output, lse, sinks[heads])
-            output = _as(output, dtype)
-        ctx.save_for_backward(query, key_value, sinks, output, lse)
-        # Backward may run in a thread of autograd, where the active batch cannot be looked up. So it is all kept here.
-        ctx.means, ctx.shared, ctx.heads, ctx.key_dim = means, shared, heads, key_dim
-        if shared is None:
-            return output
-        with span("forward", "to tokens"):
-            return shared.output_to_tokens(output)
+            result = output = _as(output, query.dtype)
+            if shared is not None:
+                with span("forward", "to tokens"):
+                    result = shared.output_to_tokens(output)
+        if record is not None:
+            record.keep(result, lse)
+        if ctx.is_exchanged:
+            ctx.save_for_backward(query, key_value, sinks, output, lse)
+        else:
+            ctx.save_for_backward(*inputs, sinks, result, lse)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -106,7 +131,12 @@ class _Attention(torch.autograd.Function):
             grad_output = grad_output.contiguous()
             if shared is not None:
                 with span("backward", "to heads"):
-                    grad_output = shared.output_to_heads(grad_output)
+                    if ctx.is_exchanged:
+                        grad_output = shared.output_to_heads(grad_output)
+                    else:
+                        grad_output, output, query, key_value = shared.all_to_heads(
+                            grad_output, output, query, key_value
+                        )
             arguments = grad_output, query, key_value, output, lse, ctx.key_dim
             grad_query, grad_key_value = _backward(*arguments, *ctx.means)
             del arguments
@@ -117,7 +147,7 @@ class _Attention(torch.autograd.Function):
                 grad_key_value = _as(grad_key_value, shared.gradient_dtype(key_value.dtype, grad_key_value.dtype))
                 with span("backward", "to tokens"):
                     grad_query, grad_key_value = shared.to_tokens(grad_query, grad_key_value)
-        return grad_query, *_split(_as(grad_key_value, key_value.dtype), ctx.key_dim), grad_sinks, None, None
+        return grad_query, *_split(_as(grad_key_value, key_value.dtype), ctx.key_dim), grad_sinks, None, None, None
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:

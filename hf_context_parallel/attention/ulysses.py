@@ -63,9 +63,7 @@ class SharedHeads:
         T_all counts the tokens of the plan, h and h_kv the heads of this rank. h_kv divides h.
         """
         query, key_value = self._tokens.to_heads([query, key_value], [self._queries, self._keys])
-        if self._reads is not None:
-            key_value = key_value.index_select(1, self._reads)
-        return query, key_value
+        return query, self._by_query(key_value)
 
     def to_tokens(self, grad_query: torch.Tensor, grad_key_value: torch.Tensor) -> list[torch.Tensor]:
         """Transpose of `to_heads`: it sums over the ranks and the query heads that a key head went to."""
@@ -78,6 +76,19 @@ class SharedHeads:
     def output_to_heads(self, output: torch.Tensor) -> torch.Tensor:
         """Turn `[T, H, D_v]` into `[T_all, h, D_v]`: the transpose of `output_to_tokens`."""
         return self._tokens.to_heads([output], [self._queries])[0]
+
+    def all_to_heads(
+        self, grad_output: torch.Tensor, output: torch.Tensor, query: torch.Tensor, key_value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Turn all that backward needs at once, as `to_heads` and `output_to_heads` do apart."""
+        dealt = [self._queries, self._queries, self._queries, self._keys]
+        tensors = grad_output, output, query, key_value
+        grad_output, output, query, key_value = self._tokens.to_heads(tensors, dealt)
+        return grad_output, output, query, self._by_query(key_value)
+
+    def _by_query(self, key_value: torch.Tensor) -> torch.Tensor:
+        """Repeat key heads `[T_all, heads, D]` of this rank where its query heads read them unequally often."""
+        return key_value if self._reads is None else key_value.index_select(1, self._reads)
 
     def output_to_tokens(self, output: torch.Tensor) -> torch.Tensor:
         """Turn `[T_all, h, D_v]` into `[T, H, D_v]`, which is 0 for tokens that do not travel."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..attention.strategy import Shape, Strategy
+from ..attention.tape import with_tape
 from ..cp_group import CPGroup
 from ..data.batch import positions_in_documents, take_columns
 from ..data.shard import Shard
@@ -175,6 +176,7 @@ def carrying(checkpoint: Callable) -> Callable:
     """Wrap a function for gradient checkpointing, `checkpoint(run, ...)`, so that `run` carries the active batch.
 
     The batch is active whenever `run` is called: in the first pass, and in recomputation after the batch was left.
+    Attention of the first pass is kept for the others, if the group's settings say so.
     """
 
     @wraps(checkpoint)
@@ -189,7 +191,11 @@ def carrying(checkpoint: Callable) -> Callable:
             with entered(batch):
                 return run(*args, **kwargs)
 
-        return checkpoint(run_in_batch, *args, **kwargs)
+        keeps = batch.group.config.attention_checkpoints
+        # A compiled layer decides by itself what it computes again.
+        if keeps == "off" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return checkpoint(run_in_batch, *args, **kwargs)
+        return checkpoint(with_tape(run_in_batch, on_host=keeps == "host"), *args, **kwargs)
 
     vars(carry)["carries_batch"] = True
     return carry
