@@ -76,8 +76,8 @@ class _Attention(torch.autograd.Function):
     """Attention with gradients.
 
     If heads are exchanged, backward needs queries, keys/values and output of the heads of this rank, which are saved.
-    With a record, those of the tokens of this rank are saved, since a replay exchanges nothing. They are then exchanged
-    in backward, in the messages that carry the gradient of the output.
+    With a record, those of the tokens of this rank are saved, since a replay exchanges nothing. They are exchanged in
+    backward, in the messages that carry the gradient of the output.
     """
 
     @staticmethod
