@@ -41,6 +41,7 @@ LEVELS = (
     "trl",
     "verification.trainers",
     "recipe",
+    "sizing",
     "train",
     "cli",
     "__init__",
