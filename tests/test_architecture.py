@@ -17,6 +17,7 @@ LEVELS = (
     "attention",
     "calibration.rates",
     "cp_group",
+    "memory",
     "integration.switches",
     "integration.model_registry",
     "integration.active_batch",

@@ -1,0 +1,1 @@
+"""Memory that a rank needs for a step of training, by arithmetic."""

@@ -1,0 +1,219 @@
+"""Parts of the memory of a rank in a step, in bytes, and the peak of their sum.
+
+Parts peak at different times: what the loss needs is gone when the first layer is computed again, and the MLP of a
+layer has no memory left when its attention runs backward. So bytes are counted for each phase, and the peak is the
+largest sum.
+
+Counted are the tensors of a layer of Llama's kind: two norms, attention, and a gated MLP, or a mixture of experts.
+Other layers differ by some hidden states for each token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from ..attention.peak_memory import peak_of_backward
+from ..attention.strategy import Shape
+from ..distributed.messages import accumulation_dtype
+from .job import OPTIMIZER_STATES, Job
+
+WIDE = 4
+"""Bytes of a number in float32, in which norms, losses and LSE are computed."""
+IN_FLIGHT = 2
+"""Layers whose offloaded tensors are on the device: one is used while the next one arrives."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that are held at the same time.
+
+    Args:
+        weights: parameters of the rank, and those that FSDP2 has gathered.
+        gradients: gradients of parameters, and buckets of DDP.
+        optimizer: states of the optimizer.
+        checkpoints: inputs of layers; without checkpointing, all that the layers keep for backward.
+        attention: outputs of attention that are kept, and their LSE.
+        layer: what one layer needs beyond these while it is computed again and backward.
+        messages: keys/values of other ranks, and sums of gradients that travel.
+        loss: logits of a chunk, and hidden states and their gradients around the loss.
+    """
+
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    checkpoints: float = 0
+    attention: float = 0
+    layer: float = 0
+    messages: float = 0
+    loss: float = 0
+
+    @property
+    def total(self) -> float:
+        """Sum of all."""
+        return sum(float(getattr(self, field.name)) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of a rank in each phase of a step.
+
+    Args:
+        phases: by name: `loss`, `mlp of the last layer` and `attention of the last layer` (where backward begins), the
+            same of the first layer (where it ends), and `optimizer`.
+        host: bytes in pinned memory of the host, for what is offloaded.
+    """
+
+    phases: dict[str, Phase]
+    host: float = 0
+
+    @property
+    def peak(self) -> str:
+        """Name of the phase that needs most."""
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def at_peak(self) -> Phase:
+        """Parts at the peak."""
+        return self.phases[self.peak]
+
+    @property
+    def total(self) -> float:
+        """Bytes at the peak."""
+        return self.at_peak.total
+
+
+def parts_of(job: Job) -> Parts:
+    """Count the bytes of the rank that needs most, by phase and part."""
+    facts, size, tokens = job.facts, job.dtype.itemsize, job.rank_tokens
+    share = job.tp * job.fsdp
+    hidden = tokens * facts.hidden * size
+    one = facts.layer_parameters / job.tp * size
+    ends = facts.head_parameters * (1 if facts.tied else 2) / job.tp * size  # input and output embeddings
+    weights = facts.parameters / share * size
+    trains_all = facts.lora_parameters is None
+    gradients = facts.trained_parameters / share * size
+    of_head = facts.head_parameters / share * size if trains_all else 0
+    if job.fsdp > 1:
+        weights += 2 * one + ends  # FSDP2 gathers a layer while the one before computes, and keeps the outer weights
+    gathered = one if job.fsdp > 1 and trains_all else 0.0  # whole gradients of a layer, until they are scattered
+    buckets = gradients if job.ddp else 0.0
+    states = OPTIMIZER_STATES[job.optimizer] * gradients
+    layer = _Layer(job)
+
+    kept, of_attention, host = _kept(job, layer)
+    embeddings = _positions(job)
+    before = gradients if job.accumulates else 0.0  # a step of the optimizer has set all others to None
+    common = Phase(weights=weights, gradients=buckets, optimizer=states, checkpoints=embeddings)
+    every = replace(common, checkpoints=embeddings + facts.layers * kept, attention=facts.layers * of_attention)
+    last = replace(every, gradients=buckets + max(before, of_head + gathered))
+    first = replace(
+        common,
+        gradients=buckets + gradients + gathered,
+        checkpoints=embeddings + kept,
+        attention=of_attention,
+    )
+    phases = {
+        "loss": replace(
+            every,
+            gradients=buckets + before,
+            loss=_loss(job, hidden),
+            messages=layer.idle_messages,
+            layer=layer.idle,
+        )
+    }
+    for name, phase in (("last", last), ("first", first)):
+        mlp = replace(phase, layer=layer.mlp, messages=layer.idle_messages)
+        phases[f"mlp of the {name} layer"] = mlp
+        phases[f"attention of the {name} layer"] = replace(phase, layer=layer.backward, messages=layer.messages)
+    phases["optimizer"] = replace(common, gradients=buckets + gradients, checkpoints=0)
+    return Parts(phases, host)
+
+
+class _Layer:
+    """Working set of one layer, beyond its input and the output of attention that is kept.
+
+    Attributes:
+        saved: bytes that the layer saves for backward.
+        mlp, backward: bytes while the MLP, and while attention, runs backward.
+        messages: bytes of buffers for other ranks, in `backward`.
+        idle, idle_messages: bytes of buffers that are held at all times, of the layer and for messages.
+    """
+
+    def __init__(self, job: Job):
+        facts, shape, size, tokens = job.facts, job.shape, job.dtype.itemsize, job.rank_tokens
+        hidden = tokens * facts.hidden * size
+        query, value = (tokens * shape.heads * dim * size for dim in (shape.query_dim, shape.value_dim))
+        keys = tokens * shape.key_value_numbers * size
+        width = facts.intermediate * facts.active_experts / job.tp
+        inner, tile = (count * width * size for count in (tokens, job.mlp_tokens))
+        self.output = value + tokens * shape.heads * WIDE  # with its LSE
+        # A norm saves its input in float32, the normed states if its weight is trained, and its result.
+        norm = hidden * (1 + (facts.lora_parameters is None)) + (0 if size >= WIDE else 2 * hidden)
+        # The MLP saves the results of both projections, of the activation, and their product.
+        self.saved = 2 * norm + hidden + query + keys + self.output + 4 * inner
+        in_attention = norm + query + keys + self.output + 2 * hidden
+        self.mlp: float = 2 * norm + hidden + query + keys + self.output
+        # Then come the gradients of the product and of its two factors; the product itself is freed.
+        self.mlp += hidden + 6 * tile
+        if tile < inner:
+            self.mlp += 2 * hidden  # output of the tiles, and the sum of the gradients of their input
+        own = _peak_of_attention(job, 1)
+        self.backward = in_attention - keys + own
+        self.messages = _peak_of_attention(job, job.cp) - own
+        self.idle = self.idle_messages = 0.0
+
+
+def _kept(job: Job, layer: _Layer) -> tuple[float, float, float]:
+    """Count what a layer keeps for backward: inputs, outputs of attention, and bytes on the host for all layers."""
+    hidden: float = job.rank_tokens * job.facts.hidden * job.dtype.itemsize
+    if not job.checkpointing:
+        return layer.saved, 0.0, 0.0
+    layers, host, attention = job.facts.layers, 0.0, 0.0
+    attending = (layers - job.facts.linear_layers) / layers
+    if job.attention_checkpoints != "off":
+        attention = layer.output * attending
+    on_device = min(1.0, IN_FLIGHT / layers)
+    if job.attention_checkpoints == "host":
+        host += attention * layers
+        attention *= on_device
+    if job.offload:
+        host += hidden * layers
+        hidden *= on_device
+    return hidden, attention, host
+
+
+def _positions(job: Job) -> float:
+    """Bytes of the cosines and sines of rotary embeddings, which all layers share."""
+    return 2 * job.rank_tokens * job.facts.query_dim * job.dtype.itemsize
+
+
+def _loss(job: Job, hidden: float) -> float:
+    """Bytes around the loss: the last norm, the logits of a chunk, and the gradients that are made with them."""
+    facts, size, tokens, chunk = job.facts, job.dtype.itemsize, job.rank_tokens, job.chunk_tokens
+    # In float32: the logarithms of probabilities, their gradients, and the gradients of logits.
+    logits = 3 * chunk * facts.vocabulary * WIDE
+    trains_head = facts.lora_parameters is None
+    head = trains_head * facts.head_parameters / job.tp * accumulation_dtype(job.dtype).itemsize
+    norm = hidden * (2 + trains_head) + (0 if size >= WIDE else hidden)
+    pieces = hidden * (1 - chunk / tokens)  # gradients of the chunks before, which are joined when all are made
+    joined = hidden + (hidden if chunk < tokens else 0)
+    return norm + max(logits + pieces + (2 if chunk < tokens else 1) * head, joined + head)
+
+
+def _peak_of_attention(job: Job, cp: int) -> float:
+    """Bytes of attention at the peak of its backward, beyond its inputs, on one of `cp` ranks."""
+    shape, tokens, size = job.shape, job.rank_tokens, job.dtype.itemsize
+    others = (cp - 1) * tokens
+    if cp > 1 and job.comm_type == "all_gather":
+        whole = tokens + others
+        return peak_of_backward(shape, job.kernel, tokens, whole, 1, tokens + whole, tokens + whole, others)
+    inner = {"a2a": cp, "a2a+p2p": min(cp, job.a2a_size)}.get(job.comm_type, 1)
+    gradients = 0
+    if inner > 1:
+        heads, key_heads = -(-shape.heads // inner), -(-shape.key_heads // inner)
+        shape = Shape(heads, key_heads, shape.query_dim, shape.value_dim, shape.dtype)
+        tokens *= inner
+        gradients = tokens * heads * shape.value_dim * size  # the gradients of outputs, exchanged
+    arriving = tokens if cp > inner else 0
+    held = sums = tokens + 2 * arriving
+    return peak_of_backward(shape, job.kernel, tokens, tokens, 1, held, sums, arriving) + gradients

@@ -1,0 +1,113 @@
+"""Bytes of a rank, beside sums made by hand for a tiny Llama."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_context_parallel.attention.peak_memory import peak_of_backward
+from hf_context_parallel.memory.facts import ModelFacts
+from hf_context_parallel.memory.job import Job
+from hf_context_parallel.memory.parts import Phase, parts_of
+
+T, H, INNER, V, L = 1000, 64, 96, 50, 5
+FACTS = ModelFacts(
+    layers=L,
+    hidden=H,
+    intermediate=INNER,
+    heads=4,
+    key_heads=2,
+    query_dim=16,
+    value_dim=16,
+    vocabulary=V,
+    parameters=200_000,
+    layer_parameters=30_000,
+    head_parameters=H * V,
+)
+JOB = Job(FACTS, T, dtype=torch.float32)
+QUERY = VALUE = T * 64 * 4
+KEYS = T * 64 * 4
+LSE = T * 4 * 4
+HIDDEN = T * H * 4
+COS = 2 * T * 16 * 4
+
+
+def test_what_is_held_in_all_phases():
+    parts = parts_of(JOB)
+    assert {(phase.weights, phase.optimizer) for phase in parts.phases.values()} == {(800_000, 1_600_000)}
+    step = parts.phases["optimizer"]
+    assert step == Phase(weights=800_000, gradients=800_000, optimizer=1_600_000)
+    assert parts.total == max(phase.total for phase in parts.phases.values()) == parts.at_peak.total
+    assert parts_of(replace(JOB, optimizer="sgd")).phases["optimizer"].total == 1_600_000
+    assert parts_of(replace(JOB, ddp=True)).phases["optimizer"].gradients == 1_600_000
+
+
+def test_gradients_come_with_backward():
+    parts = parts_of(JOB)
+    by_phase = {name: phase.gradients for name, phase in parts.phases.items()}
+    assert by_phase["loss"] == 0
+    assert by_phase["mlp of the last layer"] == H * V * 4
+    assert by_phase["mlp of the first layer"] == 800_000
+    assert parts_of(replace(JOB, accumulates=True)).phases["loss"].gradients == 800_000
+
+
+def test_checkpoints():
+    phases = parts_of(JOB).phases
+    assert phases["mlp of the last layer"].checkpoints == L * HIDDEN + COS
+    assert phases["mlp of the first layer"].checkpoints == HIDDEN + COS
+    saved = 7 * HIDDEN - 2 * HIDDEN + QUERY + KEYS + VALUE + LSE + 4 * T * INNER * 4
+    assert parts_of(replace(JOB, checkpointing=False)).phases["loss"].checkpoints == L * saved + COS
+
+
+def test_kept_attention():
+    assert parts_of(JOB).at_peak.attention == 0
+    kept = parts_of(replace(JOB, attention_checkpoints="device"))
+    assert kept.phases["loss"].attention == L * (VALUE + LSE)
+    host = parts_of(replace(JOB, attention_checkpoints="host", offload=True))
+    assert host.phases["loss"].attention == 2 * (VALUE + LSE)
+    assert host.phases["loss"].checkpoints == 2 * HIDDEN + COS
+    assert host.host == L * (VALUE + LSE + HIDDEN)
+    linear = parts_of(replace(JOB, facts=replace(FACTS, linear_layers=L), attention_checkpoints="device"))
+    assert linear.phases["loss"].attention == 0
+
+
+def test_a_layer():
+    phase = parts_of(JOB).phases["mlp of the last layer"]
+    assert phase.layer == 6 * HIDDEN + QUERY + KEYS + VALUE + LSE + 6 * T * INNER * 4
+    tiles = parts_of(replace(JOB, tile_tokens=100)).phases["mlp of the last layer"]
+    assert phase.layer - tiles.layer == 6 * 900 * INNER * 4 - 2 * HIDDEN
+    adapters = parts_of(replace(JOB, facts=replace(FACTS, lora_parameters=1000)))
+    assert phase.layer - adapters.phases["mlp of the last layer"].layer == 2 * HIDDEN
+
+
+def test_messages():
+    assert all(phase.messages == 0 for phase in parts_of(JOB).phases.values())
+    ring = parts_of(replace(JOB, tokens=4 * T, cp=4)).phases["attention of the last layer"]
+    alone = parts_of(JOB).phases["attention of the last layer"]
+    assert ring.layer == alone.layer
+    own = peak_of_backward(JOB.shape, "torch", T, T, 1, T, T, 0)
+    assert ring.messages == peak_of_backward(JOB.shape, "torch", T, T, 1, 3 * T, 3 * T, T) - own
+    gathered = parts_of(replace(JOB, tokens=4 * T, cp=4, comm_type="all_gather"))
+    assert gathered.phases["attention of the last layer"].messages > ring.messages
+
+
+def test_loss():
+    loss = parts_of(replace(JOB, loss_chunk_tokens=100)).phases["loss"].loss
+    assert loss == 3 * HIDDEN + max(12 * 100 * V + 0.9 * HIDDEN + 2 * H * V * 4, 2 * HIDDEN + H * V * 4)
+    whole = parts_of(JOB).phases["loss"].loss
+    assert whole == 3 * HIDDEN + 12 * T * V + H * V * 4
+
+
+def test_ranks_share():
+    parts = parts_of(replace(JOB, tokens=2 * T, cp=2, fsdp=4))
+    assert parts.phases["optimizer"].gradients == 200_000
+    assert parts.phases["optimizer"].weights == 200_000 + 4 * (2 * 30_000 + 2 * H * V)
+    assert parts.phases["mlp of the first layer"].gradients == 200_000 + 4 * 30_000
+    tensor = parts_of(replace(JOB, tp=2)).phases["mlp of the last layer"]
+    assert tensor.weights == 400_000
+    assert tensor.layer == 6 * HIDDEN + (QUERY + KEYS + VALUE + LSE) / 2 + 3 * T * INNER * 4
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="attention_checkpoints='on' is not one of off, device, host"):
+        replace(JOB, attention_checkpoints="on")
