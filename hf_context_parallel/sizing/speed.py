@@ -6,8 +6,11 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 from ..attention.auto_strategy import NOTHING, Counts, Share, Traffic, counts_of, estimate, shares
 from ..attention.strategy import Shape, bytes_of_keys
+from ..memory.facts import ModelFacts
 from ..planning.layout import zigzag
 from ..planning.machine import Machine, attention_flops
 from ..planning.mask import Mask, Pattern, whole_rows
@@ -20,14 +23,14 @@ pass, in multiples of the hidden size and of the intermediate size. It is assume
 OPTIMIZER_BYTES = 32
 """Bytes that Adam reads and writes for each trained parameter: weight, gradient and two states in float32, all read
 once, three of them written, and the gradient set to zero."""
-HOST_LAYER = 2.5e-3
+HOST_LAYER = 2e-3
 """Seconds that the host takes to launch a layer's kernels forward, again and backward. It is assumed. Where the device
 takes less, it waits."""
 ASSUMPTIONS = (
     f"the host takes {HOST_LAYER * 1e3:.1f} ms to launch a layer forward, again and backward",
     "every sequence is one document, so its attention is the most that its length can need",
-    "messages of FSDP hide behind matrix products, those of a ring behind its kernels, and copies to the host behind all "
-    "computing; messages of tensor parallelism and exchanges of heads hide behind nothing",
+    "messages of FSDP hide behind matrix products, those of a ring behind its kernels, and copies to the host behind "
+    "all computing; messages of tensor parallelism and exchanges of heads hide behind nothing",
     "scans of linear attention and Mamba count as their projections alone",
     "the loader is never waited for, and experts are equally busy",
 )
@@ -128,6 +131,28 @@ class Step(NamedTuple):
     def tflops(self) -> float:
         """Operations of the model a second and GPU, in TFLOP/s."""
         return self.flops / self.seconds / self.gpus / 1e12
+
+
+def work_of(facts: ModelFacts, dtype: torch.dtype = torch.bfloat16) -> Work:
+    """Count the work of a model that computes in `dtype`. Layers with chunks count as layers with a window."""
+    experts = 3 * facts.hidden * facts.intermediate * facts.layers  # one expert, or the MLP, of all layers
+    idle = max(0, facts.experts - facts.active_experts)
+    in_layers = facts.parameters - facts.head_parameters * (1 if facts.tied else 2)
+    shape = Shape(facts.heads, facts.key_heads, facts.query_dim, facts.value_dim, dtype)
+    kinds = (Pattern(), facts.full_layers), (Pattern(True, facts.window), facts.window_layers)
+    return Work(
+        layers=facts.layers,
+        hidden=facts.hidden,
+        intermediate=facts.intermediate * facts.active_experts,
+        active=in_layers - idle * experts,
+        mlp=facts.active_experts * experts,
+        head=facts.head_parameters,
+        parameters=facts.parameters,
+        trained=facts.trained_parameters,
+        weights_trained=facts.lora_parameters is None,
+        attention=tuple(Attention(pattern, shape, layers) for pattern, layers in kinds if layers),
+        itemsize=dtype.itemsize,
+    )
 
 
 def step_of(work: Work, mesh: Mesh, choice: Choice, length: int, rows: int, runs: int, rates: Rates) -> Step:

@@ -131,4 +131,4 @@ def test_short_steps_wait_for_launches():
     fast = RATES._replace(machine=Machine(*[1e18] * 6, 0.0, 0.0, 0.0, 8))
     assert step.parts["waiting for launches"] == 0
     waited = step_of(WORK, ALONE, Choice(), 1, 1, 2, fast)
-    assert waited.parts["waiting for launches"] == pytest.approx(2 * 2 * 2.5e-3)
+    assert waited.parts["waiting for launches"] == pytest.approx(2 * 2 * 2e-3)
