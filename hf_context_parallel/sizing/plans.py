@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import ceil, floor, log
@@ -11,26 +11,25 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import ContextParallelConfig
+from ..memory.advice import SETTINGS, TILE, parts_with
 from ..memory.facts import ModelFacts
 from ..memory.job import Job
-from ..memory.parts import Parts, parts_of
-from .gpus import GIB, Rates
+from ..memory.parts import Parts
+from .gpus import Rates
 from .meshes import Mesh, meshes
 from .speed import Choice, Step, step_of, work_of
 
 CLOSE = 1.02
 """Plans whose speeds differ by less than this factor are taken as equal. The simplest is first, then the smallest."""
-TILES = (8192, 2048)
+TILES = (8192, TILE)
 """Tokens of a tile that are tried."""
 STEP = 1024
 """Tokens by which the longest sequence is counted."""
 MOST = 2**30
 """Longest sequence that is looked for, in tokens."""
-_SETTINGS = {field.name for field in fields(ContextParallelConfig)}
-KEPT = ("off", "device", "host") if "attention_checkpoints" in _SETTINGS else ("off",)
+KEPT = ("off", "device", "host") if "attention_checkpoints" in SETTINGS else ("off",)
 """Values of `attention_checkpoints` that are tried."""
-TILE_TOKENS = (None, *TILES) if "tile_tokens" in _SETTINGS else (None,)
+TILE_TOKENS = (None, *TILES) if "tile_tokens" in SETTINGS else (None,)
 """Values of `tile_tokens` that are tried."""
 
 
@@ -115,21 +114,7 @@ class Plan:
 
     def parts_at(self, length: int) -> Parts:
         """Bytes of a rank, with sequences of `length` tokens."""
-        job = self._job(length)
-        parts = parts_of(job)
-        if self.question.weights == job.dtype:
-            return parts
-        wide = parts_of(replace(job, dtype=self.question.weights))
-        mixed = {
-            name: replace(
-                phase,
-                weights=wide.phases[name].weights,
-                gradients=wide.phases[name].gradients,
-                optimizer=wide.phases[name].optimizer,
-            )
-            for name, phase in parts.phases.items()
-        }
-        return replace(parts, phases=mixed)
+        return parts_with(self._job(length), self.question.weights)
 
     def _job(self, length: int) -> Job:
         asked, mesh, choice = self.question, self.mesh, self.choice
@@ -206,27 +191,3 @@ def _choices(question: Question, mesh: Mesh) -> Iterator[Choice]:
     for kept, offload, tile in product(KEPT, (False, True), TILE_TOKENS):
         if tile is None or tile < tokens:
             yield Choice(kept, offload, tile)
-
-
-PARTS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "states of the optimizer",
-    "checkpoints": "inputs of layers, kept for backward",
-    "attention": "outputs of attention, kept for backward",
-    "layer": "working set of a layer",
-    "messages": "buffers of keys/values and their gradients",
-    "loss": "logits and what the loss needs",
-}
-"""Names of the parts of memory, in words."""
-
-
-def by_size(parts: Parts) -> list[tuple[str, float]]:
-    """List the parts at the peak in words, each with its bytes, the largest first."""
-    found = [(words, float(getattr(parts.at_peak, name))) for name, words in PARTS.items()]
-    return sorted(found, key=lambda part: -part[1])
-
-
-def gib(size: float) -> str:
-    """Format bytes in GiB."""
-    return f"{size / GIB:.1f}"

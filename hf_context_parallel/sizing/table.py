@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from ..memory.advice import PARTS, by_size, gib
 from .meshes import Mesh
-from .plans import CLOSE, PARTS, STEP, Plan, Question, by_size, gib
+from .plans import CLOSE, STEP, Plan, Question
 from .speed import ASSUMPTIONS, Messages
 
 ROWS = 10

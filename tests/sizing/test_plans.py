@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from hf_context_parallel.memory.advice import by_size
 from hf_context_parallel.memory.facts import facts_of
 from hf_context_parallel.memory.job import Job
 from hf_context_parallel.memory.parts import parts_of
 from hf_context_parallel.sizing.gpus import find_gpu, rates_of
 from hf_context_parallel.sizing.meshes import Mesh
-from hf_context_parallel.sizing.plans import STEP, Plan, Question, by_size, longest_plans, plans_of
+from hf_context_parallel.sizing.plans import STEP, Plan, Question, longest_plans, plans_of
 from hf_context_parallel.sizing.speed import Choice, work_of
 
 
