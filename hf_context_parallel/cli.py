@@ -94,6 +94,48 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="a recipe to plan, in place of --model")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="ID_OR_CONFIG", help="a model of the hub, a folder, or a config.json")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="tokens of a sequence")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="number of GPUs; 1, or as many as RECIPE starts")] = None,
+    gpu: Annotated[str | None, typer.Option(help="such as h100-80gb; by default the one of this machine")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="rank of adapters of all linear layers")] = None,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="tokens of an optimizer step; by default one run of every group")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="sequences that a CP group computes at a time")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="dtype of weights, gradients and optimizer; bfloat16 with --lora, else float32"),
+    ] = None,
+    node: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 8,
+    network: Annotated[float, typer.Option(min=0.001, help="GB/s that a GPU sends to other nodes")] = 50.0,
+    longest: Annotated[bool, typer.Option("--longest", help="how long sequences can be")] = False,
+    megatron_table: Annotated[
+        bool, typer.Option("--megatron-table", help="TP and CP on 8 GPUs, beside figures of Megatron-LM")
+    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="list all plans that fit")] = False,
+    write: Annotated[Path | None, typer.Option(metavar="FILE", help="write the recipe of the first plan")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the code that comes with the model")
+    ] = False,
+) -> None:
+    """List the meshes on which a model fits: memory by part, messages, and the estimated speed, best first.
+
+    No GPU is needed. For a model of the hub, only its configuration is read.
+    """
+    from hf_context_parallel.sizing.command import Asked, run_plan
+
+    asked = Asked(model, seq_len, gpus, gpu, lora, tokens_per_batch, rows, weights, node, network, trust_remote_code)
+    sys.exit(run_plan(asked, recipe, write, longest, megatron_table, every))
+
+
+@app.command()
 def calibrate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where PyTorch sees a GPU")] = None,
 ) -> None:

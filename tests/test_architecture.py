@@ -42,6 +42,7 @@ LEVELS = (
     "trl",
     "verification.trainers",
     "recipe",
+    "sizing",
     "train",
     "cli",
     "__init__",

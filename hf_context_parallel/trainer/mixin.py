@@ -40,6 +40,7 @@ from .accelerate import (
 )
 from .generations import count_generations
 from .metrics import StepWatch, count_steps, throughput
+from .out_of_memory import advised
 from .refusals import check_trainer, check_versions
 from .step_state import StepState
 
@@ -151,6 +152,7 @@ class ContextParallelMixin:
 
     def _count(self, tokens: int, longest: int) -> None:
         """Count the tokens that this rank's group computes, for the logs."""
+        self._step_state.running = tokens, self.cp.size
         self._step_state.count(tokens / self.cp.groups.same_batch.size, longest)
 
     def get_batch_samples(
@@ -170,9 +172,9 @@ class ContextParallelMixin:
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run a training step, with `dynamic` round by round."""
+        """Run a training step, with `dynamic` round by round. An error for want of memory gains a note."""
         self._prove()
-        with reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
+        with advised(self), reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
             if self._scheduler is None:
                 rows, length = _shape_of(inputs)
                 self._count(rows * length, length)

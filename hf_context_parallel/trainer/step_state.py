@@ -16,6 +16,7 @@ class StepState:
         rounds: with `dynamic`, the rounds of each training step until the next optimizer step.
         tokens: this rank's share of the tokens since the last log.
         longest: tokens of the longest row since the last log.
+        running: tokens that a CP group computes at present, and the ranks of it.
         evaluated: number of samples of an evaluation whose speed is about to be logged.
     """
 
@@ -23,6 +24,7 @@ class StepState:
     rounds: list[list[Round]] = field(default_factory=list)
     tokens: float = 0.0
     longest: int = 0
+    running: tuple[int, int] = (0, 1)
     evaluated: int | None = None
 
     def count(self, tokens: float, longest: int) -> None:
