@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p", "auto")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 LAYOUTS = ("auto", "zigzag", "contiguous", "balanced")
-ATTENTION_CHECKPOINTS = ("off", "device", "host")
+ATTENTION_CHECKPOINTS = ("auto", "off", "device", "host")
 LOGITS = ("auto", "whole", "shard")
 KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "reference")
 
@@ -57,6 +57,8 @@ class ContextParallelConfig:
             queries at a time.
         attention_checkpoints: where gradient checkpointing keeps the output of each layer's attention, so that
             backward neither computes it again nor sends keys for it.
+            `"auto"`: on the device if it fits by the model of memory (`memory/`), else on the host of a CUDA device if
+            that fits, else nowhere.
             `"off"`: nowhere.
             `"device"`: on the device.
             `"host"`: in pinned memory of the host, copied while kernels run.
@@ -89,7 +91,7 @@ class ContextParallelConfig:
     a2a_size: int | None = None
     layout: str = "auto"
     kernel: str = "auto"
-    attention_checkpoints: str = "off"
+    attention_checkpoints: str = "auto"
     check_batch: bool = True
     verify: bool = True
     sequence_parallel: bool = False

@@ -18,7 +18,7 @@ from .attention.scores import Scores, make_scores, seed_of
 from .attention.strategy import Shape, Strategy
 from .config import ContextParallelConfig
 from .distributed.devices import check_backend
-from .distributed.free_memory import least_free_bytes
+from .distributed.free_memory import least_free_bytes, least_memory
 from .distributed.messages import CheckedExchange
 from .distributed.process_groups import Groups
 from .planning.layout import Layout
@@ -65,8 +65,10 @@ class CPGroup:
     exchange: CheckedExchange
     first_size: int
     machines: Mapping[str, Machine] = field(compare=False, repr=False)
-    _logged: set[tuple[str, str, int]] = field(default_factory=set, compare=False, repr=False)
+    _logged: set[tuple[object, ...]] = field(default_factory=set, compare=False, repr=False)
     """Choices of `auto` that were logged."""
+    _memory: dict[torch.device, int] = field(default_factory=dict, compare=False, repr=False)
+    """Memory of devices that was compared."""
     planner: Planner = field(init=False, compare=False, repr=False)
     """Planner of this rank."""
 
@@ -132,18 +134,29 @@ class CPGroup:
             self.planner.free[layer.device] = SHARE * least_free_bytes(self.groups, device)
         choice = self.planner.choice(layer, layout, mask)
         kind = layer_type(mask.pattern)
-        if choice.reason and (kind, *choice[:2]) not in self._logged and self.rank == 0:
-            self._logged.add((kind, *choice[:2]))
+        if choice.reason:
             subgroups = f" in subgroups of {choice.inner}" if choice.inner > 1 else ""
-            logger.info(
-                "comm_type='auto' of %s is %r%s: %s; by %s",
-                kind,
-                choice.comm_type,
-                subgroups,
-                choice.reason,
-                self.planner.machines[layer.device].source,
+            source = self.planner.machines[layer.device].source
+            self.log_once(
+                ("comm_type", kind, *choice[:2]),
+                f"comm_type='auto' of {kind} is {choice.comm_type!r}{subgroups}: {choice.reason}; by {source}",
             )
         return choice
+
+    def log_once(self, choice: tuple[object, ...], message: str) -> None:
+        """Log a choice that was made for the user, on the first rank, if it is new."""
+        if self.rank == 0 and choice not in self._logged:
+            self._logged.add(choice)
+            logger.info("%s", message)
+
+    def memory(self, device: torch.device) -> int:
+        """Bytes that a process has on a device, on the rank that has the fewest.
+
+        The ranks compare them in the first call, so all ranks must make that.
+        """
+        if device not in self._memory:
+            self._memory[device] = least_memory(self.groups, device)
+        return self._memory[device]
 
     def prepare(
         self,

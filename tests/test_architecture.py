@@ -27,6 +27,7 @@ LEVELS = (
     "integration.mixers",
     "integration.tensor_parallel",
     "integration.installation",
+    "integration.kept_attention",
     "integration.checks",
     "integration.border",
     "integration.sharded_batch",

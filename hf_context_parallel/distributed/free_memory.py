@@ -17,6 +17,14 @@ def least_free_bytes(ranks: Ranks, device: torch.device) -> int:
     return min(free)
 
 
+def least_memory(ranks: Ranks, device: torch.device) -> int:
+    """Bytes that a process has or could have on a device, on the rank with the fewest. All ranks must call this."""
+    cuda = device.type == "cuda"
+    used = torch.cuda.memory_allocated(device) if cuda else psutil.Process().memory_info().rss
+    (memory,) = gather_numbers(ranks, used + free_bytes(device))
+    return min(memory)
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that this process can allocate on a device: what is free, and what PyTorch's allocator holds unused.
 

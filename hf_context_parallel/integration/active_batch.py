@@ -44,6 +44,8 @@ class ActiveBatch:
     ):
         self.shard, self.group, self.run_outermost = shard, group, run_outermost
         self._padding_reads = padding_reads and shard.padding is not None
+        self.attention_checkpoints = "off"
+        """Where gradient checkpointing keeps attention: `"off"`, `"device"` or `"host"`."""
         self.handled: dict[str, set[str]] = {}
         """Class names of modules that mix tokens, each with the ways in which they were computed."""
         self.strategies: dict[tuple, Strategy] = {}
@@ -176,7 +178,7 @@ def carrying(checkpoint: Callable) -> Callable:
     """Wrap a function for gradient checkpointing, `checkpoint(run, ...)`, so that `run` carries the active batch.
 
     The batch is active whenever `run` is called: in the first pass, and in recomputation after the batch was left.
-    Attention of the first pass is kept for the others, if the group's settings say so.
+    Attention of the first pass is kept for the others, where the batch says so.
     """
 
     @wraps(checkpoint)
@@ -191,7 +193,7 @@ def carrying(checkpoint: Callable) -> Callable:
             with entered(batch):
                 return run(*args, **kwargs)
 
-        keeps = batch.group.config.attention_checkpoints
+        keeps = batch.attention_checkpoints
         # A compiled layer decides by itself what it computes again.
         if keeps == "off" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return checkpoint(run_in_batch, *args, **kwargs)

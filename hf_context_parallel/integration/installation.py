@@ -68,16 +68,24 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return next((decoder_of(child) for child in inside if child.get_input_embeddings() is embeddings), model)
 
 
-def carry_batches(model: torch.nn.Module) -> None:
+def carry_batches(model: torch.nn.Module) -> bool:
     """Let the functions by which modules are checkpointed carry the active batch.
 
     Checkpointing may be switched on at any time, so this is called before each pass over a shard.
+
+    Returns:
+        True if this pass is going to be checkpointed.
     """
+    found = False
     for module in model.modules():
         for name in CHECKPOINTING:
             function = vars(module).get(name)
-            if function is not None and not hasattr(function, "carries_batch"):
+            if function is None:
+                continue
+            found = found or (module.training and vars(module).get("gradient_checkpointing", True))
+            if not hasattr(function, "carries_batch"):
                 setattr(module, name, carrying(function))
+    return found and torch.is_grad_enabled()
 
 
 class OutermostPatch(ModulePatch):

@@ -22,6 +22,7 @@ from .checks.inputs import accepted, check_inputs, check_range, refuse_part
 from .checks.model import check_model
 from .installation import OutermostPatch, carry_batches, install
 from .interfaces.masks import GIVEN_A_MASK
+from .kept_attention import place_of_attention
 from .model_registry import NAME, transformers_model
 from .patches.loss import corrected_loss
 from .patches.module_patch import by_name, patch_of
@@ -150,7 +151,9 @@ class ShardedBatch(AbstractContextManager):
             if given.get("attention_mask") is not None:
                 raise ValueError(GIVEN_A_MASK)
             check_inputs(module, given, self._positions, self._group)
-        carry_batches(module)
+        checkpointed = carry_batches(module)
+        tokens = self.shard.batch_size * self.shard.layout.length
+        self._active.attention_checkpoints = place_of_attention(module, self._group, tokens, checkpointed)
         self._running, self._active.handled = module, {}
         try:
             with own_stream(self._group, module.training):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,8 +78,18 @@ def facts_of(config: PreTrainedConfig, lora_rank: int | None = None) -> ModelFac
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    lora = None if lora_rank is None else lora_rank * sum(map(_lora_dims, _layers_of(model)))
+    return replace(facts_of_model(model), lora_parameters=lora)
+
+
+def facts_of_model(model: PreTrainedModel) -> ModelFacts:
+    """Read the facts of a model. Without a language-model head, its vocabulary is 1.
+
+    Raises:
+        ValueError: if its layers are not found.
+    """
     layers = _layers_of(model)
-    text = config.get_text_config(decoder=True)
+    text = model.config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     latent = getattr(text, "kv_lora_rank", None) is not None  # keys of every query head are made from a latent
@@ -89,7 +99,8 @@ def facts_of(config: PreTrainedConfig, lora_rank: int | None = None) -> ModelFac
     window = _first(text, "sliding_window", "attention_chunk_size")
     if not kinds and window and getattr(text, "use_sliding_window", True):
         of_window = len(layers)
-    head = model.get_output_embeddings()
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    parameters, trained = _count(model), _count(model, trained=True)
     return ModelFacts(
         layers=len(layers),
         hidden=text.hidden_size,
@@ -98,12 +109,12 @@ def facts_of(config: PreTrainedConfig, lora_rank: int | None = None) -> ModelFac
         key_heads=heads if latent else getattr(text, "num_key_value_heads", None) or heads,
         query_dim=text.qk_nope_head_dim + text.qk_rope_head_dim if latent else head_dim,
         value_dim=text.v_head_dim if latent else head_dim,
-        vocabulary=head.weight.shape[0],
-        parameters=_count(model),
+        vocabulary=text.vocab_size if head is not None else 1,
+        parameters=parameters,
         layer_parameters=max(map(_count, layers)),
-        head_parameters=head.weight.numel(),
-        tied=head.weight is model.get_input_embeddings().weight,
-        lora_parameters=None if lora_rank is None else lora_rank * sum(map(_lora_dims, layers)),
+        head_parameters=0 if head is None else number_of(head),
+        tied=head is not None and head is model.get_input_embeddings().weight,
+        lora_parameters=trained if trained < parameters else None,
         experts=experts or 0,
         active_experts=_active_experts(text) if experts else 1,
         window=window if of_window else None,
@@ -113,7 +124,7 @@ def facts_of(config: PreTrainedConfig, lora_rank: int | None = None) -> ModelFac
 
 
 def _layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = getattr(model.get_decoder() or model, "layers", None)
     if not isinstance(layers, torch.nn.ModuleList):
         raise ValueError(
             f"{type(model).__name__} has no list `layers` in its decoder. Give the configuration of a causal language "
@@ -122,8 +133,13 @@ def _layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     return list(layers)
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def number_of(parameter: torch.nn.Parameter) -> int:
+    """Return the numbers of a whole parameter. DeepSpeed keeps a part of it, and notes how many there were."""
+    return getattr(parameter, "ds_numel", None) or parameter.numel()
+
+
+def _count(module: torch.nn.Module, trained: bool = False) -> int:
+    return sum(number_of(parameter) for parameter in module.parameters() if parameter.requires_grad or not trained)
 
 
 def _lora_dims(layer: torch.nn.Module) -> int:

@@ -82,7 +82,7 @@ class Job:
     @property
     def is_alone(self) -> bool:
         """True if attention is that of Transformers."""
-        return self.cp == 1 and not self.sharded
+        return self.cp == 1 and not self.sharded and self.attention_checkpoints == "off"
 
     @property
     def keeps_attention(self) -> bool:

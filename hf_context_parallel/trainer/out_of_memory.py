@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from ..integration.kept_attention import job_of as job_of_model
+from ..integration.model_registry import transformers_model
 from ..memory.advice import advice
-from ..memory.facts import facts_of
-from ..memory.job import ATTENTION_CHECKPOINTS, Job
+from ..memory.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -55,37 +55,23 @@ def advice_of(trainer: Any) -> str:
 
 def job_of(trainer: Any) -> tuple[Job, torch.dtype, int]:
     """Describe the run that a trainer has begun last: the job, the dtype of its weights, and the data ranks."""
-    args, config, model = trainer.args, trainer._config, trainer.model
+    args, config, model = trainer.args, trainer._config, transformers_model(trainer.model)
     tokens, size = trainer._step_state.running
-    weights = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    facts = facts_of(model.config)
-    sizes = [(getattr(p, "ds_numel", None) or p.numel(), p.requires_grad) for p in model.parameters()]
-    trained = sum(count for count, is_trained in sizes if is_trained)
-    if trained < sum(count for count, _ in sizes):
-        facts = replace(facts, lora_parameters=trained)
-    tp = trainer.cp.groups.tensor.size
-    ranks = args.world_size // tp
+    job, weights = job_of_model(model, trainer.cp.group, tokens)
+    ranks = args.world_size // job.tp
     wrapped = any(isinstance(module, FSDPModule) for module in model.modules())  # maybe while it was loaded
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or wrapped
-    comm_type = config.comm_type if isinstance(config.comm_type, str) and config.comm_type != "auto" else "p2p"
-    kept = getattr(config, "attention_checkpoints", "off")
     options = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
-    job = Job(
-        facts,
-        tokens,
+    job = replace(
+        job,
         cp=size,
-        tp=tp,
         fsdp=ranks if sharded else 1,
         ddp=not sharded and ranks > 1,
         dtype=torch.bfloat16 if args.bf16 or args.fp16 else weights,
-        comm_type=comm_type,
-        a2a_size=config.a2a_size or math.gcd(facts.key_heads, size),
-        kernel="torch" if args.device.type == "cuda" else "cpu",
         checkpointing=bool(args.activation_checkpointing or args.gradient_checkpointing),
         offload=bool(isinstance(options, dict) and options.get("offload")),
-        attention_checkpoints=kept if kept in ATTENTION_CHECKPOINTS else "off",
-        tile_tokens=getattr(config, "tile_tokens", None),
-        loss_chunk_tokens=config.loss_chunk_tokens,
+        # "auto" keeps attention only where it fits by this model of memory.
+        attention_checkpoints="off" if config.attention_checkpoints == "auto" else config.attention_checkpoints,
         optimizer="sgd" if args.optim == "sgd" else "adamw",
         accumulates=args.gradient_accumulation_steps > 1,
     )

@@ -85,6 +85,12 @@ def test_kept_attention_is_exact(on_ranks, name, way, kind, place):
     assert max(on_ranks(ranks, worst_error, KINDS[kind], name, settings)) < 1e-7
 
 
+def test_kept_attention_of_one_rank_is_exact():
+    assert worst_error(False, "grouped heads", {"attention_checkpoints": "device"}) < 1e-7
+    plain, kept = (counted(kind, {"attention_checkpoints": "device"}) for kind in (None, False))
+    assert kept == plain and kept["forward"] > 0
+
+
 @contextmanager
 def counting(cp: hcp.ContextParallel, counts: Counter) -> Iterator[None]:
     """Count the kernel calls, messages and bytes of this rank in this block."""

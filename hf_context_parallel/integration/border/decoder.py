@@ -31,6 +31,7 @@ from ..installation import carry_batches
 from ..interfaces.compiled_attention import of_batch
 from ..interfaces.masks import check_chunks
 from ..interfaces.planned_mask import PlannedMask
+from ..kept_attention import place_of_attention
 from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
 from ..outer_call import outer_call
 from ..patches.module_patch import ModulePatch, by_name, has_hooks
@@ -86,7 +87,8 @@ class DecoderBorder(ModulePatch):
     def is_alone(self, given: Mapping[str, Any]) -> bool:
         """Return whether the call can run the attention of Transformers on this rank alone.
 
-        A batch that describes documents cannot, since Transformers may let them see each other.
+        That attention is not kept under gradient checkpointing, so nothing may have asked for that. A batch that
+        describes documents cannot run it, since Transformers may let them see each other.
 
         Args:
             given: the arguments of the call by name.
@@ -96,6 +98,7 @@ class DecoderBorder(ModulePatch):
         return (
             group.size == group.first_size == group.groups.tensor.size == 1
             and not group.config.sequence_parallel
+            and group.config.attention_checkpoints in ("auto", "off")
             and not switches.shards_on_one_rank
             and self._model_type not in DEPENDS_ON_ATTN_NAME
             and all(given.get(name) is None for name in described)
@@ -169,17 +172,19 @@ class _Call:
                     check_range(decoder, given, shard, values=group.config.check_batch)
                 for mask in _planned(masks):
                     check_chunks(mask.pattern, decoder.config.model_type, shard)
-                mark = (*signature(decoder), len(compared))
+                checkpointed = carry_batches(decoder)
+                mark = (*signature(decoder), len(compared), checkpointed)
                 compared_labels = labels if group.config.check_batch else {}
                 notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark, **compared_labels})
             if notes.alarm:
                 group.exchange.settle(group.groups)
             check_weights(compared, group.groups)
         self.batch = ActiveBatch(self.local.pop(SHARD), group, padding_reads=call is None or call.uses_padding)
+        tokens = shard.batch_size * shard.layout.length
+        self.batch.attention_checkpoints = place_of_attention(decoder, group, tokens, checkpointed)
         for mask in _planned(masks):
             of_batch(mask, self.batch)
         self.local |= masks
-        carry_batches(decoder)
 
     def _shard(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments for the shard of this rank."""
