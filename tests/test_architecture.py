@@ -25,6 +25,7 @@ LEVELS = (
     "integration.interfaces",
     "integration.mixers",
     "integration.tensor_parallel",
+    "integration.tiles",
     "integration.installation",
     "integration.checks",
     "integration.border",
