@@ -246,6 +246,17 @@ def base_tuner() -> type | None:
     return lookup("peft.tuners.tuners_utils", "BaseTuner", "the check of tuners")
 
 
+def recorded_outputs() -> dict[str, Any]:
+    """Return the lists to which a model that runs appends outputs of its modules, by the name of the output."""
+    collector = lookup("transformers.utils.output_capturing", "_active_collector", "tile_tokens")
+    return collector.get() or {}
+
+
+def is_expert_parallel(module: torch.nn.Module) -> bool:
+    """Return whether a module holds some of the experts, and other ranks hold the others."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
+
 def asks_interface(module_class: type[torch.nn.Module]) -> bool:
     """Return whether the forward of a module uses the attention interface. GPT-J and CodeGen do from 5.24 on."""
     forward = inspect.unwrap(module_class.forward)

@@ -77,6 +77,9 @@ class ContextParallelConfig:
             of the batch, and has to be multiplied by the size of the group.
         loss_chunk_tokens: number of tokens whose logits the loss makes at a time. None takes as many as have 2**25
             logits together, 128 MiB in float32.
+        tile_tokens: number of tokens of a shard that MLPs and mixtures of experts compute at a time. What lies inside
+            of them exists for these tokens alone, in forward and backward, and backward computes them once more. None
+            computes all tokens at once.
         dynamic: True to let the Trainer deal the samples of a global batch to groups of `size` ranks and fewer, so
             that short samples are split less than long ones.
         max_tokens_per_rank: largest number of packed tokens that a rank holds with `dynamic`. A sample must fit on the
@@ -97,6 +100,7 @@ class ContextParallelConfig:
     sequence_parallel: bool = False
     logits: str = "auto"
     loss_chunk_tokens: int | None = None
+    tile_tokens: int | None = None
     dynamic: bool = False
     max_tokens_per_rank: int | None = None
 
@@ -120,11 +124,12 @@ class ContextParallelConfig:
         for field in ("check_batch", "verify", "sequence_parallel", "dynamic"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r} is not a bool. Give true or false.")
-        if self.loss_chunk_tokens is not None and not _is_count(self.loss_chunk_tokens):
-            raise ValueError(
-                f"loss_chunk_tokens={self.loss_chunk_tokens!r} is not a number of tokens. Give an integer of 1 or "
-                "more, or None."
-            )
+        for field in ("loss_chunk_tokens", "tile_tokens"):
+            tokens = getattr(self, field)
+            if tokens is not None and not _is_count(tokens):
+                raise ValueError(
+                    f"{field}={tokens!r} is not a number of tokens. Give an integer of 1 or more, or None."
+                )
         most = self.max_tokens_per_rank
         if most is not None and (not _is_count(most) or most < 2):
             raise ValueError(f"max_tokens_per_rank={most!r} is not a number of tokens. Give an integer of 2 or more.")

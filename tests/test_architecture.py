@@ -26,6 +26,7 @@ LEVELS = (
     "integration.interfaces",
     "integration.mixers",
     "integration.tensor_parallel",
+    "integration.tiles",
     "integration.installation",
     "integration.kept_attention",
     "integration.checks",

@@ -19,6 +19,7 @@ from .patches.rope import RopePatch, follows_length
 from .tensor_parallel.plan_styles import styles_of
 from .tensor_parallel.replicated import ReplicatedParameters
 from .tensor_parallel.sequence_parallel import SequenceParallelPatch
+from .tiles import TilePatch
 
 CHECKPOINTING = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Attributes in which modules of Transformers and wrappers of PyTorch keep the function that checkpoints them."""
@@ -32,10 +33,16 @@ def install(model: PreTrainedModel, group: CPGroup) -> None:
         group: the ranks that are going to hold the shards.
 
     Raises:
-        ValueError: if the model does not have the form that sequence parallelism requires.
+        ValueError: if the model does not have the form that sequence parallelism or `tile_tokens` requires.
     """
-    if patch_of(model, OutermostPatch) is not None:
-        return
+    if patch_of(model, OutermostPatch) is None:
+        _install_always(model, group)
+    if group.config.tile_tokens is not None:  # outside of the patches of sequence parallelism
+        TilePatch().replace_parts(decoder_of(model))
+
+
+def _install_always(model: PreTrainedModel, group: CPGroup) -> None:
+    """Install the patches that do not depend on `tile_tokens`."""
     native, whole, rope, pooler = NativePatch(), WholePatch(), RopePatch(), PoolerPatch()
     for part in mixers(model):
         (native if is_native(part) else whole).replace(part)

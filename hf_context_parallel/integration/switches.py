@@ -18,6 +18,7 @@ class Switches:
         stock_attn_name: report the name of a Transformers attention to layers that ask which attention they have.
         shards_on_one_rank: shard batches in CP groups of one rank too, where Transformers would compute them.
         other_attention: outside of a batch, compute attention with the other implementation of Transformers.
+        several_tiles: run modules that treat each token alone on several tiles, however short the batch is.
         listeners: functions called with each layer whose attention is computed outside of a batch.
     """
 
@@ -25,6 +26,7 @@ class Switches:
     stock_attn_name: bool = False
     shards_on_one_rank: bool = False
     other_attention: bool = False
+    several_tiles: bool = False
     listeners: list[Callable[[torch.nn.Module], None]] = field(default_factory=list)
 
 
@@ -63,6 +65,11 @@ def computed_otherwise() -> AbstractContextManager[None]:
     wider dtype.
     """
     return _on("other_attention")
+
+
+def several_tiles() -> AbstractContextManager[None]:
+    """Run modules that treat each token alone on several tiles if `tile_tokens` is set, however short the batch is."""
+    return _on("several_tiles")
 
 
 @contextmanager

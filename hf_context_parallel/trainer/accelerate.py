@@ -12,6 +12,7 @@ import psutil
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..config import ContextParallelConfig, refuse
 
@@ -120,6 +121,8 @@ def start_fsdp2(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin
     plugin = plugin or FullyShardedDataParallelPlugin()
     if state.mixed_precision != "no":
         plugin.set_mixed_precision(state.mixed_precision)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # only an accelerator has pinned memory
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 

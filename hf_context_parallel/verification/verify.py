@@ -28,7 +28,7 @@ from ..integration.checks.peft import check_adapters, uses_prefix
 from ..integration.checks.proofs import keep_proof
 from ..integration.model_registry import outermost_models, transformers_model
 from ..integration.patches.rope import follows_length
-from ..integration.switches import allow_unchecked_models
+from ..integration.switches import allow_unchecked_models, several_tiles
 from ..integration.tensor_parallel.plan_styles import styles_of
 from ..integration.tensor_parallel.replicated import AlwaysReplicated
 from .layers.batches import make_batches
@@ -69,7 +69,7 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
             check_adapters(part)
         with allow_unchecked_models():
             parallelize(model, cp)
-        with _untouched(model), _summed(model, cp):
+        with _untouched(model), _summed(model, cp), several_tiles():
             differences = _compare_batches(model, cp)
         if not all(math.isfinite(difference.found) for difference in differences):
             _refuse_non_finite(model)

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_context_parallel as hcp
+from hf_context_parallel.compat import tree_leaves
 from hf_context_parallel.integration.border.parallelize import borders_of
 from tests.helpers.border import batch_for, errors_of, mean_gradients, model_with
 from tests.helpers.models import context, document_positions, error, labelled, some_labels, tokens
@@ -437,6 +439,40 @@ def counts_of_tokens(model_type: str) -> list[int]:
 def test_the_loss_makes_the_logits_of_few_tokens(on_ranks, model_type):
     for counts in on_ranks(2, counts_of_tokens, model_type):
         assert max(counts) == 4 and len(counts) > 2
+
+
+class LargestOfVocabulary(TorchDispatchMode):
+    """Record the largest number of elements of a tensor that is made with a dimension of the vocabulary.
+
+    The weights of the head and their gradients, `[V, hidden]`, are left out.
+    """
+
+    def __init__(self, vocabulary: int, hidden: int):
+        super().__init__()
+        self._vocabulary, self._weights, self.largest = vocabulary, {vocabulary, hidden}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for x in tree_leaves(output):
+            if isinstance(x, torch.Tensor) and self._vocabulary in x.shape and set(x.shape) != self._weights:
+                self.largest = max(self.largest, x.numel())
+        return output
+
+
+def largest_of_vocabulary(vocabulary: int) -> int:
+    model = model_with("causal", "llama", "context_parallel", vocab_size=vocabulary, hidden_size=8).float().train()
+    hcp.parallelize(model, context())
+    ids = tokens(2, 600)
+    with LargestOfVocabulary(vocabulary, 8) as mode:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return mode.largest
+
+
+def test_no_tensor_of_the_loss_grows_with_the_vocabulary(on_ranks):
+    """Each rank makes logits of 600 tokens: 77 and 157 million in one piece."""
+    for vocabulary in (128_256, 262_144):
+        for largest in on_ranks(2, largest_of_vocabulary, vocabulary):
+            assert 2**25 - vocabulary < largest <= 2**25
 
 
 def lengths_of_shards() -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -109,6 +109,23 @@ def test_accelerates_fsdp2(on_ranks, tmp_path, ranks, sizes, size):
     [expected] = on_ranks(1, history, STOCK, tmp_path, WINDOWS)
     for found in on_ranks(ranks, launched, launcher_environment(**sizes), fsdp2_history, tmp_path, size, WINDOWS):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_weights_gradients_and_optimizer_that_fsdp2_keeps_on_the_host(on_ranks, tmp_path):
+    environment = launcher_environment() | {"FSDP_OFFLOAD_PARAMS": "true"}
+    options = {"gradient_checkpointing": True, "max_grad_norm": 0.1}
+    [expected] = on_ranks(1, history, STOCK, tmp_path, options)
+    for found in on_ranks(2, launched, environment, offloaded_history, tmp_path, options):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def offloaded_history(folder, options) -> list[tuple[float, float]]:
+    """Train with CP groups of 2 and MLPs on tiles, where FSDP2 fetches the weights of each layer from the host."""
+    trainer = make_trainer(2, folder, **options, settings={"tile_tokens": 16})
+    trainer.train()
+    assert isinstance(trainer.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    assert trainer.accelerator.is_fsdp2 and isinstance(trainer.model_wrapped, FSDPModule)
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def accelerate_launch(folder, *options) -> subprocess.CompletedProcess:

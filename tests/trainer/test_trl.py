@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="TRL needs Python 3.11")
 
 import trl
+from trl.models import activation_offloading
+from trl.trainer import sft_trainer
 
 import hf_context_parallel as hcp
 import hf_context_parallel.trl as ours
 from hf_context_parallel.verification.trainers.cases import CASES, OF_DEEPSPEED, Case
-from hf_context_parallel.verification.trainers.run import make_trainer
+from hf_context_parallel.verification.trainers.run import Result, make_trainer, run
 from tests.trainer.test_accelerate import refusal
 
 
@@ -73,3 +79,26 @@ def make_dynamic(case: Case, folder: str) -> None:
 def test_what_dynamic_groups_cannot_do_is_refused(on_ranks, tmp_path, name, said):
     for found in on_ranks(2, refusal, make_dynamic, {**CASES, **OF_DEEPSPEED}[name], str(tmp_path)):
         assert said in found
+
+
+def with_offloading(case: Case, folder: str) -> Result:
+    """Train with TRL's activation offloading, which copies within the host here, without streams and pinned memory."""
+    options = {"use_pin_memory": False, "use_streams": False, "min_offload_size": 0}
+    made = partial(activation_offloading.get_act_offloading_ctx_manager, **options)
+    with (
+        mock.patch.object(sft_trainer, "get_act_offloading_ctx_manager", made),
+        mock.patch.object(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu")),
+        mock.patch.object(torch.cpu, "empty_cache", lambda: None, create=True),
+    ):
+        return run(replace(case, options={**case.options, "activation_offloading": True}), folder, 2)
+
+
+@pytest.mark.parametrize("name", ["SFT", pytest.param("SFT, LoRA, checkpointing", marks=pytest.mark.exhaustive)])
+def test_activation_offloading_changes_nothing(on_ranks, tmp_path, name):
+    case = CASES[name]
+    [expected] = on_ranks(1, run, case, str(tmp_path), 0)
+    for found in on_ranks(2, with_offloading, case, str(tmp_path)):
+        assert found.is_sharded
+        np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-6, atol=1e-8)
+        for mine, theirs in zip(found.logs, expected.logs, strict=True):
+            assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=case.bound)

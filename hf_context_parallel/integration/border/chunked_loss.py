@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from ...distributed.messages import accumulation_dtype
 
@@ -55,7 +56,8 @@ class _ChunkedSum(torch.autograd.Function):
         pieces, total = [], None
         for start in range(0, max(1, len(hidden)), chunk):
             tokens = slice(start, start + chunk)
-            with torch.set_grad_enabled(grad and any(wanted)):
+            # Gradients are computed at once, so hooks that move saved tensors to the host would only fetch them again.
+            with torch.set_grad_enabled(grad and any(wanted)), saved_tensors_hooks(_kept, _kept):
                 piece = hidden[tokens].detach().requires_grad_(wanted[0])
                 part = loss(piece, tokens)
             wide = part.detach().to(accumulation_dtype(part.dtype))
@@ -84,6 +86,11 @@ class _ChunkedSum(torch.autograd.Function):
             grad = torch.zeros_like(grad)
         hidden, *parameters = (None if x is None else _scaled(x, grad) for x in ctx.saved_tensors)
         return hidden, None, None, None, *parameters
+
+
+def _kept(x: torch.Tensor) -> torch.Tensor:
+    """Return what autograd saves."""
+    return x
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

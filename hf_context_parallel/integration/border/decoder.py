@@ -99,6 +99,7 @@ class DecoderBorder(ModulePatch):
             group.size == group.first_size == group.groups.tensor.size == 1
             and not group.config.sequence_parallel
             and group.config.attention_checkpoints in ("auto", "off")
+            and group.config.tile_tokens is None
             and not switches.shards_on_one_rank
             and self._model_type not in DEPENDS_ON_ATTN_NAME
             and all(given.get(name) is None for name in described)

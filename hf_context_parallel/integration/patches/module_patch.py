@@ -18,6 +18,11 @@ ran_sharded: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 """Modules whose last forward ran on a shard. Gradient checkpointing must recompute them on that shard."""
 
 
+KEEP_VALUES = ("torch.distributed.", "trl.models.activation_offloading")
+"""Beginnings of the names of Python modules whose hooks neither read nor change values: those of FSDP, and those by
+which TRL leaves on the device what the head saves."""
+
+
 class ModulePatch(ABC):
     """Replaces the forward of modules by its method `run`."""
 
@@ -121,9 +126,9 @@ def inside_patches(forward: Callable) -> Callable:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Return whether a module has hooks on its forward, apart from those of FSDP."""
+    """Return whether a module has hooks on its forward that may read or change values; see `KEEP_VALUES`."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks)
+    return not all(getattr(hook, "__module__", "").startswith(KEEP_VALUES) for hook in hooks)
 
 
 def by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

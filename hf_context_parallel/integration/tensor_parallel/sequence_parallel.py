@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,6 +105,16 @@ class SequenceParallel:
     def run(self, module: torch.nn.Module, forward: Callable, part: str, *args: Any, **kwargs: Any) -> Any:
         """Run a module that takes part in sequence parallelism as `part`, such as `REGION`."""
         return self._runs[part](module, forward, args, kwargs)
+
+    @contextmanager
+    def of_tile(self, tokens: int) -> Iterator[None]:
+        """Run regions on a tile in this block: on `tokens` tokens of each rank, in place of all of its part."""
+        before = self._shares
+        self._shares = Shares(self._ranks, tokens * self._ranks.size)
+        try:
+            yield
+        finally:
+            self._shares = before
 
     def _first(self, module, forward, args, kwargs):
         """Run the first layer. It is given all tokens, and gets the part of this rank."""
