@@ -31,6 +31,19 @@ def test_border(run):
 
 
 @pytest.mark.exhaustive
+def test_memory(run, tmp_path):
+    """Assert that the numbers are there, and that lengths which need little are not far off."""
+    small = ("--ranks", "1,2", "--tokens", "512,1024", "--budget", "28", "--tries", "1", "--time-tokens", "128")
+    results = run("memory", *small, "--rounds", "2")
+    assert (tmp_path / "memory.png").stat().st_size
+    assert {x["ranks"] for x in results["peaks"]} == {x["ranks"] for x in results["longest"]} == {1, 2}
+    assert all(x["bytes"] == pytest.approx(x["counted"], rel=0.1) for x in results["peaks"])
+    assert all(0.9 * x["counted"] <= x["tokens"] + 1 <= 1.1 * x["counted"] for x in results["longest"])
+    lengths = [x["tokens"] for x in results["projected"]]
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.exhaustive
 def test_attention(run):
     sizes = ("--ranks", "2", "--tokens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
     results = run("attention", *sizes, "--packed", "96", "--dtypes", "float32,bfloat16", "--rounds", "2")["results"]

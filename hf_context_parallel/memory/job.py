@@ -39,6 +39,8 @@ class Job:
         loss_chunk_tokens: tokens whose logits are made at a time; None for `LOGITS` logits.
         optimizer: one of `OPTIMIZER_STATES`.
         accumulates: True if gradients of earlier batches are held while a batch is computed.
+        sharded: True if a group of one rank shards its batch too. Without, it runs the attention of Transformers,
+            which is not kept.
 
     Raises:
         ValueError: if a name is not among those listed.
@@ -61,6 +63,7 @@ class Job:
     loss_chunk_tokens: int | None = None
     optimizer: str = "adamw"
     accumulates: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -75,6 +78,16 @@ class Job:
     def rank_tokens(self) -> int:
         """Tokens of a rank."""
         return -(-self.tokens // self.cp)
+
+    @property
+    def is_alone(self) -> bool:
+        """True if attention is that of Transformers."""
+        return self.cp == 1 and not self.sharded
+
+    @property
+    def keeps_attention(self) -> bool:
+        """True if outputs of attention are kept with checkpointing."""
+        return self.checkpointing and self.attention_checkpoints != "off" and not self.is_alone
 
     @property
     def shape(self) -> Shape:

@@ -124,43 +124,57 @@ def parts_of(job: Job) -> Parts:
     for name, phase in (("last", last), ("first", first)):
         mlp = replace(phase, layer=layer.mlp, messages=layer.idle_messages)
         phases[f"mlp of the {name} layer"] = mlp
-        phases[f"attention of the {name} layer"] = replace(phase, layer=layer.backward, messages=layer.messages)
+        phases[f"attention of the {name} layer"] = replace(phase, layer=layer.attention, messages=layer.messages)
     phases["optimizer"] = replace(common, gradients=buckets + gradients, checkpoints=0)
     return Parts(phases, host)
 
 
 class _Layer:
-    """Working set of one layer, beyond its input and the output of attention that is kept.
+    """Working set of one layer, beyond what is kept of it from forward until backward.
+
+    On the CPU, ranks that share sequences copy tiles to buffers, which are held for the next layer
+    (`distributed/buffers.py`). So these are there in all phases.
 
     Attributes:
-        saved: bytes that the layer saves for backward.
-        mlp, backward: bytes while the MLP, and while attention, runs backward.
-        messages: bytes of buffers for other ranks, in `backward`.
-        idle, idle_messages: bytes of buffers that are held at all times, of the layer and for messages.
+        saved: bytes that the layer saves for backward, without checkpointing.
+        output: bytes of the output of attention, with its LSE.
+        mlp, attention: bytes while the MLP, and while attention, runs backward.
+        messages: bytes of buffers for other ranks, while attention runs backward.
+        idle, idle_messages: bytes of buffers, and of those for messages, that are held at all times.
     """
 
     def __init__(self, job: Job):
         facts, shape, size, tokens = job.facts, job.shape, job.dtype.itemsize, job.rank_tokens
-        hidden = tokens * facts.hidden * size
+        hidden, wide = tokens * facts.hidden * size, tokens * facts.hidden * WIDE
         query, value = (tokens * shape.heads * dim * size for dim in (shape.query_dim, shape.value_dim))
         keys = tokens * shape.key_value_numbers * size
         width = facts.intermediate * facts.active_experts / job.tp
         inner, tile = (count * width * size for count in (tokens, job.mlp_tokens))
-        self.output = value + tokens * shape.heads * WIDE  # with its LSE
+        pooled = job.kernel == "cpu" and not job.is_alone
+        self.output = value + tokens * shape.heads * WIDE
+        # The kernel of the CPU has heads first, and the output projection saves a copy with tokens first.
+        in_attention = query + keys + self.output + pooled * value
         # A norm saves its input in float32, the normed states if its weight is trained, and its result.
-        norm = hidden * (1 + (facts.lora_parameters is None)) + (0 if size >= WIDE else 2 * hidden)
-        # The MLP saves the results of both projections, of the activation, and their product.
-        self.saved = 2 * norm + hidden + query + keys + self.output + 4 * inner
-        in_attention = norm + query + keys + self.output + 2 * hidden
-        self.mlp: float = 2 * norm + hidden + query + keys + self.output
-        # Then come the gradients of the product and of its two factors; the product itself is freed.
-        self.mlp += hidden + 6 * tile
+        norm = wide + hidden * (1 + (facts.lora_parameters is None))
+        # The MLP saves the results of two projections and of the activation, and their product.
+        self.saved = 2 * norm + in_attention + 4 * inner
+        # The gradients of the product and of its factors join them, when the product itself is freed.
+        self.mlp = 2 * norm + in_attention + hidden + 6 * tile
         if tile < inner:
-            self.mlp += 2 * hidden  # output of the tiles, and the sum of the gradients of their input
+            self.mlp += 2 * hidden  # the output of the tiles, and the gradient of their input
         own = _peak_of_attention(job, 1)
-        self.backward = in_attention - keys + own
+        # There are the gradients of the residual and of the output; keys are among those of `own`.
+        self.attention = norm + in_attention - keys + hidden + value + own
         self.messages = _peak_of_attention(job, job.cp) - own
         self.idle = self.idle_messages = 0.0
+        if pooled:
+            self.idle = WIDE * tokens * (3 * shape.heads * shape.query_dim + 2 * shape.key_value_numbers)
+            self.idle_messages = self.messages
+            self.mlp += self.idle
+        kept = (hidden if size == WIDE else 0) if job.checkpointing else self.saved
+        self.mlp, self.attention = self.mlp - kept, max(0.0, self.attention - kept)
+        if job.keeps_attention:
+            self.mlp, self.attention = self.mlp - self.output, self.attention - self.output
 
 
 def _kept(job: Job, layer: _Layer) -> tuple[float, float, float]:
@@ -170,7 +184,7 @@ def _kept(job: Job, layer: _Layer) -> tuple[float, float, float]:
         return layer.saved, 0.0, 0.0
     layers, host, attention = job.facts.layers, 0.0, 0.0
     attending = (layers - job.facts.linear_layers) / layers
-    if job.attention_checkpoints != "off":
+    if job.keeps_attention:
         attention = layer.output * attending
     on_device = min(1.0, IN_FLIGHT / layers)
     if job.attention_checkpoints == "host":
@@ -189,12 +203,13 @@ def _positions(job: Job) -> float:
 
 def _loss(job: Job, hidden: float) -> float:
     """Bytes around the loss: the last norm, the logits of a chunk, and the gradients that are made with them."""
-    facts, size, tokens, chunk = job.facts, job.dtype.itemsize, job.rank_tokens, job.chunk_tokens
+    facts, tokens, chunk = job.facts, job.rank_tokens, job.chunk_tokens
     # In float32: the logarithms of probabilities, their gradients, and the gradients of logits.
     logits = 3 * chunk * facts.vocabulary * WIDE
     trains_head = facts.lora_parameters is None
     head = trains_head * facts.head_parameters / job.tp * accumulation_dtype(job.dtype).itemsize
-    norm = hidden * (2 + trains_head) + (0 if size >= WIDE else hidden)
+    # The norm saves what those of layers do. Then come the hidden states of the tokens that have labels.
+    norm = tokens * facts.hidden * WIDE + hidden * (2 + trains_head)
     pieces = hidden * (1 - chunk / tokens)  # gradients of the chunks before, which are joined when all are made
     joined = hidden + (hidden if chunk < tokens else 0)
     return norm + max(logits + pieces + (2 if chunk < tokens else 1) * head, joined + head)
@@ -203,6 +218,10 @@ def _loss(job: Job, hidden: float) -> float:
 def _peak_of_attention(job: Job, cp: int) -> float:
     """Bytes of attention at the peak of its backward, beyond its inputs, on one of `cp` ranks."""
     shape, tokens, size = job.shape, job.rank_tokens, job.dtype.itemsize
+    if job.is_alone:  # nothing is summed, so there is what the kernel returns and allocates
+        kernel = "" if job.kernel == "cpu" else job.kernel  # on the CPU Transformers' attention copies nothing
+        sums = tokens * shape.heads * shape.query_dim * accumulation_dtype(job.dtype).itemsize
+        return peak_of_backward(shape, kernel, tokens, tokens, 1, tokens, 0, 0) - sums
     others = (cp - 1) * tokens
     if cp > 1 and job.comm_type == "all_gather":
         whole = tokens + others

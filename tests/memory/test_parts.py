@@ -24,7 +24,7 @@ FACTS = ModelFacts(
     layer_parameters=30_000,
     head_parameters=H * V,
 )
-JOB = Job(FACTS, T, dtype=torch.float32)
+JOB = Job(FACTS, T, dtype=torch.float32, sharded=True)
 QUERY = VALUE = T * 64 * 4
 KEYS = T * 64 * 4
 LSE = T * 4 * 4
@@ -55,7 +55,7 @@ def test_checkpoints():
     phases = parts_of(JOB).phases
     assert phases["mlp of the last layer"].checkpoints == L * HIDDEN + COS
     assert phases["mlp of the first layer"].checkpoints == HIDDEN + COS
-    saved = 7 * HIDDEN - 2 * HIDDEN + QUERY + KEYS + VALUE + LSE + 4 * T * INNER * 4
+    saved = 6 * HIDDEN + QUERY + KEYS + VALUE + LSE + 4 * T * INNER * 4
     assert parts_of(replace(JOB, checkpointing=False)).phases["loss"].checkpoints == L * saved + COS
 
 
@@ -80,6 +80,25 @@ def test_a_layer():
     assert phase.layer - adapters.phases["mlp of the last layer"].layer == 2 * HIDDEN
 
 
+def test_without_checkpointing_a_layer_adds_gradients_alone():
+    whole = parts_of(replace(JOB, checkpointing=False))
+    assert whole.phases["mlp of the last layer"].layer == HIDDEN + 2 * T * INNER * 4
+
+
+def test_half_precision_keeps_the_inputs_of_norms_in_float32():
+    half, layer = HIDDEN / 2, parts_of(replace(JOB, dtype=torch.bfloat16)).phases["mlp of the last layer"].layer
+    assert layer == 2 * (HIDDEN + 2 * half) + half + (QUERY + KEYS + VALUE) / 2 + LSE + 6 * T * INNER * 2
+
+
+def test_buffers_of_the_cpu_are_there_in_all_phases():
+    cpu = replace(JOB, tokens=2 * T, cp=2, kernel="cpu")
+    ring, alone = parts_of(cpu), parts_of(replace(cpu, tokens=T, cp=1, sharded=False))
+    copies = 3 * QUERY + 2 * KEYS
+    assert ring.phases["loss"].layer == copies
+    assert ring.phases["mlp of the last layer"].layer == alone.phases["mlp of the last layer"].layer + VALUE + copies
+    assert len({phase.messages for phase in list(ring.phases.values())[:-1]}) == 1
+
+
 def test_messages():
     assert all(phase.messages == 0 for phase in parts_of(JOB).phases.values())
     ring = parts_of(replace(JOB, tokens=4 * T, cp=4)).phases["attention of the last layer"]
@@ -91,11 +110,19 @@ def test_messages():
     assert gathered.phases["attention of the last layer"].messages > ring.messages
 
 
+def test_one_rank_with_the_attention_of_transformers():
+    alone = parts_of(replace(JOB, sharded=False, attention_checkpoints="device"))
+    assert {phase.attention for phase in alone.phases.values()} == {0}
+    backward = "attention of the last layer"
+    sharded = parts_of(JOB).phases[backward].layer
+    assert sharded - alone.phases[backward].layer == QUERY + KEYS  # sums
+
+
 def test_loss():
     loss = parts_of(replace(JOB, loss_chunk_tokens=100)).phases["loss"].loss
-    assert loss == 3 * HIDDEN + max(12 * 100 * V + 0.9 * HIDDEN + 2 * H * V * 4, 2 * HIDDEN + H * V * 4)
+    assert loss == 4 * HIDDEN + max(12 * 100 * V + 0.9 * HIDDEN + 2 * H * V * 4, 2 * HIDDEN + H * V * 4)
     whole = parts_of(JOB).phases["loss"].loss
-    assert whole == 3 * HIDDEN + 12 * T * V + H * V * 4
+    assert whole == 4 * HIDDEN + 12 * T * V + H * V * 4
 
 
 def test_ranks_share():

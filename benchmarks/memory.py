@@ -1,0 +1,488 @@
+"""Benchmark of memory: the peak of a step of training beside what `hf_context_parallel/memory/` counts.
+
+    python -m benchmarks.memory                  # on processes of the CPU
+    python -m benchmarks.memory --only time      # the step with kept attention alone, for a quiet machine
+    python -m benchmarks.memory --device cuda    # on one GPU: Llama-3.1-8B with LoRA
+
+**Counted** on the CPU is the resident memory of a process at its peak (`VmHWM`) above that before the model was made:
+weights, gradients, states, activations, buffers, and what libraries take for themselves. The C library is told to
+return blocks of 64 KiB and more when they are freed, so memory that is free counts no more.
+
+**Peak**: two steps of a small Llama in float32 with AdamW, one option added at a time, for groups of 1, 2 and 4 ranks.
+A group of one rank runs the attention of Transformers, or ours where attention is kept.
+
+**Longest**: the longest sequence whose peak is within a budget for each rank, by bisection.
+
+**Time**: a step with kept attention beside one without, both with gradient checkpointing, in turns.
+
+**GPU**: the slopes of the peak by layers and by tokens, and what they say of all layers on 80 GB. Without a GPU the
+bytes of `parts_of` stand in their place, and the result is marked as projected.
+
+The status is 1 if a peak on the CPU is more than 10% off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_context_parallel as hcp
+from hf_context_parallel.distributed import buffers
+from hf_context_parallel.distributed.worker_pool import WorkerPool
+from hf_context_parallel.integration.switches import sharded_on_one_rank
+from hf_context_parallel.memory.facts import ModelFacts, facts_of
+from hf_context_parallel.memory.job import Job
+from hf_context_parallel.memory.parts import parts_of
+from hf_context_parallel.planning.machine import attention_flops
+from hf_context_parallel.trainer.memory import PeakMemory
+
+from . import report
+
+TIMEOUT = 900
+MIB, GB = 2**20, 1e9
+M_MMAP_THRESHOLD = -3
+"""Parameter of mallopt(3): the fewest bytes of a block that is mapped by itself, and unmapped when it is freed."""
+OFF = 0.10
+"""Largest difference of a peak from its count."""
+SIZES = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 8, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 256, "max_position_embeddings": 2**20}
+LONG = {**SIZES, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 32}
+"""Model whose work is attention, for the time of steps: 4 heads of 32, and little else."""
+LLAMA = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 2**20}
+LORA_RANK = 16
+AIM_TOKENS, AIM_BYTES = 500_000, 80 * GB
+
+
+@dataclass(frozen=True)
+class Option:
+    """Options of a run, beside the ranks.
+
+    Args:
+        name: words for tables.
+        checkpointing: whether layers are computed again.
+        settings: fields of `ContextParallelConfig`.
+    """
+
+    name: str
+    checkpointing: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def shards_alone(self) -> bool:
+        """True if a group of one rank shards its batch. Otherwise it runs the attention of Transformers."""
+        return bool(self.settings)
+
+    @property
+    def is_there(self) -> bool:
+        """True if this version has the settings."""
+        return all(name in hcp.ContextParallelConfig.__dataclass_fields__ for name, _ in self.settings)
+
+
+KEPT = (("attention_checkpoints", "device"),)
+CHECKPOINTS = Option("gradient checkpointing", True)
+KEEPS = Option("+ kept attention", True, KEPT)
+OPTIONS = (
+    Option("no option"),
+    CHECKPOINTS,
+    KEEPS,
+    Option("+ tiles of 256 tokens", True, (*KEPT, ("tile_tokens", 256))),
+)
+TILES = ("tile_tokens", 4096)
+ON_HOST = (TILES, ("attention_checkpoints", "host"), ("offload", True))
+ON_GPU = (
+    CHECKPOINTS,
+    KEEPS,
+    Option("+ tiles of 4,096 tokens", True, (*KEPT, TILES)),
+    Option("+ checkpoints and kept attention on the host", True, ON_HOST),
+)
+
+
+def job_of(facts: ModelFacts, tokens: int, ranks: int, option: Option, **changes: Any) -> Job:
+    job = Job(facts, tokens, cp=ranks, dtype=torch.float32, kernel="cpu", checkpointing=option.checkpointing)
+    return replace(job, sharded=option.shards_alone, **dict(option.settings), **changes)
+
+
+def model_of(sizes: dict[str, int], option: Option, **settings: Any) -> LlamaForCausalLM:
+    """Make a Llama with random weights, prepared for groups of all ranks."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation="context_parallel").train()
+    if option.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    config = hcp.ContextParallelConfig(size=size, comm_type="p2p", **dict(option.settings), **settings)
+    return hcp.parallelize(model, hcp.ContextParallel(config))
+
+
+def stepper(model: torch.nn.Module, tokens: int) -> Callable[[], float]:
+    """Return a function that takes a step of AdamW on one row, and returns its seconds.
+
+    Ranks average their gradients in place. DDP would hold them once more.
+    """
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(next(model.parameters()).device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
+
+    def step() -> float:
+        begin = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        if dist.is_initialized():
+            for parameter in trained:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - begin
+
+    return step
+
+
+def peak(option: Option, tokens: int) -> tuple[float, float]:
+    """Measure the bytes of a rank at the peak of two steps, and the seconds of the second."""
+    with sharded_on_one_rank() if option.shards_alone else nullcontext():
+        return _peak(option, tokens)
+
+
+def _peak(option: Option, tokens: int) -> tuple[float, float]:
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    stepper(model_of({**SIZES, "num_hidden_layers": 1}, option), 512)()  # what libraries load once
+    buffers._pool = buffers.BufferPool()  # what earlier runs have left in it would not count
+    gc.collect()
+    watch = PeakMemory(torch.device("cpu"))
+    watch.start()
+    step = stepper(model_of(SIZES, option), tokens)
+    seconds = [step() for _ in range(2)]
+    return watch.peak() * 2**30, seconds[-1]
+
+
+def peak_on(pool: WorkerPool, ranks: int, option: Option, tokens: int) -> tuple[float, float]:
+    """Measure the bytes of the rank that needs most, and the seconds of the slowest."""
+    found = pool(ranks, peak, option, tokens)
+    return max(high for high, _ in found), max(seconds for _, seconds in found)
+
+
+def peaks(pool: WorkerPool, ranks: list[int], options: list[Option], lengths: list[int]) -> Iterator[dict[str, Any]]:
+    """Measure all peaks, each beside its count."""
+    facts = facts_of(LlamaConfig(**SIZES))
+    for number in ranks:
+        for option in options:
+            for tokens in lengths:
+                found, _ = peak_on(pool, number, option, tokens)
+                parts = parts_of(job_of(facts, tokens, number, option))
+                case = {"ranks": number, "option": option.name, "tokens": tokens, "bytes": found}
+                yield case | {"counted": parts.total, "phase": parts.peak}
+
+
+def longest(pool: WorkerPool, ranks: int, option: Option, budget: float, tries: int) -> dict[str, Any]:
+    """Find the longest sequence within a budget for each rank, and its tokens per second.
+
+    Bisection begins with a tenth less and a tenth more than the count says, and ends after `tries` runs.
+    """
+    guess = longest_counted(facts_of(LlamaConfig(**SIZES)), ranks, option, budget)
+    low, high, rate = int(0.9 * guess), int(1.1 * guess), 0.0
+    found, seconds = peak_on(pool, ranks, option, low)
+    if found > budget:
+        raise ValueError(f"{low} tokens need {found / MIB:.0f} MiB, more than a tenth above their count.")
+    rate = low / seconds
+    for _ in range(tries):
+        middle = (low + high) // 2
+        found, seconds = peak_on(pool, ranks, option, middle)
+        if found <= budget:
+            low, rate = middle, middle / seconds
+        else:
+            high = middle
+    return {"ranks": ranks, "option": option.name, "tokens": low, "counted": guess, "rate": rate}
+
+
+def longest_counted(facts: ModelFacts, ranks: int, option: Option, budget: float, **changes: Any) -> int:
+    """Find the longest sequence that is within a budget by `parts_of`."""
+    low, high = 1, 2**30
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = parts_of(job_of(facts, middle, ranks, option, **changes)).total <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def times(tokens: int, rounds: int) -> dict[str, Any]:
+    """Measure the seconds of steps with kept attention and without, in turns, and count the work of attention."""
+    torch.set_num_threads(1)
+    with sharded_on_one_rank():
+        steps = {option.name: stepper(model_of(LONG, option), tokens) for option in (CHECKPOINTS, KEEPS)}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for step in steps.values():
+            step()
+        order = random.Random(0)
+        for _ in range(rounds):
+            for name in order.sample(list(steps), len(steps)):
+                seconds[name].append(steps[name]())
+    facts = facts_of(LlamaConfig(**LONG))
+    pairs = tokens * (tokens + 1) // 2
+    attention = facts.layers * attention_flops(pairs, facts.heads, facts.query_dim, facts.value_dim)
+    share = attention / (attention + 2 * tokens * facts.parameters)
+    return {"tokens": tokens, "seconds": seconds, "attention": share}
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Interval of the median of paired ratios: the ranks of a sign test at about 95%."""
+    ordered, away = sorted(ratios), 0.98 * len(ratios) ** 0.5
+    middle = (len(ratios) - 1) / 2
+    return ordered[max(0, int(middle - away))], ordered[min(len(ratios) - 1, int(middle + away + 1))]
+
+
+def adapted(sizes: dict[str, int], device: torch.device) -> torch.nn.Module:
+    """Make a Llama in bfloat16 whose adapters alone are trained, as PEFT makes them."""
+    from peft import LoraConfig, get_peft_model
+
+    with device:
+        model = LlamaForCausalLM._from_config(
+            LlamaConfig(**sizes), attn_implementation="context_parallel", dtype=torch.bfloat16
+        )
+    model = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.to(torch.bfloat16).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+def gpu_peak(sizes: dict[str, int], layers: int, option: Option, tokens: int, device: torch.device) -> float:
+    """Measure the bytes of the second of two steps, weights included."""
+    model = adapted({**sizes, "num_hidden_layers": layers}, device)
+    with sharded_on_one_rank() if option.shards_alone else nullcontext():
+        config = hcp.ContextParallelConfig(**dict(option.settings))
+        hcp.parallelize(model, hcp.ContextParallel(config))
+        step = stepper(model, tokens)
+        step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        step()
+    found = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    del step, model
+    gc.collect()
+    return float(found)
+
+
+def slopes(option: Option, lengths: list[int], layers: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    """Measure peaks by layers and tokens, and project all layers of Llama-3.1-8B to 80 GB.
+
+    A peak is taken as `a + b * layers + tokens * (c + d * layers)`, which two lengths and two depths determine.
+    """
+    found = {(n, tokens): gpu_peak(LLAMA, n, option, tokens, device) for n in layers for tokens in lengths}
+    (few, many), (short, long) = layers, (lengths[0], lengths[-1])
+    by_tokens = {n: (found[n, long] - found[n, short]) / (long - short) for n in layers}
+    fixed = {n: found[n, short] - by_tokens[n] * short for n in layers}
+    depth = LLAMA["num_hidden_layers"]
+    token = by_tokens[many] + (depth - many) * (by_tokens[many] - by_tokens[few]) / (many - few)
+    rest = fixed[many] + (depth - many) * (fixed[many] - fixed[few]) / (many - few)
+    return {
+        "peaks": [{"layers": n, "tokens": tokens, "bytes": found[n, tokens]} for n, tokens in found],
+        "token": token,
+        "fixed": rest,
+        "longest": int((AIM_BYTES - rest) / token),
+    }
+
+
+def projected() -> list[dict[str, Any]]:
+    """Count the longest sequence of Llama-3.1-8B with LoRA on one GPU of 80 GB, by option."""
+    facts = facts_of(LlamaConfig(**LLAMA), LORA_RANK)
+    how = {"dtype": torch.bfloat16, "kernel": "torch"}
+    found = []
+    for option in ON_GPU:
+        tokens = longest_counted(facts, 1, option, AIM_BYTES, **how)
+        parts = parts_of(job_of(facts, tokens, 1, option, **how))
+        gib = {part: value / 2**30 for part, value in vars(parts.at_peak).items()}
+        case = {"option": option.name, "tokens": tokens, "phase": parts.peak}
+        found.append(case | {"gib": gib, "host": parts.host / 2**30})
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", choices=("peak", "longest", "time", "gpu"), help="one of the measurements alone")
+    parser.add_argument("--ranks", type=report.comma_separated(int), default=[1, 2, 4])
+    parser.add_argument("--tokens", type=report.comma_separated(int), default=[2048, 4096, 8192])
+    parser.add_argument("--budget", type=float, default=80, help="MiB of a rank")
+    parser.add_argument("--tries", type=int, default=4, help="runs of a bisection")
+    parser.add_argument("--time-tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--gpu-tokens", type=report.comma_separated(int), default=[32_768, 65_536])
+    parser.add_argument("--output", type=Path, default=report.RESULTS)
+    options = parser.parse_args(arguments)
+    return write(options, measured(options))
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Take the measurements that are asked for. Settings that this version lacks are left out."""
+    there = [option for option in OPTIONS if option.is_there]
+    data: dict[str, Any] = {"machine": report.machine()}
+
+    def wanted(name: str) -> bool:
+        return options.only in (None, name)
+
+    if options.device == "cuda":
+        device = torch.device("cuda")
+        ways = [option for option in ON_GPU if option.is_there]
+        data["gpu"] = {option.name: slopes(option, options.gpu_tokens, (2, 4), device) for option in ways}
+    else:
+        pool = WorkerPool(max(options.ranks), TIMEOUT)
+        if wanted("peak"):
+            data["peaks"] = list(peaks(pool, options.ranks, there, options.tokens))
+        if wanted("longest"):
+            budget = options.budget * MIB
+            ways = [option for option in there if option.checkpointing]
+            cases = [(ranks, option) for option in ways for ranks in options.ranks]
+            data["longest"] = [longest(pool, *case, budget, options.tries) for case in cases]
+            data["budget"] = budget
+        pool.close()
+        if wanted("time") and KEEPS.is_there:
+            data["time"] = times(options.time_tokens, options.rounds)
+    if wanted("gpu"):
+        data["projected"] = projected()
+    return data
+
+
+def write(options: argparse.Namespace, data: dict[str, Any]) -> int:
+    """Write the page, the numbers and the picture, and return the status."""
+    sections, off = [], []
+    if "peaks" in data:
+        off = [x for x in data["peaks"] if abs(x["bytes"] / x["counted"] - 1) > OFF]
+        rows = [
+            [
+                x["ranks"],
+                x["option"],
+                f"{x['tokens']:,}",
+                f"{x['bytes'] / MIB:.1f}",
+                f"{x['counted'] / MIB:.1f}",
+                f"{x['bytes'] / x['counted']:.3f}",
+                x["phase"],
+            ]
+            for x in data["peaks"]
+        ]
+        headers = ["ranks", "options", "tokens", "MiB a rank", "counted", "ratio", "counted peak"]
+        verdict = "All are" if not off else f"**{len(off)} of {len(data['peaks'])} are not**"
+        sections.append(
+            "## Peak of a step\n\nA Llama of 8 layers, width 128, MLPs of 448, 4 heads and 1 key head of 16, float32, "
+            "AdamW, one row. Each option is added to those above it. Counted is by `parts_of`; the ratio is "
+            f"measured / counted. {verdict} within {OFF:.0%}.\n\n"
+            "![Peak memory of a rank against the length](memory.png)\n\n" + report.table(headers, rows)
+        )
+        options.output.mkdir(parents=True, exist_ok=True)
+        plot(data["peaks"]).savefig(options.output / "memory.png", dpi=120)
+    if "longest" in data:
+        sections.append(longest_section(data))
+    if "time" in data:
+        sections.append(time_section(data["time"]))
+    if "gpu" in data:
+        rows = [
+            [name, f"{x['token'] / 2**10:.1f}", f"{x['fixed'] / 2**30:.1f}", f"{x['longest']:,}"]
+            for name, x in data["gpu"].items()
+        ]
+        headers = ["options", "KiB a token", "GiB besides", "longest in 80 GB"]
+        sections.append(
+            "## Llama-3.1-8B with LoRA on one GPU, measured\n\nWith 2 and 4 of the 32 layers, bfloat16; the longest "
+            "sequence of all layers is on the measured slopes.\n\n" + report.table(headers, rows)
+        )
+    if "projected" in data:
+        sections.append(projected_section(data["projected"]))
+    text = "\n\n".join([counted_text(), *sections, report.described(data["machine"])])
+    report.write(options.output, "memory", "Memory of a step, and the longest sequence", text, data)
+    return 1 if off else 0
+
+
+def counted_text() -> str:
+    return (
+        "Measured on the CPU is the resident memory of a process at its peak, above that before the model was made: "
+        "weights, gradients, states, activations, buffers, messages, and what libraries take. Blocks that are freed "
+        "are returned at once."
+    )
+
+
+def longest_section(data: dict[str, Any]) -> str:
+    alone = {x["option"]: x for x in data["longest"] if x["ranks"] == min(y["ranks"] for y in data["longest"])}
+    rows = []
+    for x in data["longest"]:
+        one = alone[x["option"]]
+        share = x["tokens"] / one["tokens"] * one["ranks"] / x["ranks"]
+        cells = [x["ranks"], x["option"], f"{x['tokens']:,}", f"{x['counted']:,}", f"{share:.3f}"]
+        rows.append([*cells, f"{x['rate']:,.0f}"])
+    headers = ["ranks", "options", "longest", "counted", "of N times one rank", "tokens/s"]
+    text = (
+        f"## Longest sequence in {data['budget'] / MIB:.0f} MiB a rank\n\nThe aim is 0.95 of N times that of one "
+        "rank. On the CPU our attention holds copies of queries, keys and outputs in buffers. The attention of "
+        "Transformers, which one rank runs unless attention is kept, holds none, and a GPU has none at the peak."
+    )
+    return text + "\n\n" + report.table(headers, rows)
+
+
+def time_section(found: dict[str, Any]) -> str:
+    seconds = found["seconds"]
+    ratios = [kept / without for without, kept in zip(seconds[CHECKPOINTS.name], seconds[KEEPS.name])]
+    ratio, (low, high) = median(ratios), interval(ratios)
+    rows = [[name, f"{median(values):.3f}"] for name, values in seconds.items()]
+    text = (
+        f"## Step with kept attention\n\n2 layers, width 32, 4 heads of 32, {found['tokens']:,} tokens, one rank that "
+        f"shards its batch, one thread; the median of {len(ratios)} rounds. Attention is {found['attention']:.1%} of "
+        f"the floating-point operations of a forward pass. With kept attention a step takes **{ratio:.3f}** of one "
+        f"without ({low:.3f} to {high:.3f}); the aim is at most 0.80."
+    )
+    return text + "\n\n" + report.table(["options", "s"], rows)
+
+
+def projected_section(found: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            x["option"],
+            f"{x['tokens']:,}",
+            x["phase"],
+            ", ".join(f"{part} {value:.1f}" for part, value in x["gib"].items() if value >= 0.05),
+            f"{x['host']:.1f}",
+        ]
+        for x in found
+    ]
+    headers = ["options", "longest", "peak", "GiB by part", "GiB of the host"]
+    return (
+        "## Llama-3.1-8B with LoRA on one GPU of 80 GB, **projected**\n\nNot measured: counted by `parts_of` in "
+        f"bfloat16, adapters of rank {LORA_RANK}, AdamW. The aim is {AIM_TOKENS:,} tokens.\n\n"
+        + report.table(headers, rows)
+    )
+
+
+def plot(found: list[dict[str, Any]]) -> Figure:
+    """Draw peaks against lengths: a panel for each number of ranks, a line for each option, counts dashed."""
+    ranks = sorted({x["ranks"] for x in found})
+    figure = Figure(figsize=(4 * len(ranks), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
+    for panel, number in zip(panels, ranks):
+        for place, name in enumerate(dict.fromkeys(x["option"] for x in found)):
+            line = [x for x in found if (x["ranks"], x["option"]) == (number, name)]
+            tokens = [x["tokens"] for x in line]
+            panel.plot(tokens, [x["bytes"] / MIB for x in line], "o-", color=f"C{place}", label=name)
+            panel.plot(tokens, [x["counted"] / MIB for x in line], "--", color=f"C{place}")
+        panel.set(title=f"{number} rank{'s' * (number > 1)}", xlabel="tokens of the sequence", xscale="log")
+        panel.set_xticks(tokens, [f"{x:,}" for x in tokens])
+        panel.minorticks_off()
+    panels[0].set(ylabel="peak MiB of a rank", yscale="log")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
