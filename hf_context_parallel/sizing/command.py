@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from ..integration.tensor_parallel.checks import check_tensor_parallel_type
-from ..memory.facts import facts_of
+from ..memory.facts import ModelFacts, facts_of
 from ..recipe.errors import RecipeError
 from ..recipe.model import BYTES, load_config
 from ..recipe.reading import load_recipe
@@ -201,7 +201,7 @@ def _question(asked: Asked, config: PreTrainedConfig, any_length: bool) -> tuple
         raise ValueError(f"--gpu is missing, and PyTorch sees none that is known. Give one of {', '.join(GPUS)}.")
     trained = "bfloat16" if asked.lora else "float32"
     question = Question(
-        facts_of(config, asked.lora),
+        _facts(config, asked.lora),
         asked.gpus or 1,
         asked.length or 1024,
         rates_of(gpu, asked.node, asked.network * 1e9),
@@ -216,6 +216,21 @@ def _question(asked: Asked, config: PreTrainedConfig, any_length: bool) -> tuple
             "CP group computes at a time. Give more, or shorter sequences."
         )
     return question, gpu.name
+
+
+def _facts(config: PreTrainedConfig, lora: int | None) -> ModelFacts:
+    """Read the facts of a model, or of the text model of a composite one.
+
+    Raises:
+        ValueError: if its layers are not of a kind that is counted.
+    """
+    text = config if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else config.get_text_config(decoder=True)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{text.model_type!r} has no plan: Transformers has no causal language model of this type.")
+    try:
+        return facts_of(text, lora)
+    except (AttributeError, TypeError, KeyError) as error:  # a configuration without heads, or the like
+        raise ValueError(f"{config.model_type!r} has no plan: its memory is not known ({error}).") from error
 
 
 def _may_shard(config: PreTrainedConfig) -> bool:

@@ -9,6 +9,9 @@ from ..attention.auto_strategy import candidates
 from ..attention.strategy import Shape
 from ..config import ContextParallelConfig
 
+FEW = 16
+"""Data ranks up to which FSDP is tried over every divisor of their number."""
+
 
 class Mesh(NamedTuple):
     """Division of GPUs.
@@ -60,13 +63,19 @@ def meshes(gpus: int, node: int, heads: int, key_heads: int, may_shard: bool = T
         data = gpus // tp
         for cp in _divisors(data):
             for comm_type, inner in _strategies(cp, shape):
-                for fsdp in _divisors(data):
+                for fsdp in _shards(data, node // tp):
                     if fsdp % cp == 0 or cp % fsdp == 0:  # a CP group is a part of FSDP's ranks, or some of them whole
                         yield Mesh(tp, cp, fsdp, data // fsdp, comm_type, inner)
 
 
 def _strategies(cp: int, shape: Shape) -> list[tuple[str, int]]:
     return [("p2p", 1)] if cp == 1 else candidates(ContextParallelConfig(size=cp), shape)
+
+
+def _shards(data: int, near: int) -> list[int]:
+    """List the ranks that FSDP is tried over. Of many GPUs these are none, those of a node, and all."""
+    found = _divisors(data)
+    return found if data <= FEW else [fsdp for fsdp in found if fsdp in (1, near, data)]
 
 
 def _divisors(number: int) -> list[int]:

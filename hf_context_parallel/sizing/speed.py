@@ -135,17 +135,19 @@ class Step(NamedTuple):
 
 def work_of(facts: ModelFacts, dtype: torch.dtype = torch.bfloat16) -> Work:
     """Count the work of a model that computes in `dtype`. Layers with chunks count as layers with a window."""
-    experts = 3 * facts.hidden * facts.intermediate * facts.layers  # one expert, or the MLP, of all layers
-    idle = max(0, facts.experts - facts.active_experts)
+    one = 3 * facts.hidden * facts.intermediate  # an expert, or the MLP, of a layer
     in_layers = facts.parameters - facts.head_parameters * (1 if facts.tied else 2)
+    # Some layers may have no experts. The largest layers have them, and are at most so many.
+    with_experts = min(facts.layers, in_layers // facts.layer_parameters)
+    idle = max(0, facts.experts - facts.active_experts) * with_experts * one
     shape = Shape(facts.heads, facts.key_heads, facts.query_dim, facts.value_dim, dtype)
     kinds = (Pattern(), facts.full_layers), (Pattern(True, facts.window), facts.window_layers)
     return Work(
         layers=facts.layers,
         hidden=facts.hidden,
         intermediate=facts.intermediate * facts.active_experts,
-        active=in_layers - idle * experts,
-        mlp=facts.active_experts * experts,
+        active=in_layers - idle,
+        mlp=facts.active_experts * facts.layers * one,
         head=facts.head_parameters,
         parameters=facts.parameters,
         trained=facts.trained_parameters,
@@ -237,8 +239,9 @@ class _Attention(NamedTuple):
 def _attention(work: Work, mesh: Mesh, kept: bool, length: int, rows: int, machine: Machine) -> _Attention:
     """Estimate the attention of all layers in a run: forward, again unless it is kept, and backward."""
     computing, messages, near, far = 0.0, 0.0, 0.0, 0.0
+    alike = mesh._replace(fsdp=mesh.cp, replicas=1)  # attention does not depend on these, and is estimated once
     for layer in work.attention:
-        found = _of_layer(layer, mesh, kept, length, rows, machine)
+        found = _of_layer(layer, alike, kept, length, rows, machine)
         computing += layer.layers * found.computing
         messages += layer.layers * found.messages
         near += layer.layers * found.traffic.near

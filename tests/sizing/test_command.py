@@ -4,6 +4,7 @@ import re
 
 import pytest
 from omegaconf import OmegaConf
+from transformers import Gemma3Config, MambaConfig, Qwen2_5_VLConfig
 from typer.testing import CliRunner
 
 from hf_context_parallel.cli import app
@@ -88,6 +89,19 @@ def test_the_table_of_megatron(llama_8b):
     ):
         assert re.search(rf"TP {mesh} +{length} +{published} +\d+ +[\d,]+ ", output)
     assert "estimates of this command, not measurements" in output.replace("\n", " ")
+
+
+def test_a_model_without_a_plan_is_named(tmp_path):
+    MambaConfig().save_pretrained(tmp_path)
+    assert "'mamba' has no plan: its memory is not known" in mistake("--model", tmp_path, "--seq-len", 1024, *ON_8)
+
+
+def test_the_text_model_of_a_composite_one(tmp_path):
+    Gemma3Config().save_pretrained(tmp_path)
+    assert "B parameters" in printed("--model", tmp_path, "--seq-len", 1024, *ON_8)
+    Qwen2_5_VLConfig().save_pretrained(tmp_path)
+    message = "'qwen2_5_vl_text' has no plan: Transformers has no causal language model of this type."
+    assert message in mistake("--model", tmp_path, "--seq-len", 1024, *ON_8)
 
 
 def test_a_model_of_the_hub_that_cannot_be_read():

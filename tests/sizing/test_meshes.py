@@ -41,6 +41,11 @@ def test_strategies_follow_the_heads_of_a_rank():
     assert ("a2a", 8) in {(mesh.comm_type, mesh.inner) for mesh in meshes(8, 8, 8, 2)}
 
 
+def test_of_many_gpus_fsdp_is_over_none_a_node_or_all():
+    found = {mesh.fsdp for mesh in meshes(64, 8, 32, 8) if mesh.tp == 2}
+    assert found == {1, 4, 32}
+
+
 def test_groups_and_words_of_a_mesh():
     mesh = Mesh(2, 4, 4, 2)
     assert (mesh.ranks, mesh.groups) == (16, 2)

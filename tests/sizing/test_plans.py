@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_context_parallel.memory.advice import by_size
-from hf_context_parallel.memory.facts import facts_of
+from hf_context_parallel.memory.facts import ModelFacts, facts_of
 from hf_context_parallel.memory.job import Job
 from hf_context_parallel.memory.parts import parts_of
 from hf_context_parallel.sizing.gpus import find_gpu, rates_of
@@ -115,6 +115,26 @@ def test_work_of_a_dense_model(question):
     assert work.mlp == 32 * 3 * 4096 * 14336
     assert work.head == 128256 * 4096
     assert [layer.layers for layer in work.attention] == [32]
+
+
+def test_layers_without_experts_count_whole():
+    dense, experts = 1000, 3 * 10 * 20 * 8
+    facts = ModelFacts(
+        layers=4,
+        hidden=10,
+        intermediate=20,
+        heads=1,
+        key_heads=1,
+        query_dim=10,
+        value_dim=10,
+        vocabulary=50,
+        parameters=4 * dense + 2 * experts + 2 * 500,
+        layer_parameters=dense + experts,
+        head_parameters=500,
+        experts=8,
+        active_experts=2,
+    )
+    assert work_of(facts).active == 4 * dense + 2 * experts - 2 * 3 * 10 * 20 * 6
 
 
 def test_work_of_experts_counts_those_of_a_token(small_moe):
