@@ -85,6 +85,7 @@ def job_of(model: PreTrainedModel, group: CPGroup, tokens: int) -> tuple[Job, to
         comm_type=config.comm_type if config.comm_type in ("all_gather", "a2a", "a2a+p2p") else "p2p",
         a2a_size=config.a2a_size or math.gcd(facts.key_heads, group.size),
         kernel=kernel_here(config.kernel) if device == "cuda" else "cpu",
+        tile_tokens=config.tile_tokens,
         loss_chunk_tokens=config.loss_chunk_tokens,
     )
     return job, weights
