@@ -6,10 +6,13 @@ On the CPU, test_side_stream.py checks what the streams wait for.
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+import hf_context_parallel as hcp
 from benchmarks.simulation import ThreadGroup
 from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.distributed import messages as exchanges
+from hf_context_parallel.integration.switches import sharded_on_one_rank
 from hf_context_parallel.planning.layout import zigzag
 from hf_context_parallel.planning.mask import Mask, whole_rows
 from tests.helpers.ring import dense, on_rank, tensors
@@ -58,3 +61,32 @@ def staged_sum() -> float:
 
 def test_gloo_stages_messages_through_the_host(on_ranks):
     assert on_ranks(2, staged_sum) == [2000, 1000]
+
+
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+SIZES |= {"head_dim": 64, "vocab_size": 64}
+
+
+def step_of(place: str) -> tuple[int, list[torch.Tensor]]:
+    """Return the bytes on the device between forward and backward of a checkpointed model, and its gradients."""
+    config = LlamaConfig(**SIZES)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="context_parallel", dtype=torch.bfloat16)
+    cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=1, attention_checkpoints=place))
+    model = hcp.parallelize(model.cuda().train(), cp)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    ids = torch.arange(8192, device="cuda")[None] % 64
+    with sharded_on_one_rank():
+        loss = model(input_ids=ids, labels=ids).loss
+    held = torch.cuda.memory_allocated()
+    loss.backward()
+    return held, [parameter.grad for parameter in model.parameters()]
+
+
+def test_attention_kept_on_the_host_is_that_of_the_device():
+    off, device, host = map(step_of, ("off", "device", "host"))
+    one_layer = 8192 * 8 * (64 * 2 + 4)
+    assert device[0] - off[0] >= 6 * one_layer
+    assert host[0] - off[0] <= 2 * one_layer  # the last layer's is let go of in backward
+    for other in (device, host):
+        assert all(a.equal(b) for a, b in zip(other[1], off[1], strict=True))
