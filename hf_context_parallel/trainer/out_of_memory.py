@@ -88,6 +88,7 @@ def job_of(trainer: Any) -> tuple[Job, torch.dtype, int]:
         loss_chunk_tokens=config.loss_chunk_tokens,
         optimizer="sgd" if args.optim == "sgd" else "adamw",
         accumulates=args.gradient_accumulation_steps > 1,
+        sharded=getattr(config, "tile_tokens", None) is not None,
     )
     return job, weights, ranks
 
