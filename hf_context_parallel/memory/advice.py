@@ -85,10 +85,10 @@ def _changes(job: Job, ranks: int) -> Iterator[tuple[str, Job]]:
     elif not job.offload:
         yield "activation_checkpointing_kwargs={'offload': True}", replace(job, offload=True)
     for place in ("host", "off"):
-        if job.checkpointing and "attention_checkpoints" in SETTINGS and job.attention_checkpoints != place:
+        if job.keeps_attention and "attention_checkpoints" in SETTINGS and job.attention_checkpoints != place:
             yield f"attention_checkpoints={place!r}", replace(job, attention_checkpoints=place)
     if "tile_tokens" in SETTINGS and job.mlp_tokens > TILE:
-        yield f"tile_tokens={TILE}", replace(job, tile_tokens=TILE)
+        yield f"tile_tokens={TILE}", replace(job, tile_tokens=TILE, sharded=True)
     if ranks % (2 * job.cp) == 0:
         yield f"context_parallel.size={2 * job.cp}", replace(job, cp=2 * job.cp)
     if job.fsdp == 1 and ranks > 1:

@@ -118,7 +118,7 @@ def run_plan(
         print("\n" + wrapped(f"The model has {most:,} positions. Beyond them it needs another RoPE scaling."))
     if write is not None:
         folder = str(Path(name).parent) if name.endswith(".json") else name
-        write_recipe(write, first, described(first), recipe, folder, asked.lora)
+        write_recipe(write, first, described(first), recipe, folder, config.model_type, asked.lora)
         print(f"\nRecipe of the first plan: {write}")
     return 0
 

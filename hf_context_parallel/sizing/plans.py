@@ -132,6 +132,7 @@ class Plan:
             attention_checkpoints=choice.kept,
             tile_tokens=choice.tile_tokens,
             accumulates=asked.runs(mesh) > 1,
+            sharded=choice.tile_tokens is not None,
         )
 
     @property
@@ -189,5 +190,7 @@ def longest_plans(question: Question) -> list[Plan]:
 def _choices(question: Question, mesh: Mesh) -> Iterator[Choice]:
     tokens = question.rows * question.length / mesh.cp
     for kept, offload, tile in product(KEPT, (False, True), TILE_TOKENS):
-        if tile is None or tile < tokens:
+        # A group of one rank without tiles runs the attention of Transformers, which is not kept.
+        can_keep = mesh.cp > 1 or tile is not None
+        if (tile is None or tile < tokens) and (kept == "off" or can_keep):
             yield Choice(kept, offload, tile)

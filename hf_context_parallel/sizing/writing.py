@@ -22,14 +22,16 @@ CHECKPOINTING = (
 )
 
 
-def write_recipe(path: Path, plan: Plan, described: str, source: Path | None, model: str, lora: int | None) -> None:
+def write_recipe(
+    path: Path, plan: Plan, described: str, source: Path | None, model: str, model_type: str, lora: int | None
+) -> None:
     """Write the recipe of a plan, and read it as a run would.
 
     Args:
         path: the file. It must not exist.
         described: the plan in words.
         source: the recipe that was planned, of which all else is taken over. None for a model.
-        model: folder or hub id of the model.
+        model, model_type: folder or hub id of the model, and its type.
         lora: rank of the adapters, without `source`.
 
     Raises:
@@ -37,7 +39,7 @@ def write_recipe(path: Path, plan: Plan, described: str, source: Path | None, mo
     """
     if path.exists():
         raise RecipeError(f"--write={path}: the file is there already. Name another one.")
-    settings: Any = OmegaConf.load(source) if source is not None else _new(plan, model, lora)
+    settings: Any = OmegaConf.load(source) if source is not None else _new(plan, model, model_type, lora)
     _set(settings, plan)
     missing = [] if source is not None else ["# Name your data in the section `data`.", "#"]
     start = (
@@ -53,11 +55,11 @@ def write_recipe(path: Path, plan: Plan, described: str, source: Path | None, mo
     load_recipe(path).distributed_config()
 
 
-def _new(plan: Plan, model: str, lora: int | None) -> DictConfig:
+def _new(plan: Plan, model: str, model_type: str, lora: int | None) -> DictConfig:
     """Settings for a model without a recipe."""
     wanted = str(plan.question.weights).removeprefix("torch.")
     settings: dict[str, Any] = {
-        "model": {"name": model, "dtype": wanted},
+        "model": {"name": model, "type": model_type, "dtype": wanted},
         "context_parallel": {},
         "data": {"path": "text", "data_files": ["documents.txt"], "max_length": plan.question.length},
         "training": {"output_dir": "output/planned", "logging_steps": 1},

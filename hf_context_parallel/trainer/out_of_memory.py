@@ -74,6 +74,7 @@ def job_of(trainer: Any) -> tuple[Job, torch.dtype, int]:
         attention_checkpoints="off" if config.attention_checkpoints == "auto" else config.attention_checkpoints,
         optimizer="sgd" if args.optim == "sgd" else "adamw",
         accumulates=args.gradient_accumulation_steps > 1,
+        sharded=getattr(config, "tile_tokens", None) is not None,
     )
     return job, weights, ranks
 

@@ -134,7 +134,7 @@ def test_the_recipe_of_a_plan_is_valid(llama_8b, tmp_path):
     )
     assert f"Recipe of the first plan: {path}" in output.replace("\n", " ")
     recipe = load_recipe(path)
-    assert recipe.model.name == str(llama_8b)
+    assert (recipe.model.name, recipe.model.type) == (str(llama_8b), "llama")
     assert recipe.data.max_length == 131072
     assert recipe.lora_config().r == 8
     ranks = recipe.processes

@@ -35,6 +35,7 @@ def test_the_memory_is_that_of_the_memory_model(question):
         offload=True,
         attention_checkpoints="device",
         tile_tokens=2048,
+        sharded=True,
     )
     assert plan.parts == parts_of(job)
 
@@ -90,6 +91,12 @@ def test_longest_plans_are_the_longest_of_their_mesh(question, every_setting):
         for tile in (None, 8192, 2048)
     ]
     assert first.longest == max(plan.longest for plan in every)
+
+
+def test_attention_of_transformers_is_not_kept(question, every_setting):
+    alone = [plan for plan in plans_of(question).fitting if plan.mesh.cp == 1]
+    assert {plan.choice.kept for plan in alone if plan.choice.tile_tokens is None} == {"off"}
+    assert {plan.choice.kept for plan in alone if plan.choice.tile_tokens} == {"off", "device", "host"}
 
 
 def test_tokens_of_a_step_limit_the_groups_and_set_the_runs(question):
