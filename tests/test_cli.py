@@ -134,10 +134,15 @@ def test_a_split_run_equals_one_process(run, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name",
-    ["demo_ddp", "demo_fsdp2", "demo_offload", "demo_hsdp", "demo_experts", "dynamic", "megatron_quick_start", "sft"],
+    [
+        *("demo_ddp", "demo_fsdp2", "demo_offload", "demo_zero_offload", "demo_hsdp", "demo_experts", "dynamic"),
+        *("megatron_quick_start", "sft"),
+    ],
 )
 def test_recipes_of_several_dimensions_equal_one_process(run, tmp_path, name):
-    processes = ["--nproc", "4"] if name in ("demo_ddp", "demo_fsdp2", "demo_offload") else []
+    if "zero" in name:
+        pytest.importorskip("deepspeed", reason="it comes with `pip install -e '.[deepspeed]'`")
+    processes = ["--nproc", "4"] if name.removeprefix("demo_") in ("ddp", "fsdp2", "offload", "zero_offload") else []
     changes = [f"training.output_dir={tmp_path}", "data.max_length=1024"]
     changes += ["context_parallel.max_tokens_per_rank=512"] if name == "dynamic" else []
     result = run(*COMMAND, "compare", f"recipes/{name}_cpu.yaml", *changes, *processes)

@@ -218,16 +218,21 @@ def test_ranks_that_ask_for_different_sizes_are_refused_alike(on_ranks):
         assert found.startswith("rank 0 asks for CP groups of size=2 and rank 3 for size=4. Give every process")
 
 
-def zero_steps(stage: int, size: int) -> tuple[list[float], list[torch.Tensor]]:
-    """Run steps of DeepSpeed's engine, each on one row per CP group, and return losses and final parameters."""
+def zero_steps(stage: int, on_host: tuple[str, ...], size: int) -> tuple[list[float], list[torch.Tensor]]:
+    """Run steps of DeepSpeed's engine, each on one row per CP group, and return losses and final parameters.
+
+    Args:
+        on_host: what lies in the memory of the host: `optimizer`, `param`.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.init_distributed("gloo")
     model = tiny_model("qwen3", "context_parallel", torch.float32)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **{f"offload_{what}": {"device": "cpu"} for what in on_host}},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 1e9,  # DeepSpeed's default is 1
     }
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -267,8 +272,10 @@ def on_new_ranks():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_loop_with_deepspeeds_zero_trains_as_one_process(on_new_ranks, stage):
+@pytest.mark.parametrize(
+    ("stage", "on_host"), [(1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer", "param"))]
+)
+def test_a_loop_with_deepspeeds_zero_trains_as_one_process(on_new_ranks, stage, on_host):
     pytest.importorskip("deepspeed", reason="it comes with `pip install -e '.[deepspeed]'`")
     model = tiny_model("qwen3", "sdpa", torch.float32)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -280,7 +287,7 @@ def test_a_loop_with_deepspeeds_zero_trains_as_one_process(on_new_ranks, stage):
         sgd.step()
         sgd.zero_grad()
         expected.append(sum(loss.item() for loss in losses))
-    for found, parameters in on_new_ranks(4, zero_steps, stage, 2):
+    for found, parameters in on_new_ranks(4, zero_steps, stage, on_host, 2):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         for parameter, of_one in zip(parameters, model.parameters(), strict=True):
             torch.testing.assert_close(parameter, of_one.detach(), rtol=1e-5, atol=1e-6)
