@@ -30,7 +30,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -86,7 +85,8 @@ class Option:
     @property
     def shards_alone(self) -> bool:
         """True if a group of one rank shards its batch. Otherwise it runs the attention of Transformers."""
-        return bool(self.settings)
+        settings = dict(self.settings)
+        return settings.get("attention_checkpoints", "off") != "off" or "tile_tokens" in settings
 
     @property
     def is_there(self) -> bool:
@@ -95,7 +95,7 @@ class Option:
 
 
 KEPT = (("attention_checkpoints", "device"),)
-CHECKPOINTS = Option("gradient checkpointing", True)
+CHECKPOINTS = Option("gradient checkpointing", True, (("attention_checkpoints", "off"),))
 KEEPS = Option("+ kept attention", True, KEPT)
 OPTIONS = (
     Option("no option"),
@@ -155,11 +155,6 @@ def stepper(model: torch.nn.Module, tokens: int) -> Callable[[], float]:
 
 def peak(option: Option, tokens: int) -> tuple[float, float]:
     """Measure the bytes of a rank at the peak of two steps, and the seconds of the second."""
-    with sharded_on_one_rank() if option.shards_alone else nullcontext():
-        return _peak(option, tokens)
-
-
-def _peak(option: Option, tokens: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     stepper(model_of({**SIZES, "num_hidden_layers": 1}, option), 512)()  # what libraries load once
@@ -193,14 +188,10 @@ def peaks(pool: WorkerPool, ranks: list[int], options: list[Option], lengths: li
 def longest(pool: WorkerPool, ranks: int, option: Option, budget: float, tries: int) -> dict[str, Any]:
     """Find the longest sequence within a budget for each rank, and its tokens per second.
 
-    Bisection begins with a tenth less and a tenth more than the count says, and ends after `tries` runs.
+    Bisection begins with a fifth less and a tenth more than the count says, and ends after `tries` runs.
     """
     guess = longest_counted(facts_of(LlamaConfig(**SIZES)), ranks, option, budget)
-    low, high, rate = int(0.9 * guess), int(1.1 * guess), 0.0
-    found, seconds = peak_on(pool, ranks, option, low)
-    if found > budget:
-        raise ValueError(f"{low} tokens need {found / MIB:.0f} MiB, more than a tenth above their count.")
-    rate = low / seconds
+    low, high, rate = int(0.8 * guess), int(1.1 * guess), 0.0
     for _ in range(tries):
         middle = (low + high) // 2
         found, seconds = peak_on(pool, ranks, option, middle)
@@ -208,7 +199,8 @@ def longest(pool: WorkerPool, ranks: int, option: Option, budget: float, tries: 
             low, rate = middle, middle / seconds
         else:
             high = middle
-    return {"ranks": ranks, "option": option.name, "tokens": low, "counted": guess, "rate": rate}
+    fitted = low if rate else 0
+    return {"ranks": ranks, "option": option.name, "tokens": fitted, "counted": guess, "rate": rate}
 
 
 def longest_counted(facts: ModelFacts, ranks: int, option: Option, budget: float, **changes: Any) -> int:
@@ -265,14 +257,12 @@ def adapted(sizes: dict[str, int], device: torch.device) -> torch.nn.Module:
 def gpu_peak(sizes: dict[str, int], layers: int, option: Option, tokens: int, device: torch.device) -> float:
     """Measure the bytes of the second of two steps, weights included."""
     model = adapted({**sizes, "num_hidden_layers": layers}, device)
-    with sharded_on_one_rank() if option.shards_alone else nullcontext():
-        config = hcp.ContextParallelConfig(**dict(option.settings))
-        hcp.parallelize(model, hcp.ContextParallel(config))
-        step = stepper(model, tokens)
-        step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step()
+    hcp.parallelize(model, hcp.ContextParallel(hcp.ContextParallelConfig(**dict(option.settings))))
+    step = stepper(model, tokens)
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step()
     found = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     del step, model
     gc.collect()
@@ -319,8 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("peak", "longest", "time", "gpu"), help="one of the measurements alone")
     parser.add_argument("--ranks", type=report.comma_separated(int), default=[1, 2, 4])
     parser.add_argument("--tokens", type=report.comma_separated(int), default=[2048, 4096, 8192])
-    parser.add_argument("--budget", type=float, default=80, help="MiB of a rank")
-    parser.add_argument("--tries", type=int, default=4, help="runs of a bisection")
+    parser.add_argument("--budget", type=float, default=64, help="MiB of a rank")
+    parser.add_argument("--tries", type=int, default=5, help="runs of a bisection")
     parser.add_argument("--time-tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--gpu-tokens", type=report.comma_separated(int), default=[32_768, 65_536])

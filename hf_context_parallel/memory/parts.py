@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from ..attention.peak_memory import peak_of_backward
+from ..attention.ring_steps import MOST_BYTES
 from ..attention.strategy import Shape
 from ..distributed.messages import accumulation_dtype
 from .job import OPTIMIZER_STATES, Job
@@ -233,6 +234,17 @@ def _peak_of_attention(job: Job, cp: int) -> float:
         shape = Shape(heads, key_heads, shape.query_dim, shape.value_dim, shape.dtype)
         tokens *= inner
         gradients = tokens * heads * shape.value_dim * size  # the gradients of outputs, exchanged
-    arriving = tokens if cp > inner else 0
+    arriving = tokens * _owners(cp // inner, tokens * shape.key_value_numbers, job)
     held = sums = tokens + 2 * arriving
     return peak_of_backward(shape, job.kernel, tokens, tokens, 1, held, sums, arriving) + gradients
+
+
+def _owners(ranks: int, numbers: float, job: Job) -> int:
+    """Count the owners of keys in a step of a ring, at most: as many as the rule of `attention/ring_steps.py` admits.
+
+    Args:
+        ranks: ranks of the ring.
+        numbers: numbers of the keys/values of an owner.
+    """
+    further = numbers * (2 * job.dtype.itemsize + 3 * accumulation_dtype(job.dtype).itemsize)
+    return min(ranks - 1, 1 + int(MOST_BYTES // further))

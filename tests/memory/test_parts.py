@@ -105,7 +105,9 @@ def test_messages():
     alone = parts_of(JOB).phases["attention of the last layer"]
     assert ring.layer == alone.layer
     own = peak_of_backward(JOB.shape, "torch", T, T, 1, T, T, 0)
-    assert ring.messages == peak_of_backward(JOB.shape, "torch", T, T, 1, 3 * T, 3 * T, T) - own
+    assert ring.messages == peak_of_backward(JOB.shape, "torch", T, T, 1, 7 * T, 7 * T, 3 * T) - own
+    wide = parts_of(replace(JOB, tokens=2**24, cp=4)).phases["attention of the last layer"].messages
+    assert wide / ring.messages == pytest.approx(2**22 / T / 3)  # more owners a step would take more than 1 GiB
     gathered = parts_of(replace(JOB, tokens=4 * T, cp=4, comm_type="all_gather"))
     assert gathered.phases["attention of the last layer"].messages > ring.messages
 
