@@ -193,11 +193,11 @@ def carrying(checkpoint: Callable) -> Callable:
             with entered(batch):
                 return run(*args, **kwargs)
 
-        keeps = batch.attention_checkpoints
         # A compiled layer decides by itself what it computes again.
-        if keeps == "off" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or batch.attention_checkpoints == "off" or not torch.is_grad_enabled():
             return checkpoint(run_in_batch, *args, **kwargs)
-        return checkpoint(with_tape(run_in_batch, on_host=keeps == "host"), *args, **kwargs)
+        on_host = batch.attention_checkpoints == "host"
+        return checkpoint(with_tape(run_in_batch, on_host), *args, **kwargs)
 
     vars(carry)["carries_batch"] = True
     return carry

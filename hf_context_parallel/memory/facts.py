@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 
 LINEAR = "linear_attention"
 """Kind of layers that mix tokens by a state. All other kinds than `full_attention` have a window."""
@@ -104,7 +104,9 @@ def facts_of_model(model: PreTrainedModel) -> ModelFacts:
     return ModelFacts(
         layers=len(layers),
         hidden=text.hidden_size,
-        intermediate=(experts and _first(text, "moe_intermediate_size")) or text.intermediate_size,
+        intermediate=(experts and _first(text, "moe_intermediate_size"))
+        or _first(text, "intermediate_size")
+        or 4 * text.hidden_size,  # where Transformers takes as much, as in GPT-2
         heads=heads,
         key_heads=heads if latent else getattr(text, "num_key_value_heads", None) or heads,
         query_dim=text.qk_nope_head_dim + text.qk_rope_head_dim if latent else head_dim,
@@ -124,11 +126,13 @@ def facts_of_model(model: PreTrainedModel) -> ModelFacts:
 
 
 def _layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    layers = getattr(model.get_decoder() or model, "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
+    """List the decoder layers: the longest list of layers that can be checkpointed."""
+    lists = [x for x in (model.get_decoder() or model).modules() if isinstance(x, torch.nn.ModuleList)]
+    layers = max((x for x in lists if all(isinstance(y, GradientCheckpointingLayer) for y in x)), key=len, default=())
+    if not len(layers):
         raise ValueError(
-            f"{type(model).__name__} has no list `layers` in its decoder. Give the configuration of a causal language "
-            "model with decoder layers, such as Llama."
+            f"{type(model).__name__} has no list of layers that Transformers can checkpoint. Give a model with such "
+            "layers, such as Llama."
         )
     return list(layers)
 

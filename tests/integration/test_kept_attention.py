@@ -68,7 +68,7 @@ def chosen(rank_with_little: int, model_type: str, checkpointed: bool, setting: 
     [
         (-1, "qwen3", True, "auto", "device", "with kept attention needs"),
         (1, "qwen3", True, "auto", "off", "with kept attention needs"),
-        (-1, "gpt2", True, "auto", "off", "is not known"),
+        (-1, "gpt2", True, "auto", "device", "with kept attention needs"),
         (-1, "qwen3", False, "auto", "off", None),
         (-1, "qwen3", False, "device", "off", None),
         (1, "qwen3", True, "device", "device", None),

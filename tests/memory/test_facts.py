@@ -42,6 +42,11 @@ def test_layers_by_kind():
     assert (hybrid.linear_layers, hybrid.full_layers) == (2, 1)
 
 
+def test_layers_under_another_name():
+    facts = facts_of(AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=3, vocab_size=10))
+    assert (facts.layers, facts.hidden, facts.intermediate, facts.heads, facts.key_heads) == (3, 8, 32, 2, 2)
+
+
 def test_a_model_without_layers_is_refused():
-    with pytest.raises(ValueError, match="has no list `layers` in its decoder"):
-        facts_of(AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=10))
+    with pytest.raises(ValueError, match="has no list of layers that Transformers can checkpoint"):
+        facts_of(AutoConfig.for_model("xlnet", d_model=8, n_head=2, n_layer=1, d_inner=8, vocab_size=10))

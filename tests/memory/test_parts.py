@@ -113,8 +113,10 @@ def test_messages():
 
 
 def test_one_rank_with_the_attention_of_transformers():
-    alone = parts_of(replace(JOB, sharded=False, attention_checkpoints="device"))
+    alone = parts_of(replace(JOB, sharded=False, attention_checkpoints="off"))
     assert {phase.attention for phase in alone.phases.values()} == {0}
+    kept = parts_of(replace(JOB, sharded=False, attention_checkpoints="device"))
+    assert max(phase.attention for phase in kept.phases.values()) > 0  # which that attention cannot do
     backward = "attention of the last layer"
     sharded = parts_of(JOB).phases[backward].layer
     assert sharded - alone.phases[backward].layer == QUERY + KEYS  # sums
