@@ -208,7 +208,7 @@ def _question(asked: Asked, config: PreTrainedConfig, any_length: bool) -> tuple
         asked.rows or 1,
         asked.tokens,
         DTYPES[asked.weights or trained],
-        _may_shard(config),
+        asked.lora is None and _may_shard(config),
     )
     if not any(question.meshes()):
         raise ValueError(
@@ -245,7 +245,9 @@ def _may_shard(config: PreTrainedConfig) -> bool:
 def _notes(config: PreTrainedConfig, question: Question) -> list[str]:
     """List what a reader may miss."""
     notes = []
-    if not question.may_shard:
+    if question.facts.lora_parameters is not None:
+        notes.append("adapters of PEFT do not run on layers that tensor parallelism shards, so no mesh has it")
+    elif not question.may_shard:
         notes.append(f"tensor parallelism has not been found exact for {config.model_type!r}, so no mesh has it")
     if question.facts.linear_layers:
         notes.append(f"{question.facts.linear_layers} layers mix tokens by a state, and count as their projections")

@@ -38,7 +38,7 @@ def megatron_table(question: Question) -> str:
                 f"TP {row.tp} x CP {row.cp}",
                 f"{row.length:,}",
                 str(row.tflops),
-                f"{ours.step.tflops:.0f}" if ours else "does not fit",
+                f"{ours.step.tflops:.0f}" if ours else "none fits",
                 f"{_longest(asked, row):,}",
                 f"TP {best.mesh.tp} x CP {best.mesh.cp}" if best else "-",
                 f"{best.step.tflops:.0f}" if best else "-",

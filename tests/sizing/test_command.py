@@ -176,6 +176,12 @@ lora: {{r: 4, target_modules: [q_proj]}}
     assert (written.context_parallel.get("a2a_size") is None) == (recipe.context_parallel.comm_type != "a2a+p2p")
 
 
+def test_adapters_have_no_tensor_parallelism(llama_8b):
+    output = printed("--model", llama_8b, "--seq-len", 8192, "--lora", 16, *ON_8)
+    assert {int(tp) for tp in re.findall(r"^ *\d+ +(\d) +\d ", output, re.MULTILINE)} == {1}
+    assert "so no mesh has it" in output
+
+
 def test_options_come_before_a_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(MINIMAL)
