@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
-from ..config import ContextParallelConfig
 from .job import Job
 from .parts import Parts, parts_of
 
 GIB = 2**30
 TILE = 2048
 """Tokens of a tile that is proposed."""
-SETTINGS = {field.name for field in fields(ContextParallelConfig)}
-"""Settings that can be proposed."""
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -85,9 +82,9 @@ def _changes(job: Job, ranks: int) -> Iterator[tuple[str, Job]]:
     elif not job.offload:
         yield "activation_checkpointing_kwargs={'offload': True}", replace(job, offload=True)
     for place in ("host", "off"):
-        if job.keeps_attention and "attention_checkpoints" in SETTINGS and job.attention_checkpoints != place:
+        if job.keeps_attention and job.attention_checkpoints != place:
             yield f"attention_checkpoints={place!r}", replace(job, attention_checkpoints=place)
-    if "tile_tokens" in SETTINGS and job.mlp_tokens > TILE:
+    if job.mlp_tokens > TILE:
         yield f"tile_tokens={TILE}", replace(job, tile_tokens=TILE, sharded=True)
     if ranks % (2 * job.cp) == 0:
         yield f"context_parallel.size={2 * job.cp}", replace(job, cp=2 * job.cp)

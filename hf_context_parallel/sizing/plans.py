@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..memory.advice import SETTINGS, TILE, parts_with
+from ..memory.advice import TILE, parts_with
 from ..memory.facts import ModelFacts
 from ..memory.job import Job
 from ..memory.parts import Parts
@@ -21,15 +21,13 @@ from .speed import Choice, Step, step_of, work_of
 
 CLOSE = 1.02
 """Plans whose speeds differ by less than this factor are taken as equal. The simplest is first, then the smallest."""
-TILES = (8192, TILE)
-"""Tokens of a tile that are tried."""
 STEP = 1024
 """Tokens by which the longest sequence is counted."""
 MOST = 2**30
 """Longest sequence that is looked for, in tokens."""
-KEPT = ("off", "device", "host") if "attention_checkpoints" in SETTINGS else ("off",)
+KEPT = ("off", "device", "host")
 """Values of `attention_checkpoints` that are tried."""
-TILE_TOKENS = (None, *TILES) if "tile_tokens" in SETTINGS else (None,)
+TILE_TOKENS = (None, 8192, TILE)
 """Values of `tile_tokens` that are tried."""
 
 

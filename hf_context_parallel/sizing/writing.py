@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..memory.advice import SETTINGS
 from ..recipe.errors import RecipeError
 from ..recipe.reading import load_recipe
 from .plans import Plan
@@ -76,8 +75,7 @@ def _set(settings: DictConfig, plan: Plan) -> None:
     cp: dict[str, Any] = {"size": mesh.cp, "comm_type": mesh.comm_type}
     if mesh.comm_type == "a2a+p2p":
         cp["a2a_size"] = mesh.inner
-    if "attention_checkpoints" in SETTINGS:
-        cp["attention_checkpoints"] = choice.kept
+    cp["attention_checkpoints"] = choice.kept
     if choice.tile_tokens is not None:
         cp["tile_tokens"] = choice.tile_tokens
     ours = settings.get("context_parallel") or {}

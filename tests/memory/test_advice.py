@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_context_parallel.memory import advice as module
-from hf_context_parallel.memory.advice import advice, by_size, parts_with
+from hf_context_parallel.memory.advice import TILE, advice, by_size, parts_with
 from hf_context_parallel.memory.facts import ModelFacts
 from hf_context_parallel.memory.job import Job
 from hf_context_parallel.memory.parts import parts_of
@@ -25,11 +24,6 @@ FACTS = ModelFacts(
     head_parameters=525_336_576,
 )
 JOB = Job(FACTS, 65536, cp=2, fsdp=4)
-
-
-@pytest.fixture(autouse=True)
-def every_setting(monkeypatch):
-    monkeypatch.setattr(module, "SETTINGS", {"attention_checkpoints", "tile_tokens"})
 
 
 def test_parts_with_weights_of_another_dtype():
@@ -80,7 +74,7 @@ def test_what_is_proposed(changes, ranks, words):
     assert all(f" GiB with {word}" in text for word in words)
 
 
-def test_settings_that_do_not_exist_or_do_not_help_are_not_proposed(monkeypatch):
-    monkeypatch.setattr(module, "SETTINGS", set())
-    text = advice(replace(JOB, cp=4, offload=True, attention_checkpoints="device"), torch.bfloat16, 4)
+def test_what_does_not_help_is_not_proposed():
+    job = replace(JOB, cp=4, offload=True, attention_checkpoints="off", tile_tokens=TILE)
+    text = advice(job, torch.bfloat16, 4)
     assert " GiB with " not in text

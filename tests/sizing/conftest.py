@@ -3,8 +3,6 @@
 import pytest
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from hf_context_parallel.sizing import plans
-
 
 @pytest.fixture
 def llama_8b(tmp_path):
@@ -37,10 +35,3 @@ def small_moe():
         num_experts=8,
         num_experts_per_tok=2,
     )
-
-
-@pytest.fixture
-def every_setting(monkeypatch):
-    """Let plans try all values of kept attention and of tiles."""
-    monkeypatch.setattr(plans, "KEPT", ("off", "device", "host"))
-    monkeypatch.setattr(plans, "TILE_TOKENS", (None, 8192, 2048))

@@ -38,7 +38,7 @@ def mistake(*arguments):
 ON_8 = ("--gpus", 8, "--gpu", "h100-80gb")
 
 
-def test_meshes_with_their_parts_links_and_assumptions(llama_8b, every_setting):
+def test_meshes_with_their_parts_links_and_assumptions(llama_8b):
     output = printed("--model", llama_8b, "--seq-len", 131072, *ON_8)
     assert f"{llama_8b}: 8.03 B parameters in float32, all trained, on 8 x h100-80gb" in output.replace("\n", " ")
     rows = re.findall(r"^ *\d+ +(\d) +(\d) +(?:-|\S+) +\d+ +\d+ +(?:off|device|host) ", output, re.MULTILINE)

@@ -50,7 +50,7 @@ def test_weights_in_float32_beside_layers_in_bfloat16(question):
         assert there.weights == 2 * phase.weights
 
 
-def test_plans_fit_and_are_sorted(question, every_setting):
+def test_plans_fit_and_are_sorted(question):
     answer = plans_of(question)
     assert all(plan.parts.total <= question.rates.memory for plan in answer.fitting)
     speeds = [plan.step.tokens_per_second for plan in answer.fitting]
@@ -78,7 +78,7 @@ def test_the_longest_sequence_fits_and_the_next_does_not(question):
     assert replace(plan, question=nowhere).longest == 0
 
 
-def test_longest_plans_are_the_longest_of_their_mesh(question, every_setting):
+def test_longest_plans_are_the_longest_of_their_mesh(question):
     found = longest_plans(question)
     lengths = [plan.longest for plan in found]
     assert lengths == sorted(lengths, reverse=True)
@@ -93,7 +93,7 @@ def test_longest_plans_are_the_longest_of_their_mesh(question, every_setting):
     assert first.longest == max(plan.longest for plan in every)
 
 
-def test_attention_of_transformers_is_not_kept(question, every_setting):
+def test_attention_of_transformers_is_not_kept(question):
     alone = [plan for plan in plans_of(question).fitting if plan.mesh.cp == 1]
     assert {plan.choice.kept for plan in alone if plan.choice.tile_tokens is None} == {"off"}
     assert {plan.choice.kept for plan in alone if plan.choice.tile_tokens} == {"off", "device", "host"}
