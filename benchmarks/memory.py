@@ -1,7 +1,7 @@
 """Benchmark of memory: the peak of a step of training beside what `hf_context_parallel/memory/` counts.
 
     python -m benchmarks.memory                  # on processes of the CPU
-    python -m benchmarks.memory --only time      # the step with kept attention alone, for a quiet machine
+    python -m benchmarks.memory --only time      # the step with kept attention alone; the rest of the page stays
     python -m benchmarks.memory --device cuda    # on one GPU: Llama-3.1-8B with LoRA
 
 **Counted** on the CPU is the resident memory of a process at its peak (`VmHWM`) above that before the model was made:
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import random
 import sys
 import time
@@ -311,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=report.comma_separated(int), default=[2048, 4096, 8192])
     parser.add_argument("--budget", type=float, default=64, help="MiB of a rank")
     parser.add_argument("--tries", type=int, default=5, help="runs of a bisection")
-    parser.add_argument("--time-tokens", type=int, default=8192)
+    parser.add_argument("--time-tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--gpu-tokens", type=report.comma_separated(int), default=[32_768, 65_536])
     parser.add_argument("--output", type=Path, default=report.RESULTS)
@@ -320,9 +321,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """Take the measurements that are asked for. Settings that this version lacks are left out."""
+    """Take the measurements that are asked for, and keep the others that were written before.
+
+    Settings that this version lacks are left out.
+    """
     there = [option for option in OPTIONS if option.is_there]
-    data: dict[str, Any] = {"machine": report.machine()}
+    written = options.output / "memory.json"
+    is_part = options.only is not None or options.device == "cuda"
+    data: dict[str, Any] = json.loads(written.read_text(encoding="utf-8")) if is_part and written.exists() else {}
+    data["machine"] = report.machine()
 
     def wanted(name: str) -> bool:
         return options.only in (None, name)

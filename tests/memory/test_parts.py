@@ -97,6 +97,8 @@ def test_buffers_of_the_cpu_are_there_in_all_phases():
     assert ring.phases["loss"].layer == copies
     assert ring.phases["mlp of the last layer"].layer == alone.phases["mlp of the last layer"].layer + VALUE + copies
     assert len({phase.messages for phase in list(ring.phases.values())[:-1]}) == 1
+    on_gpu = parts_of(replace(cpu, kernel="")).phases["attention of the first layer"]
+    assert ring.phases["loss"].messages == on_gpu.messages + 2 * KEYS
 
 
 def test_messages():
