@@ -100,8 +100,12 @@ class Tiles:
             with entered(self._batch), self._shared(given[0]):  # backward computes the tile after the batch was left
                 return forward(*arguments, **keywords)
 
+        whole = [leaves[place] for place in places]
+        for place in places:  # `of_tile` lives until backward, and needs the tokens of its tile alone
+            leaves[place] = None
+        del args, kwargs
         parts, records = [], _Records()
-        for tile in zip(*(leaves[place].flatten(0, 1).tensor_split(count) for place in places)):
+        for tile in zip(*(tensor.flatten(0, 1).tensor_split(count) for tensor in whole)):
             if torch.is_grad_enabled():
                 output = checkpoint(of_tile, *tile, use_reentrant=False, preserve_rng_state=module.training)
             else:

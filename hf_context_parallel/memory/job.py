@@ -82,7 +82,8 @@ class Job:
     @property
     def is_alone(self) -> bool:
         """True if attention is that of Transformers."""
-        return self.cp == 1 and not self.sharded and self.attention_checkpoints == "off"
+        ours = self.sharded or self.tile_tokens is not None or self.attention_checkpoints != "off"
+        return self.cp == 1 and not ours
 
     @property
     def keeps_attention(self) -> bool:

@@ -221,10 +221,11 @@ def _loss(job: Job, hidden: float) -> float:
 def _peak_of_attention(job: Job, cp: int) -> float:
     """Bytes of attention at the peak of its backward, beyond its inputs, on one of `cp` ranks."""
     shape, tokens, size = job.shape, job.rank_tokens, job.dtype.itemsize
-    if job.is_alone:  # nothing is summed, so there is what the kernel returns and allocates
-        kernel = "" if job.kernel == "cpu" else job.kernel  # on the CPU Transformers' attention copies nothing
+    if job.cp == 1:  # one call computes all, so nothing is summed: there is what it returns and allocates
+        kernel = "" if job.is_alone and job.kernel == "cpu" else job.kernel  # Transformers' copies nothing on the CPU
         sums = tokens * shape.heads * shape.query_dim * accumulation_dtype(job.dtype).itemsize
-        return peak_of_backward(shape, kernel, tokens, tokens, 1, tokens, 0, 0) - sums
+        joined = 0 if job.is_alone else tokens * shape.key_value_numbers * size  # gradients of keys and of values
+        return peak_of_backward(shape, kernel, tokens, tokens, 1, tokens, 0, 0) - sums + joined
     others = (cp - 1) * tokens
     if cp > 1 and job.comm_type == "all_gather":
         whole = tokens + others

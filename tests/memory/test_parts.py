@@ -105,7 +105,7 @@ def test_messages():
     assert all(phase.messages == 0 for phase in parts_of(JOB).phases.values())
     ring = parts_of(replace(JOB, tokens=4 * T, cp=4)).phases["attention of the last layer"]
     alone = parts_of(JOB).phases["attention of the last layer"]
-    assert ring.layer == alone.layer
+    assert ring.layer == alone.layer + QUERY  # whose gradients are summed over steps
     own = peak_of_backward(JOB.shape, "torch", T, T, 1, T, T, 0)
     assert ring.messages == peak_of_backward(JOB.shape, "torch", T, T, 1, 7 * T, 7 * T, 3 * T) - own
     wide = parts_of(replace(JOB, tokens=2**24, cp=4)).phases["attention of the last layer"].messages
@@ -121,7 +121,7 @@ def test_one_rank_with_the_attention_of_transformers():
     assert max(phase.attention for phase in kept.phases.values()) > 0  # which that attention cannot do
     backward = "attention of the last layer"
     sharded = parts_of(JOB).phases[backward].layer
-    assert sharded - alone.phases[backward].layer == QUERY + KEYS  # sums
+    assert sharded - alone.phases[backward].layer == KEYS  # gradients of keys and of values, joined
 
 
 def test_loss():

@@ -74,7 +74,9 @@ def test_what_does_not_fit_is_named_with_its_largest_part(llama_8b):
 
 def test_longest(llama_8b):
     output = printed("--model", llama_8b, "--longest", "--lora", 16, *ON_8)
-    lengths = [int(found.replace(",", "")) for found in re.findall(r"(?:device|host) +-? *([\d,]{6,}) ", output)]
+    lengths = [
+        int(found.replace(",", "")) for found in re.findall(r"(?:device|host) +(?:-|\d+) +([\d,]{6,}) ", output)
+    ]
     assert lengths and lengths == sorted(lengths, reverse=True)
     assert "ends by" in output
     assert "131,072 positions. Beyond them it needs another RoPE scaling." in output
