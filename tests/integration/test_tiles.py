@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -138,6 +139,18 @@ def test_what_lies_inside_of_a_module_exists_for_one_tile(on_ranks, checkpointin
 
 
 # Which modules
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_keeps_no_input_of_its_module(reentrant):
+    model = hcp.parallelize(model_with("causal", "qwen3", "context_parallel").train(), context(tile_tokens=5))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    inputs = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0].untyped_storage())))
+    loss = model(**batch_for("causal")).loss
+    assert len(inputs) == len(model.model.layers) and not any(x() is not None for x in inputs)
+    loss.backward()
 
 
 def names_of(model_type: str) -> set[str]:
