@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from hf_context_parallel.recipe.documents import COLUMNS
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.model import BYTES, load_config, load_tokenizer
-from hf_context_parallel.recipe.schema import DataSection, ModelSection, Recipe
+from hf_context_parallel.recipe.schema import BITSANDBYTES, DataSection, ModelSection, Recipe
 from hf_context_parallel.verification.types.tiny import UNSTATED, with_small_sizes
 
 MAX_LENGTH = 128
@@ -50,7 +50,11 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     distributed = recipe.distributed if sharded else None
     config = full_configuration(model)
     model_type = model.type or config.model_type
-    small_model = dataclasses.replace(model, name=None, type=model_type, tokenizer=tokenizer_name, config={})
+    # Random weights have no format of their own to be read.
+    quantization = model.quantization if model.quant_method == BITSANDBYTES else None
+    small_model = dataclasses.replace(
+        model, name=None, type=model_type, tokenizer=tokenizer_name, config={}, quantization=quantization
+    )
     small_config = with_small_sizes(
         config,
         vocabulary=len(load_tokenizer(small_model)),
