@@ -77,6 +77,10 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     }
     if on_cpu:
         training |= {"use_cpu": True, "fsdp": None, "fsdp_config": None}
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            given = getattr(recipe.training, name, None)
+            if isinstance(given, dict):  # offloading needs pinned memory
+                training[name] = {key: value for key, value in given.items() if key != "offload"}
     small = dataclasses.replace(
         recipe,
         model=small_model,
@@ -97,7 +101,7 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         f"{data.max_length}",
         f"context_parallel.size: {small.context_parallel.size}, "
         f"{'as it is' if sharded else 'the number of processes'}, for {recipe.context_parallel.size}",
-        "training: one step, nothing saved" + (", on the CPU without FSDP" if on_cpu else ""),
+        "training: one step, nothing saved" + (", on the CPU without FSDP and offloading" if on_cpu else ""),
     ]
     if recipe.distributed is not None and not sharded:
         replaced.append(f"distributed: left out, since it needs {recipe.processes} processes")
