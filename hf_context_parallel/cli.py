@@ -131,7 +131,19 @@ def plan(
     """
     from hf_context_parallel.sizing.command import Asked, run_plan
 
-    asked = Asked(model, seq_len, gpus, gpu, lora, tokens_per_batch, rows, weights, node, network, trust_remote_code)
+    asked = Asked(
+        model=model,
+        length=seq_len,
+        gpus=gpus,
+        gpu=gpu,
+        lora=lora,
+        tokens=tokens_per_batch,
+        rows=rows,
+        weights=weights,
+        node=node,
+        network=network,
+        trust_remote_code=trust_remote_code,
+    )
     sys.exit(run_plan(asked, recipe, write, longest, megatron_table, every))
 
 

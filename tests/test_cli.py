@@ -97,7 +97,7 @@ def test_processes_that_would_train_apart_are_told(run):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", "qwen3_8b_fsdp2", "llama3_8b_dpo_64k"])
+@pytest.mark.parametrize("name", ["llama3_8b_lora_128k", "qwen3_8b_qlora_64k", "llama3_8b_dpo_64k"])
 def test_recipes_for_large_machines_run_dry(run, name):
     result = run(*COMMAND, "train", f"recipes/{name}.yaml", "--dry-run", "--nproc", "2")
     assert result.returncode == 0, result.stdout

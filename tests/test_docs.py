@@ -36,7 +36,8 @@ from tests.helpers.recipe import MINIMAL
 
 # Modules that start commands are imported where they are used, because workers that run blocks import this file too.
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.cfg").exists())
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.md"), *ROOT.glob("docs/**/*.md")])
+FOLDERS = "*.md", ".github/**/*.md", "docs/**/*.md", "recipes/*.md"
+PAGES = sorted(page for pattern in FOLDERS for page in ROOT.glob(pattern))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PROGRAMS = ("make", "accelerate", "hf-context-parallel", "pip", "python", "pytest", "pre-commit")
 MARKER = "<!-- docs-test:"

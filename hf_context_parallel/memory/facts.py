@@ -13,6 +13,10 @@ LINEAR = "linear_attention"
 """Kind of layers that mix tokens by a state. All other kinds than `full_attention` have a window."""
 
 
+STORED_BITS = {4: 4.5, 8: 8.0}
+"""Bits of a quantised weight in memory, by the bits of bitsandbytes. Blocks of 64 weights in 4 bits share a scale."""
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """Numbers of a causal language model.
@@ -33,6 +37,9 @@ class ModelFacts:
         active_experts: experts that compute a token, the shared one included; 1 for a dense MLP.
         window: most tokens that a token of a window or chunk layer reads, or None if no layer has one.
         window_layers, linear_layers: layers with a window or chunks, and layers that mix tokens by a state.
+        quantized_parameters: those of linear layers in decoder layers, if they are frozen and quantised.
+        quantized_bits: bits of each of these in memory.
+        dequantized: parameters of the largest of these layers, which is made in full precision to be used.
     """
 
     layers: int
@@ -53,6 +60,9 @@ class ModelFacts:
     window: int | None = None
     window_layers: int = 0
     linear_layers: int = 0
+    quantized_parameters: int = 0
+    quantized_bits: float = 0.0
+    dequantized: int = 0
 
     @property
     def full_layers(self) -> int:
@@ -65,13 +75,14 @@ class ModelFacts:
         return self.parameters if self.lora_parameters is None else self.lora_parameters
 
 
-def facts_of(config: PreTrainedConfig, lora_rank: int | None = None) -> ModelFacts:
+def facts_of(config: PreTrainedConfig, lora_rank: int | None = None, bits: int | None = None) -> ModelFacts:
     """Read the facts of the causal language model of a configuration.
 
     Its parameters are those of the model, which is made without memory. Nothing is downloaded.
 
     Args:
         lora_rank: rank of the adapters of all linear layers in decoder layers, the only weights that are then trained.
+        bits: bits of the weights of these linear layers, 4 or 8, if bitsandbytes quantises them.
 
     Raises:
         ValueError: if Transformers has no causal language model of this type, or its layers are not found.
@@ -79,7 +90,13 @@ def facts_of(config: PreTrainedConfig, lora_rank: int | None = None) -> ModelFac
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     lora = None if lora_rank is None else lora_rank * sum(map(_lora_dims, _layers_of(model)))
-    return replace(facts_of_model(model), lora_parameters=lora)
+    facts = replace(facts_of_model(model), lora_parameters=lora)
+    if bits is None:
+        return facts
+    sizes = [linear.weight.numel() for layer in _layers_of(model) for linear in _linear(layer)]
+    return replace(
+        facts, quantized_parameters=sum(sizes), quantized_bits=STORED_BITS[bits], dequantized=max(sizes, default=0)
+    )
 
 
 def facts_of_model(model: PreTrainedModel) -> ModelFacts:
@@ -148,8 +165,11 @@ def _count(module: torch.nn.Module, trained: bool = False) -> int:
 
 def _lora_dims(layer: torch.nn.Module) -> int:
     """Sum of inputs and outputs of the linear layers of a layer."""
-    linear = (module for module in layer.modules() if isinstance(module, torch.nn.Linear))
-    return sum(module.in_features + module.out_features for module in linear)
+    return sum(module.in_features + module.out_features for module in _linear(layer))
+
+
+def _linear(layer: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def _active_experts(text: Any) -> int:

@@ -88,14 +88,16 @@ def parts_of(job: Job) -> Parts:
     facts, size, tokens = job.facts, job.dtype.itemsize, job.rank_tokens
     share = job.tp * job.fsdp
     hidden = tokens * facts.hidden * size
-    one = facts.layer_parameters / job.tp * size
+    saved = size - facts.quantized_bits / 8  # bytes that quantization takes off a parameter
+    one = (facts.layer_parameters * size - facts.quantized_parameters / facts.layers * saved) / job.tp
     ends = facts.head_parameters * (1 if facts.tied else 2) / job.tp * size  # input and output embeddings
-    weights = facts.parameters / share * size
+    weights = (facts.parameters * size - facts.quantized_parameters * saved) / share
     trains_all = facts.lora_parameters is None
     gradients = facts.trained_parameters / share * size
     of_head = facts.head_parameters / share * size if trains_all else 0
     if job.fsdp > 1:
         weights += 2 * one + ends  # FSDP2 gathers a layer while the one before computes, and keeps the outer weights
+    weights += facts.dequantized * size
     gathered = one if job.fsdp > 1 and trains_all else 0.0  # whole gradients of a layer, until they are scattered
     buckets = gradients if job.ddp else 0.0
     states = OPTIMIZER_STATES[job.optimizer] * gradients

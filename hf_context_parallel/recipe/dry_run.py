@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from hf_context_parallel.recipe.documents import COLUMNS
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.model import BYTES, load_config, load_tokenizer
-from hf_context_parallel.recipe.schema import DataSection, ModelSection, Recipe
+from hf_context_parallel.recipe.schema import BITSANDBYTES, DataSection, ModelSection, Recipe
 from hf_context_parallel.verification.types.tiny import UNSTATED, with_small_sizes
 
 MAX_LENGTH = 128
@@ -50,7 +50,11 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     distributed = recipe.distributed if sharded else None
     config = full_configuration(model)
     model_type = model.type or config.model_type
-    small_model = dataclasses.replace(model, name=None, type=model_type, tokenizer=tokenizer_name, config={})
+    # Random weights have no format of their own to be read.
+    quantization = model.quantization if model.quant_method == BITSANDBYTES else None
+    small_model = dataclasses.replace(
+        model, name=None, type=model_type, tokenizer=tokenizer_name, config={}, quantization=quantization
+    )
     small_config = with_small_sizes(
         config,
         vocabulary=len(load_tokenizer(small_model)),
@@ -73,6 +77,10 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     }
     if on_cpu:
         training |= {"use_cpu": True, "fsdp": None, "fsdp_config": None}
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            given = getattr(recipe.training, name, None)
+            if isinstance(given, dict):  # offloading needs pinned memory
+                training[name] = {key: value for key, value in given.items() if key != "offload"}
     small = dataclasses.replace(
         recipe,
         model=small_model,
@@ -93,7 +101,7 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         f"{data.max_length}",
         f"context_parallel.size: {small.context_parallel.size}, "
         f"{'as it is' if sharded else 'the number of processes'}, for {recipe.context_parallel.size}",
-        "training: one step, nothing saved" + (", on the CPU without FSDP" if on_cpu else ""),
+        "training: one step, nothing saved" + (", on the CPU without FSDP and offloading" if on_cpu else ""),
     ]
     if recipe.distributed is not None and not sharded:
         replaced.append(f"distributed: left out, since it needs {recipe.processes} processes")

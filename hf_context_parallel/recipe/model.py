@@ -112,6 +112,8 @@ def load_model(
     options = {"attn_implementation": section.attention, "trust_remote_code": section.trust_remote_code}
     if section.dtype is not None:
         options["dtype"] = section.dtype
+    if section.quantization is not None:
+        options["quantization_config"] = section.quantization_config()
     if distributed is not None:
         options["distributed_config"] = distributed
     auto = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
@@ -130,12 +132,14 @@ def load_model(
 
 def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any], auto: Any) -> PreTrainedModel:
     """Make a model with random weights, which are the same on all ranks because these have the same seed."""
-    distributed = options.pop("distributed_config", None)
+    while_loading = {
+        name: options.pop(name) for name in ("distributed_config", "quantization_config") if name in options
+    }
     model = auto.from_config(config, **options)
-    if distributed is None:
+    if not while_loading:
         return model
-    # Transformers shards a model only while loading it.
-    options |= {"state_dict": model.state_dict(), "dtype": model.dtype, "distributed_config": distributed}
+    # Transformers shards and quantises a model only while loading it.
+    options |= {"state_dict": model.state_dict(), "dtype": model.dtype, **while_loading}
     return type(model).from_pretrained(None, config=model.config, **options)  # a composite model's text model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import sysconfig
 from math import prod
 from typing import Annotated, Any, Literal, get_type_hints
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.dataclasses import dataclass
-from transformers import CONFIG_MAPPING, DistributedConfig, TrainingArguments
+from transformers import CONFIG_MAPPING, BitsAndBytesConfig, DistributedConfig, Mxfp4Config, TrainingArguments
 
 from hf_context_parallel.config import ContextParallelConfig
 
@@ -36,6 +37,9 @@ TRAINERS = {
 """Trainers of TRL that a recipe can name, each with the beginning of the name of its class."""
 GENERATING = ("grpo", "rloo")
 """Trainers that generate completions, and score them."""
+BITSANDBYTES = "bitsandbytes"
+QUANTIZATIONS = {BITSANDBYTES: BitsAndBytesConfig, "mxfp4": Mxfp4Config}
+"""Configurations of quantization that a recipe can name as `quant_method`."""
 PARALLEL_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
 """Sizes in the section `distributed`. Their product is the number of processes."""
 
@@ -81,10 +85,12 @@ class ModelSection:
         dtype: the dtype of the weights. By default that of the checkpoint, and float32 for random weights.
         attention: the `attn_implementation`. For a composite model it is a dictionary, such as
             `{"": context_parallel, text_config: context_parallel, vision_config: sdpa}`.
+        quantization: keywords of `BitsAndBytesConfig`, such as `{load_in_4bit: true}`, or of `Mxfp4Config` with
+            `quant_method: mxfp4`.
         trust_remote_code: run code from the model's repository.
 
     Raises:
-        ValueError: if a needed key is missing, `type` is unknown, or `config` has an unknown key.
+        ValueError: if a needed key is missing, `type` is unknown, or `config` or `quantization` has an unknown key.
     """
 
     name: str | None = None
@@ -93,6 +99,7 @@ class ModelSection:
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     attention: str | dict[str, str] = "context_parallel"
+    quantization: dict[str, Any] | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -104,6 +111,41 @@ class ModelSection:
             raise ValueError("'name' and 'tokenizer' are both missing. Give 'tokenizer' (`bytes` needs no file).")
         if self.type is not None and not self.trust_remote_code:
             check_model_config(self.type, self.config)
+        if self.quantization is not None:
+            check_quantization(self.quant_method, self.quantization)
+
+    @property
+    def quant_method(self) -> str | None:
+        """Name of the quantization, or None."""
+        return None if self.quantization is None else self.quantization.get("quant_method", BITSANDBYTES)
+
+    def quantization_config(self) -> BitsAndBytesConfig | Mxfp4Config | None:
+        """Build the configuration of the quantization, or return None.
+
+        Raises:
+            RecipeError: if it refuses a value, or its package is missing.
+        """
+        if self.quantization is None:
+            return None
+        keywords = {name: value for name, value in self.quantization.items() if name != "quant_method"}
+        try:
+            return QUANTIZATIONS[self.quant_method](**keywords)
+        except (ValueError, TypeError, ImportError) as error:
+            raise RecipeError(f"model.quantization: {error}. Correct it, or install what it names.") from error
+
+
+def check_quantization(method: str | None, values: dict[str, Any]) -> None:
+    """Check the name of a quantization and its keys. Transformers itself warns of unknown keys, and drops them.
+
+    Raises:
+        ValueError: if there is no such quantization, or it has no such key.
+    """
+    if method not in QUANTIZATIONS:
+        raise ValueError(f"quantization.quant_method={method!r} is none of {', '.join(QUANTIZATIONS)}.")
+    known = {"quant_method", *inspect.signature(QUANTIZATIONS[method]).parameters} - {"kwargs"}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key 'quantization.{key}' for {method!r}.{did_you_mean(key, known)}")
 
 
 def check_model_config(model_type: str, values: dict[str, Any]) -> None:

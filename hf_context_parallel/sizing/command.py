@@ -14,7 +14,7 @@ from ..memory.facts import ModelFacts, facts_of
 from ..recipe.errors import RecipeError
 from ..recipe.model import BYTES, load_config
 from ..recipe.reading import load_recipe
-from ..recipe.schema import ModelSection, Recipe
+from ..recipe.schema import BITSANDBYTES, ModelSection, Recipe
 from .gpus import GPUS, find_gpu, gpu_here, rates_of
 from .megatron import megatron_table
 from .plans import Plan, Question, longest_plans, plans_of
@@ -47,6 +47,7 @@ class Asked:
         gpus: number of GPUs.
         gpu: name of the GPU.
         lora: rank of adapters; None trains all weights.
+        bits: bits of the frozen weights of linear layers; None for those of `weights`.
         tokens: tokens of an optimizer step, of all GPUs.
         rows: sequences that a CP group computes at a time.
         weights: dtype of weights, gradients and states of the optimizer.
@@ -60,6 +61,7 @@ class Asked:
     gpus: int | None = None
     gpu: str | None = None
     lora: int | None = None
+    bits: int | None = None
     tokens: int | None = None
     rows: int | None = None
     weights: str | None = None
@@ -167,6 +169,9 @@ def _with_recipe(asked: Asked, recipe: Recipe) -> tuple[Asked, list[str]]:
     notes = []
     if recipe.trainer not in (None, "sft"):
         notes.append(f"trainer {recipe.trainer}: reference models, rewards and generated tokens are not counted")
+    quantized = recipe.model.quant_method == BITSANDBYTES
+    if recipe.model.quant_method not in (None, BITSANDBYTES):
+        notes.append(f"model.quantization: weights count as {recipe.model.dtype}")
     modules = None if lora is None else lora.target_modules
     if lora is not None and modules != LORA_MODULES:
         notes.append(f"lora.target_modules={modules}: counted as {LORA_MODULES}")
@@ -176,6 +181,7 @@ def _with_recipe(asked: Asked, recipe: Recipe) -> tuple[Asked, list[str]]:
         gpus=gpus,
         gpu=asked.gpu,
         lora=_first(asked.lora, None if lora is None else lora.r or 8),
+        bits=(4 if recipe.model.quantization.get("load_in_4bit") else 8) if quantized else None,
         tokens=_first(asked.tokens, groups * rows * runs * length),
         rows=_first(asked.rows, rows),
         weights=_first(asked.weights, recipe.model.dtype if recipe.model.dtype in DTYPES else None),
@@ -201,7 +207,7 @@ def _question(asked: Asked, config: PreTrainedConfig, any_length: bool) -> tuple
         raise ValueError(f"--gpu is missing, and PyTorch sees none that is known. Give one of {', '.join(GPUS)}.")
     trained = "bfloat16" if asked.lora else "float32"
     question = Question(
-        _facts(config, asked.lora),
+        _facts(config, asked.lora, asked.bits),
         asked.gpus or 1,
         asked.length or 1024,
         rates_of(gpu, asked.node, asked.network * 1e9),
@@ -218,7 +224,7 @@ def _question(asked: Asked, config: PreTrainedConfig, any_length: bool) -> tuple
     return question, gpu.name
 
 
-def _facts(config: PreTrainedConfig, lora: int | None) -> ModelFacts:
+def _facts(config: PreTrainedConfig, lora: int | None, bits: int | None) -> ModelFacts:
     """Read the facts of a model, or of the text model of a composite one.
 
     Raises:
@@ -228,7 +234,7 @@ def _facts(config: PreTrainedConfig, lora: int | None) -> ModelFacts:
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{text.model_type!r} has no plan: Transformers has no causal language model of this type.")
     try:
-        return facts_of(text, lora)
+        return facts_of(text, lora, bits)
     except (AttributeError, TypeError, KeyError) as error:  # a configuration without heads, or the like
         raise ValueError(f"{config.model_type!r} has no plan: its memory is not known ({error}).") from error
 
@@ -245,12 +251,18 @@ def _may_shard(config: PreTrainedConfig) -> bool:
 def _notes(config: PreTrainedConfig, question: Question) -> list[str]:
     """List what a reader may miss."""
     notes = []
-    if question.facts.lora_parameters is not None:
+    facts = question.facts
+    if facts.quantized_parameters:
+        notes.append(
+            f"{facts.quantized_parameters / 1e9:.2f} B parameters are frozen in {facts.quantized_bits:g} bits, and "
+            "each GPU holds them whole"
+        )
+    if facts.lora_parameters is not None:
         notes.append("adapters of PEFT do not run on layers that tensor parallelism shards, so no mesh has it")
     elif not question.may_shard:
         notes.append(f"tensor parallelism has not been found exact for {config.model_type!r}, so no mesh has it")
-    if question.facts.linear_layers:
-        notes.append(f"{question.facts.linear_layers} layers mix tokens by a state, and count as their projections")
+    if facts.linear_layers:
+        notes.append(f"{facts.linear_layers} layers mix tokens by a state, and count as their projections")
     return notes
 
 

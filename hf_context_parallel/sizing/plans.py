@@ -56,9 +56,11 @@ class Question:
     may_shard: bool = True
 
     def meshes(self) -> Iterator[Mesh]:
-        """List the meshes that do not need more tokens in a step than are asked for."""
+        """List the meshes that need no more tokens in a step than are asked for, and shard no quantised weights."""
         facts = self.facts
         for mesh in meshes(self.gpus, self.rates.machine.node, facts.heads, facts.key_heads, self.may_shard):
+            if facts.quantized_parameters and mesh.ranks != mesh.replicas:
+                continue  # quantised weights were compared with one process where each rank holds them whole
             if self.tokens is None or mesh.groups * self.rows * self.length <= self.tokens:
                 yield mesh
 

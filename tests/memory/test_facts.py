@@ -25,6 +25,12 @@ def test_lora_trains_two_small_weights_for_each_linear_layer():
     assert facts.parameters == facts_of(LlamaConfig(**TINY)).parameters
 
 
+def test_quantised_weights_are_those_of_linear_layers():
+    facts = facts_of(LlamaConfig(**TINY), lora_rank=2, bits=4)
+    assert facts.quantized_parameters == 3 * (facts.layer_parameters - 2 * 8)
+    assert (facts.quantized_bits, facts.dequantized) == (4.5, 8 * 12)
+
+
 def test_tied_embeddings_are_counted_once():
     facts = facts_of(LlamaConfig(**TINY, tie_word_embeddings=True))
     assert facts.tied and facts.parameters == 3 * facts.layer_parameters + 80 + 8

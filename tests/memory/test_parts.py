@@ -42,6 +42,11 @@ def test_what_is_held_in_all_phases():
     assert parts_of(replace(JOB, ddp=True)).phases["optimizer"].gradients == 1_600_000
 
 
+def test_quantised_weights():
+    facts = replace(FACTS, lora_parameters=100, quantized_parameters=100_000, quantized_bits=4.5, dequantized=20_000)
+    assert parts_of(replace(JOB, facts=facts)).at_peak.weights == 100_000 * 4 + 100_000 * 4.5 / 8 + 20_000 * 4
+
+
 def test_gradients_come_with_backward():
     parts = parts_of(JOB)
     by_phase = {name: phase.gradients for name, phase in parts.phases.items()}

@@ -43,7 +43,7 @@ def test_shipped_recipes_load_and_shrink(name, tmp_path):
     rows = to_rows(made_up_documents(small.data, tokenizer), small.data, tokenizer)
     batch = make_collator(small.data, tokenizer)([rows[0]])
     assert batch["input_ids"].shape == (1, MAX_LENGTH)
-    assert batch["input_ids"].max() < model.config.vocab_size
+    assert batch["input_ids"].max() < model.config.get_text_config().vocab_size
 
 
 def test_a_type_without_a_causal_language_model_is_refused(minimal):

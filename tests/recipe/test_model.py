@@ -1,8 +1,10 @@
 """Tests of the models of recipes, and of their adapters."""
 
 import pytest
+import torch
 from transformers import ByT5Tokenizer, Qwen3Config
 
+from hf_context_parallel.recipe.dry_run import shrink
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.model import add_lora, load_config, load_model
 from hf_context_parallel.recipe.reading import load_recipe
@@ -23,6 +25,31 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
     small = ModelSection(type="qwen3", tokenizer="bytes", config={"vocab_size": 300})
     with pytest.raises(RecipeError, match=r"vocab_size=300.*384"):
         load_model(small, tokenizer)
+
+
+def test_a_quantised_model_is_trained_by_its_adapters(minimal):
+    bits = "{load_in_4bit: true, bnb_4bit_quant_type: nf4}"
+    recipe = load_recipe(minimal, [f"model.quantization={bits}", "lora.target_modules=all-linear"])
+    small, _ = shrink(recipe, 1, "unused")
+    model = add_lora(load_model(small.model, ByT5Tokenizer()), recipe.lora_config())
+    quantised = [weight for weight in model.parameters() if weight.dtype == torch.uint8]
+    assert len(quantised) == 7 * model.config.num_hidden_layers
+    tokens = torch.arange(9)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all((weight.grad is not None) == ("lora" in name) for name, weight in model.named_parameters())
+
+
+def test_wrong_quantizations_are_refused(minimal):
+    for value, message in (
+        ("{quant_method: gptq}", "'gptq' is none of bitsandbytes, mxfp4"),
+        ("{load_in_4bits: true}", "quantization.load_in_4bits.*load_in_4bit"),
+        ("{quant_method: mxfp4, load_in_4bit: true}", "quantization.load_in_4bit' for 'mxfp4'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(minimal, [f"model.quantization={value}"])
+    wrong = load_recipe(minimal, ["model.quantization={load_in_4bit: 3}"])
+    with pytest.raises(RecipeError, match=r"model\.quantization: "):
+        wrong.model.quantization_config()
 
 
 def test_lora_is_added_where_the_recipe_says(minimal):

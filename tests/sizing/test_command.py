@@ -184,6 +184,22 @@ def test_adapters_have_no_tensor_parallelism(llama_8b):
     assert "so no mesh has it" in output
 
 
+def test_a_recipe_with_quantised_weights(llama_8b, tmp_path):
+    given = tmp_path / "given.yaml"
+    given.write_text(
+        f"""
+model: {{name: {llama_8b}, dtype: bfloat16, quantization: {{load_in_4bit: true}}}}
+context_parallel: {{size: 2}}
+data: {{path: text, max_length: 32768}}
+training: {{output_dir: output/x, per_device_train_batch_size: 1}}
+lora: {{r: 4, target_modules: all-linear}}
+"""
+    )
+    output = printed(given, "--gpu", "rtx4090").replace("\n", " ")
+    assert "6.98 B parameters are frozen in 4.5 bits, and each GPU holds them whole" in output
+    assert "weights whole" in output and "FSDP over" not in output
+
+
 def test_options_come_before_a_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(MINIMAL)
