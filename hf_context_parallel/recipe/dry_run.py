@@ -76,7 +76,9 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         "resume_from_checkpoint": None,
     }
     if on_cpu:
-        training |= {"use_cpu": True, "fsdp": None, "fsdp_config": None}
+        training["use_cpu"] = True
+        if world_size == 1:
+            training |= {"fsdp": None, "fsdp_config": None}
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             given = getattr(recipe.training, name, None)
             if isinstance(given, dict):  # offloading needs pinned memory
@@ -94,6 +96,7 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         ),
         distributed=distributed,
     )
+    where = f", on the CPU without {'FSDP and ' if world_size == 1 else ''}offloading" if on_cpu else ""
     replaced = [
         f"model: a tiny {model_type} with random weights, for {model.name or model.type}",
         f"tokenizer: {tokenizer_name}, for {source}",
@@ -101,7 +104,7 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
         f"{data.max_length}",
         f"context_parallel.size: {small.context_parallel.size}, "
         f"{'as it is' if sharded else 'the number of processes'}, for {recipe.context_parallel.size}",
-        "training: one step, nothing saved" + (", on the CPU without FSDP and offloading" if on_cpu else ""),
+        "training: one step, nothing saved" + where,
     ]
     if recipe.distributed is not None and not sharded:
         replaced.append(f"distributed: left out, since it needs {recipe.processes} processes")

@@ -124,8 +124,9 @@ def test_values_that_transformers_and_peft_refuse(minimal):
 def test_the_fsdp_recipe_configures_fsdp2():
     # `use_cpu` lets the arguments be built without a GPU, which bf16 and FSDP need otherwise.
     recipe = load_recipe(RECIPES / "qwen3_8b_fsdp2.yaml", ["training.use_cpu=true"])
-    plugin = FullyShardedDataParallelPlugin(**recipe.training_arguments().fsdp_plugin_args)
-    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and plugin.activation_checkpointing
+    arguments = recipe.training_arguments()
+    plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and arguments.gradient_checkpointing
     assert plugin.transformer_cls_names_to_wrap == ["Qwen3DecoderLayer"]
 
 
