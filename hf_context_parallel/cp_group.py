@@ -18,7 +18,7 @@ from .attention.scores import Scores, make_scores, seed_of
 from .attention.strategy import Shape, Strategy
 from .config import ContextParallelConfig
 from .distributed.devices import check_backend
-from .distributed.free_memory import least_free_bytes, least_memory
+from .distributed.free_memory import least_free_bytes
 from .distributed.messages import CheckedExchange
 from .distributed.process_groups import Groups
 from .planning.layout import Layout
@@ -67,8 +67,6 @@ class CPGroup:
     machines: Mapping[str, Machine] = field(compare=False, repr=False)
     _logged: set[tuple[object, ...]] = field(default_factory=set, compare=False, repr=False)
     """Choices of `auto` that were logged."""
-    _memory: dict[torch.device, int] = field(default_factory=dict, compare=False, repr=False)
-    """Memory of devices that was compared."""
     planner: Planner = field(init=False, compare=False, repr=False)
     """Planner of this rank."""
 
@@ -148,15 +146,6 @@ class CPGroup:
         if self.rank == 0 and choice not in self._logged:
             self._logged.add(choice)
             logger.info("%s", message)
-
-    def memory(self, device: torch.device) -> int:
-        """Bytes that a process has on a device, on the rank that has the fewest.
-
-        The ranks compare them in the first call, so all ranks must make that.
-        """
-        if device not in self._memory:
-            self._memory[device] = least_memory(self.groups, device)
-        return self._memory[device]
 
     def prepare(
         self,

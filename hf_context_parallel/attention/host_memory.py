@@ -60,6 +60,11 @@ class HostMemory:
         with torch.cuda.stream(self._stream):
             yield
 
+    def write(self, tensor: torch.Tensor) -> None:
+        """Keep the memory of a tensor that is being written, even if the tensor is dropped unused."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
+
     def done(self) -> torch.cuda.Event | None:
         """Return an event that happens when all copies so far are done."""
         return None if self._stream is None else self._stream.record_event()
@@ -93,13 +98,14 @@ class OnHost:
         with memory.beside():
             for tensor, copy in zip(tensors, self._copies):
                 tensor.copy_(copy, non_blocking=True)
+                memory.write(tensor)
             self._fetched = tensors, memory.done()
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Return the tensors on the device."""
+        """Return the tensors on the device, and let go of them there."""
         self.fetch()
         assert self._fetched is not None
-        tensors, done = self._fetched
+        (tensors, done), self._fetched = self._fetched, None
         self._memory.wait(done)
         return tensors
 

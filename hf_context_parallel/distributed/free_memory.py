@@ -17,12 +17,11 @@ def least_free_bytes(ranks: Ranks, device: torch.device) -> int:
     return min(free)
 
 
-def least_memory(ranks: Ranks, device: torch.device) -> int:
-    """Bytes that a process has or could have on a device, on the rank with the fewest. All ranks must call this."""
+def memory_of(device: torch.device) -> int:
+    """Bytes that this process has allocated on a device, and those that it could still allocate."""
     cuda = device.type == "cuda"
-    used = torch.cuda.memory_allocated(device) if cuda else psutil.Process().memory_info().rss
-    (memory,) = gather_numbers(ranks, used + free_bytes(device))
-    return min(memory)
+    used: int = torch.cuda.memory_allocated(device) if cuda else psutil.Process().memory_info().rss
+    return used + free_bytes(device)
 
 
 def free_bytes(device: torch.device) -> int:

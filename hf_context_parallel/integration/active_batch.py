@@ -193,8 +193,9 @@ def carrying(checkpoint: Callable) -> Callable:
             with entered(batch):
                 return run(*args, **kwargs)
 
-        # A compiled layer decides by itself what it computes again.
-        if torch.compiler.is_compiling() or batch.attention_checkpoints == "off" or not torch.is_grad_enabled():
+        # Compiled layers, and those with a policy for single operators, decide by themselves what is computed again.
+        decides = torch.compiler.is_compiling() or "context_fn" in {**getattr(checkpoint, "keywords", {}), **kwargs}
+        if decides or batch.attention_checkpoints == "off" or not torch.is_grad_enabled():
             return checkpoint(run_in_batch, *args, **kwargs)
         on_host = batch.attention_checkpoints == "host"
         return checkpoint(with_tape(run_in_batch, on_host), *args, **kwargs)

@@ -22,7 +22,7 @@ from .checks.inputs import accepted, check_inputs, check_range, refuse_part
 from .checks.model import check_model
 from .installation import OutermostPatch, carry_batches, install
 from .interfaces.masks import GIVEN_A_MASK
-from .kept_attention import place_of_attention
+from .kept_attention import agreed_place, proposed_place
 from .model_registry import NAME, transformers_model
 from .patches.loss import corrected_loss
 from .patches.module_patch import by_name, patch_of
@@ -68,15 +68,23 @@ class ShardedBatch(AbstractContextManager):
                 if self._model is not None:
                     self._check(self._model)
                     compared = sampled(self._model, self._group)
-                    self._passed, mark = transformers_model(self._model), (*signature(self._model), len(compared))
+                    self._passed = transformers_model(self._model)
+                    checkpointed = carry_batches(self._passed)
+                    mark = *signature(self._model), len(compared), checkpointed
                 local = self._local()
                 if self._passed is not None:
-                    check_range(self._passed, self._batch, local[SHARD], values=self._group.config.check_batch)
+                    shard = local[SHARD]
+                    check_range(self._passed, self._batch, shard, values=self._group.config.check_batch)
+                    tokens, device = shard.batch_size * shard.layout.length, local["position_ids"].device
+                    kept = proposed_place(self._passed, self._group, tokens, device, checkpointed)
+                    notes.number = kept.number
                 notes.fingerprint = fingerprint({"batch": local[SHARD].fingerprint, "model": mark})
             if notes.alarm:
                 self._group.exchange.settle(self._group.groups)
             check_weights(compared, self._group.groups)
         self._active = ActiveBatch(local.pop(SHARD), self._group, run_outermost=self._run)
+        if self._passed is not None:
+            self._active.attention_checkpoints = agreed_place(self._group, kept, notes.numbers)
         self._positions = local["position_ids"]
         if self._passed is not None:
             install(self._passed, self._group)
@@ -151,9 +159,7 @@ class ShardedBatch(AbstractContextManager):
             if given.get("attention_mask") is not None:
                 raise ValueError(GIVEN_A_MASK)
             check_inputs(module, given, self._positions, self._group)
-        checkpointed = carry_batches(module)
-        tokens = self.shard.batch_size * self.shard.layout.length
-        self._active.attention_checkpoints = place_of_attention(module, self._group, tokens, checkpointed)
+        carry_batches(module)
         self._running, self._active.handled = module, {}
         try:
             with own_stream(self._group, module.training):

@@ -199,11 +199,11 @@ def _joined_leaf(module: torch.nn.Module, pieces: Sequence[Any], shape: tuple[in
     """Join tensors `[1, T, ...]` of tiles to `[B, S, ...]`, or tensors `[T, ...]` to `[B * S, ...]`."""
     if not isinstance(pieces[0], torch.Tensor):
         return pieces[0]
-    for dimension in (1, 0):
-        lengths = [piece.shape[dimension] if piece.dim() > dimension else 0 for piece in pieces]
-        if sum(lengths) == shape[0] * shape[1]:
-            whole = torch.cat(list(pieces), dim=dimension)
-            return whole[0].unflatten(0, shape) if dimension else whole
+    tiles = [len(tile) for tile in torch.arange(shape[0] * shape[1]).tensor_split(len(pieces))]
+    if [tuple(piece.shape[:2]) for piece in pieces] == [(1, tile) for tile in tiles]:
+        return torch.cat(list(pieces), dim=1)[0].unflatten(0, shape)
+    if [piece.shape[:1] for piece in pieces] == [(tile,) for tile in tiles]:
+        return torch.cat(list(pieces))
     raise ValueError(
         f"tile_tokens: {type(module).__name__} returns a tensor of shape {tuple(pieces[0].shape)} for a tile, which "
         "has no entry for each token. Leave tile_tokens out."
@@ -227,6 +227,6 @@ def _waits_inside(module: torch.nn.Module) -> bool:
 def _warn(kind: type[torch.nn.Module]) -> None:
     """Say once of a class of modules that it does not run on tiles."""
     logger.warning(
-        f"tile_tokens: {kind.__name__} is given tensors that have no entry for each token, so it runs on all tokens "
-        "of a shard at once."
+        f"tile_tokens: {kind.__name__} is given tensors that do not begin with rows and tokens, so it runs on all "
+        "tokens of a shard at once."
     )

@@ -78,9 +78,9 @@ def advice(job: Job, weights: torch.dtype, ranks: int) -> str:
 def _changes(job: Job, ranks: int) -> Iterator[tuple[str, Job]]:
     """List changes of a job, one at a time."""
     if not job.checkpointing:
-        yield "activation_checkpointing=True", replace(job, checkpointing=True)
+        yield "gradient_checkpointing=True", replace(job, checkpointing=True)
     elif not job.offload:
-        yield "activation_checkpointing_kwargs={'offload': True}", replace(job, offload=True)
+        yield "gradient_checkpointing_kwargs={'offload': True}", replace(job, offload=True)
     for place in ("host", "off"):
         if job.keeps_attention and job.attention_checkpoints != place:
             yield f"attention_checkpoints={place!r}", replace(job, attention_checkpoints=place)

@@ -89,11 +89,11 @@ def facts_of(config: PreTrainedConfig, lora_rank: int | None = None, bits: int |
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    lora = None if lora_rank is None else lora_rank * sum(map(_lora_dims, _layers_of(model)))
+    lora = None if lora_rank is None else lora_rank * sum(map(_lora_dims, layers_of(model)))
     facts = replace(facts_of_model(model), lora_parameters=lora)
     if bits is None:
         return facts
-    sizes = [linear.weight.numel() for layer in _layers_of(model) for linear in _linear(layer)]
+    sizes = [linear.weight.numel() for layer in layers_of(model) for linear in _linear(layer)]
     return replace(
         facts, quantized_parameters=sum(sizes), quantized_bits=STORED_BITS[bits], dequantized=max(sizes, default=0)
     )
@@ -105,7 +105,7 @@ def facts_of_model(model: PreTrainedModel) -> ModelFacts:
     Raises:
         ValueError: if its layers are not found.
     """
-    layers = _layers_of(model)
+    layers = layers_of(model)
     text = model.config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -142,8 +142,12 @@ def facts_of_model(model: PreTrainedModel) -> ModelFacts:
     )
 
 
-def _layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """List the decoder layers: the longest list of layers that can be checkpointed."""
+def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """List the decoder layers: the longest list of layers that can be checkpointed.
+
+    Raises:
+        ValueError: if there is none.
+    """
     lists = [x for x in (model.get_decoder() or model).modules() if isinstance(x, torch.nn.ModuleList)]
     layers = max((x for x in lists if all(isinstance(y, GradientCheckpointingLayer) for y in x)), key=len, default=())
     if not len(layers):

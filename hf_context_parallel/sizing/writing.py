@@ -94,8 +94,8 @@ def _set(settings: DictConfig, plan: Plan) -> None:
     keywords: dict[str, Any] = {"use_reentrant": False}
     if choice.offload:
         keywords["offload"] = True
-    training.activation_checkpointing = True
-    training.activation_checkpointing_kwargs = keywords
+    training.gradient_checkpointing = True
+    training.gradient_checkpointing_kwargs = keywords
 
 
 _PLANNED = ("a2a_size", "attention_checkpoints", "tile_tokens")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from ..integration.border.parallelize import borders_of
 from ..integration.kept_attention import job_of as job_of_model
 from ..integration.model_registry import transformers_model
 from ..memory.advice import advice
@@ -18,8 +19,8 @@ from ..memory.job import Job
 
 logger = logging.getLogger(__name__)
 
-WORDS = ("not enough memory", "can't allocate memory")
-"""What PyTorch says where memory of the CPU cannot be allocated."""
+WORDS = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What PyTorch says where memory of the CPU, or of a library on the device, cannot be allocated."""
 
 
 @contextmanager
@@ -55,26 +56,26 @@ def advice_of(trainer: Any) -> str:
 
 def job_of(trainer: Any) -> tuple[Job, torch.dtype, int]:
     """Describe the run that a trainer has begun last: the job, the dtype of its weights, and the data ranks."""
-    args, config, model = trainer.args, trainer._config, transformers_model(trainer.model)
+    args, model = trainer.args, transformers_model(trainer.model)
     tokens, size = trainer._step_state.running
-    job, weights = job_of_model(model, trainer.cp.group, tokens)
+    job, weights = job_of_model(model, trainer.cp.group, tokens, args.device)
     ranks = args.world_size // job.tp
     wrapped = any(isinstance(module, FSDPModule) for module in model.modules())  # maybe while it was loaded
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or wrapped
-    options = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    # Transformers has the first name since 5.24.
+    names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if getattr(args, name, False)]
+    options = [getattr(args, f"{name}_kwargs", None) or {} for name in names]
     job = replace(
         job,
         cp=size,
         fsdp=ranks if sharded else 1,
         ddp=not sharded and ranks > 1,
         dtype=torch.bfloat16 if args.bf16 or args.fp16 else weights,
-        checkpointing=bool(args.activation_checkpointing or args.gradient_checkpointing),
-        offload=bool(isinstance(options, dict) and options.get("offload")),
-        # "auto" keeps attention only where it fits by this model of memory.
-        attention_checkpoints="off" if config.attention_checkpoints == "auto" else config.attention_checkpoints,
+        checkpointing=bool(names),
+        offload=any(isinstance(each, dict) and bool(each.get("offload")) for each in options),
+        attention_checkpoints=next((x.attention_checkpoints for x in borders_of(trainer.model)), "off"),
         optimizer="sgd" if args.optim == "sgd" else "adamw",
         accumulates=args.gradient_accumulation_steps > 1,
-        sharded=getattr(config, "tile_tokens", None) is not None,
     )
     return job, weights, ranks
 

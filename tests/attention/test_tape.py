@@ -1,6 +1,7 @@
 """Tests of kept attention: models on ranks against one process, and what a step computes and sends."""
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import hf_context_parallel as hcp
 from hf_context_parallel.attention.host_memory import HostMemory
@@ -40,9 +41,9 @@ MODELS = {
 }
 
 
-def checkpointed(model: torch.nn.Module, reentrant: bool) -> torch.nn.Module:
+def checkpointed(model: torch.nn.Module, reentrant: bool, **more) -> torch.nn.Module:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": reentrant})  # the first is there since Transformers 5.24, which warns of the second
+    enable({"use_reentrant": reentrant, **more})  # since Transformers 5.24
     return model
 
 
@@ -206,6 +207,27 @@ def test_nested_checkpoints_share_a_tape(on_ranks, on_host):
         assert difference < 1e-12 and plain == found > 3
 
 
+def policy(_, operator, *args, **kwargs) -> CheckpointPolicy:
+    products = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+    return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def error_with_a_policy(place: str) -> float:
+    """Compare gradients with a policy that keeps products of matrices. Our reference kernel makes some too."""
+    settings = {"comm_type": "p2p", "kernel": "reference", "attention_checkpoints": place}
+    kept, plain = (
+        hcp.parallelize(model_with("causal", "qwen3", "context_parallel").train(), context(**settings))
+        for _ in range(2)
+    )
+    checkpointed(kept, False, context_fn=partial(create_selective_checkpoint_contexts, policy))
+    return largest(gradients(kept, batch_for("causal")), gradients(plain, batch_for("causal")))
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_policy_for_single_operators_decides_alone(on_ranks, place):
+    assert max(on_ranks(2, error_with_a_policy, place)) < 1e-12
+
+
 def tapes_left() -> list[int]:
     """Count the tapes that are alive before and after backward."""
     cp = context(comm_type="p2p", attention_checkpoints="host")
@@ -276,5 +298,10 @@ def test_host_memory_copies_and_lets_go():
     assert memory._leaving is not None
     held.fetch()
     assert memory._leaving is None
-    for found, expected in zip(held.tensors(), (x, x[:2]), strict=True):
+    tensors = held.tensors()
+    for found, expected in zip(tensors, (x, x[:2]), strict=True):
         assert found.equal(expected) and found.data_ptr() != expected.data_ptr()
+    gone = weakref.ref(tensors[0])
+    del tensors, found
+    assert gone() is None
+    assert held.tensors()[0].equal(x)  # another pass fetches them again

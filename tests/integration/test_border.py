@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_context_parallel as hcp
 from hf_context_parallel.compat import tree_leaves
+from hf_context_parallel.integration.border.chunked_loss import chunked_sum
 from hf_context_parallel.integration.border.parallelize import borders_of
 from tests.helpers.border import batch_for, errors_of, mean_gradients, model_with
 from tests.helpers.models import context, document_positions, error, labelled, some_labels, tokens
@@ -597,3 +600,22 @@ def peaks_under_fsdp() -> tuple[float, int]:
 def test_a_head_that_fsdp_wraps_stays_on_the_shard(on_ranks):
     for worst, count in on_ranks(2, peaks_under_fsdp):
         assert worst < 1e-6 and count == 4
+
+
+def test_a_loss_that_raises_holds_nothing():
+    """What autograd saved of an output would else hold itself, until Python's collector looks."""
+    made = []
+
+    def loss(piece, tokens):
+        logits = (piece @ piece.T).log_softmax(-1)  # which autograd saves
+        made.append(weakref.ref(logits))
+        del logits  # the traceback holds this frame
+        raise MemoryError
+
+    gc.disable()
+    try:
+        with pytest.raises(MemoryError):
+            chunked_sum(torch.ones(4, 3, requires_grad=True), loss, 8, [])
+        assert made[0]() is None
+    finally:
+        gc.enable()

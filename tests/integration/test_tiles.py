@@ -153,6 +153,17 @@ def test_a_checkpointed_layer_keeps_no_input_of_its_module(reentrant):
     loss.backward()
 
 
+@pytest.mark.parametrize("size", [3, 4, 8])
+def test_outputs_that_are_as_wide_as_a_tile_is_long(size):
+    changes = {"num_local_experts": 4, "output_router_logits": True}
+    whole, tiled = (model_with("causal", "mixtral", name, **changes) for name in (None, "context_parallel"))
+    hcp.parallelize(tiled, context(tile_tokens=size))
+    given = labelled(1, 32)
+    found, expected = tiled(**given), whole(**given)
+    assert differences(found, expected) < 1e-6
+    assert found.router_logits[0].shape == expected.router_logits[0].shape == (32, 4)
+
+
 def names_of(model_type: str) -> set[str]:
     return {type(module).__name__ for module in modules_by_token(tiny_model(model_type, None).base_model)}
 

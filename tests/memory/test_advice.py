@@ -54,7 +54,7 @@ def test_advice_names_the_largest_part_and_what_helps_most_first():
     sizes = [float(size.removesuffix(" GiB")) for size, _ in changes]
     assert sizes == sorted(sizes) and sizes[-1] < parts_of(JOB).total / 2**30
     assert {words for _, words in changes} == {
-        "activation_checkpointing_kwargs={'offload': True}",
+        "gradient_checkpointing_kwargs={'offload': True}",
         "tile_tokens=2048",
         "context_parallel.size=4",
     }
@@ -65,7 +65,7 @@ def test_advice_names_the_largest_part_and_what_helps_most_first():
     "changes, ranks, words",
     [
         ({"attention_checkpoints": "device"}, 4, {"attention_checkpoints='off'", "attention_checkpoints='host'"}),
-        ({"checkpointing": False}, 4, {"activation_checkpointing=True"}),
+        ({"checkpointing": False}, 4, {"gradient_checkpointing=True"}),
         ({"fsdp": 1, "ddp": True}, 4, {"FSDP2 over the 4 data ranks"}),
     ],
 )

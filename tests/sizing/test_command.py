@@ -143,7 +143,7 @@ def test_the_recipe_of_a_plan_is_valid(llama_8b, tmp_path):
     assert f"--num_processes {ranks}" in path.read_text()
     groups = ranks // recipe.tensor_ranks // recipe.context_parallel.size
     assert groups * recipe.training.gradient_accumulation_steps * 131072 == 524288
-    assert recipe.training.activation_checkpointing
+    assert recipe.training.gradient_checkpointing
     assert "is there already" in mistake("--model", llama_8b, "--seq-len", 4096, "--write", path, *ON_8)
 
 

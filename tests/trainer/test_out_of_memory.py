@@ -30,7 +30,7 @@ def test_an_error_for_want_of_memory_gains_a_note(on_ranks, tmp_path):
         [note] = notes
         assert "on 2 CP ranks" in note
         assert "The largest part of it:" in note
-        assert "GiB with activation_checkpointing=True" in note
+        assert "GiB with gradient_checkpointing=True" in note
 
 
 def test_other_errors_have_no_note(on_ranks, tmp_path):

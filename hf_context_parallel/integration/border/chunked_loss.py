@@ -89,8 +89,8 @@ class _ChunkedSum(torch.autograd.Function):
 
 
 def _kept(x: torch.Tensor) -> torch.Tensor:
-    """Return what autograd saves."""
-    return x
+    """Return what autograd saves, without a graph: an output with its own graph would hold itself."""
+    return x.detach()
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from ..installation import carry_batches
 from ..interfaces.compiled_attention import of_batch
 from ..interfaces.masks import check_chunks
 from ..interfaces.planned_mask import PlannedMask
-from ..kept_attention import place_of_attention
+from ..kept_attention import agreed_place, proposed_place
 from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
 from ..outer_call import outer_call
 from ..patches.module_patch import ModulePatch, by_name, has_hooks
@@ -61,6 +61,8 @@ class DecoderBorder(ModulePatch):
         self.cp, self._model_type = cp, model_type
         self.handled: dict[str, set[str]] = {}
         """Class names of modules that mixed tokens in the last sharded call, each with how they were computed."""
+        self.attention_checkpoints = "off"
+        """Place where the last sharded call keeps attention."""
         self._whole = 0
 
     @contextmanager
@@ -122,6 +124,7 @@ class DecoderBorder(ModulePatch):
                     outer.take_shard(module, AllTokens(given))
                 return output
             call = _Call(module, given, self.cp.group)
+            self.attention_checkpoints = call.batch.attention_checkpoints
             try:
                 with entered(call.batch), own_stream(self.cp.group, module.training):
                     set_compiler(resumed)
@@ -174,6 +177,10 @@ class _Call:
                 for mask in _planned(masks):
                     check_chunks(mask.pattern, decoder.config.model_type, shard)
                 checkpointed = carry_batches(decoder)
+                tokens, device = shard.batch_size * shard.layout.length, _device_of(self.local)
+                model = decoder if call is None else call.model
+                kept = proposed_place(model, group, tokens, device, checkpointed)
+                notes.number = kept.number
                 mark = (*signature(decoder), len(compared), checkpointed)
                 compared_labels = labels if group.config.check_batch else {}
                 notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark, **compared_labels})
@@ -181,8 +188,7 @@ class _Call:
                 group.exchange.settle(group.groups)
             check_weights(compared, group.groups)
         self.batch = ActiveBatch(self.local.pop(SHARD), group, padding_reads=call is None or call.uses_padding)
-        tokens = shard.batch_size * shard.layout.length
-        self.batch.attention_checkpoints = place_of_attention(decoder, group, tokens, checkpointed)
+        self.batch.attention_checkpoints = agreed_place(group, kept, notes.numbers)
         for mask in _planned(masks):
             of_batch(mask, self.batch)
         self.local |= masks
@@ -274,6 +280,13 @@ class AllTokens:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Return the tensor."""
         return x
+
+
+def _device_of(given: Mapping[str, Any]) -> torch.device:
+    """Return the device of the tokens among the arguments of a decoder."""
+    tokens = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
+    device: torch.device = tokens.device
+    return device
 
 
 def _take_masks(given: dict[str, Any]) -> dict[str, Any]:
