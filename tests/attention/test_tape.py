@@ -69,17 +69,16 @@ def worst_error(reentrant: bool, name: str, settings: dict) -> float:
     return errors_of("causal", model_type, changes, batch, settings, prepare)
 
 
+KEEPING = [("non-reentrant", "device"), ("reentrant", "host"), ("non-reentrant", "host"), ("reentrant", "device")]
+CASES = [(name, way, *keeping) for name in MODELS for way in WAYS for keeping in KEEPING]
+ON_HOST = ("sinks", "packed")
+QUICK = [case for case in CASES if case[2:] == KEEPING[0] or (case[2:] == KEEPING[1] and case[0] in ON_HOST)]
+
+
 @pytest.mark.parametrize(
-    "kind, place",
-    [
-        ("non-reentrant", "device"),
-        ("reentrant", "host"),
-        pytest.param("non-reentrant", "host", marks=pytest.mark.exhaustive),
-        pytest.param("reentrant", "device", marks=pytest.mark.exhaustive),
-    ],
+    "name, way, kind, place",
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.exhaustive) for case in CASES],
 )
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", MODELS)
 def test_kept_attention_is_exact(on_ranks, name, way, kind, place):
     settings = WAYS[way] | {"attention_checkpoints": place}
     ranks = 4 if way == "a2a+p2p" else 3 if way != "a2a" else 2
@@ -126,8 +125,14 @@ def counted(reentrant: bool | None, settings: dict, batch: dict | None = None) -
     return counts
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way, kind",
+    [
+        pytest.param(way, kind, marks=pytest.mark.exhaustive if kind == "reentrant" and "+" in way else ())
+        for way in WAYS
+        for kind in KINDS
+    ],
+)
 def test_a_step_computes_and_sends_what_it_does_without_checkpointing(on_ranks, way, kind):
     for batch in (None, PACKED):
         plain, again, kept = (
