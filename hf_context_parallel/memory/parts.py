@@ -223,11 +223,6 @@ def _loss(job: Job, hidden: float) -> float:
 def _peak_of_attention(job: Job, cp: int) -> float:
     """Bytes of attention at the peak of its backward, beyond its inputs, on one of `cp` ranks."""
     shape, tokens, size = job.shape, job.rank_tokens, job.dtype.itemsize
-    if job.cp == 1:  # one call computes all, so nothing is summed: there is what it returns and allocates
-        kernel = "" if job.is_alone and job.kernel == "cpu" else job.kernel  # Transformers' copies nothing on the CPU
-        sums = tokens * shape.heads * shape.query_dim * accumulation_dtype(job.dtype).itemsize
-        joined = 0 if job.is_alone else tokens * shape.key_value_numbers * size  # gradients of keys and of values
-        return peak_of_backward(shape, kernel, tokens, tokens, 1, tokens, 0, 0) - sums + joined
     others = (cp - 1) * tokens
     if cp > 1 and job.comm_type == "all_gather":
         whole = tokens + others
@@ -238,7 +233,15 @@ def _peak_of_attention(job: Job, cp: int) -> float:
         heads, key_heads = -(-shape.heads // inner), -(-shape.key_heads // inner)
         shape = Shape(heads, key_heads, shape.query_dim, shape.value_dim, shape.dtype)
         tokens *= inner
-        gradients = tokens * heads * shape.value_dim * size  # the gradients of outputs, exchanged
+        exchanged = heads * shape.value_dim  # the gradients of outputs
+        if job.keeps_attention:  # what backward needs is exchanged in backward, and the rank's own is there too
+            exchanged += heads * (shape.query_dim + shape.value_dim) + shape.key_value_numbers
+        gradients = tokens * exchanged * size
+    if inner == cp:  # one call computes all, so nothing is summed: there is what it returns and allocates
+        kernel = "" if job.is_alone and job.kernel == "cpu" else job.kernel  # Transformers' copies nothing on the CPU
+        sums = tokens * shape.heads * shape.query_dim * accumulation_dtype(job.dtype).itemsize
+        joined = 0 if job.is_alone else tokens * shape.key_value_numbers * size  # gradients of keys and of values
+        return peak_of_backward(shape, kernel, tokens, tokens, 1, tokens, 0, 0) - sums + joined + gradients
     arriving = tokens * _owners(cp // inner, tokens * shape.key_value_numbers, job)
     held = sums = tokens + 2 * arriving
     return peak_of_backward(shape, job.kernel, tokens, tokens, 1, held, sums, arriving) + gradients

@@ -110,13 +110,33 @@ def test_messages():
     assert all(phase.messages == 0 for phase in parts_of(JOB).phases.values())
     ring = parts_of(replace(JOB, tokens=4 * T, cp=4)).phases["attention of the last layer"]
     alone = parts_of(JOB).phases["attention of the last layer"]
-    assert ring.layer == alone.layer + QUERY  # whose gradients are summed over steps
-    own = peak_of_backward(JOB.shape, "torch", T, T, 1, T, T, 0)
-    assert ring.messages == peak_of_backward(JOB.shape, "torch", T, T, 1, 7 * T, 7 * T, 3 * T) - own
+    assert ring.layer == alone.layer
+
+    def of_ring(tokens: int, owners: int) -> float:
+        held, arriving = (1 + 2 * owners) * tokens, owners * tokens
+        own = peak_of_backward(JOB.shape, "torch", tokens, tokens, 1, tokens, 0, 0)
+        one_call = own + (KEYS - QUERY) * tokens / T  # which sums nothing
+        return peak_of_backward(JOB.shape, "torch", tokens, tokens, 1, held, held, arriving) - one_call
+
+    assert ring.messages == of_ring(T, 3)
     wide = parts_of(replace(JOB, tokens=2**24, cp=4)).phases["attention of the last layer"].messages
-    assert wide / ring.messages == pytest.approx(2**22 / T / 3)  # more owners a step would take more than 1 GiB
+    assert wide == of_ring(2**22, 1)  # more owners a step would take more than 1 GiB
     gathered = parts_of(replace(JOB, tokens=4 * T, cp=4, comm_type="all_gather"))
     assert gathered.phases["attention of the last layer"].messages > ring.messages
+
+
+@pytest.mark.parametrize(
+    "place, more",
+    [
+        ("off", VALUE),  # the gradient of the output, exchanged
+        ("device", VALUE + QUERY + KEYS + VALUE),  # all that backward needs is there twice
+    ],
+)
+def test_exchanged_heads(place, more):
+    one = replace(JOB, kernel="", attention_checkpoints=place)
+    alone, ulysses = parts_of(one), parts_of(replace(one, tokens=2 * T, cp=2, comm_type="a2a"))
+    name = "attention of the last layer"
+    assert ulysses.phases[name].total - alone.phases[name].total == ulysses.phases[name].messages == more
 
 
 def test_one_rank_with_the_attention_of_transformers():

@@ -171,7 +171,7 @@ lora: {{r: 4, target_modules: [q_proj]}}
     recipe = load_recipe(path)
     assert recipe.training.learning_rate == 1e-4
     assert recipe.context_parallel.kernel == "torch"
-    assert recipe.training.gradient_checkpointing is None
+    assert recipe.training.gradient_checkpointing
     written = OmegaConf.load(path)
     size = recipe.context_parallel.size
     assert written.training.gradient_accumulation_steps * 8 // recipe.tensor_ranks // size == 4
