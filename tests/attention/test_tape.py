@@ -71,8 +71,12 @@ def worst_error(reentrant: bool, name: str, settings: dict) -> float:
 
 KEEPING = [("non-reentrant", "device"), ("reentrant", "host"), ("non-reentrant", "host"), ("reentrant", "device")]
 CASES = [(name, way, *keeping) for name in MODELS for way in WAYS for keeping in KEEPING]
-ON_HOST = ("sinks", "packed")
-QUICK = [case for case in CASES if case[2:] == KEEPING[0] or (case[2:] == KEEPING[1] and case[0] in ON_HOST)]
+QUICK = [
+    case
+    for case in CASES
+    if (case[2:] == KEEPING[0] and (case[1] in ("p2p", "a2a") or case[0] == "sinks"))
+    or (case[2:] == KEEPING[1] and case[0] == "packed")
+]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def counted(reentrant: bool | None, settings: dict, batch: dict | None = None) -
 @pytest.mark.parametrize(
     "way, kind",
     [
-        pytest.param(way, kind, marks=pytest.mark.exhaustive if kind == "reentrant" and "+" in way else ())
+        pytest.param(way, kind, marks=pytest.mark.exhaustive if kind == "reentrant" and way != "a2a" else ())
         for way in WAYS
         for kind in KINDS
     ],

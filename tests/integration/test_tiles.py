@@ -321,8 +321,11 @@ def with_tensor_parallelism(folder, settings: dict) -> tuple[list[torch.Tensor],
 @needs_sharding_while_loading
 @pytest.mark.parametrize(
     ("model_type", "settings"),
-    [("llama", {}), ("llama", {"sequence_parallel": True}), ("mixtral", {})],
-    ids=["MLPs", "sequence parallel", "experts"],
+    [
+        pytest.param("llama", {}, marks=pytest.mark.exhaustive, id="MLPs"),
+        pytest.param("llama", {"sequence_parallel": True}, id="sequence parallel"),
+        pytest.param("mixtral", {}, marks=pytest.mark.exhaustive, id="experts"),
+    ],
 )
 def test_tensor_parallelism_with_tiles_is_exact(on_ranks, tmp_path, model_type, settings):
     """Without tiles an MLP sees 2 rows of 24 tokens. Sequence parallelism gathers a tile from two ranks."""
