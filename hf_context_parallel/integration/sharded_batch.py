@@ -83,8 +83,11 @@ class ShardedBatch(AbstractContextManager):
                 self._group.exchange.settle(self._group.groups)
             check_weights(compared, self._group.groups)
         self._active = ActiveBatch(local.pop(SHARD), self._group, run_outermost=self._run)
+        setting = self._group.config.attention_checkpoints
         if self._passed is not None:
             self._active.attention_checkpoints = agreed_place(self._group, kept, notes.numbers)
+        elif setting != "auto":  # which cannot be decided without a model
+            self._active.attention_checkpoints = setting
         self._positions = local["position_ids"]
         if self._passed is not None:
             install(self._passed, self._group)
