@@ -29,7 +29,7 @@ def megatron_table(question: Question) -> str:
     rows, notes = [], []
     for row in PUBLISHED:
         asked = replace(question, gpus=GPUS, length=row.length)
-        answer = plans_of(asked)
+        answer, longest = plans_of(asked), longest_plans(asked)
         fitting = [plan for plan in answer.fitting if _is(plan.mesh, row)]
         ours = fitting[0] if fitting else None
         best = answer.fitting[0] if answer.fitting else None
@@ -39,10 +39,10 @@ def megatron_table(question: Question) -> str:
                 f"{row.length:,}",
                 str(row.tflops),
                 f"{ours.step.tflops:.0f}" if ours else "none fits",
-                f"{_longest(asked, row):,}",
+                f"{_longest(longest, row):,}",
                 f"TP {best.mesh.tp} x CP {best.mesh.cp}" if best else "-",
                 f"{best.step.tflops:.0f}" if best else "-",
-                f"{_longest(asked):,}" if best else "-",
+                f"{_longest(longest):,}" if best else "-",
             ]
         )
         if ours:
@@ -66,7 +66,6 @@ def _is(mesh: Mesh, row: Published) -> bool:
     return (mesh.tp, mesh.cp) == (row.tp, row.cp)
 
 
-def _longest(question: Question, row: Published | None = None) -> int:
-    """Longest sequence of the mesh of a row, or of any."""
-    found: list[Plan] = longest_plans(question)
+def _longest(found: list[Plan], row: Published | None = None) -> int:
+    """Longest sequence of the plans with the mesh of a row, or of all."""
     return max((plan.longest for plan in found if row is None or _is(plan.mesh, row)), default=0)

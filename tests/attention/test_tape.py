@@ -74,7 +74,7 @@ CASES = [(name, way, *keeping) for name in MODELS for way in WAYS for keeping in
 QUICK = [
     case
     for case in CASES
-    if (case[2:] == KEEPING[0] and (case[1] in ("p2p", "a2a") or case[0] == "sinks"))
+    if (case[2:] == KEEPING[0] and (case[1] == "p2p" or case[0] in ("sinks", "three heads")))
     or (case[2:] == KEEPING[1] and case[0] == "packed")
 ]
 
