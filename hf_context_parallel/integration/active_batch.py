@@ -45,7 +45,7 @@ class ActiveBatch:
         self.shard, self.group, self.run_outermost = shard, group, run_outermost
         self._padding_reads = padding_reads and shard.padding is not None
         self.attention_checkpoints = "off"
-        """Where gradient checkpointing keeps attention: `"off"`, `"device"` or `"host"`."""
+        """Place where gradient checkpointing keeps attention: `"off"`, `"device"` or `"host"`."""
         self.handled: dict[str, set[str]] = {}
         """Class names of modules that mix tokens, each with the ways in which they were computed."""
         self.strategies: dict[tuple, Strategy] = {}

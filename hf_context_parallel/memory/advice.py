@@ -85,7 +85,7 @@ def _changes(job: Job, ranks: int) -> Iterator[tuple[str, Job]]:
         if job.keeps_attention and job.attention_checkpoints != place:
             yield f"attention_checkpoints={place!r}", replace(job, attention_checkpoints=place)
     if job.mlp_tokens > TILE:
-        yield f"tile_tokens={TILE}", replace(job, tile_tokens=TILE, sharded=True)
+        yield f"tile_tokens={TILE}", replace(job, tile_tokens=TILE)
     if ranks % (2 * job.cp) == 0:
         yield f"context_parallel.size={2 * job.cp}", replace(job, cp=2 * job.cp)
     if job.fsdp == 1 and ranks > 1:

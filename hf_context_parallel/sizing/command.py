@@ -39,7 +39,7 @@ LORA_MODULES = "all-linear"
 
 @dataclass(frozen=True)
 class Asked:
-    """What to plan: options of the command, or what a recipe says. None leaves a value open.
+    """Options of the command, or what a recipe says in their place. None leaves a value open.
 
     Args:
         model: a hub id, a folder or a `config.json`.

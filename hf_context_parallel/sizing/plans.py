@@ -33,7 +33,7 @@ TILE_TOKENS = (None, 8192, TILE)
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be planned.
+    """Run that is to be planned, before its mesh and its choices are known.
 
     Args:
         facts: the model.
@@ -132,7 +132,6 @@ class Plan:
             attention_checkpoints=choice.kept,
             tile_tokens=choice.tile_tokens,
             accumulates=asked.runs(mesh) > 1,
-            sharded=choice.tile_tokens is not None,
         )
 
     @property

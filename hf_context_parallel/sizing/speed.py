@@ -51,7 +51,7 @@ class Attention(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a model computes for a token, and what it holds.
+    """Work of a model for a token, and the parameters that it holds.
 
     Args:
         layers: number of layers.
@@ -80,7 +80,7 @@ class Work(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a mesh leaves open.
+    """Choices that a mesh leaves open.
 
     Args:
         kept: where outputs of attention are kept, `"off"`, `"device"` or `"host"`. With `"off"` it is computed again.

@@ -20,7 +20,7 @@ from ..memory.job import Job
 logger = logging.getLogger(__name__)
 
 WORDS = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What PyTorch says where memory of the CPU, or of a library on the device, cannot be allocated."""
+"""Words of PyTorch's errors where memory of the CPU, or of a library on the device, cannot be allocated."""
 
 
 @contextmanager

@@ -603,7 +603,7 @@ def test_a_head_that_fsdp_wraps_stays_on_the_shard(on_ranks):
 
 
 def test_a_loss_that_raises_holds_nothing():
-    """What autograd saved of an output would else hold itself, until Python's collector looks."""
+    """Autograd's saved output would else hold itself, until Python's collector looks."""
     made = []
 
     def loss(piece, tokens):

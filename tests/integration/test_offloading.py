@@ -112,7 +112,7 @@ def with_all_on_host(checkpointing: bool) -> tuple[float, list]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_forward_whose_saved_tensors_are_on_the_host(on_ranks, checkpointing):
-    """What attention saves is moved too, where layers are not checkpointed, and logits are not."""
+    """Tensors that attention saves are moved too where layers are not checkpointed, and logits are not."""
     for worst, shapes in on_ranks(2, with_all_on_host, checkpointing):
         assert worst < 1e-10 and (2, 10, 32) in shapes
         assert not any(shape[-1] == VOCABULARY for shape in shapes if len(shape) > 1)
