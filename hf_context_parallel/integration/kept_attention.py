@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ..attention.kernels.registry import kernel_here
 from ..cp_group import CPGroup
 from ..distributed.free_memory import memory_of
 from ..memory.advice import GIB, parts_with
-from ..memory.facts import facts_of_model, layers_of
+from ..memory.facts import ModelFacts, facts_of_model, layers_of
 from ..memory.job import Job
 
 PLACES = ("device", "host", "off")
@@ -101,7 +102,7 @@ def job_of(model: PreTrainedModel, group: CPGroup, tokens: int, device: torch.de
     Raises:
         ValueError: if the layers of the model are not found.
     """
-    facts, config = facts_of_model(model), group.config
+    facts, config = _facts_of(model), group.config
     # Outside of the forward of a layer FSDP2 has not gathered its weights, as it may have those of the outer model.
     layer = [x for x in layers_of(model)[0].parameters() if x.is_floating_point()]
     weights = layer[0].dtype if layer else model.dtype
@@ -121,6 +122,16 @@ def job_of(model: PreTrainedModel, group: CPGroup, tokens: int, device: torch.de
         loss_chunk_tokens=config.loss_chunk_tokens,
     )
     return job, weights
+
+
+_facts: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()
+
+
+def _facts_of(model: PreTrainedModel) -> ModelFacts:
+    """Return the facts of a model. They are read once, since that takes milliseconds, and each step asks for them."""
+    if model not in _facts:
+        _facts[model] = facts_of_model(model)
+    return _facts[model]
 
 
 def _shards(parameter: torch.nn.Parameter) -> int:
