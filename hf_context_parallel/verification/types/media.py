@@ -71,7 +71,11 @@ def media_batches(model: PreTrainedModel) -> dict[str, Batch]:
     kinds = {"text": [[37], [37]], "images": images if small else None}
     kinds["video"] = [[7, long, 8, long, 3], [40]] if long else None
     kinds["audio"] = [[7, loud, 8, loud, 3], [40]] if loud else None
+    if model.config.model_type in _SOUND_ALONG:
+        kinds = {"audio": [[loud], [loud]]}
     found = {kind: _whole(model, rows, random) for kind, rows in kinds.items() if rows}
+    if model.config.model_type in _SOUND_ALONG:
+        return found
     medium = next((medium for medium in (small, long, loud) if medium), None)
     if medium is not None:
         rows = [[4, medium, 5], [6, medium, 7, medium, 8], [30]]
@@ -84,6 +88,8 @@ def media_batches(model: PreTrainedModel) -> dict[str, Batch]:
     return found
 
 
+_SOUND_ALONG = {"voxtral_realtime"}
+"""Types that add a sound to the tokens of each row instead of putting it between them."""
 _UNPACKED = {"hunyuan_vl"}
 """Types whose positions cannot tell documents: they have the axes of images and none of the text."""
 _WANTED = (("image", 0), ("image", 1), ("video", 0), ("audio", 0))
@@ -237,6 +243,8 @@ def _tokens(model: PreTrainedModel, kind: str, token: int, length: int) -> torch
     """
     config = _media_config(model.config)
     found = torch.full((length,), token)
+    if config.model_type in _SOUND_ALONG:
+        return torch.arange(length) % TEXT
     index = _having(model, "get_rope_index")
     if kind == "video" and index is not None and "repeat_interleave" in inspect.getsource(index):
         first, second = found.chunk(2)
@@ -259,7 +267,7 @@ def _parameters(model: PreTrainedModel) -> set[str]:
 
 def _having(model: PreTrainedModel, name: str) -> Any:
     """Return a method of the model or of the model within it, or None."""
-    modules = (model, model.base_model, getattr(model, "model", None))
+    modules = (getattr(model, "model", None), model.base_model, model)
     return next((getattr(module, name) for module in modules if hasattr(module, name)), None)
 
 
@@ -268,8 +276,11 @@ def _features(model: PreTrainedModel, kind: str, inputs: Inputs) -> int:
     encode = _having(model, f"get_{kind}_features")
     if encode is None:
         return _LENGTHS.get(model.config.model_type, 0)
+    taken = inspect.signature(encode).parameters
     with torch.no_grad():
-        found = encode(**inputs)
+        found = encode(**{name: value for name, value in inputs.items() if name in taken})
+    if getattr(found, "pooler_output", None) is None and hasattr(found, "deepstack_features"):  # of each layer
+        found = found.deepstack_features[0][1]
     for name in ("pooler_output", "last_hidden_state"):
         found = found if getattr(found, name, None) is None else getattr(found, name)
     found = [found] if isinstance(found, torch.Tensor) else found
@@ -285,7 +296,7 @@ def _placeholder(config: PreTrainedConfig, kind: str) -> int:
     return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), IGNORED)
 
 
-_VIDEOS_AS_IMAGES = {"glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "glm5_next", "nemotron_h_omni"}
+_VIDEOS_AS_IMAGES = {"glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "nemotron_h_omni"}
 """Types in which the placeholders of videos are those of images."""
 
 
@@ -362,6 +373,7 @@ def _grid(frames: int, names: tuple[str, str]) -> Callable:
             names[1]: torch.tensor([[frames, height, width]]),
             "image_merge_sizes": torch.tensor([2]),
             "video_merge_sizes": torch.tensor([2]),
+            **({"video_second_per_grid": torch.tensor([2.0])} if frames > 1 else {}),
         }
 
     return make
@@ -507,11 +519,12 @@ def _sound(mask: str) -> Callable:
 
     def make(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
         audio = next(getattr(config, name) for name in ("audio_config", "encoder_config") if hasattr(config, name))
-        bins = _first(
-            audio, "num_mel_bins", "input_size", "input_dim", "n_mel_bins", "subsampling_conv_channels", default=128
-        )
+        bins = _first(audio, *_BINS, default=128)
+        bins *= getattr(audio, "num_stacked_frames", 1)
         window = 2 * getattr(audio, "n_window", 0)
         frames = window if 0 < window <= 100 else 64  # of one window
+        if config.model_type in _SOUND_ALONG:
+            frames *= 4
         shape = (frames, bins) if config.model_type in _FRAMES_FIRST else (bins, frames)
         inputs = {"input_features": _random(random, 1, *shape)}
         if mask:
@@ -521,13 +534,21 @@ def _sound(mask: str) -> Callable:
     return make
 
 
-_FRAMES_FIRST = {"gemma4", "nemotron_h_omni", "granite_speech", "granite_speech_plus", "fun_asr_nano"}
+_BINS = ("num_mel_bins", "input_size", "input_dim", "n_mel_bins", "subsampling_conv_channels", "audio_embed_dim")
+_FRAMES_FIRST = {
+    "gemma4",
+    "gemma4_unified",
+    "nemotron_h_omni",
+    "granite_speech",
+    "granite_speech_plus",
+    "fun_asr_nano",
+}
 """Types whose spectrograms have frames first."""
 
 
 def _waveform(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make the samples of a sound."""
-    shape = (1, 1, _SAMPLES) if config.model_type == "omniasr" else (1, _SAMPLES)
+    shape = (1, 1, _SAMPLES)
     return {
         "input_values": _random(random, *shape),
         "padding_mask": torch.ones(1, _SAMPLES, dtype=torch.int64),

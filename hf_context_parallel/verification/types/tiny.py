@@ -260,7 +260,7 @@ UNSTATED: dict[str, dict[str, Any]] = {
         }
     },
     "cosmos3_omni": _with_axes(24, 20, 20),
-    **{name: _IMAGE_AND_VIDEO for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
+    **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _IMAGE_AND_VIDEO),
     "voxtral": {"audio_token_id": 24},
     "voxtral_realtime": {"audio_token_id": 24},
     "nemotron_h_omni": {"image_token_id": 18, "video_token_id": 19, "audio_token_id": 20},
@@ -419,6 +419,9 @@ def tiny_model(
         model = auto.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trusted)
         if dtype == torch.float64:
             model.set_experts_implementation("eager")  # the default, a grouped product, has no float64
+            for module in model.modules():  # of which some have a configuration of their layer
+                if hasattr(getattr(module, "config", None), "_experts_implementation_internal"):
+                    module.config._experts_implementation_internal = "eager"
         model.to(dtype)
         with torch.no_grad():
             for parameter in model.parameters():
