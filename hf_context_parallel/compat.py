@@ -144,10 +144,17 @@ def masked_lm_classes() -> dict[str, str]:
     return lookup("transformers.models.auto.modeling_auto", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "every model type")
 
 
+def multimodal_classes() -> dict[str, str]:
+    """Return the class names that the auto classes of multimodal language models choose from, by model type."""
+    module, needed_by = "transformers.models.auto.modeling_auto", "every multimodal model"
+    others = lookup(module, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", needed_by)
+    return {**others, **lookup(module, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", needed_by)}
+
+
 @functools.cache
 def language_model_classes() -> frozenset[str]:
-    """Return the class names that `AutoModelForCausalLM` and `AutoModelForMaskedLM` choose from."""
-    return frozenset((*causal_lm_classes().values(), *masked_lm_classes().values()))
+    """Return the class names that the auto classes of causal, masked and multimodal language models choose from."""
+    return frozenset((*causal_lm_classes().values(), *masked_lm_classes().values(), *multimodal_classes().values()))
 
 
 @functools.cache

@@ -80,7 +80,8 @@ class Planner:
 
     def strategy(self, layer: Layer, layout: Layout, mask: Mask) -> Strategy:
         """Make the part of this rank. Layers and batches that are alike share it."""
-        self._layers[layer] = self._layers.pop(layer, None)
+        if not layer.pattern.blocks:  # those of other batches lie elsewhere
+            self._layers[layer] = self._layers.pop(layer, None)
         while len(self._layers) > ALIKE:
             del self._layers[next(iter(self._layers))]
         comm_type, inner, together, _ = self.choice(layer, layout, mask)

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from ..distributed.host import on_host
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class OuterCall:
@@ -17,24 +15,31 @@ class OuterCall:
 
     Args:
         model: the model.
+        decoder: its decoder.
         given: its arguments by name.
         is_alone: True if one rank computes the whole batch.
         compiler: what compiles the decoder, where the model around it is not compiled; see `compat.set_compiler`.
     """
 
-    def __init__(self, model: PreTrainedModel, given: Mapping[str, Any], is_alone: bool, compiler: Any = None):
-        self.model, self.given, self.is_alone, self.compiler = model, given, is_alone, compiler
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decoder: PreTrainedModel,
+        given: Mapping[str, Any],
+        is_alone: bool,
+        compiler: Any = None,
+    ):
+        self.model, self.decoder, self.given = model, decoder, given
+        self.is_alone, self.compiler = is_alone, compiler
 
     @property
     def uses_padding(self) -> bool:
         """Return whether the caller may use outputs of the decoder at padding."""
         return True
 
-    @property
-    def typed(self) -> bool:
-        """Return whether a token has a token type other than 0, as the tokens of an image have."""
-        types = self.given.get("token_type_ids")
-        return types is not None and bool(on_host(types).any())
+    def is_of_decoder(self, config: PreTrainedConfig) -> bool:
+        """Return whether a mask that is made for this configuration is one for the decoder, and not for a tower."""
+        return type(config) in (type(self.decoder.config), type(self.model.config))
 
 
 class _Calls(threading.local):

@@ -47,8 +47,14 @@ def difference(left: list[Interval], right: list[Interval]) -> list[Interval]:
 
 def near(interval: Interval, intervals: list[Interval]) -> list[Interval]:
     """Select those of sorted intervals that meet or touch an interval."""
+    first, last = near_indices(interval, intervals)
+    return intervals[first:last]
+
+
+def near_indices(interval: Interval, intervals: list[Interval]) -> Interval:
+    """Return the indices of those of sorted, disjoint intervals that meet or touch an interval."""
     first = bisect_left(intervals, interval[0], key=lambda other: other[1])
-    return intervals[first : bisect_right(intervals, interval[1], lo=first, key=lambda other: other[0])]
+    return first, bisect_right(intervals, interval[1], lo=first, key=lambda other: other[0])
 
 
 def total(intervals: Iterable[Interval]) -> int:

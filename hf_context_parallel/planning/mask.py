@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from .intervals import Interval, difference, intersection
+from .intervals import Interval, difference, intersection, near_indices, total
 
 MOST_STRETCHES = 256
 """Most stretches of tokens between padding in a row. The size of a plan grows with their square."""
 
 Document = tuple[Interval, ...]
 """Position ranges of the tokens of one document. There are several if padding lies inside the document."""
+Block = tuple[Interval, ...]
+"""Position ranges of tokens that read each other whatever the pattern says, such as those of an image."""
 
 
 class Pattern(NamedTuple):
@@ -28,11 +30,31 @@ class Pattern(NamedTuple):
         sliding_window: a token reads only those of them that are less than this many positions away. None for all.
         chunk_size: a token reads only those of them that lie in its own chunk. A document is cut into chunks of this
             many positions from its first token on. None for all.
+        blocks: for each row of the batch, sets of its tokens that read each other too, also those that come later.
+            Documents cut them. Empty if no row has any. Only causal patterns without chunks have blocks.
+        blocks_in_window: the window holds for earlier tokens of the same block as well.
+
+    Example: a window of 3 and a block of the tokens 1 to 4. Queries are rows, x is a key of the window, b is one that
+    the block adds, and w is one that it adds unless `blocks_in_window` is set.
+
+        x . . . . .
+        x x b b b .
+        x x x b b .
+        . x x x b .
+        . w x x x .
+        . . . x x x
     """
 
     causal: bool = True
     sliding_window: int | None = None
     chunk_size: int | None = None
+    blocks: tuple[tuple[Block, ...], ...] = ()
+    blocks_in_window: bool = False
+
+    @property
+    def rule(self) -> Pattern:
+        """The pattern without blocks. It is the same for all batches."""
+        return Pattern(*self[:3])
 
 
 FULL_CAUSAL = Pattern()
@@ -48,7 +70,8 @@ class Mask:
         pattern: rule by which a token reads the tokens of its document.
 
     Raises:
-        ValueError: if `sliding_window` or `chunk_size` is less than 1, or not an integer.
+        ValueError: if `sliding_window` or `chunk_size` is less than 1, or not an integer; or if the pattern cannot
+            have blocks.
     """
 
     length: int
@@ -62,6 +85,19 @@ class Mask:
                 raise ValueError(
                     f"{name}={value!r} is not a number of tokens. Give an integer of 1 or more, or None for no limit."
                 )
+        if self.pattern.blocks and (not self.pattern.causal or self.pattern.chunk_size is not None):
+            raise ValueError(
+                f"blocks of tokens were given with causal={self.pattern.causal} and chunk_size="
+                f"{self.pattern.chunk_size}. Give blocks with causal=True and no chunk_size."
+            )
+
+    def blocks_of_documents(self) -> list[list[Block]]:
+        """List the blocks of each document of `apart`: those of its row, without tokens of other documents."""
+        found: list[list[Block]] = []
+        blocks = self.pattern.blocks or ((),) * len(self.rows)
+        for documents, of_row in zip(self.apart(), blocks):
+            found += _shared_out(documents, of_row)
+        return found
 
     def apart(self) -> tuple[tuple[Document, ...], ...]:
         """Rows as sets of tokens that read no token of another set: documents, or chunks of documents."""
@@ -69,6 +105,22 @@ class Mask:
         if size is None:
             return self.rows
         return tuple(tuple(chunk for document in row for chunk in chunks(document, size)) for row in self.rows)
+
+
+def _shared_out(documents: tuple[Document, ...], blocks: tuple[Block, ...]) -> list[list[Block]]:
+    """List the parts of blocks that lie in each document of a row, without those of a single token."""
+    if not blocks:
+        return [[] for _ in documents]
+    ranges = sorted((start, stop, number) for number, block in enumerate(blocks) for start, stop in block)
+    edges = [(start, stop) for start, stop, _ in ranges]
+    found = []
+    for document in documents:
+        parts: dict[int, list[Interval]] = {}
+        first, last = near_indices((document[0][0], document[-1][1]), edges)
+        for start, stop, number in ranges[first:last]:
+            parts.setdefault(number, []).extend(intersection([(start, stop)], list(document)))
+        found.append([tuple(part) for part in parts.values() if total(part) > 1])
+    return found
 
 
 def chunks(document: Document, size: int) -> list[Document]:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple, TypeAlias
 
+from .blocks import blocks_of
 from .intervals import Interval, difference, intersection, near, union
 from .layout import Layout
 from .mask import Mask
@@ -82,6 +83,7 @@ class ReadSets:
         self.together = together
         both = zip(_edges(mask), _edges(mask if readers is None else readers))
         self.spans = [max(a[1], b[1]) - min(a[0], b[0]) for a, b in both]
+        self.blocks = blocks_of(mask, self.spans)
         self.documents = pieces_of_documents(layout, mask)
         self.of_rank = _by_rank(self.documents, layout.size)
         self.are_apart = readers is not None
@@ -116,11 +118,12 @@ class ReadSets:
     def distances(self, number: int) -> tuple[int | None, int | None]:
         """Least and greatest distance from a query back to a key that it reads, in document `number`.
 
-        None means no limit. A window that is as long as the document is no limit.
+        None means no limit. A window that is as long as the document is no limit. What blocks add is left out. In a
+        document with blocks there is always a limit, since a query may read a part of a piece.
         """
         window, causal = self.mask.pattern.sliding_window, self.mask.pattern.causal
         if window is None or window >= self.spans[number]:
-            return (0 if causal else None), None
+            return (0 if causal else None), (self.spans[number] if self.blocks[number] else None)
         return (0 if causal else 1 - window), window - 1
 
     def _reads(self, reader: int, owner: int) -> dict[int, list[Piece]]:
@@ -137,9 +140,11 @@ class ReadSets:
         return found
 
     def _windowed(self, number: int, queries: list[Piece], key: Piece) -> Iterator[Piece]:
-        """Yield the parts of a piece of keys that queries read under a window."""
-        visible = (part for query in queries for part in self._visible(number, query, [key]))
-        for first, last in union((part.position, part.end) for part in visible):
+        """Yield the parts of a piece of keys that queries read under a window, and in their blocks."""
+        visible = [part for query in queries for part in self._visible(number, query, [key])]
+        read = [(part.position, part.end) for part in visible]
+        read += (added.positions for added in self.blocks[number].added(queries, [key]))
+        for first, last in union(read):
             part = key.clip(first, last)
             assert part is not None  # since it is read
             yield part
@@ -256,13 +261,15 @@ class ReadSets:
         nearest, furthest = self.distances(number)
         pieces = [piece for pieces in self.documents[number].values() for piece in pieces]
         begin, end = min(piece.position for piece in pieces), max(piece.end for piece in pieces)
-        return union(
+        read = [
             (
                 begin if furthest is None else max(begin, query.position - furthest),
                 end if nearest is None else min(end, query.end - nearest),
             )
             for query in queries
-        )
+        ]
+        read += (added.positions for added in self.blocks[number].added(queries, pieces))
+        return union(read)
 
     def gathered_calls(self, reader: int, gathered: Buffer) -> tuple[Segments, ...]:
         """Tiles of the queries of `reader` and all keys that they read, grouped into calls."""
@@ -275,6 +282,7 @@ class ReadSets:
                 if furthest is not None:
                     assert nearest is not None  # a window has both ends
                     tiles += _windowed_tiles([query], keys, nearest, furthest)
+                    tiles += self._block_tiles(number, [query], keys)
                     continue
                 stop = max(key.stop for key in keys if nearest is None or key.position < query.end)
                 if nearest is not None:  # the last keys that a causal query reads are its own
@@ -288,7 +296,8 @@ class ReadSets:
         nearest, furthest = self.distances(number)
         if furthest is not None:
             assert nearest is not None  # a window has both ends
-            for query, key, band in _windowed_tiles(queries, keys, nearest, furthest):
+            tiles = _windowed_tiles(queries, keys, nearest, furthest)
+            for query, key, band in chain(tiles, self._block_tiles(number, queries, keys)):
                 yield query, key, band.within(query[1] - query[0], key[1] - key[0])
         elif own and nearest == 0 and not self.are_apart:
             # A rank holds its tokens in order. So a run of them is causal within itself, even with gaps.
@@ -305,6 +314,11 @@ class ReadSets:
                 for query in runs_of(group):
                     for key in runs_of(keys[:count]):
                         yield query, key, FULL
+
+    def _block_tiles(self, number: int, queries: list[Piece], keys: list[Piece]) -> Iterator[Tile]:
+        """Yield tiles of the keys that blocks of document `number` add."""
+        for query, key, nearest, furthest in self.blocks[number].added(queries, keys):
+            yield from _windowed_tiles([query], [key], nearest, furthest)
 
 
 def _edges(mask: Mask) -> list[Interval]:

@@ -7,13 +7,15 @@ their time. It visits the pieces of each document once, so it is cheap even for 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import or_
 
+from .blocks import Added, Blocks
 from .intervals import Interval, total, union
 from .layout import Layout
-from .mask import Mask
+from .mask import Block, Mask, Pattern
 from .pieces import Piece, pieces_of_documents
 from .tiles import Band, pairs_in_band
 
@@ -49,8 +51,8 @@ def workload(layout: Layout, mask: Mask) -> Workload:
     size = layout.size
     tokens, pairs, read, merged, exchanged, own_pairs, documents = ([0] * size for _ in range(7))
     masks = [0] * size  # the owners that a rank reads, as bits
-    for pieces in pieces_of_documents(layout, mask):
-        document = _Document(pieces, mask.pattern.causal, mask.pattern.sliding_window)
+    for pieces, blocks in zip(pieces_of_documents(layout, mask), mask.blocks_of_documents()):
+        document = _Document(pieces, mask.pattern, blocks)
         for rank, queries in pieces.items():
             count = sum(query.stop - query.start for query in queries)
             computed = sum(document.pairs(query) for query in queries)
@@ -73,7 +75,7 @@ def workload(layout: Layout, mask: Mask) -> Workload:
 class _Document:
     """Pieces of a document in the order of the sequence, with running sums."""
 
-    def __init__(self, pieces: dict[int, list[Piece]], causal: bool, window: int | None):
+    def __init__(self, pieces: dict[int, list[Piece]], pattern: Pattern, blocks: list[Block]):
         ordered = sorted((piece.position, piece.end, rank) for rank, of_rank in pieces.items() for piece in of_rank)
         self._pieces = pieces
         self._starts = [start for start, _, _ in ordered]
@@ -82,8 +84,12 @@ class _Document:
         self._sums = [0, *accumulate(end - start for start, end, _ in ordered)]
         self._owners: list[int] = [0, *accumulate((1 << rank for rank in self._ranks), or_)]
         self._begin, self._end = self._starts[0], self._ends[-1]
-        limit = None if window is None or window >= self._end - self._begin else window
-        self._nearest = 0 if causal else None if limit is None else 1 - limit
+        span, window = self._end - self._begin, pattern.sliding_window
+        self._blocks = Blocks(blocks, pattern, span)
+        limit = None if window is None or window >= span else window
+        if blocks and limit is None:  # a query may read a part of a piece
+            limit = span
+        self._nearest = 0 if pattern.causal else None if limit is None else 1 - limit
         self._furthest = None if limit is None else limit - 1
 
     def pairs(self, query: Piece) -> int:
@@ -92,7 +98,19 @@ class _Document:
         beyond = self._end - query.end
         left = None if self._furthest is None else self._furthest + beyond
         right = None if self._nearest is None else -self._nearest - beyond
-        return pairs_in_band(queries, keys, Band(left, right))
+        within = sum(_pairs(added) for added, _ in self._added([query]))
+        return pairs_in_band(queries, keys, Band(left, right)) + within
+
+    def _added(self, queries: list[Piece]) -> Iterator[tuple[Added, int]]:
+        """Yield the pairs that blocks add for some pieces, and the rank that owns their keys."""
+        for number, parts in self._blocks.parts(queries).items():
+            for first, last in self._blocks[number]:
+                begin, end = bisect_right(self._ends, first), bisect_left(self._starts, last)
+                for start, stop, owner in zip(self._starts[begin:end], self._ends[begin:end], self._ranks[begin:end]):
+                    key = Piece(0, stop - start, start).clip(first, last)
+                    assert key is not None  # since they meet
+                    for query in parts:
+                        yield from ((added, owner) for added in self._blocks.between(query, key))
 
     def _range(self, query: Piece) -> tuple[int, int]:
         """Positions that a piece reads."""
@@ -106,8 +124,9 @@ class _Document:
         Returns:
             The number of tokens, their owners as bits, and the number of rows that the rank merges.
         """
-        ranges: list[list[int]] = []
+        ranges = []
         rows = owners = 0
+        near: dict[int, list[Interval]] = {}
         for query in self._pieces[rank]:
             first, last = self._range(query)
             met = self._met(first, last) & ~(1 << rank)
@@ -115,11 +134,15 @@ class _Document:
             if self._furthest is None:
                 rows += met.bit_count() * (query.end - query.position)
             else:
-                rows += self._near(query, rank)
-            if ranges and first <= ranges[-1][1]:
-                ranges[-1][1] = max(last, ranges[-1][1])
-            else:
-                ranges.append([first, last])
+                self._add_near(near, query, rank)
+            ranges.append((first, last))
+        for added, owner in self._added(self._pieces[rank]):
+            ranges.append(added.positions)
+            if owner != rank:
+                owners |= 1 << owner
+                near.setdefault(owner, []).append(added.readers)
+        rows += sum(total(union(reads)) for reads in near.values())
+        ranges = union(ranges)
         held = sum(
             max(0, min(piece.end, last) - max(piece.position, first))
             for piece in self._pieces[rank]
@@ -127,18 +150,16 @@ class _Document:
         )
         return sum(self._tokens(last) - self._tokens(first) for first, last in ranges) - held, owners, rows
 
-    def _near(self, query: Piece, rank: int) -> int:
-        """Count the rows of a piece that read another rank under a window, summed over the other ranks."""
+    def _add_near(self, rows: dict[int, list[Interval]], query: Piece, rank: int) -> None:
+        """Add the rows of a piece that read each other rank under a window, by that rank."""
         nearest, furthest = self._nearest, self._furthest
         assert nearest is not None and furthest is not None  # a window has both
-        rows: dict[int, list[Interval]] = {}
         begin = bisect_right(self._ends, query.position - furthest)
         end = bisect_left(self._starts, query.end - nearest)
         for start, stop, owner in zip(self._starts[begin:end], self._ends[begin:end], self._ranks[begin:end]):
             if owner != rank:
                 reads = max(query.position, start + nearest), min(query.end, stop + furthest)
                 rows.setdefault(owner, []).append(reads)
-        return sum(total(union(reads)) for reads in rows.values())
 
     def _tokens(self, position: int) -> int:
         """Number of tokens of the document before a position."""
@@ -154,3 +175,11 @@ class _Document:
         for rank in self._ranks[begin:end]:
             met |= 1 << rank
         return met
+
+
+def _pairs(added: Added) -> int:
+    """Number of pairs that a block adds between two pieces."""
+    query, key, nearest, furthest = added
+    beyond = query.end - key.end
+    band = Band(furthest - beyond, beyond - nearest)
+    return pairs_in_band(query.end - query.position, key.end - key.position, band)

@@ -286,6 +286,16 @@ def allowed(mask: Mask) -> torch.Tensor:
                 first[row, document[0][0] : document[-1][1]] = document[0][0]
         chunk = (index - first) // pattern.chunk_size
         seen &= chunk[:, :, None] == chunk[:, None]
+    for row, blocks in enumerate(pattern.blocks):
+        for block in blocks:
+            within = torch.zeros(mask.length, dtype=torch.bool)
+            for start, stop in block:
+                within[start:stop] = True
+            added = within[:, None] & within & (document_of[row][:, None] == document_of[row])
+            added &= (document_of[row] >= 0)[:, None]
+            if pattern.blocks_in_window and pattern.sliding_window is not None:
+                added &= distance < pattern.sliding_window
+            seen[row] |= added
     return seen
 
 
@@ -372,7 +382,19 @@ def rows(draw, length: int) -> tuple:
 def patterns(length: int) -> st.SearchStrategy[Pattern]:
     """Build a strategy of patterns, with and without windows and chunks of all sizes up to the length."""
     size = st.none() | st.integers(1, length + 1)
-    return st.builds(Pattern, st.booleans(), size, size)
+    return st.tuples(st.booleans(), size, size).map(lambda rule: Pattern(*rule))
+
+
+@st.composite
+def blocks(draw, length: int) -> tuple:
+    """Draw the blocks of a row. Some consist of several ranges."""
+    edges = draw(st.lists(st.integers(0, length), max_size=9).map(sorted))
+    ranges = [pair for pair in zip(edges, edges[1:]) if pair[0] < pair[1]]
+    found: dict[int, list] = {}
+    for pair in ranges:
+        found.setdefault(draw(st.integers(0, 3)), []).append(pair)
+    found.pop(0, None)  # text between the blocks
+    return tuple(tuple(block) for block in found.values())
 
 
 @st.composite
@@ -386,4 +408,8 @@ def cases(draw, **kwargs) -> tuple[Layout, Mask]:
     """Draw a layout, and a mask of up to three rows for it."""
     layout = draw(layouts(**kwargs))
     documents = draw(st.lists(rows(layout.length), min_size=1, max_size=3))
-    return layout, Mask(layout.length, tuple(documents), draw(patterns(layout.length)))
+    pattern = draw(patterns(layout.length))
+    if draw(st.booleans()):
+        of_rows = tuple(draw(blocks(layout.length)) for _ in documents)
+        pattern = Pattern(True, pattern.sliding_window, None, of_rows, draw(st.booleans()))
+    return layout, Mask(layout.length, tuple(documents), pattern)

@@ -21,8 +21,10 @@ from ...compat import set_compiler, tree_leaves, tree_map
 from ...cp_group import CPGroup
 from ...data.batch import CONSUMED, PADDING, PASSED_ON, SHARD, take_columns
 from ...data.ready import shard_of
+from ...data.shard import Shard
 from ...distributed.agreement import collective, fingerprint
 from ...distributed.failures import FailureReport
+from ...distributed.host import beside, on_host
 from ..active_batch import ActiveBatch, active_batch, entered
 from ..checks.agreement import SAME_BATCHES, check_weights, sampled, signature
 from ..checks.inputs import accepted, check_range
@@ -183,7 +185,9 @@ class _Call:
                 notes.number = kept.number
                 mark = (*signature(decoder), len(compared), checkpointed)
                 compared_labels = labels if group.config.check_batch else {}
-                notes.fingerprint = fingerprint({"batch": shard.fingerprint, "model": mark, **compared_labels})
+                rules = [tuple(mask.pattern) for mask in _planned(masks)]
+                whole = {"batch": shard.fingerprint, "model": mark, "masks": rules, **compared_labels}
+                notes.fingerprint = fingerprint(whole)
             if notes.alarm:
                 group.exchange.settle(group.groups)
             check_weights(compared, group.groups)
@@ -200,15 +204,21 @@ class _Call:
         local = shard_of(inputs, self.group.config, self.group.rank)
         shard = local[SHARD]
         positions = shard.layout.positions(shard.rank)
+        marks = [_Marks(x, shard) for x in given.values() if _Marks.can_be(x, shard)]
         for name, value in given.items():
             if name in known or name in ("use_cache", *CACHES):
                 continue
             inside = () if isinstance(value, torch.Tensor) else tree_leaves(value)
-            if any(isinstance(leaf, torch.Tensor) for leaf in inside):
-                raise ValueError(
-                    f"{type(self._decoder).__name__} was given {name}, a {type(value).__name__} of tensors, which "
-                    "cannot be sharded. Leave it out, or run the model in `with cp.whole(model):`."
-                )
+            features = [leaf for leaf in inside if isinstance(leaf, torch.Tensor)]
+            if features:
+                mark = next((mark for mark in marks if all(len(x) == mark.count for x in features)), None)
+                if mark is None:
+                    raise ValueError(
+                        f"{type(self._decoder).__name__} was given {name}, a {type(value).__name__} of tensors, which "
+                        "cannot be sharded: they do not have a row for each token that a mask among the arguments "
+                        "marks. Leave it out, or run the model in `with cp.whole(model):`."
+                    )
+                value = tree_map(mark.take, value)
             if isinstance(value, torch.Tensor) and value.dim():
                 if tuple(value.shape[:2]) != (shard.batch_size, shard.length):
                     raise ValueError(
@@ -260,6 +270,31 @@ class _Call:
             return self.batch.gather(x) if x.dim() > 2 and tuple(x.shape[:2]) == (rows, length) else x
 
         return tree_map(gather, value)
+
+
+class _Marks:
+    """Mask that marks some tokens, `[B, S]`, where other arguments have a row for each token that is marked.
+
+    Such are the DeepStack features of images, which layers add to the hidden states of image tokens.
+    """
+
+    def __init__(self, marks: torch.Tensor, shard: Shard):
+        marks = on_host(marks)
+        positions, length = shard.layout.positions(shard.rank), shard.layout.length
+        numbers = (marks.flatten().cumsum(0) - 1).view(marks.shape)
+        local = take_columns(marks, positions, length, 0)
+        self.count = int(marks.sum())
+        self._rows = take_columns(numbers, positions, length, 0)[local]
+
+    @staticmethod
+    def can_be(x: Any, shard: Shard) -> bool:
+        """Return whether an argument is a mask that may mark tokens."""
+        of_batch = (shard.batch_size, shard.length)
+        return isinstance(x, torch.Tensor) and x.dtype == torch.bool and tuple(x.shape) == of_batch
+
+    def take(self, x: Any) -> Any:
+        """Take the rows of the tokens of this rank, of a tensor `[count, ...]`."""
+        return x.index_select(0, beside(self._rows, x)) if isinstance(x, torch.Tensor) else x
 
 
 class AllTokens:

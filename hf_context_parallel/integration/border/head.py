@@ -72,8 +72,8 @@ class HeadCall(OuterCall):
         config: ContextParallelConfig,
         compiler: Any,
     ):
-        super().__init__(model, given, is_alone, compiler)
-        self._decoder, self._config = decoder, config
+        super().__init__(model, decoder, given, is_alone, compiler)
+        self._config = config
         self._tokens: Tokens | None = None
         self._has_deferred = False
 
@@ -103,7 +103,7 @@ class HeadCall(OuterCall):
 
     def take_shard(self, decoder: PreTrainedModel, tokens: Tokens) -> bool:
         """Return whether the head takes the hidden states of the shard, which the decoder is about to return."""
-        if decoder is not self._decoder:
+        if decoder is not self.decoder:
             return False
         self._tokens = tokens
         return True
@@ -176,7 +176,7 @@ class OuterPatch(ModulePatch):
                 return forward(*args, **kwargs)
             alone = self._border.is_alone(given)
             if not stays_on_shard(module, given):
-                with in_call(OuterCall(module, given, alone)):
+                with in_call(OuterCall(module, decoder_of(module), given, alone)):
                     set_compiler(compiler)
                     return forward(*args, **kwargs)
             call = HeadCall(module, decoder_of(module), given, alone, self._border.cp.group.config, compiler)

@@ -83,8 +83,8 @@ def context_parallel_attention(
     # Only the layers of a shard have a planned mask. An operator that is recomputed would draw other dropout.
     planned = isinstance(attention_mask, PlannedMask)
     if torch.compiler.is_compiling() and planned and not dropout and not counts_tokens(module):
-        pattern = _pattern(module, attention_mask, kwargs)
-        return attention_in_graph(module, query, key, value, attention_mask, pattern, scaling, softcap, s_aux), None
+        rule = _rule(module, attention_mask, kwargs)
+        return attention_in_graph(module, query, key, value, attention_mask, rule, scaling, softcap, s_aux), None
     return _attention(module, (query, key, value), attention_mask, scaling, dropout, softcap, s_aux, kwargs)
 
 
@@ -106,15 +106,17 @@ def _attention(
         asked = {"softcap": softcap, "s_aux": sinks}
         kwargs |= {name: value for name, value in asked.items() if value is not None}
         return unsharded_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    pattern = _pattern(module, attention_mask, kwargs)
+    pattern = _rule(module, attention_mask, kwargs)
+    if isinstance(attention_mask, PlannedMask):
+        pattern = attention_mask.pattern
     ran_sharded.add(module)
     query = corrected_query(module, query, batch)
     layer = type(module).__name__, getattr(module, "layer_idx", None)
     return sharded_attention(batch, *layer, query, key, value, sinks, pattern, scaling, softcap, dropout), None
 
 
-def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:
-    """Return the pattern of keys that a layer reads.
+def _rule(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor | None, kwargs: dict) -> Pattern:
+    """Return the pattern of keys that a layer reads, without blocks.
 
     The mask decides, as in SDPA, which ignores keywords such as `sliding_window`.
 
@@ -130,7 +132,7 @@ def _pattern(module: torch.nn.Module, attention_mask: PlannedMask | torch.Tensor
                 "which context-parallel attention does not know. Run the model in `with cp.whole(model):`."
             )
     if isinstance(attention_mask, PlannedMask):
-        pattern = attention_mask.pattern
+        pattern = attention_mask.rule
         window = kwargs.get("sliding_window")
         if window is not None and pattern.sliding_window not in (window, window + 1):  # some count the token itself
             raise ValueError(

@@ -67,6 +67,7 @@ calls: Tickets[Call] = Tickets()
 def of_batch(mask: PlannedMask, batch: ActiveBatch) -> PlannedMask:
     """Tell a mask what the operator has to know of the batch."""
     mask.batch, mask.by_layer = batches.issue(batch), isinstance(batch.group.config.comm_type, tuple)
+    batch.patterns[mask.rule] = mask.pattern
     return mask
 
 
@@ -76,7 +77,7 @@ def attention_in_graph(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: PlannedMask,
-    pattern: Pattern,
+    rule: Pattern,
     scaling: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -84,7 +85,7 @@ def attention_in_graph(
     """Call the operator while a model is traced: `[B, S, H, D_v]`.
 
     Args:
-        pattern: the keys that a token reads.
+        rule: the keys that a token reads, without blocks.
         sinks: `[H]`, or None.
 
     The other arguments are those of `context_parallel_attention`.
@@ -93,7 +94,7 @@ def attention_in_graph(
     tensors = query, key, value, sinks
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     layer = type(module).__name__, getattr(module, "layer_idx", None) if mask.by_layer else None
-    output: torch.Tensor = _attention(*tensors, mask.batch, *pattern, scaling, softcap, *layer, trains)[0]
+    output: torch.Tensor = _attention(*tensors, mask.batch, *rule[:3], scaling, softcap, *layer, trains)[0]
     return output
 
 
@@ -116,7 +117,7 @@ def _attention(
     """Compute the attention of a layer of a batch, `[B, S, H, D_v]`, and the ticket of its backward."""
     batch = batches.find(ticket)
     assert batch is not None  # it is held as long as the ticket
-    rule = Pattern(causal, sliding_window, chunk_size), scaling, softcap
+    rule = batch.patterns[Pattern(causal, sliding_window, chunk_size)], scaling, softcap
     if not trains:
         return sharded_attention(batch, layer, index, query, key, value, sinks, *rule), torch.tensor(0, device="cpu")
     # Compiled code writes over tensors that it does not need any more. It does not know that these are kept.

@@ -49,10 +49,8 @@ def context_parallel_mask(**kwargs: Any) -> Any:
     config = kwargs["config"]
     batch, call = active_batch(), outer_call()
     options = {name: value for name, value in kwargs.items() if name.startswith("allow_is_")}
-    if (
-        batch is None and call is not None and not call.is_alone
-    ):  # the decoder is going to get this mask, and to shard it
-        pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not call.typed)
+    if batch is None and call is not None and not call.is_alone and call.is_of_decoder(config):
+        pattern = read_pattern(kwargs["mask_function"], config.model_type, whole=True)
         return PlannedMask(pattern, config, options, padding=kwargs.get("attention_mask"))
     if batch is None:
         if config.model_type in DEPENDS_ON_ATTN_NAME and not switches.stock_attn_name:

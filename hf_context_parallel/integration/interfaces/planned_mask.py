@@ -39,6 +39,8 @@ class PlannedMask:
         padding: torch.Tensor | None = None,
     ):
         self.pattern = pattern
+        self.rule = pattern.rule
+        """What compiled code sees of the pattern. Blocks would be compiled anew for each batch."""
         self.dtype = dtype
         self.config = config
         self.options = options

@@ -107,7 +107,12 @@ def whole_mask(
     options = {
         name: value and padding is None and name != "allow_is_causal_skip" for name, value in mask.options.items()
     }
-    causal, window, chunk = mask.pattern
+    causal, window, chunk = mask.rule[:3]
+    if mask.pattern.blocks:
+        raise ValueError(
+            f"{mask.config.model_type!r} has a module that sees whole sequences and reads blocks of tokens, such as "
+            "those of images, which are known by their places in rows. Run the model in `with cp.whole(model):`."
+        )
     parts = [mask_piece("causal_mask_function" if causal else "bidirectional_mask_function")]
     if window is not None:
         overlay = mask_piece("sliding_window_overlay" if causal else "sliding_window_bidirectional_overlay")
