@@ -185,8 +185,8 @@ class _Call:
                 notes.number = kept.number
                 mark = (*signature(decoder), len(compared), checkpointed)
                 compared_labels = labels if group.config.check_batch else {}
-                rules = [tuple(mask.pattern) for mask in _planned(masks)]
-                whole = {"batch": shard.fingerprint, "model": mark, "masks": rules, **compared_labels}
+                patterns = sorted(str(mask.pattern) for mask in _planned(masks))  # layer types come in any order
+                whole = {"batch": shard.fingerprint, "model": mark, "masks": patterns, **compared_labels}
                 notes.fingerprint = fingerprint(whole)
             if notes.alarm:
                 group.exchange.settle(group.groups)
