@@ -53,6 +53,26 @@ def media_types() -> list[str]:
     return sorted({*images, *(name for name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES if name not in causal)})
 
 
+_TIMM = "its vision tower needs the timm package, so that it was not tested"
+_NO_TINY = "no tiny model of it has been made, so that it was not tested"
+_NO_FORWARD = "Transformers gives it no forward. Train its thinker, which is a type of its own"
+UNTESTED = {
+    "apertus1p5": _NO_TINY,
+    "diffusion_gemma": "Transformers computes no loss for it",
+    "evolla": "AutoModel cannot build its encoder from its configuration, so that it was not tested",
+    "fast_vlm": _TIMM,
+    "gemma3n": _TIMM,
+    "inkling_mm_model": "it needs the scipy package, so that it was not tested",
+    "kyutai_speech_to_text": _NO_TINY,
+    "llama4": "its forward raises AttributeError in this version of Transformers, with media and without",
+    "perception_lm": _TIMM,
+    "pi0": "it is trained on actions of robots, and not on text",
+    "qwen2_5_omni": _NO_FORWARD,
+    "qwen3_omni_moe": _NO_FORWARD,
+}
+"""Types of which no tiny model can be trained on one process, each with the reason."""
+
+
 def auto_class(config: PreTrainedConfig) -> Any:
     """Return the auto class that builds a model which takes media."""
     is_image_text = type(config) in AutoModelForImageTextToText._model_mapping
@@ -67,10 +87,12 @@ def media_batches(model: PreTrainedModel) -> dict[str, Batch]:
     """
     random = torch.Generator().manual_seed(0)
     small, large, long, loud = (_medium(model, kind, size, random) for kind, size in _WANTED)
-    images = [[5, small, 6, large, 9], [23, large, 20], [31]]
-    kinds = {"text": [[37], [37]], "images": images if small else None}
-    kinds["video"] = [[7, long, 8, long, 3], [40]] if long else None
-    kinds["audio"] = [[7, loud, 8, loud, 3], [40]] if loud else None
+    kinds = {
+        "images": [[5, small, 6, large, 9], [23, large, 20], [31]] if small else None,
+        "video": [[7, long, 8, long, 3], [40]] if long else None,
+        "audio": [[7, loud, 8, loud, 3], [40]] if loud else None,
+        "text": None if _needs_media(model) else [[37], [37]],
+    }
     if model.config.model_type in _SOUND_ALONG:
         kinds = {"audio": [[loud], [loud]]}
     found = {kind: _whole(model, rows, random) for kind, rows in kinds.items() if rows}
@@ -81,11 +103,17 @@ def media_batches(model: PreTrainedModel) -> dict[str, Batch]:
         rows = [[4, medium, 5], [6, medium, 7, medium, 8], [30]]
         for side in ("left", "right"):
             found[f"padded {side}"] = _padded(model, rows, random, side)
-        if model.config.model_type not in _UNPACKED:
+        if model.config.model_type not in _UNPACKED and not _needs_media(model):
             found["packed"] = _packed(
                 model, [[6, medium, 5], [3], [9, large or medium, 4, medium, 2], [11], [8]], random
             )
     return found
+
+
+def _needs_media(model: PreTrainedModel) -> bool:
+    """Return whether the forward has to be given images."""
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    return pixels is not None and pixels.default is inspect.Parameter.empty
 
 
 _SOUND_ALONG = {"voxtral_realtime"}
@@ -127,8 +155,9 @@ def _packed(model: PreTrainedModel, documents: list[list], random: torch.Generat
     positions = [_positions(model, part) for part in parts]
     if any(position.dim() == 3 for position in positions):  # documents of text have the same position on all axes
         positions = [position if position.dim() == 3 else position.expand(4, 1, -1) for position in positions]
-    joined = {name: torch.cat([part[name] for part in parts], 1) for name in _BY_TOKEN & parts[0].keys()}
-    media = _joined(model, [{name: part[name] for name in part.keys() - joined.keys()} for part in parts], True)
+    by_token = _BY_TOKEN & parts[0].keys() - {"attention_mask"}  # which would not tell documents
+    joined = {name: torch.cat([part[name] for part in parts], 1) for name in sorted(by_token)}
+    media = _joined(model, [{name: part[name] for name in part if name not in _BY_TOKEN} for part in parts], True)
     return Batch({**joined, **media, "position_ids": torch.cat(positions, -1)}, parts)
 
 
@@ -186,7 +215,7 @@ def _joined(model: PreTrainedModel, parts: list[Inputs], within_row: bool = Fals
     names = dict.fromkeys(name for part in parts for name in part)
     taken = _parameters(model)
     in_line = {"pixel_values", "pixel_values_videos"} if "target_sizes" in taken else set()
-    by_row = {"pixel_values", "pixel_attention_mask"} if _lists_by_rows(taken) else set()
+    by_row = _BY_ROW if _lists_by_rows(taken) else set()
     joined = {}
     for name in names:
         tensors = [part[name] for part in parts if name in part]
@@ -197,9 +226,12 @@ def _joined(model: PreTrainedModel, parts: list[Inputs], within_row: bool = Fals
     return joined
 
 
+_BY_ROW = {"pixel_values", "pixel_attention_mask", "aspect_ratio_ids", "aspect_ratio_mask"}
+
+
 def _lists_by_rows(taken: set[str]) -> bool:
     """Return whether images are listed `[B, number of images, ...]`."""
-    return "pixel_attention_mask" in taken and "spatial_shapes" not in taken
+    return bool({"pixel_attention_mask", "aspect_ratio_ids"} & taken) and "spatial_shapes" not in taken
 
 
 def _concatenated(name: str, tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
@@ -249,7 +281,7 @@ def _tokens(model: PreTrainedModel, kind: str, token: int, length: int) -> torch
     if kind == "video" and index is not None and "repeat_interleave" in inspect.getsource(index):
         first, second = found.chunk(2)
         found = torch.cat([first, torch.tensor([3]), second])
-    about = "audio" if kind == "audio" else "vision"
+    about = kind if kind == "audio" or hasattr(config, f"{kind}_start_token_id") else "vision"
     marks = [getattr(config, f"{about}_{place}_token_id", None) for place in ("start", "end")]
     begin, end = (torch.tensor([] if mark is None else [mark], dtype=torch.int64) for mark in marks)
     return torch.cat([begin, found, end])
@@ -296,7 +328,7 @@ def _placeholder(config: PreTrainedConfig, kind: str) -> int:
     return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), IGNORED)
 
 
-_VIDEOS_AS_IMAGES = {"glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "nemotron_h_omni"}
+_VIDEOS_AS_IMAGES = {"glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "glm5_next", "nemotron_h_omni"}
 """Types in which the placeholders of videos are those of images."""
 
 
@@ -343,6 +375,7 @@ def _pixels(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inp
     return {
         "pixel_values": pixels,
         "high_res_pixel_values": _random(random, 1, 3, _side(sharper), _side(sharper)),
+        "qformer_input_ids": torch.ones(1, 4, dtype=torch.int64),
     }
 
 
@@ -354,6 +387,29 @@ def _frames(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inp
     """Make a video of two frames."""
     vision = _vision(config)
     return {"pixel_values_videos": _random(random, 1, 2, _channels(vision), _side(vision), _side(vision))}
+
+
+def _frames_of_a_question(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
+    """Make a video of two frames with a question to it."""
+    frames = _frames(config, size, random)["pixel_values_videos"]
+    return {"pixel_values": frames, "qformer_input_ids": torch.ones(1, 4, dtype=torch.int64)}
+
+
+def _tiles_of_a_row(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
+    """Make an image of several tiles of a model whose images are listed by rows."""
+    vision = _vision(config)
+    tiles, side = vision.max_num_tiles, _side(vision)
+    return {
+        "pixel_values": _random(random, 1, 1, tiles, _channels(vision), side, side),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.int64),
+        "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.int64),
+    }
+
+
+def _quantized(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
+    """Make an image whose patches become ids of the vocabulary."""
+    height, width = (32, 16 if size and config.model_type == "emu3" else 32)
+    return {"pixel_values": _random(random, 1, 3, height, width), "image_sizes": torch.tensor([[height, width]])}
 
 
 def _grid(frames: int, names: tuple[str, str]) -> Callable:
@@ -546,6 +602,15 @@ _FRAMES_FIRST = {
 """Types whose spectrograms have frames first."""
 
 
+def _chunk(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
+    """Make a spectrogram with the number of its samples."""
+    audio = config.audio_config
+    return {
+        "input_features": _random(random, 1, audio.feature_size, 64),
+        "chunk_sample_lengths": torch.tensor([64 * audio.hop_length]),
+    }
+
+
 def _waveform(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make the samples of a sound."""
     shape = (1, 1, _SAMPLES)
@@ -566,6 +631,9 @@ _MAKERS: list[tuple[str, str, Callable]] = [
     ("image", "pixel_values image_grid_hw", _flat_grid),
     ("image", "pixel_values image_sizes of image_grid_pinpoints", _tiled),
     ("image", "pixel_values image_sizes of pixtral", _of_its_size),
+    ("image", "pixel_values of vocabulary_map", _quantized),
+    ("image", "pixel_values aspect_ratio_ids", _tiles_of_a_row),
+    ("video", "pixel_values qformer_input_ids of video_token_index", _frames_of_a_question),
     ("image", "pixel_values spatial_shapes", _of_patches),
     ("image", "pixel_values image_position_ids", _placed(1, ("pixel_values", "image_position_ids"))),
     ("video", "pixel_values_videos video_position_ids", _placed(2, ("pixel_values_videos", "video_position_ids"))),
@@ -579,6 +647,7 @@ _MAKERS: list[tuple[str, str, Callable]] = [
     ("video", "pixel_values_videos", _frames),
     ("image", "pixel_values", _pixels),
     ("audio", "input_features feature_attention_mask", _sound("feature_attention_mask")),
+    ("audio", "input_features chunk_sample_lengths", _chunk),
     ("audio", "input_features input_features_mask of audio_config", _sound("input_features_mask")),
     ("audio", "input_features of audio_config", _sound("")),
     ("audio", "input_features of encoder_config", _sound("")),

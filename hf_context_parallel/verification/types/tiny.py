@@ -155,6 +155,13 @@ _SPECIAL = re.compile(r"\w*_(token|start|end|newline|patch|bos|eos|pad)_(id|ids|
 # Fields that a type needs in addition to the names above.
 _OWN: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 12}, "max_value_projector_patch_to_query_dict": 12},
+    "chameleon_vqgan": {"num_embeddings": 8, "channel_multiplier": [1] * 4, "resolution": 32},
+    "emu3_vqgan": {"codebook_size": 8, "channel_multiplier": [1] * 4},
+    "minicpm_ocr": {"insert_layer_id": 0},
+    "minicpmv4_6": {"insert_layer_id": 0},
+    "minicpmv4_7": {"insert_layer_id": 0},
+    "mllama_vision_model": {"vision_output_dim": 64},
+    "dots3_note_audio_encoder": {"conv_output_size": 512},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     },
@@ -183,7 +190,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "muse_glimmer": {"out_hidden_size": 128},
     "muse_spark": {"out_hidden_size": 128},
     "omniasr_audio": {"conv_dim": [16] * 7},
-    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7, "hidden_size": 32},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7, "hidden_size": 32, "vae_std": 0.0},
     "voxtral_encoder": {"intermediate_size": 128},
     "muse_spark_audio": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_hidden_layers": 4},
     "shieldgemma2": {"mm_tokens_per_image": 16},
@@ -252,6 +259,19 @@ def _with_axes(*sections: int, **others: Any) -> dict[str, Any]:
 
 UNSTATED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["glm46v", "glm4v", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl"], _with_axes(16, 24, 24)),
+    "blip-2": {"image_token_index": 18},
+    "instructblip": {"image_token_index": 18},
+    "instructblipvideo": {"video_token_index": 18},
+    "chameleon": {
+        "vocabulary_map": {"<image>": TEXT, **{f"IMGIMG{'ABCDEFGH'[code]}Z": 56 + code for code in range(8)}}
+    },
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": TEXT,
+            "<|extra_200|>": 49,
+            **{f"<|visual token {code:06}|>": 56 + code for code in range(8)},
+        }
+    },
     "cohere_compass": {
         "text_config": {
             "rope_parameters": {
@@ -271,8 +291,8 @@ UNSTATED: dict[str, dict[str, Any]] = {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     },
     "ernie4_5_vl_moe": _with_axes(22, 22, 20),
-    "gemma4": _PARTS,
-    "gemma4_unified": _PARTS,
+    "gemma4": {**_PARTS, "text_config": {"use_bidirectional_attention": "vision"}},
+    "gemma4_unified": {**_PARTS, "text_config": {"use_bidirectional_attention": "vision"}},
     "glm4v_moe": {
         "text_config": {
             "rope_parameters": {
