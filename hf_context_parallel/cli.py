@@ -73,6 +73,9 @@ def check(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run the code that comes with MODEL_OR_TYPE")
     ] = False,
+    vlm: Annotated[
+        bool, typer.Option("--vlm", help="with images, video and sound; with --all: every type that takes them")
+    ] = False,
     trainers: Annotated[
         bool, typer.Option("--trainers", help="training runs in place of models; MODEL_OR_TYPE is a part of a name")
     ] = False,
@@ -90,7 +93,7 @@ def check(
 
     if module is not None:
         sys.path.insert(0, os.getcwd())  # where `python -m` would look for it
-    sys.exit(run_check(model, every, ranks, comm, jobs, write, tp, trust_remote_code, module))
+    sys.exit(run_check(model, every, ranks, comm, jobs, write, tp, trust_remote_code, module, vlm))
 
 
 @app.command()

@@ -22,7 +22,8 @@ from ...integration.border.parallelize import borders_of, decoders_of, paralleli
 from ...integration.checks.proofs import keep_proof
 from ...integration.model_registry import NAME, UNSHIFTED, known_states
 from ...integration.switches import allow_unchecked_models
-from .tiny import VOCABULARY, configuration, is_encoder, tiny_model
+from .media import Batch, auto_class, media_batches
+from .tiny import TEXT, configuration, is_encoder, tiny_model
 
 DOCUMENTS = (11, 1, 2, 20, 7)
 """Lengths of the documents in the packed batch."""
@@ -54,6 +55,8 @@ class Unrounded(TorchFunctionMode):
                 return DeferredLogits.__torch_function__(function, types, args, kwargs)
         if function is torch.Tensor.float:
             return args[0].double()
+        if function is torch.Tensor.__setitem__ and isinstance(args[2], torch.Tensor):  # such as positions
+            args = *args[:2], args[2].to(args[0].dtype)
         is_cast = function in (torch.Tensor.to, torch.Tensor.type)
         if is_cast:  # casts of all dtypes, since the results meet tensors that stay in float64
             args = args[:1] + tuple(torch.float64 if x is torch.float32 else x for x in args[1:])
@@ -89,7 +92,7 @@ def batches(config: PreTrainedConfig) -> dict[str, dict[str, torch.Tensor]]:
     random = torch.Generator().manual_seed(0)
 
     def tokens(rows: int, length: int) -> dict[str, torch.Tensor]:
-        input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=random)
+        input_ids = torch.randint(3, TEXT, (rows, length), generator=random)
         drawn = torch.rand(input_ids.shape, generator=random) > 0.4
         return {"input_ids": input_ids, "labels": input_ids.masked_fill(drawn, IGNORED)}
 
@@ -112,7 +115,7 @@ def batches(config: PreTrainedConfig) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def errors(
-    config: PreTrainedConfig, settings: dict[str, Any], tp_size: int = 1
+    config: PreTrainedConfig, settings: dict[str, Any], tp_size: int = 1, media: bool = False
 ) -> tuple[dict[str, Errors], dict[str, list[str]]]:
     """Run a tiny model on all ranks of the world, and compare it with one process.
 
@@ -120,6 +123,7 @@ def errors(
         config: the configuration of the tiny model.
         settings: keywords of `ContextParallelConfig`.
         tp_size: the number of ranks that share each layer, by Transformers' tensor parallelism.
+        media: the model takes images, video or sound, which its batches have.
 
     Returns:
         The errors for each kind of batch, and for each class of modules the ways it was computed.
@@ -128,34 +132,48 @@ def errors(
         Exception: any error of the model's run, a refusal included.
     """
     size = dist.get_world_size() // tp_size if dist.is_initialized() else 1
-    sharded = tiny_model(config, NAME, _dtype(config)) if tp_size == 1 else _tensor_parallel(config, size, tp_size)
+    case = Case(config, media)
+    sharded = case.model(NAME) if tp_size == 1 else _tensor_parallel(case, size, tp_size)
     cp = ContextParallel(ContextParallelConfig(size=size, **settings), mesh_of(sharded))
-    found, handled = {}, {}
-    for number, (kind, batch) in enumerate(batches(config).items()):
-        sharded.zero_grad(set_to_none=True)
-        sharded.config.output_router_logits = kind == AUXILIARY
-        with allow_unchecked_models(), unrounded(config):
-            parallelize(sharded, cp)
-            loss = sharded(**batch).loss
-            loss.backward()
+    with allow_unchecked_models():
+        parallelize(sharded, cp)  # which refuses a model before it is given a batch
+    found: dict[str, Errors] = {}
+    handled: dict[str, set[str]] = {}
+    for kind in case.batches():
+        found[kind] = error_of(case, kind, sharded, cp)
         for name, how in borders_of(sharded)[0].handled.items():
             handled.setdefault(name, set()).update(how)
-        referee = number % min(size, 2)  # ranks 0 and 1 for all sizes, which cache their references
-        is_referee = not dist.is_initialized() or dist.get_rank() == referee
-        truth = _reference(_Hashable(config), kind) if is_referee else None
-        found[kind] = _compare(cp, referee, truth, loss, sharded)
     _prove(sharded, found)
     return found, {name: sorted(how) for name, how in handled.items()}
 
 
+def error_of(case: Case, kind: str, sharded: PreTrainedModel, cp: ContextParallel) -> Errors:
+    """Run the model on shards with a batch of one kind, and compare it with one process."""
+    sharded.zero_grad(set_to_none=True)
+    sharded.config.output_router_logits = kind == AUXILIARY
+    with allow_unchecked_models(), unrounded(case.config):
+        parallelize(sharded, cp)
+        loss = sharded(**case.batches()[kind].inputs).loss
+        loss.backward()
+    referee = list(case.batches()).index(kind) % min(cp.size, 2)  # ranks 0 and 1 for all sizes, which cache references
+    is_referee = not dist.is_initialized() or dist.get_rank() == referee
+    truth = _reference(case, kind) if is_referee else None
+    return _compare(cp, referee, truth, loss, sharded)
+
+
 def errors_of(
-    model: str, settings: dict[str, Any], tp_size: int, trust_remote_code: bool, module: str | None
+    model: str,
+    settings: dict[str, Any],
+    tp_size: int,
+    trust_remote_code: bool,
+    module: str | None,
+    media: bool = False,
 ) -> tuple[dict[str, Errors], dict[str, list[str]]]:
     """Make the configuration of a model in this process, and run `errors`. The arguments are those of both.
 
     A class that comes with a model is made in each process: it cannot be sent there.
     """
-    return errors(configuration(model, trust_remote_code, module), settings, tp_size)
+    return errors(configuration(model, trust_remote_code, module), settings, tp_size, media)
 
 
 def _prove(model: PreTrainedModel, found: dict[str, Errors]) -> None:
@@ -167,9 +185,9 @@ def _prove(model: PreTrainedModel, found: dict[str, Errors]) -> None:
             keep_proof(decoder)
 
 
-def _tensor_parallel(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> PreTrainedModel:
+def _tensor_parallel(case: Case, fsdp_size: int, tp_size: int) -> PreTrainedModel:
     """Make the tiny model and let Transformers shard it, which it does while loading."""
-    whole = tiny_model(config, NAME, _dtype(config))
+    whole, config = case.model(NAME), case.config
     with MadeInFloat64() if _dtype(config) == torch.float64 else nullcontext():
         model = type(whole).from_pretrained(
             None,
@@ -190,34 +208,61 @@ def _dtype(config: PreTrainedConfig) -> torch.dtype:
     return torch.float32 if config.model_type in ONLY_FLOAT32 else torch.float64
 
 
-class _Hashable:
-    """Configuration that is equal to others of the same class with the same values."""
+class Case:
+    """Tiny model with its batches. It is equal to another with the same values in its configuration.
 
-    def __init__(self, config: PreTrainedConfig):
+    Args:
+        config: the configuration of the tiny model.
+        media: the model takes images, video or sound.
+    """
+
+    def __init__(self, config: PreTrainedConfig, media: bool = False):
         self.config = config
-        self._text = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
+        self.media = media
+        self._text = f"{type(config).__name__} {media} {config.to_json_string(use_diff=False)}"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and self._text == other._text
+        return isinstance(other, Case) and self._text == other._text
 
     def __hash__(self) -> int:
         return hash(self._text)
 
+    def model(self, attn_implementation: str | None) -> PreTrainedModel:
+        """Make the model."""
+        auto = auto_class(self.config) if self.media else None
+        with MadeInFloat64() if self.media else nullcontext():  # features meet weights of the decoder
+            return tiny_model(self.config, attn_implementation, _dtype(self.config), auto=auto)
+
+    def batches(self) -> dict[str, Batch]:
+        """Make the batch of each kind, and what one process computes in its place."""
+        return _batches(self)
+
+
+@lru_cache(maxsize=2)
+def _batches(case: Case) -> dict[str, Batch]:
+    if case.media:
+        with unrounded(case.config):
+            return media_batches(case.model(None))
+    return {kind: Batch(batch, _documents(batch, kind)) for kind, batch in batches(case.config).items()}
+
+
+def _documents(batch: dict[str, torch.Tensor], kind: str) -> list[dict[str, torch.Tensor]]:
+    """Return the documents of a packed batch, each alone, or the batch."""
+    if kind != "packed":
+        return [batch]
+    return [dict(zip(batch, values)) for values in zip(*(value.split(DOCUMENTS, 1) for value in batch.values()))]
+
 
 @lru_cache(maxsize=8)
-def _reference(hashable: _Hashable, kind: str) -> tuple[torch.Tensor, list]:
+def _reference(case: Case, kind: str) -> tuple[torch.Tensor, list]:
     """Compute the loss and the gradients of all parameters on one process, each packed document alone."""
-    config = hashable.config
+    config = case.config
     # In earlier versions of Transformers, SDPA ignored softcaps, and the causal mask of Doge without padding.
     is_eager = config.model_type == "doge" or getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    model = tiny_model(config, "eager" if is_eager else None, _dtype(config))
+    model = case.model("eager" if is_eager else None)
     model.config.output_router_logits = kind == AUXILIARY
-    batch = batches(config)[kind]
-    parts = [batch]
-    if kind == "packed":
-        parts = [dict(zip(batch, values)) for values in zip(*(value.split(DOCUMENTS, 1) for value in batch.values()))]
     with finite_masks(), unrounded(config):
-        loss = _sum_of_parts(model, parts)
+        loss = _sum_of_parts(model, case.batches()[kind].parts)
     return loss, [parameter.grad for parameter in model.parameters()]
 
 

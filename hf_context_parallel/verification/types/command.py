@@ -12,6 +12,7 @@ from hf_context_parallel.config import COMM_TYPES
 from hf_context_parallel.integration.model_registry import KNOWN, KNOWN_TENSOR_PARALLEL
 from hf_context_parallel.verification.types.survey import (
     GOOD,
+    KNOWN_MULTIMODAL,
     Finding,
     default_jobs,
     how,
@@ -23,6 +24,7 @@ from hf_context_parallel.verification.types.survey import (
 )
 
 PAGE = Path("docs/models.md")
+PAGE_MULTIMODAL = Path("docs/multimodal.md")
 
 
 def run_check(
@@ -35,6 +37,7 @@ def run_check(
     tp_size: int = 1,
     trust_remote_code: bool = False,
     module: str | None = None,
+    media: bool = False,
 ) -> int:
     """Check one model or all model types, and print a table of the findings.
 
@@ -48,15 +51,16 @@ def run_check(
         tp_size: ranks of tensor parallelism.
         trust_remote_code: run the code that comes with the model.
         module: a module that registers the model.
+        media: give models images, video and sound; with `every`, check all types that take them instead.
 
     Returns:
         The exit status: 0 if everything is exact or refused, 1 if a model is wrong, 2 if an argument is.
     """
-    problem = _mistake(model, every, ranks, comm_type, keep, tp_size)
+    problem = _mistake(model, every, ranks, comm_type, keep, tp_size, media)
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    models = model_types() if every else [model]
+    models = model_types(media) if every else [model]
     with tqdm(total=len(models), unit="model", disable=len(models) == 1) as progress:
 
         def report(finding: Finding) -> None:
@@ -71,17 +75,24 @@ def run_check(
         else:
             sizes = [2, 3, 4] if ranks is None else [int(size) for size in ranks.split(",")]
             settings = {"comm_type": comm_type}
-            findings = survey(models, sizes, settings, jobs or default_jobs(), report, 1, trust_remote_code, module)
+            code = trust_remote_code, module
+            findings = survey(models, sizes, settings, jobs or default_jobs(), report, 1, *code, media)
     print(table(findings))
     if keep and tp_size > 1:
         write_tensor_parallel(findings, KNOWN_TENSOR_PARALLEL)
     elif keep:
-        write(findings, KNOWN, PAGE)
+        write(findings, KNOWN_MULTIMODAL if media else KNOWN, PAGE_MULTIMODAL if media else PAGE, media)
     return int(any(finding.state not in GOOD for finding in findings))
 
 
 def _mistake(
-    model: str | None, every: bool, ranks: str | None, comm_type: str, keep: bool, tp_size: int = 1
+    model: str | None,
+    every: bool,
+    ranks: str | None,
+    comm_type: str,
+    keep: bool,
+    tp_size: int = 1,
+    media: bool = False,
 ) -> str | None:
     """Describe the first wrong argument, or return None."""
     if every == (model is not None):
@@ -92,6 +103,8 @@ def _mistake(
         return f"--comm={comm_type!r} is not one of {', '.join(COMM_TYPES)}. Give one of them."
     if tp_size > 1 and (ranks is not None or comm_type != "p2p"):
         return f"--tp={tp_size} always compares CP groups of 2 by p2p. Leave --ranks and --comm out."
+    if tp_size > 1 and media:
+        return f"--tp={tp_size} compares text alone. Leave --vlm out."
     if keep and not (every and PAGE.parent.is_dir()):
         return f"--write needs --all, and the project's folder to write {PAGE}. Add --all and change to that folder."
     return None

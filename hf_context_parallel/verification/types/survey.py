@@ -1,4 +1,4 @@
-"""Survey of model types: findings of `check`, kept in models.json and shown in docs/models.md."""
+"""Survey of model types: findings of `check`, kept in models.json and multimodal.json and shown in docs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from transformers import AutoModelForCausalLM
 
 from ...compat import causal_lm_classes, masked_lm_classes
 from ...distributed.worker_pool import WorkerPool
-from ...integration.model_registry import NOT_MADE, REFUSED
+from ...integration.model_registry import KNOWN, NOT_MADE, REFUSED
 from .check import Errors, errors_of, tolerance
+from .media import UNTESTED, media_types
 from .tiny import configuration
 
 TIMEOUT = 120
 """Seconds that a model may take on a group of one size."""
 WITH_SEQUENCE_PARALLEL = " (sequence parallel)"
+KNOWN_MULTIMODAL = KNOWN.with_name("multimodal.json")
+"""File with the result of every type that takes media, which `hf-context-parallel check --all --vlm --write` makes."""
 GOOD = ("exact", "exact by resharding", "refused")
+
+
+_REFUSAL = "ValueError: "
 
 
 @dataclass
@@ -46,9 +52,9 @@ class Finding:
     reason: str = ""
 
 
-def model_types() -> list[str]:
-    """List the types of all causal and masked language models of the installed Transformers."""
-    return sorted({*causal_lm_classes(), *masked_lm_classes()})
+def model_types(media: bool = False) -> list[str]:
+    """List the types of all causal and masked language models of the installed Transformers, or those with media."""
+    return media_types() if media else sorted({*causal_lm_classes(), *masked_lm_classes()})
 
 
 def survey(
@@ -60,6 +66,7 @@ def survey(
     tp_size: int = 1,
     trust_remote_code: bool = False,
     module: str | None = None,
+    media: bool = False,
 ) -> list[Finding]:
     """Check several models, and return their findings in the same order.
 
@@ -72,6 +79,7 @@ def survey(
         tp_size: the number of ranks that share each layer.
         trust_remote_code: run the code that comes with a model.
         module: a module that registers models, which all processes import.
+        media: give the models images, video and sound.
     """
     if not models:
         return []
@@ -81,7 +89,7 @@ def survey(
     def one(model: str) -> Finding:
         pool = free.pop()
         try:
-            return examine(pool, model, ranks, settings, tp_size, trust_remote_code, module)
+            return examine(pool, model, ranks, settings, tp_size, trust_remote_code, module, media)
         finally:
             free.append(pool)
 
@@ -106,10 +114,12 @@ def examine(
     tp_size: int = 1,
     trust_remote_code: bool = False,
     module: str | None = None,
+    media: bool = False,
 ) -> Finding:
     """Check one model on groups of each size in `ranks`; see `survey`."""
-    if model in REFUSED:
-        return Finding(model, "refused", reason=REFUSED[model])
+    refused = {**REFUSED, **UNTESTED} if media else REFUSED
+    if model in refused:
+        return Finding(model, "refused", reason=refused[model])
     try:
         config = configuration(model, trust_remote_code, module)
     except Exception as error:  # the checks of a configuration raise errors of many kinds
@@ -120,9 +130,13 @@ def examine(
     handled: dict[str, list[str]] = {}
     for size in ranks:
         try:
-            found, handled = pool(size * tp_size, errors_of, model, settings, tp_size, trust_remote_code, module)[0]
+            asked = model, settings, tp_size, trust_remote_code, module, media
+            found, handled = pool(size * tp_size, errors_of, *asked)[0]
         except AssertionError as error:
-            return Finding(model, "wrong", worst, handled, f"on {size} ranks: {last_line(error)}")
+            line = last_line(error)
+            if media and _is_refusal(error):
+                return Finding(model, "refused", reason=line.removeprefix(_REFUSAL))
+            return Finding(model, "wrong", worst, handled, f"on {size} ranks: {line}")
         for kind, of_kind in found.items():
             error = max(of_kind.loss, of_kind.gradients, key=_nan_first)
             if not error <= tolerance(config):
@@ -181,6 +195,13 @@ def _wrong(size: int, kind: str, found: Errors) -> str:
     )
 
 
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether this package raised the ValueError in a worker's traceback, and not the model or its batch."""
+    places = [line for line in str(error).splitlines() if line.strip().startswith("File ")]
+    ours = bool(places) and "hf_context_parallel" in places[-1] and "verification" not in places[-1]
+    return ours and last_line(error).startswith(_REFUSAL)
+
+
 def _nan_first(value: float) -> tuple[bool, float]:
     return value != value, value
 
@@ -191,7 +212,7 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def write(findings: Iterable[Finding], known: Path, page: Path) -> None:
+def write(findings: Iterable[Finding], known: Path, page: Path, media: bool = False) -> None:
     """Write the findings of all types to the file of the package, and as a page of the documentation."""
     kept = {finding.name: asdict(finding) for finding in findings}
     for finding in kept.values():
@@ -201,7 +222,7 @@ def write(findings: Iterable[Finding], known: Path, page: Path) -> None:
             finding |= {"state": "refused", "errors": {}, "handled": {}}
     content = {"transformers": transformers.__version__, "types": kept}
     known.write_text(json.dumps(content, indent=1) + "\n")
-    page.write_text(page_of(content))
+    page.write_text(page_of(content, media))
 
 
 def bound(error: float) -> float:
@@ -212,8 +233,25 @@ def bound(error: float) -> float:
     return power
 
 
-def page_of(content: dict) -> str:
-    """Build the text of docs/models.md."""
+_TEXT_ALONE = """\
+This page is made by `hf-context-parallel check --all --write`. A tiny model of each type, with random
+weights in float64, runs on groups of 2, 3 and 4 processes. It is compared with the same model on one
+process, with Transformers' own attention and each document of a packed batch alone. The numbers bound
+the largest difference of the loss and of every parameter's gradient, relative to the largest entry of
+the tensor."""
+_WITH_MEDIA = """\
+This page is made by `hf-context-parallel check --all --vlm --write`. A tiny model of each type, with random
+weights in float64, runs on groups of 2, 3 and 4 processes. It is compared with the same model on one
+process, with Transformers' own attention and each document of a packed batch alone. The numbers bound
+the largest difference of the loss and of every parameter's gradient, relative to the largest entry of
+the tensor; those of towers and projectors are among them.
+
+Rows have several images, of two sizes where a type takes such, and one row has none. Images lie across the
+borders of shards. Padded and packed batches have images, or else sounds or videos, too."""
+
+
+def page_of(content: dict, media: bool = False) -> str:
+    """Build the text of docs/models.md, or of docs/multimodal.md."""
     types = content["types"]
     counts = {state: sum(finding["state"] == state for finding in types.values()) for state in GOOD}
     kinds = list(dict.fromkeys(kind for finding in types.values() for kind in finding["errors"]))
@@ -221,23 +259,21 @@ def page_of(content: dict) -> str:
         [name, finding["state"], *(_shown(finding["errors"].get(kind)) for kind in kinds), how(finding)]
         for name, finding in types.items()
     ]
+    subject = "image-text and audio-text model" if media else "causal or masked language model"
     return "\n".join(
         [
-            "# Models",
+            "# Models with images, video and sound" if media else "# Models",
             "",
-            f"Every causal or masked language model of Transformers {content['transformers']}: {len(types)} types, "
+            f"Every {subject} of Transformers {content['transformers']}: {len(types)} types, "
             + ", ".join(f"{count} {state}" for state, count in counts.items())
             + ".",
             "",
-            "This page is made by `hf-context-parallel check --all --write`. A tiny model of each type, with random",
-            "weights in float64, runs on groups of 2, 3 and 4 processes. It is compared with the same model on one",
-            "process, with Transformers' own attention and each document of a packed batch alone. The numbers bound",
-            "the largest difference of the loss and of every parameter's gradient, relative to the largest entry of",
-            "the tensor.",
+            _WITH_MEDIA if media else _TEXT_ALONE,
             "",
             "- **exact**: attention is a ring; other mixers, if any, share their heads or exchange halos.",
             "- **exact by resharding**: the modules marked *whole sequences* see each sequence whole, on one rank.",
-            "- **refused**: a model of this type raises the reason when it runs on shards.",
+            "- **refused**: a model of this type raises the reason when it runs on shards"
+            + (", or cannot be built or trained on one process." if media else "."),
             "",
             tabulate(rows, ["type", "state", *kinds, "how"], tablefmt="github"),
             "",

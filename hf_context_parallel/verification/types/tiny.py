@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from transformers import (
 )
 
 VOCABULARY = 64
+TEXT = 48
+"""Ids from here on mark the places of images, video and sound, and what surrounds them."""
 _POSITIONS = 256
 _LAYERS = 4
 
@@ -42,15 +45,18 @@ _AT_MOST = _by_name(
         """,
         64: """
             original_max_position_embeddings encoder_hash_byte_group_vocab shape_vocab_size pronunciation_vocab_size
-            num_centroids ngram_vocab_size_base
+            num_centroids ngram_vocab_size_base num_position_embeddings position_embedding_size pos_emb_height
+            pos_emb_width codebook_size num_embeddings mm_posemb_size alignment_intermediate_size
         """,
         32: """
-            output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels
+            max_source_positions output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels
+            base_channels num_pos_feats downsample_hidden_size
         """,
         16: """
             q_lora_rank kv_lora_rank o_lora_rank index_head_dim chunk_size mamba_chunk_size floor_scale
             log_scaling_n_floor query_pre_attn_scalar rel_extent router_hidden_size hidden_size_per_layer_input
-            pronunciation_embed_dim shape_embed_dim attention_head_dim indexer_head_dim
+            pronunciation_embed_dim shape_embed_dim attention_head_dim indexer_head_dim num_patches
+            num_conv_pos_embeddings
         """,
         8: """
             qk_nope_head_dim v_head_dim d_kv d_head dim_head linear_key_head_dim linear_value_head_dim linear_head_dim
@@ -103,7 +109,12 @@ _SHARED = _by_name(
         32: """
             hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim hidden_size_global
             input_embedding_size output_embedding_size lru_width input_size backbone_hidden_size adapter_in_dim
-            adapter_out_dim adapter_input_size ple_embed_dim
+            adapter_out_dim adapter_input_size ple_embed_dim embed_dim out_hidden_size text_hidden_size
+            output_dim mm_embed_dim output_proj_dims projector_hidden_size projection_hidden_dim
+            projection_hidden_size projection_intermediate_size projection_dim projector_input_dim
+            projector_output_dim encoder_hidden_size decoder_hidden_size merged_hidden_size
+            vision_hidden_size audio_hidden_size image_text_hidden_size pooler_output_size
+            patch_embed_hidden_size thinker_hidden_size latent_channels image_token_embed_dim hidden_dim
         """,
         4: """
             num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
@@ -123,6 +134,7 @@ _DEPTHS = (
     "decoder_layers",
     "num_encoder_layers",
     "num_decoder_layers",
+    "depth",
 )
 # Fields that list the indices of the layers of one kind.
 _INDICES = (
@@ -133,9 +145,58 @@ _INDICES = (
     "mlp_only_layers",
     "moe_layers",
     "local_layer_ids",
+    "deepstack_visual_indexes",
+    "fullatt_block_indexes",
+    "global_attn_indexes",
+    "intermediate_layers_indices",
 )
+# Names of the fields that hold ids of special tokens.
+_SPECIAL = re.compile(r"\w*_(token|start|end|newline|patch|bos|eos|pad)_(id|ids|index)")
 # Fields that a type needs in addition to the names above.
 _OWN: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 12}, "max_value_projector_patch_to_query_dict": 12},
+    "chameleon_vqgan": {"num_embeddings": 8, "channel_multiplier": [1] * 4, "resolution": 32},
+    "emu3_vqgan": {"codebook_size": 8, "channel_multiplier": [1] * 4},
+    "minicpm_ocr": {"insert_layer_id": 0},
+    "minicpmv4_6": {"insert_layer_id": 0},
+    "minicpmv4_7": {"insert_layer_id": 0},
+    "mllama_vision_model": {"vision_output_dim": 64},
+    "dots3_note_audio_encoder": {"conv_output_size": 512},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    },
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [16, 32]},
+    "gemma3": {"mm_tokens_per_image": 16},
+    "dots3_note_vision_encoder": {
+        "num_hidden_layers": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "gemma4_audio": {"subsampling_conv_channels": [32, 8]},  # the first is the number of bins too
+    "glmasr_encoder": {"intermediate_size": 128},
+    "granite_speech": {"window_size": 15},
+    "granite_speech_plus": {"window_size": 15},
+    "glm5_next_text": {"index_kpool": 4},
+    "granite4_vision": {
+        "spatial_target_layers": [0, 1, 0, 1],
+        "deepstack_layer_map": [[-2, 0], [-1, 1]],
+        "vision_config": {"hidden_size": 64},  # one head of its projector
+    },
+    "mistral4": {"qk_nope_head_dim": 4, "qk_head_dim": 8, "head_dim": 8},
+    "llama4_vision_model": {"intermediate_size": 128, "vision_output_dim": 32},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "molmo2_vision": {"image_size": [56, 56], "num_position_embeddings": 16},
+    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_spark": {"out_hidden_size": 128},
+    "omniasr_audio": {"conv_dim": [16] * 7},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7, "hidden_size": 32, "vae_std": 0.0},
+    "voxtral_encoder": {"intermediate_size": 128},
+    "muse_spark_audio": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_hidden_layers": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 16},
+    "t5gemma2_encoder": {"mm_tokens_per_image": 16},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": [16, 32]},
+    "vipllava": {"vision_feature_layers": [-1, -2], "vision_feature_layer": [-1, -2]},
     "dory": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -185,7 +246,72 @@ _INDEXER = {
     "indexer_budget": 2048,
     "indexer_compress_ratio": 4,
 }
+_PARTS: dict[str, Any] = {"vision_config": {}, "audio_config": {}}
+_IMAGE_AND_VIDEO = {"image_token_id": 18, "video_token_id": 19}
+_MARKS = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+
+
+def _with_axes(*sections: int, **others: Any) -> dict[str, Any]:
+    """Return the fields of a model with three axes of positions, each with a number of frequencies."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}
+    return {"text_config": {"rope_parameters": rope, **others}}
+
+
 UNSTATED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["glm46v", "glm4v", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl"], _with_axes(16, 24, 24)),
+    "blip-2": {"image_token_index": 18},
+    "instructblip": {"image_token_index": 18},
+    "instructblipvideo": {"video_token_index": 18},
+    "chameleon": {
+        "vocabulary_map": {"<image>": TEXT, **{f"IMGIMG{'ABCDEFGH'[code]}Z": 56 + code for code in range(8)}}
+    },
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": TEXT,
+            "<|extra_200|>": 49,
+            **{f"<|visual token {code:06}|>": 56 + code for code in range(8)},
+        }
+    },
+    "cohere_compass": {
+        "text_config": {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [24, 20, 20]}
+            }
+        }
+    },
+    "cosmos3_omni": _with_axes(24, 20, 20),
+    **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _IMAGE_AND_VIDEO),
+    "voxtral": {"audio_token_id": 24},
+    "voxtral_realtime": {"audio_token_id": 24},
+    "nemotron_h_omni": {"image_token_id": 18, "video_token_id": 19, "audio_token_id": 20},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 2, "n_group": 1}
+    },
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    },
+    "ernie4_5_vl_moe": _with_axes(22, 22, 20),
+    "gemma4": {**_PARTS, "text_config": {"use_bidirectional_attention": "vision"}},
+    "gemma4_unified": {**_PARTS, "text_config": {"use_bidirectional_attention": "vision"}},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 1.0,
+                "mrope_section": [5, 8, 8],
+            }
+        }
+    },
+    "glm_ocr": _with_axes(8, 12, 12),
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 1]], "downsample_rate": "1/2"},
+    "hunyuan_vl": _with_axes(16, 24, 24, head_dim=128),
+    "qwen2_5_omni_thinker": {**_with_axes(16, 24, 24), **_MARKS},
+    "qwen3_5": _with_axes(11, 11, 10, head_dim=256),
+    "qwen3_omni_moe_thinker": {**_with_axes(24, 20, 20), **_MARKS},
+    "qwen3_vl": _with_axes(24, 20, 20),
+    "qwen3_vl_moe": _with_axes(24, 20, 20),
+    "step3p7": {"text_config": {"sliding_window": 512}},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     },
@@ -248,7 +374,9 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 def shrink(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     """Make a small configuration of the same architecture, without dropout. `changes` are fields to set afterwards."""
-    small = _shrunk(config.to_dict(), _limits(VOCABULARY, tensor_ranks=1, expert_ranks=1))
+    fields = config.to_dict()
+    small = _shrunk(fields, _limits(VOCABULARY, tensor_ranks=1, expert_ranks=1))
+    small = _with_special_tokens(small, {})
     made = type(config).from_dict({**_without_randomness(small), **changes})
     made.name_or_path = config.name_or_path  # where code of its own comes from
     return made
@@ -311,6 +439,9 @@ def tiny_model(
         model = auto.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trusted)
         if dtype == torch.float64:
             model.set_experts_implementation("eager")  # the default, a grouped product, has no float64
+            for module in model.modules():  # of which some have a configuration of their layer
+                if hasattr(getattr(module, "config", None), "_experts_implementation_internal"):
+                    module.config._experts_implementation_internal = "eager"
         model.to(dtype)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -345,13 +476,36 @@ def _without_randomness(fields: dict[str, Any]) -> dict[str, Any]:
     return still
 
 
+def _with_special_tokens(fields: dict[str, Any], known: dict[int, int]) -> dict[str, Any]:
+    """Replace the ids of special tokens by ids from `TEXT` on, which are as equal or different as they were.
+
+    Args:
+        known: the replacement of each id so far, to which more are added.
+    """
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, list):
+            return [replaced(entry) for entry in value]
+        return known.setdefault(value, TEXT + len(known) % (VOCABULARY - TEXT)) if isinstance(value, int) else value
+
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            fields[name] = _with_special_tokens(value, known)
+        elif isinstance(name, str) and name not in _TOKENS and _SPECIAL.fullmatch(name):
+            fields[name] = replaced(value)
+    return fields
+
+
 def _shrunk(fields: dict[str, Any], limits: _Limits) -> dict[str, Any]:
     """Shrink the fields of a configuration, or of one within it."""
     layers = _kept_layers(fields)
     small = {name: _small(name, value, fields, layers, limits) for name, value in fields.items()}
     if fields.get("num_kv_shared_layers"):
         small["num_kv_shared_layers"] = sum(layer >= _unshared(fields) for layer in layers)
-    return small | _OWN.get(fields.get("model_type"), {})
+    for name, value in _OWN.get(fields.get("model_type"), {}).items():
+        within = isinstance(small.get(name), dict) and "model_type" in small[name]
+        small[name] = {**small[name], **value} if within else value
+    return small
 
 
 def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int], limits: _Limits) -> Any:
@@ -368,6 +522,9 @@ def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int], lim
         if name.startswith("rope_"):
             return _small_rope(value, fields)
         return _shrunk(value, limits) if "model_type" in value else value
+    if name == "image_grid_pinpoints":  # of two tiles each
+        side = _shrunk(fields["vision_config"], limits)["image_size"]
+        return [[2 * side, side], [side, 2 * side]]
     if isinstance(value, (list, tuple)):
         if name in _INDICES:
             return [new for new, old in enumerate(layers) if old in value]
@@ -386,8 +543,9 @@ def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int], lim
         return limits.applied("num_key_value_heads", value)
     if name == "attention_hidden_size":  # a multiple of the hidden size
         return limits.most["hidden_size"] * (value // fields["hidden_size"])
-    if name == "image_size":
-        return min(value, 4 * fields["patch_size"])
+    patch = fields.get("patch_size")
+    if isinstance(patch, int) and (name == "image_size" or (name == "window_size" and value > patch)):  # in pixels
+        return min(value, 4 * patch)
     return limits.applied(name, value)
 
 
@@ -434,8 +592,17 @@ def _head_dim(value: int, fields: dict[str, Any]) -> int:
         small_rope, small_nope = min(rope, _AT_MOST["qk_rope_head_dim"]), min(nope, _AT_MOST["qk_nope_head_dim"])
         if value in (rope, rope + nope):
             return small_rope if value == rope else small_rope + small_nope
+    if axes := _sections(fields):  # at least one frequency for each axis of positions
+        return min(value, max(8, 4 * value // sum(axes)))
     width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     return min(value, 8 if width and heads and value * heads == width else 16)
+
+
+def _sections(fields: dict[str, Any]) -> list[int]:
+    """Find the numbers of frequencies of each axis of positions, for a model with three axes."""
+    rope = fields.get("rope_parameters") or {}
+    found = (part.get("mrope_section") for part in (rope, *rope.values()) if isinstance(part, dict))
+    return next((sections for sections in found if sections), [])
 
 
 def _small_rope(parameters: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
