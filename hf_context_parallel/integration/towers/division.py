@@ -136,7 +136,7 @@ def _by_row(values: Mapping[str, Any], pixels: str, described: tuple[str, ...], 
     x = values[pixels]
     if x.dim() < 3 or not x.numel():
         return None
-    if x.dim() == 5 and _has_empty(x):  # models leave out the images that pad a row
+    if x.dim() == 5 and SIZES not in described and _has_empty(x):  # models leave out the images that pad a row
         return None
     if x.dim() == 5 and len(x) == 1 and pixels == "pixel_values" and SIZES not in described:
         if any(values[name].shape[:2] != x.shape[:2] for name in described):

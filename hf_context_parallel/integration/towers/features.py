@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import ModelOutput
 
+from ...compat import tree_leaves
 from ...distributed.agreement import fingerprint
 from .division import Division
 
@@ -119,3 +120,22 @@ class Parts(list[Part]):
             else:
                 fields[part.name] = value
         return self.kind(**fields)
+
+
+def same_features(found: ModelOutput, expected: ModelOutput) -> bool:
+    """Return whether the features of an output are those of another one, up to rounding."""
+    for name, value in found.items():
+        pairs = list(zip(tree_leaves(value), tree_leaves(expected.get(name))))
+        counts = len(tree_leaves(value)), len(tree_leaves(expected.get(name)))
+        if counts[0] != counts[1] or not all(_close(a, b) for a, b in pairs):
+            return False
+    return {name for name, value in expected.items() if value is not None} <= {*found, *INSIDE}
+
+
+def _close(found: Any, expected: Any) -> bool:
+    if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor) or found.shape != expected.shape:
+        return False
+    if not found.is_floating_point() or not found.numel():
+        return torch.equal(found, expected)
+    bound = torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()
+    return bool((found - expected).abs().max() <= bound)

@@ -89,7 +89,8 @@ def errors_of_models(model_type: str, items: int, prepare: Callable = lambda mod
 
 
 def errors_with(whole: torch.nn.Module, sharded: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """Compare losses, logits and gradients of two models."""
+    """Compare losses, logits and gradients of two models, after a trial."""
+    sharded(**batch)
     expected, found = whole(**batch), sharded(**batch)
     expected.loss.backward()
     found.loss.backward()
@@ -130,8 +131,11 @@ def fsdp_errors() -> float:
     batch = batch_of("qwen2_5_vl", 2)
     with unrounded(whole.config):
         whole(**batch).loss.backward()
+        sharded(**batch).loss.backward()  # a trial
+        worst = gradient_errors(sharded, whole, averaged=True)
+        sharded.zero_grad()
         sharded(**batch).loss.backward()
-    return gradient_errors(sharded, whole, averaged=True)
+    return max(worst, gradient_errors(sharded, whole, averaged=True))
 
 
 def test_fsdp(on_ranks):
@@ -153,6 +157,8 @@ def feature_errors(model_type: str, name: str, given: dict[str, torch.Tensor]) -
     tower.register_forward_pre_hook(lambda module, args: runs.append(1))
     expected = getattr(whole.model, name)(**given, return_dict=True)
     with in_call(OuterCall(sharded, given, is_alone=False)):
+        getattr(sharded.model, name)(**given, return_dict=True)  # a trial
+        runs.clear()
         found = getattr(sharded.model, name)(**given, return_dict=True)
     worst = 0.0
     losses = []
@@ -200,6 +206,9 @@ def patches_of_rank() -> list[list[int]]:
     cp = borders_of(model)[0].cp
     with torch.no_grad():
         model(**batch)
+        assert len(counts) == 2  # a trial, which runs whole too
+        counts.clear()
+        model(**batch)
         found.append(counts.copy())
         with cp.whole(model):
             model(**batch)
@@ -218,7 +227,7 @@ def test_each_rank_encodes_its_share(on_ranks):
 
 
 def runs_of_tower(change: Callable) -> list[int]:
-    """Count the images that this rank encodes in two calls."""
+    """Count the images that this rank encodes, run by run, in two calls."""
     _, model = pair("llava")
     change(model)
     counts, batch = encoded(model, "vision_tower"), batch_of("llava", 4)
@@ -244,10 +253,15 @@ def draw_unseen(model: torch.nn.Module) -> None:
     model.model.multi_modal_projector.register_forward_hook(lambda module, args, out: out + 0 * torch.rand(1))
 
 
-def mix_items(model: torch.nn.Module) -> None:
-    """Let the features of all images be one tensor of another form."""
+def join_items(model: torch.nn.Module) -> None:
+    """Let the features of all images be one tensor."""
     features = model.model.multi_modal_projector.forward
     model.model.multi_modal_projector.forward = lambda x: features(x).flatten(0, 1)[None]
+
+
+def mix_items(model: torch.nn.Module) -> None:
+    """Let the features of an image depend on the others."""
+    model.model.multi_modal_projector.register_forward_hook(lambda module, args, out: out + out.mean(0, keepdim=True))
 
 
 @pytest.mark.parametrize("change", [drop_modules, drop_attention, normalise_batches])
@@ -255,9 +269,9 @@ def test_towers_that_vary_run_whole(on_ranks, change):
     assert on_ranks(2, runs_of_tower, change) == [[4, 4]] * 2
 
 
-@pytest.mark.parametrize("change", [draw_unseen, mix_items])
-def test_what_is_not_understood_runs_whole(on_ranks, change):
-    """Assert that a tower whose share cannot be used runs whole, and is not divided again."""
+@pytest.mark.parametrize("change", [draw_unseen, join_items, mix_items])
+def test_what_is_not_exact_runs_whole(on_ranks, change):
+    """Assert that a tower that fails its trial runs whole, and is not divided again."""
     assert on_ranks(2, runs_of_tower, change) == [[2, 4, 4]] * 2
 
 
@@ -313,6 +327,7 @@ def copied_errors() -> float:
     batch = batch_of("llava", 3)
     with unrounded(whole.config):
         whole(**batch).loss.backward()
+        twin(**batch)  # a trial
         twin(**batch).loss.backward()
     assert all(x.grad is None for x in sharded.parameters())
     return gradient_errors(twin, whole)
