@@ -33,13 +33,19 @@ from . import report
 TIMEOUT = 900
 GRIDS = ((1, 8, 8), (1, 36, 48), (1, 16, 12), (1, 24, 32), (1, 12, 20), (1, 36, 28), (1, 8, 44), (1, 20, 20))
 """Frames, rows and columns of patches of each image."""
-TOWER = {"depth": 4, "hidden_size": 256, "intermediate_size": 768, "num_heads": 4, "out_hidden_size": 64}
-TOWER |= {"fullatt_block_indexes": [3], "patch_size": 14, "window_size": 112}
+TOWER = {"hidden_size": 256, "intermediate_size": 768, "num_heads": 4, "out_hidden_size": 64, "patch_size": 14}
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT |= {"num_key_value_heads": 2, "vocab_size": 256, "bos_token_id": None, "eos_token_id": None}
 
 
-def times(rounds: int) -> dict[str, list[float]]:
+def configuration(layers: int) -> Qwen2_5_VLConfig:
+    """Make the configuration of a model. The last layer of its tower has no windows."""
+    tower = {**TOWER, "depth": layers, "fullatt_block_indexes": [layers - 1], "window_size": 112}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    return Qwen2_5_VLConfig(vision_config=tower, text_config={**TEXT, "rope_parameters": rope})
+
+
+def times(images: int, layers: int, rounds: int) -> dict[str, list[float]]:
     """Measure the seconds of this rank in turns, by kind.
 
     Raises:
@@ -47,12 +53,11 @@ def times(rounds: int) -> dict[str, list[float]]:
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
-    config = Qwen2_5_VLConfig(vision_config=TOWER, text_config={**TEXT, "rope_parameters": rope})
+    config = configuration(layers)
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="context_parallel").train()
     with allow_unchecked_models():
         hcp.parallelize(model, hcp.ContextParallel(hcp.ContextParallelConfig(size=dist.get_world_size())))
-    grids = torch.tensor(GRIDS)
+    grids = torch.tensor(GRIDS[:images])
     pixels = torch.randn(int(grids.prod(-1).sum()), 3 * 2 * 14**2)
 
     def encode(call: OuterCall | None) -> torch.Tensor:
@@ -81,43 +86,46 @@ def times(rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def counted(ranks: int) -> dict[str, float]:
+def counted(images: int, layers: int, ranks: int) -> dict[str, float]:
     """Compute the largest share of a rank: of costs, patches and pairs of patches."""
-    sizes = TowerSizes.of(Qwen2_5_VLConfig(vision_config=TOWER).vision_config)
-    shares = dealt([sizes.cost(*grid) for grid in GRIDS], ranks)
+    sizes, grids = TowerSizes.of(configuration(layers).vision_config), GRIDS[:images]
+    shares = dealt([sizes.cost(*grid) for grid in grids], ranks)
     counts: dict[str, Callable[..., int]] = {
         "cost": sizes.cost,
         "patches": lambda frames, rows, columns: frames * rows * columns,
         "pairs": sizes.pairs,
     }
-    numbers = {name: [count(*grid) for grid in GRIDS] for name, count in counts.items()}
+    numbers = {name: [count(*grid) for grid in grids] for name, count in counts.items()}
     return {name: max(sum(x[item] for item in share) for share in shares) / sum(x) for name, x in numbers.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--images", type=int, default=len(GRIDS), help="number of images")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the tower")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
     pool = WorkerPool(options.ranks, TIMEOUT)
-    by_rank = pool(options.ranks, times, options.rounds)
+    by_rank = pool(options.ranks, times, options.images, options.layers, options.rounds)
     pool.close()
     seconds = {kind: [max(values) for values in zip(*(x[kind] for x in by_rank))] for kind in by_rank[0]}
     ratios = [b / a for a, b in zip(seconds["whole"], seconds["shared"])]
-    shares = counted(options.ranks)
+    shares = counted(options.images, options.layers, options.ranks)
     middle = {kind: median(values) for kind, values in seconds.items()}
-    rows = [
+    lines = [
         ["whole", f"{1e3 * middle['whole']:.0f}", "1.00"],
         ["shared", f"{1e3 * middle['shared']:.0f}", f"{median(ratios):.2f}"],
     ]
+    patches = [rows * columns for _, rows, columns in GRIDS[: options.images]]
     text = "\n\n".join(
         [
-            f"A tower of Qwen2.5-VL of {TOWER['depth']} layers, width {TOWER['hidden_size']}, forward and backward of "
-            f"{len(GRIDS)} images of {min(h * w for _, h, w in GRIDS):,} to {max(h * w for _, h, w in GRIDS):,} "
-            f"patches, float32, {options.ranks} ranks of one thread; the time of the slowest rank, the median of "
-            f"{options.rounds} rounds. The ratio is the median of the ratios of rounds.",
-            report.table(["tower", "ms", "of whole"], rows),
+            f"A tower of Qwen2.5-VL of {options.layers} layers, width {TOWER['hidden_size']}, forward and backward of "
+            f"{len(patches)} images of {min(patches):,} to {max(patches):,} patches, float32, {options.ranks} ranks "
+            f"of one thread; the time of the slowest rank, the median of {options.rounds} rounds. The ratio is the "
+            "median of the ratios of rounds.",
+            report.table(["tower", "ms", "of whole"], lines),
             "The largest share of a rank, counted: "
             + ", ".join(f"{share:.2f} of the {name}" for name, share in shares.items())
             + ".",
