@@ -138,6 +138,30 @@ def fsdp_errors() -> float:
     return max(worst, gradient_errors(sharded, whole, averaged=True))
 
 
+def fsdp_errors_of_groups() -> tuple[float, int]:
+    """Train two CP groups under FSDP2, of which one has a single image, and compare gradients with their mean.
+
+    Returns:
+        The largest difference, and the number of runs of the tower.
+    """
+    whole, sharded = (multimodal("qwen2_5_vl", name).train() for name in (None, "context_parallel"))
+    fully_shard(sharded.model.visual)
+    fully_shard(sharded)
+    prepared(sharded, hcp.ContextParallel(hcp.ContextParallelConfig(size=2)))
+    runs = encoded(sharded, "visual")
+    batches = [batch_of("qwen2_5_vl", items) for items in (1, 3)]
+    with unrounded(whole.config):
+        for batch in batches:
+            (whole(**batch).loss / 2).backward()
+        sharded(**batches[dist.get_rank() // 2]).loss.backward()
+    return gradient_errors(sharded, whole, averaged=True), len(runs)
+
+
+def test_fsdp_of_several_groups(on_ranks):
+    for worst, runs in on_ranks(4, fsdp_errors_of_groups):
+        assert worst < 1e-7 and runs == 1
+
+
 def test_fsdp(on_ranks):
     assert max(on_ranks(3, fsdp_errors)) < 1e-7
 
