@@ -24,6 +24,13 @@ def run(tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
+def test_towers(run):
+    results = run("towers", "--rounds", "1", "--images", "3", "--layers", "1")
+    assert set(results["seconds"]) == {"whole", "shared"}
+    assert max(results["shares"].values()) < 1
+
+
+@pytest.mark.exhaustive
 def test_border(run):
     results = run("border", "--tokens", "64", "--rounds", "2", "--memory-tokens", "512")
     assert results["peak_mib"]["prepared"] < results["peak_mib"]["stock"]
