@@ -16,6 +16,10 @@ from tests.helpers.models import document_positions, labelled, loss_in, needs_ch
 from tests.helpers.simulated import allowed
 
 LENGTH = 24
+IDS = torch.full((2, LENGTH), -1)
+"""Number of the block of each token: two blocks of images in the first row, and one of two parts in the second."""
+IDS[0, 3:9], IDS[0, 12:20], IDS[1, :4], IDS[1, 10:15] = 0, 1, 0, 0
+BLOCKS = ((((3, 9),), ((12, 20),)), (((0, 4), (10, 15)),))
 KINDS = {
     "causal": ("create_causal_mask", {}, Pattern()),
     "bidirectional": ("create_bidirectional_mask", {}, Pattern(causal=False)),
@@ -36,18 +40,32 @@ KINDS = {
         Pattern(causal=False),
     ),
     "chunks": ("create_chunked_causal_mask", {}, Pattern(chunk_size=7)),
+    "images": ("create_causal_mask", {"block_sequence_ids": IDS}, Pattern(blocks=BLOCKS)),
+    "images and a window": (
+        "create_sliding_window_causal_mask",
+        {"block_sequence_ids": IDS},
+        Pattern(sliding_window=5, blocks=BLOCKS),
+    ),
+    "images in a window, as Gemma 3's": (
+        "create_causal_mask",
+        {
+            "or_mask_function": masking_utils.blockwise_overlay(IDS),
+            "and_mask_function": masking_utils.sliding_window_overlay(5),
+        },
+        Pattern(sliding_window=5, blocks=BLOCKS, blocks_in_window=True),
+    ),
     "no image": ("create_causal_mask", {"block_sequence_ids": torch.full((2, LENGTH), -1)}, Pattern()),
 }
 PACKED = torch.cat([torch.arange(n) for n in (9, 1, 14)])[None].expand(2, -1)
 
 
-def masks_of(kind: str, **batch) -> tuple[torch.Tensor, Pattern]:
+def masks_of(kind: str, whole: bool = True, **batch) -> tuple[torch.Tensor, Pattern]:
     """Return the mask tensor of Transformers, and the pattern that is read from its mask function."""
     name, arguments, _ = KINDS[kind]
     described = []
 
     def listen(*args, **kwargs):
-        described.append(read_pattern(kwargs["mask_function"], "a model"))
+        described.append(read_pattern(kwargs["mask_function"], "a model", whole=whole))
         kwargs = {key: value for key, value in kwargs.items() if not key.startswith("allow_")}
         return sdpa_mask(*args, **kwargs, allow_is_causal_skip=False)
 
@@ -70,7 +88,10 @@ def test_a_row_is_masked_as_transformers_does(kind):
     assert made.equal(allowed(Mask(LENGTH, ((((0, LENGTH),),),) * 2, pattern)))
 
 
-@pytest.mark.parametrize("kind", ["causal", "window", pytest.param("chunks", marks=needs_chunks_of_documents)])
+@pytest.mark.parametrize(
+    "kind",
+    ["causal", "window", "images", "images and a window", pytest.param("chunks", marks=needs_chunks_of_documents)],
+)
 def test_packed_documents_are_masked_as_transformers_does(kind):
     made, pattern = masks_of(kind, position_ids=PACKED)
     assert made.equal(allowed(Mask(LENGTH, from_position_ids(PACKED), pattern)))
@@ -98,6 +119,22 @@ def test_padded_rows_are_masked_as_transformers_does(kind, side):
 )
 def test_a_mask_that_is_not_known_is_refused_by_name(arguments, message, monkeypatch):
     monkeypatch.setitem(KINDS, "other", ("create_causal_mask", arguments, None))
+    with pytest.raises(ValueError, match=message):
+        masks_of("other", whole=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"and_mask_function": masking_utils.causal_mask_function},
+            "limits blocks of tokens by 'causal_mask_function'",
+        ),
+        ({"or_mask_function": masking_utils.chunked_overlay(7, torch.zeros(2))}, "none of which contains all others"),
+    ],
+)
+def test_limits_of_blocks_that_are_not_known_are_refused(arguments, message, monkeypatch):
+    monkeypatch.setitem(KINDS, "other", ("create_causal_mask", {"block_sequence_ids": IDS, **arguments}, None))
     with pytest.raises(ValueError, match=message):
         masks_of("other")
 
