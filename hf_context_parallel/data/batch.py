@@ -213,8 +213,9 @@ def _refuse_unknown(batch: Mapping[str, Any]) -> None:
             )
         if name not in (*PADDING, *CONSUMED, *PASSED_ON) and value is not False:
             raise ValueError(
-                f"the batch has {name!r}, which cannot be sharded. Remove it if the model does not need it; the "
-                f"inputs that can be sharded are {', '.join(PADDING)}, {', '.join(CONSUMED)}."
+                f"the batch has {name!r}, which cannot be sharded. Call a model that hcp.parallelize has prepared "
+                "with the whole batch, as images need it, or remove it if the model does not need it; the inputs that "
+                f"can be sharded are {', '.join(PADDING)}, {', '.join(CONSUMED)}."
             )
 
 

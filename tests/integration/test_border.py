@@ -27,6 +27,10 @@ from tests.helpers.models import context, document_positions, error, labelled, s
 NO_PADDING = labelled()
 LEFT = {name: value.flip(1) for name, value in batch_for("causal").items()}
 
+IMAGES = torch.zeros(3, 19, dtype=torch.long)
+"""Token types with two images in the first row, one in the second, and none in the third."""
+IMAGES[0, 2:6] = IMAGES[0, 7:11] = IMAGES[1, 4:17] = 1
+
 LANGUAGE_MODELS = {
     "rows": ("llama", {}, NO_PADDING),
     "padding": ("llama", {}, batch_for("causal")),
@@ -40,6 +44,7 @@ LANGUAGE_MODELS = {
     "biases": ("phi", {}, NO_PADDING),
     "the squares of logits": ("bamba", {"z_loss_coefficient": 0.1}, batch_for("causal")),
     "masks of a composite": ("gemma3", {}, batch_for("causal")),
+    "blocks of images": ("gemma3", {}, batch_for("causal") | {"token_type_ids": IMAGES}),
     "labels of their own tokens": ("xlm", {}, NO_PADDING),
     "a window": ("mistral", {"sliding_window": 5}, batch_for("causal")),
     "hidden states": ("llama", {"output_hidden_states": True}, batch_for("causal")),
@@ -65,6 +70,7 @@ MODELS = {
 }
 SIMPLER = {
     "rows",
+    "masks of a composite",
     "padding",
     "divided logits",
     "biases",

@@ -19,6 +19,7 @@ CASES = {
     "softcaps": ("gemma2", {}, labelled(), {"comm_type": "all_gather"}),
     "a temperature that counts tokens": ("llama4_text", {"attention_chunk_size": 4}, labelled(), {}),
     "values of another head dim": ("deepseek_v3", {}, labelled(), {}),
+    "blocks of images": ("gemma3", {}, labelled() | {"token_type_ids": labelled()["input_ids"] % 2}, {}),
     "an encoder": ("modernbert", {}, None, {}),
 }
 
