@@ -52,8 +52,9 @@ class Placement:
         wide = grad.to(accumulation_dtype(grad.dtype))
         whole = wide.new_zeros(self.most * self.ranks.size, *grad.shape[1:])
         whole[beside(self.places, grad)] = wide
-        local = torch.empty_like(whole[: self.most])
-        dist.reduce_scatter(local, list(whole.split(self.most)), group=self.ranks.group)
+        parts = list(whole.unflatten(0, (self.ranks.size, self.most)).unbind(0))
+        local = torch.empty_like(parts[0])
+        dist.reduce_scatter(local, parts, group=self.ranks.group)
         result = grad.new_zeros(rows, *grad.shape[1:])
         result[: self.mine] = local[: self.mine]
         return result
