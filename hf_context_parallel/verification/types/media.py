@@ -248,6 +248,8 @@ def _concatenated(name: str, tensors: Sequence[torch.Tensor], dim: int) -> torch
 
 def _medium(model: PreTrainedModel, kind: str, size: int, random: torch.Generator) -> Medium | None:
     """Make a medium of a kind, if the model takes it. Its features are counted by the model."""
+    if kind == "image" and _having(model, "get_video_features") and not _having(model, "get_image_features"):
+        return None  # its pixels are those of videos
     taken = _parameters(model)
     config = _media_config(model.config)
     for of_kind, needed, maker in _MAKERS:
