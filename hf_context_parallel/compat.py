@@ -271,7 +271,7 @@ def asks_interface(module_class: type[torch.nn.Module]) -> bool:
 
 
 def add_to_attention_tables(
-    name: str, known: Callable[[type], bool], refuse: Callable[[PreTrainedConfig, str], Exception]
+    name: str, known: Callable[[type], bool], guard: Callable[[torch.nn.Module, str], None]
 ) -> None:
     """Add `name` to the tables from which some model types choose the class of their attention.
 
@@ -281,7 +281,8 @@ def add_to_attention_tables(
     Args:
         name: the value of `attn_implementation`.
         known: returns whether the eager attention class of a table may be used for `name` too.
-        refuse: makes the error for any other table, from the configuration and the name of the table.
+        guard: is called with each module that is made by any other table, and the name of the table. The module is of
+            the class that Transformers takes by default.
     """
     original = PreTrainedModel.__init__
 
@@ -289,7 +290,7 @@ def add_to_attention_tables(
     def init(self, config, *args: Any, **kwargs: Any):
         if attention_name(config) == name:
             for module in {kind.__module__ for kind in type(self).__mro__}:
-                _fill_tables(sys.modules[module], name, known, refuse)
+                _fill_tables(sys.modules[module], name, known, guard)
         original(self, config, *args, **kwargs)
 
     PreTrainedModel.__init__ = init
@@ -299,15 +300,19 @@ def _fill_tables(
     module: ModuleType,
     name: str,
     known: Callable[[type], bool],
-    refuse: Callable[[PreTrainedConfig, str], Exception],
+    guard: Callable[[torch.nn.Module, str], None],
 ) -> None:
     for table_name, table in vars(module).items():
         if table_name.endswith("ATTENTION_CLASSES") and isinstance(table, MutableMapping) and "eager" in table:
-            table.setdefault(name, table["eager"] if known(table["eager"]) else _refusal(refuse, table_name))
+            table.setdefault(name, table["eager"] if known(table["eager"]) else _guarded(table, table_name, guard))
 
 
-def _refusal(refuse: Callable[[PreTrainedConfig, str], Exception], table_name: str) -> Callable:
-    def make(config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        raise refuse(config, table_name)
+def _guarded(table: Mapping[str, type], table_name: str, guard: Callable[[torch.nn.Module, str], None]) -> Callable:
+    """Return a function that makes the default module of a table, and calls `guard` with it."""
+
+    def make(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        module: torch.nn.Module = table["sdpa" if "sdpa" in table else "eager"](*args, **kwargs)
+        guard(module, table_name)
+        return module
 
     return make

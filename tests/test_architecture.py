@@ -30,6 +30,7 @@ LEVELS = (
     "integration.installation",
     "integration.kept_attention",
     "integration.checks",
+    "integration.towers",
     "integration.border",
     "integration.sharded_batch",
     "functional",

@@ -24,6 +24,13 @@ def run(tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
+def test_towers(run):
+    results = run("towers", "--rounds", "1", "--images", "3", "--layers", "1")
+    assert set(results["seconds"]) == {"whole", "shared"}
+    assert max(results["shares"].values()) < 1
+
+
+@pytest.mark.exhaustive
 def test_border(run):
     results = run("border", "--tokens", "64", "--rounds", "2", "--memory-tokens", "512")
     assert results["peak_mib"]["prepared"] < results["peak_mib"]["stock"]
@@ -138,12 +145,22 @@ def test_a_devices_ranges_are_of_the_round_in_which_they_were_queued(run, tmp_pa
     assert rounds == {n: [("forward", 0, "compute", 100 * n + 20, 100 * n + 25)] for n in range(2)}
 
 
-def test_gpu_suite_on_the_cpu(tmp_path):
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        # They are the longest, and of what other tests run on a CPU: compiled models, rings and whole models.
+        {"compiled", "models", "rings"},
+        pytest.param(set(), marks=pytest.mark.exhaustive),
+    ],
+    ids=["shorter items", "all items"],
+)
+def test_gpu_suite_on_the_cpu(tmp_path, left_out):
     suite = importlib.import_module("benchmarks.gpu_suite.__main__")
-    assert suite.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
+    items = ",".join(name for name in suite.ITEMS if name not in left_out)
+    assert suite.main(["--device", "cpu", "--items", items, "--output", str(tmp_path)]) == 0
     results = [json.loads(line) for line in (tmp_path / "gpu_suite.jsonl").read_text().splitlines()]
     assert sum(result["item"] == "races" and result["right"] for result in results) == 8
-    assert {result["item"] for result in results} == set(suite.ITEMS) - {"nccl", "flash_attn_4"}
+    assert {result["item"] for result in results} == set(suite.ITEMS) - left_out - {"nccl", "flash_attn_4"}
     assert len(list(tmp_path.iterdir())) <= 8
     page = (tmp_path / "gpu_suite.md").read_text()
     assert "What failed" not in page and page.rstrip().splitlines()[-1].startswith("| flash_attn_4 | 1 of 1 |")

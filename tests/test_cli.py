@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from hf_context_parallel import train
+from hf_context_parallel import cli, train
 
 pytestmark = pytest.mark.distributed
 
@@ -38,10 +39,20 @@ def run(tmp_path):
     return run
 
 
-def test_mistakes_are_told_before_anything_starts(run):
+UNKNOWN = "training.max_stepz: unknown key in the section 'training'. Did you mean 'max_steps'?"
+
+
+def test_mistakes_are_told_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [*COMMAND, "train", str(ROOT / DEMO), "training.max_stepz=3"])
+    with pytest.raises(SystemExit, match=re.escape(UNKNOWN)):
+        cli.main()
+
+
+@pytest.mark.exhaustive
+def test_a_command_with_a_mistake_ends_without_a_traceback(run):
     result = run(*COMMAND, "train", DEMO, "training.max_stepz=3")
     assert result.returncode == 1
-    assert "training.max_stepz: unknown key in the section 'training'. Did you mean 'max_steps'?" in result.stdout
+    assert UNKNOWN in result.stdout
     assert "Traceback" not in result.stdout
 
 

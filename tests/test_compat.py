@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import hf_context_parallel
 from hf_context_parallel import compat
+from hf_context_parallel.integration.active_batch import entered
 from hf_context_parallel.integration.model_registry import sees_whole
 from hf_context_parallel.trainer.refusals import UNDOCUMENTED, check_versions
 from hf_context_parallel.verification.types import tiny
@@ -92,11 +93,15 @@ def test_a_trainer_without_a_hook_is_refused(monkeypatch, tmp_path):
         make_trainer(1, tmp_path)
 
 
-def test_an_attention_in_a_table_of_its_own_is_refused_by_name():
+def test_an_attention_in_a_table_of_its_own_runs_outside_of_shards_alone():
     config = tiny.tiny_config("git")
-    with pytest.raises(ValueError, match=r"model type 'git' is refused: .* GIT_SELF_ATTENTION_CLASSES"):
-        AutoModelForCausalLM.from_config(config, attn_implementation="context_parallel")
-    AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="context_parallel")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    attention = next(part for part in model.modules() if type(part).__name__ == "GitSelfAttention")
+    refused = pytest.raises(ValueError, match="GitSelfAttention was chosen from GIT_SELF_ATTENTION_CLASSES")
+    with refused, entered(object()):
+        attention(torch.zeros(1, 3, config.hidden_size))
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "gpt_neo", "gptj", "codegen"])

@@ -1,7 +1,7 @@
 """Worker processes that run functions as the ranks of process groups, one function after another.
 
-Importing Transformers takes seconds. So each worker imports it once, however many functions it runs. The functions run
-in a fork of the worker, which is replaced when too many of their process groups are left.
+Importing Transformers takes seconds. So one process imports it once, and all workers of all pools are forks of that
+process. The functions run in a fork of the worker, which is replaced when too many of their process groups are left.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class WorkerPool:
     def _start(self) -> None:
         # Groups use their stores even after their ranks have answered, so the folder lasts as long as the workers.
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # torch and Transformers come with the package
         for _ in range(self._workers):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there,))
@@ -138,9 +139,11 @@ def _serve(link: Connection) -> None:
     os.setpgid(0, 0)  # a group of its own, so that its fork is killed with it
     multiprocessing.set_start_method(None, force=True)  # the default again, as in a process that a launcher starts
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    import numpy as np
     import torch
 
     torch.set_num_threads(1)
+    np.random.seed()  # else all workers would draw alike
     gc.freeze()  # what is imported takes half a second of each collection, of which each Trainer makes one
     link.send("ready")
     crowded = True

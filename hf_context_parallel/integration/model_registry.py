@@ -66,9 +66,11 @@ WHOLE_MODELS = {
     "cpmant",
     "glm_moe_dsa",
     "hy_v4",
+    "hy_v4_vl_text",
     "marian",
     "mbart",
     "megatron-bert",
+    "mistral_large4_text",
     "mvp",
     "openai-gpt",
     "pegasus",
@@ -94,7 +96,9 @@ DEPENDS_ON_ATTN_NAME = {
     "falcon",
     "glm_moe_dsa",
     "hy_v4",
+    "hy_v4_vl_text",
     "minimax_m3_vl_text",
+    "mistral_large4_text",
 }
 """Model types whose layers compute something else if the name of their attention is not one of Transformers."""
 

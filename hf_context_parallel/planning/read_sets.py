@@ -289,7 +289,7 @@ class ReadSets:
                     stop = min(stop, next(k.start + query.end - k.position for k in keys if query.end <= k.end))
                 band = FULL if nearest is None else CAUSAL
                 tiles.append(((query.start, query.stop), (keys[0].start, stop), band))
-        return tuple(_loosened(call) for tiles in (first, later) for call in _calls(tiles))
+        return tuple(call for tiles in (first, later) for call in _calls(_loosened(_calls(tiles))))
 
     def _tiles(self, number: int, queries: list[Piece], keys: list[Piece], own: bool) -> Iterator[Tile]:
         """Yield the tiles of document `number`, as few and as large as possible."""
@@ -368,12 +368,15 @@ def _calls(tiles: list[Tile]) -> tuple[Segments, ...]:
     )
 
 
-def _loosened(call: Segments) -> Segments:
-    """Call without the limits that hide no key from any of its queries."""
-    bands = {call.band.within(query[1] - query[0], key[1] - key[0]) for query, key in zip(call.queries, call.keys)}
-    left = call.band.left if any(band.left is not None for band in bands) else None
-    right = call.band.right if any(band.right is not None for band in bands) else None
-    return Segments(call.queries, call.keys, Band(left, right))
+def _loosened(calls: tuple[Segments, ...]) -> list[Tile]:
+    """Tiles of calls, without the limits that hide no key from any query of a call."""
+    tiles = []
+    for call in calls:
+        bands = {call.band.within(query[1] - query[0], key[1] - key[0]) for query, key in zip(call.queries, call.keys)}
+        left = call.band.left if any(band.left is not None for band in bands) else None
+        right = call.band.right if any(band.right is not None for band in bands) else None
+        tiles += [(query, key, Band(left, right)) for query, key in zip(call.queries, call.keys)]
+    return tiles
 
 
 def _order(band: Band) -> tuple[bool, int, bool, int]:

@@ -98,8 +98,7 @@ def test_gathering_takes_two_calls_and_merges_nothing(case):
             assert len(queries) == len(set(queries))
         if mask.pattern.sliding_window is None:
             assert len(gathered.calls) <= 2
-        if mask.pattern.causal:  # limits to the right are dropped where they hide nothing, after calls were made
-            assert len(gathered.calls) <= 2 * max(1, bands)
+        assert len(gathered.calls) <= 2 * max(1, bands)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, exhaustive(torch.float64)])

@@ -18,11 +18,15 @@ import hf_context_parallel as hcp
 from tests.helpers.models import context, tiny_model, tokens
 from tests.helpers.trainer import make_trainer
 
-SECONDS = 10
+SECONDS = 6
 
 
 def raised_by(step: Callable[[int], None], folder) -> str:
-    """Run a step on two ranks, and return the error of this rank. The process then lives on past the timeout."""
+    """Run a step on two ranks, and return the error of this rank.
+
+    The process then lives on until the other rank has raised too, or past the timeout, so that no end of a process
+    tells the other rank.
+    """
     rank = dist.get_rank()
     dist.destroy_process_group()
     timeout = timedelta(seconds=SECONDS)
@@ -32,7 +36,9 @@ def raised_by(step: Callable[[int], None], folder) -> str:
         step(rank)
     except (RuntimeError, KeyError, ValueError) as error:
         raised = f"{type(error).__name__}: {error}"
-    time.sleep(max(0, SECONDS + 2 - (time.monotonic() - started)))
+    (folder / f"raised{rank}").touch()
+    while not (folder / f"raised{1 - rank}").exists() and time.monotonic() - started < SECONDS + 2:
+        time.sleep(0.02)
     return raised
 
 

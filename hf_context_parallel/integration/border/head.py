@@ -5,6 +5,7 @@ Any other head gets the hidden states of the whole batch, and runs as it was wri
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -175,6 +176,11 @@ class OuterPatch(ModulePatch):
                 set_compiler(compiler)
                 return forward(*args, **kwargs)
             alone = self._border.is_alone(given)
+            if not alone and "use_cache" in inspect.signature(forward).parameters:
+                args, kwargs = (
+                    (),
+                    {**given, "use_cache": False},
+                )  # else some make a cache for the decoder
             if not stays_on_shard(module, given):
                 with in_call(OuterCall(module, decoder_of(module), given, alone)):
                     set_compiler(compiler)

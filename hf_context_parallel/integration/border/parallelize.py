@@ -16,6 +16,7 @@ from ..installation import decoder_of, install
 from ..model_registry import NAME, models_inside, outermost_models
 from ..patches.module_patch import patch_of
 from ..tensor_parallel.checks import check_parallelism
+from ..towers.shared import share_towers
 from .decoder import DecoderBorder
 from .head import EmbeddingsPatch, HasGroup, OuterPatch
 
@@ -64,6 +65,7 @@ def parallelize(model: Model, cp: HasGroup) -> Model:
         border.replace(decoder)
         if inner is not decoder:
             OuterPatch(border).replace(inner)
+            share_towers(inner, decoder, border)
             embeddings = inner.get_output_embeddings()
             if isinstance(embeddings, torch.nn.Module):
                 EmbeddingsPatch().replace(embeddings)

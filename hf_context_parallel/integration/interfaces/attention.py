@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface
 
 from ...compat import add_to_attention_tables
 from ...planning.mask import Pattern
 from ..active_batch import active_batch
-from ..model_registry import NAME, TEXT_ALONE, attends_to_layers, sees_whole
+from ..model_registry import NAME, attends_to_layers, sees_whole
 from ..patches.module_patch import ran_sharded
 from ..patches.positions import corrected_query, counts_tokens
 from .compiled_attention import attention_in_graph
@@ -38,15 +38,20 @@ HARMLESS = {
 def register() -> None:
     """Register the attention function with Transformers."""
     AttentionInterface.register(NAME, context_parallel_attention)
-    add_to_attention_tables(NAME, sees_whole, _no_entry)
+    add_to_attention_tables(NAME, sees_whole, _refuse_in_batch)
 
 
-def _no_entry(config: PreTrainedConfig, table: str) -> ValueError:
-    return ValueError(
-        f"model type {config.model_type!r} is refused: it chooses its attention from its own {table}, for which "
-        f"{NAME!r} has not been found exact. Load it with attn_implementation='eager', or, if it is a part of a "
-        f"composite model, give each part its own attention: attn_implementation={TEXT_ALONE}."
-    )
+def _refuse_in_batch(module: torch.nn.Module, table: str) -> None:
+    """Let a module that was chosen from a table of its model type raise on a shard. A tower may run it."""
+
+    def check(module: torch.nn.Module, args: Any) -> None:
+        if active_batch() is not None:
+            raise ValueError(
+                f"{type(module).__name__} was chosen from {table}, for which {NAME!r} has not been found exact on "
+                "shards. Run the model in `with cp.whole(model):`."
+            )
+
+    module.register_forward_pre_hook(check)
 
 
 def context_parallel_attention(

@@ -67,6 +67,8 @@ calls: Tickets[Call] = Tickets()
 def of_batch(mask: PlannedMask, batch: ActiveBatch) -> PlannedMask:
     """Tell a mask what the operator has to know of the batch."""
     mask.batch, mask.by_layer = batches.issue(batch), isinstance(batch.group.config.comm_type, tuple)
+    rows, length = batch.local_shape
+    mask.shape = rows, 1, length, length
     batch.patterns[mask.rule] = mask.pattern
     return mask
 

@@ -62,6 +62,8 @@ def context_parallel_mask(**kwargs: Any) -> Any:
             )
         return AttentionMaskInterface()[unsharded_implementation(type(config))](**kwargs)
     given = kwargs.get("attention_mask")
+    if isinstance(given, PlannedMask):  # the model around the decoder has made it
+        return given
     if given is not None and not given.all():  # some models make a mask of ones when they are given none
         raise ValueError(GIVEN_A_MASK)
     pattern = read_pattern(kwargs["mask_function"], config.model_type, text_only=not batch.shard.typed)

@@ -45,6 +45,10 @@ class PlannedMask:
         self.config = config
         self.options = options
         self.padding = padding
+        self.ndim = 4
+        """As of a mask tensor. Transformers makes no other mask where it is given one."""
+        self.shape: tuple[int, ...] | None = None
+        """As of the mask tensor of the shard, once the batch is known."""
         self.batch: torch.Tensor | None = None
         """Ticket of the batch, for compiled layers; see `compiled_attention`."""
         self.by_layer = False

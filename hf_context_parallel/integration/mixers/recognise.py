@@ -21,9 +21,11 @@ def is_native(module: torch.nn.Module) -> bool:
 
 def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the modules that mix tokens by other means than the attention interface. None is inside another."""
-    if isinstance(model, PreTrainedModel) and model.config.model_type in WHOLE_MODELS:
+    if isinstance(model, PreTrainedModel):
         decoder = model.get_decoder()
-        return [model.base_model if decoder is model else decoder]
+        decoder = model.base_model if decoder is model or decoder is None else decoder
+        if not WHOLE_MODELS.isdisjoint((model.config.model_type, decoder.config.model_type)):
+            return [decoder]
     found: list[torch.nn.Module] = []
     inside: set[torch.nn.Module] = set()
     for module in model.modules():

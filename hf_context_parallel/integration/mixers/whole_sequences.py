@@ -62,7 +62,11 @@ class WholeSequences:
         turn %= self._batch.group.size
         self._batch.note(type(module).__name__, "whole sequences")
         parameters = inspect.signature(forward).parameters
-        leaves, form = tree_flatten(by_name(forward, args, kwargs))
+        arguments = by_name(forward, args, kwargs)
+        positions = arguments.get("position_ids")
+        if isinstance(positions, torch.Tensor) and positions.dim() == 3:  # several axes come first
+            arguments["position_ids"] = positions.permute(1, 2, 0)
+        leaves, form = tree_flatten(arguments)
         local = [index for index, leaf in enumerate(leaves) if self._is_by_token(leaf)]
         resharding = self._resharding(turn, leaves[local[0]].device)
         by_token = (leaves[index] for index in local)
@@ -112,7 +116,9 @@ class WholeSequences:
         ]
         arguments = tree_unflatten(here, form)
         positions = arguments.get("position_ids")
-        if makes_positions(module) and not self._batch.shard.positioned:  # it counts them itself on whole sequences
+        if positions is not None and positions.dim() == 3:
+            arguments["position_ids"] = positions.permute(2, 0, 1)
+        elif makes_positions(module) and not self._batch.shard.positioned:  # it counts them itself on whole sequences
             arguments |= dict.fromkeys(arguments.keys() & {"position_ids"})
         elif not call.sequences and positions is not None:  # some modules read the largest position
             arguments["position_ids"] = torch.arange(call.shape[1], device=positions.device)[None]

@@ -1,0 +1,233 @@
+"""Patch of the functions by which models encode media: each rank encodes a share, and gets the features of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, update_wrapper
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ...compat import set_compiler
+from ...cp_group import CPGroup
+from ...distributed.agreement import collective, fingerprint, odd_rank
+from ...distributed.mesh import Ranks, world
+from ...distributed.process_groups import Groups
+from ..checks.agreement import SAME_BATCHES
+from ..outer_call import in_call, outer_call
+from ..patches.module_patch import by_name
+from .division import GRIDS, Division, divide
+from .features import Parts, same_features
+from .gathering import Placement, gather_rows
+
+TOWERS = {
+    "get_image_features": "vision_config",
+    "get_video_features": "vision_config",
+    "get_audio_features": "audio_config",
+}
+"""Functions that encode media, with the field that holds the configuration of the tower."""
+
+
+class HasGroup(Protocol):
+    """Object that knows the CP group that is in use, such as `ContextParallel`."""
+
+    @property
+    def group(self) -> CPGroup:
+        """The CP group that is in use."""
+
+
+class Border(Protocol):
+    """Border of the decoder that takes the features."""
+
+    cp: HasGroup
+
+
+def share_towers(model: torch.nn.Module, decoder: torch.nn.Module, border: Border) -> None:
+    """Let the ranks of a group share what the towers of a model encode. A second call changes nothing.
+
+    Args:
+        model: the outermost Transformers model.
+        decoder: its decoder.
+        border: the border of the decoder.
+    """
+    patch = SharedTowers(decoder, border)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for name in TOWERS:
+                if callable(getattr(module, name, None)):
+                    patch.replace(module, name)
+
+
+class SharedTowers:
+    """Replaces the functions of models that encode media.
+
+    In a call of a prepared model that is going to be sharded, the items are dealt to the ranks by their costs. Each
+    rank encodes its share, and the features are gathered. A rank without an item encodes the cheapest one, so that
+    all ranks take part in what hooks of towers do, and its parameters get a gradient of zero.
+
+    The first call that can be divided is a *trial*: it runs whole, and the features of the shares are compared with
+    those. What is not found equal runs whole on every rank from then on: arguments that are not known, features that
+    cannot be told apart by items, and towers that mix items, draw random numbers or have statistics of batches.
+
+    Args:
+        decoder: the decoder, which is no part of a tower.
+        border: its border.
+    """
+
+    def __init__(self, decoder: torch.nn.Module, border: Border):
+        self._decoder, self._border = decoder, border
+        self._steady: WeakKeyDictionary[torch.nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+        """Whether a tower is the same function of each item, as far as its modules say, in training and outside."""
+        self._exact: WeakKeyDictionary[torch.nn.Module, dict[str, bool]] = WeakKeyDictionary()
+        """Results of trials, by function."""
+
+    def __deepcopy__(self, memo: dict) -> SharedTowers:
+        """Return this patch itself: a copy of a model is patched like the model."""
+        return self
+
+    def replace(self, module: PreTrainedModel, name: str) -> None:
+        """Replace a function of a module, unless it was replaced before."""
+        if name not in vars(module):
+            function = getattr(module, name)
+            setattr(module, name, update_wrapper(partial(self.run, module, name, function), function))
+
+    @partial(torch.compiler.disable, recursive=False)
+    def run(self, module: PreTrainedModel, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Encode media.
+
+        Args:
+            function: the function without the replacement.
+
+        Raises:
+            ValueError: on every rank alike, if one of them raised, or their items differ.
+        """
+        compiler = set_compiler(None)
+        try:
+            call, group = outer_call(), self._border.cp.group
+            if call is None or call.is_alone:
+                set_compiler(compiler)
+                return function(*args, **kwargs)
+            with in_call(None):  # masks that towers make are not those of the decoder
+                output = None
+                if group.size > 1 and self._may_share(module, name):
+                    output = self._shared(module, name, function, by_name(function, args, kwargs))
+                return function(*args, **kwargs) if output is None else output
+        finally:
+            set_compiler(compiler)
+
+    def _may_share(self, module: PreTrainedModel, name: str) -> bool:
+        """Return whether nothing is known that lets a tower run whole."""
+        steady = self._steady.setdefault(module, {})
+        if module.training not in steady:
+            steady[module.training] = not self._varies(module)
+        return steady[module.training] and self._exact.setdefault(module, {}).get(name, True)
+
+    def _shared(self, module: PreTrainedModel, name: str, function: Callable, given: dict[str, Any]) -> Any:
+        """Encode the share of this rank, and return the features of all items; None if the tower must run whole."""
+        group, exact = self._border.cp.group.groups, self._exact[module]
+        with collective(group.same_batch, "batches or models", SAME_BATCHES) as notes:
+            division = divide(given, next(iter(given), ""), getattr(module.config, TOWERS[name], None))
+            notes.fingerprint = fingerprint({"tower": name, **_described(given)})
+        if division is None:
+            return None
+        if name not in exact:
+            if not _runs_in_step(module, group):
+                exact[name], output = _tried(function, division, group)
+                return output
+            exact[name] = division.patches is not None  # grids say what an item is
+        output = _encoded(function, division, group) if exact[name] else None
+        exact[name] = output is not None
+        return output
+
+    def _varies(self, module: torch.nn.Module) -> bool:
+        """Return whether a tower of a module draws random numbers in training, or has statistics of batches."""
+        inside = {id(part) for part in self._decoder.modules()}
+        parts = (part for part in module.modules() if id(part) not in inside and part.training)
+        return any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) or _drops(part) for part in parts)
+
+
+def _tried(function: Callable, division: Division, group: Groups) -> tuple[bool, Any]:
+    """Run a tower whole, and return whether the features of shares are the same, with its output."""
+    with torch.no_grad():
+        found = _encoded(function, division, group)
+    with collective(group.same_batch) as notes:
+        output = function(**division.given)
+        notes.alarm = found is None or not same_features(found, output)
+    return not notes.alarm, output
+
+
+def _encoded(function: Callable, division: Division, group: Groups) -> ModelOutput | None:
+    """Encode the share of this rank, and gather the features of all items; None if this is not exact.
+
+    Raises:
+        ValueError: on every rank alike, if one of them raised.
+    """
+    shares = division.shares(group.size)
+    items = shares[group.rank] or [division.cheapest]
+    parts, state = None, _random_state(group.device)
+    with collective(group.same_batch) as notes:
+        parts = _understood(function(**division.taken(items)), division, items)
+        drawn = any(not torch.equal(a, b) for a, b in zip(state, _random_state(group.device)))
+        notes.alarm, notes.number = parts is None or drawn, 0 if parts is None else parts.mark
+    if parts is None or notes.alarm or odd_rank(notes.numbers) is not None:
+        _restore(state, group.device)
+        return None
+    rows = _rows_of_all(parts, len(division.costs), shares[group.rank], group)
+    placements = [Placement(shares, numbers, group) for numbers in rows]
+    return parts.joined(gather_rows([part.values for part in parts], placements), rows)
+
+
+def _runs_in_step(module: torch.nn.Module, group: Groups) -> bool:
+    """Return whether ranks of other groups run a tower in step with this one. They may have nothing to try."""
+    sharded = any(isinstance(x, DTensor) or hasattr(x, "ds_id") for x in module.parameters())
+    return sharded and group.same_batch.size < world().size
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Return whether a module leaves out entries, features or layers at random in training."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any(isinstance(value, float) and value > 0 for name, value in vars(module).items() if "drop" in name)
+
+
+def _described(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what the ranks must have in common of the arguments of a tower: shapes, and the grids of items."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    return {name: value if name in GRIDS else tuple(value.shape) for name, value in tensors.items()}
+
+
+def _understood(output: Any, division: Division, items: Sequence[int]) -> Parts | None:
+    """Take an output apart; None if it is not clear which features are those of which item."""
+    try:
+        return Parts(output, division, items)
+    except ValueError:
+        return None
+
+
+def _rows_of_all(parts: Parts, count: int, mine: Sequence[int], ranks: Ranks) -> list[list[int]]:
+    """Gather the number of rows of each of `count` items, for each part."""
+    rows = torch.zeros(len(parts), count, dtype=torch.int64)
+    for number, part in enumerate(parts):
+        for item, length in zip(mine, part.rows):
+            rows[number, item] = length
+    rows = rows.to(ranks.device)
+    dist.all_reduce(rows, group=ranks.group)
+    numbers: list[list[int]] = rows.tolist()
+    return numbers
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of the generators of the host and of a device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _restore(state: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Set the states of the generators of the host and of a device."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
