@@ -166,7 +166,7 @@ def _positions(model: PreTrainedModel, part: Inputs) -> torch.Tensor:
     length = part["input_ids"].shape[1]
     plain = torch.arange(length)[None]
     make = _having(model, "get_rope_index")
-    if make is None or not any(name.endswith("grid_thw") for name in part):
+    if make is None or not part.keys() - _BY_TOKEN:  # there is text alone
         return plain
     taken = inspect.signature(make).parameters
     positions = make(**{name: value for name, value in part.items() if name in taken})[0]
