@@ -170,7 +170,7 @@ def _positions(model: PreTrainedModel, part: Inputs) -> torch.Tensor:
         return plain
     taken = inspect.signature(make).parameters
     positions = make(**{name: value for name, value in part.items() if name in taken})[0]
-    return torch.cat([plain[None], positions]) if positions.dim() == 3 else plain
+    return torch.cat([plain[None], positions.long()]) if positions.dim() == 3 else plain
 
 
 _BY_TOKEN = {"input_ids", "labels", "attention_mask", "mm_token_type_ids", "token_type_ids"}
