@@ -166,11 +166,11 @@ def _positions(model: PreTrainedModel, part: Inputs) -> torch.Tensor:
     length = part["input_ids"].shape[1]
     plain = torch.arange(length)[None]
     make = _having(model, "get_rope_index")
-    if make is None or not any(name.endswith("grid_thw") for name in part):
+    if make is None or not part.keys() - _BY_TOKEN:  # there is text alone
         return plain
     taken = inspect.signature(make).parameters
     positions = make(**{name: value for name, value in part.items() if name in taken})[0]
-    return torch.cat([plain[None], positions]) if positions.dim() == 3 else plain
+    return torch.cat([plain[None], positions.long()]) if positions.dim() == 3 else plain
 
 
 _BY_TOKEN = {"input_ids", "labels", "attention_mask", "mm_token_type_ids", "token_type_ids"}
@@ -248,6 +248,8 @@ def _concatenated(name: str, tensors: Sequence[torch.Tensor], dim: int) -> torch
 
 def _medium(model: PreTrainedModel, kind: str, size: int, random: torch.Generator) -> Medium | None:
     """Make a medium of a kind, if the model takes it. Its features are counted by the model."""
+    if kind == "image" and _having(model, "get_video_features") and not _having(model, "get_image_features"):
+        return None  # its pixels are those of videos
     taken = _parameters(model)
     config = _media_config(model.config)
     for of_kind, needed, maker in _MAKERS:

@@ -72,6 +72,7 @@ def test_a_type_that_a_module_registers_is_checked(capsys):
         (("llama", False, "two", "p2p", None, False), "--ranks='two'"),
         (("llama", False, "2", "ring", None, False), "--comm='ring' is not one of p2p"),
         (("llama", False, "2", "p2p", None, True), "--write needs --all"),
+        (("llava", False, None, "p2p", None, False, 2, False, None, True), "--tp=2 compares text alone"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, message, capsys):

@@ -12,7 +12,7 @@ import hf_context_parallel as hcp
 from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states
 from hf_context_parallel.integration.switches import sharded_on_one_rank
 from hf_context_parallel.verification.types import survey
-from hf_context_parallel.verification.types.command import PAGE
+from hf_context_parallel.verification.types.command import PAGE, PAGE_MULTIMODAL
 from hf_context_parallel.verification.types.tiny import VOCABULARY, is_encoder, tiny_config, tiny_model
 from tests.helpers.models import needs_the_tables_version
 
@@ -67,3 +67,19 @@ def test_the_page_shows_what_is_known():
     import json
 
     assert PAGE.read_text() == survey.page_of(json.loads(KNOWN.read_text()))
+
+
+def test_the_page_of_models_with_media_shows_what_is_known():
+    import json
+
+    known = json.loads(survey.KNOWN_MULTIMODAL.read_text())
+    assert PAGE_MULTIMODAL.read_text() == survey.page_of(known, media=True)
+    assert all(finding["reason"] for finding in known["types"].values() if finding["state"] == "refused")
+
+
+@needs_the_tables_version
+def test_every_type_with_media_is_known():
+    import json
+
+    known = json.loads(survey.KNOWN_MULTIMODAL.read_text())["types"]
+    assert sorted(known) == survey.model_types(media=True)
