@@ -64,6 +64,7 @@ WHOLE_MODELS = {
     "blenderbot-small",
     "blt",
     "cpmant",
+    "glm5_next_text",
     "glm_moe_dsa",
     "hy_v4",
     "hy_v4_vl_text",

@@ -46,6 +46,8 @@ OF_LOSSES = ("labels", "shift_labels", "num_items_in_batch")
 """Arguments that only losses use."""
 OF_HEADS = (*OF_LOSSES, "logits_to_keep")
 """Arguments that models pass down to all layers, and that only losses and heads use."""
+OF_BATCHES = ("t_cond",)
+"""Arguments that all tokens of a batch share."""
 CACHES = ("cache", "past_key_values")
 """Names of the argument that holds a key/value cache."""
 
@@ -219,7 +221,7 @@ class _Call:
                         "marks. Leave it out, or run the model in `with cp.whole(model):`."
                     )
                 value = tree_map(mark.take, value)
-            if isinstance(value, torch.Tensor) and value.dim():
+            if isinstance(value, torch.Tensor) and value.dim() and name not in OF_BATCHES:
                 if tuple(value.shape[:2]) != (shard.batch_size, shard.length):
                     raise ValueError(
                         f"{type(self._decoder).__name__} was given {name} of shape {tuple(value.shape)}, and only "
@@ -273,15 +275,15 @@ class _Call:
 
 
 class _Marks:
-    """Mask that marks some tokens, `[B, S]`, where other arguments have a row for each token that is marked.
+    """Mask that marks some tokens, `[B, S]` or `[B, S, 1]`. Other arguments have a row for each token that is marked.
 
     Such are the DeepStack features of images, which layers add to the hidden states of image tokens.
     """
 
     def __init__(self, marks: torch.Tensor, shard: Shard):
-        marks = on_host(marks)
+        marks = on_host(marks).view(shard.batch_size, shard.length)
         positions, length = shard.layout.positions(shard.rank), shard.layout.length
-        numbers = (marks.flatten().cumsum(0) - 1).view(marks.shape)
+        numbers = (marks.flatten().cumsum(0) - 1).view_as(marks)
         local = take_columns(marks, positions, length, 0)
         self.count = int(marks.sum())
         self._rows = take_columns(numbers, positions, length, 0)[local]
@@ -290,7 +292,7 @@ class _Marks:
     def can_be(x: Any, shard: Shard) -> bool:
         """Return whether an argument is a mask that may mark tokens."""
         of_batch = (shard.batch_size, shard.length)
-        return isinstance(x, torch.Tensor) and x.dtype == torch.bool and tuple(x.shape) == of_batch
+        return isinstance(x, torch.Tensor) and x.dtype == torch.bool and x.shape in (of_batch, (*of_batch, 1))
 
     def take(self, x: Any) -> Any:
         """Take the rows of the tokens of this rank, of a tensor `[count, ...]`."""

@@ -219,5 +219,7 @@ def stays_on_shard(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
     embeddings = model.get_output_embeddings()
     if not isinstance(embeddings, torch.nn.Module) or has_hooks(embeddings):  # hooks would see no logits
         return False
+    if decoder_of(model).get_output_embeddings() is embeddings:  # the decoder is a language model with a head
+        return False
     stock = stock_class(model, language_model_classes())
     return stock is not None and has_forward_of(stock, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,8 @@ from ...planning.mask import Block, Pattern
 
 BLOCKS = "blockwise_overlay.<locals>.inner_mask"
 """Name of the mask function that lets tokens of one block read each other."""
+PREFILL = "create_reference_sliding_window_causal_mask.<locals>.prefill_overlay"
+"""Name of the mask function of Unlimited-OCR that lets tokens read the prefill whatever the window says."""
 WINDOW = "sliding_window_overlay.<locals>.inner_mask"
 """Name of the mask function that limits how far back a token reads, and not how far ahead."""
 
@@ -55,6 +58,8 @@ def read_pattern(function: Callable, model_type: str, text_only: bool = True, wh
         return Pattern(causal=False, sliding_window=inside["sliding_window"])
     if name == "chunked_overlay.<locals>.inner_mask":
         return Pattern(causal=False, chunk_size=inside["chunk_size"])
+    if name == PREFILL and inside["prefill_length"] == math.inf:  # without a cache all is prefill
+        return Pattern(causal=False)
     if name in ("bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"):
         return Pattern(causal=False)  # the plan has the documents of packed rows, which a shard does not show
     if _reads_nothing(function) and bool(function()):
