@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -221,6 +222,10 @@ def _joined(model: PreTrainedModel, parts: list[Inputs], within_row: bool = Fals
         tensors = [part[name] for part in parts if name in part]
         if name in by_row and not within_row:  # rows without images list empty ones
             tensors = [part.get(name, torch.zeros_like(tensors[0][:, :1])) for part in parts]
+        if name.endswith("_token_pooling"):  # places among the patches of all images
+            pixels = "pixel_values" if name.startswith("image") else "pixel_values_videos"
+            before = accumulate((part[pixels].shape[:2].numel() for part in parts if name in part), initial=0)
+            tensors = [tensor + offset for tensor, offset in zip(tensors, before)]
         dim = -1 if name in in_line else 1 if name in by_row and within_row else 0
         joined[name] = _concatenated(name, tensors, dim)
     return joined
