@@ -142,6 +142,12 @@ REFUSED_SETTINGS = {
 KNOWN = Path(__file__).parent.parent / "models.json"
 """File with the result of every model type, which `hf-context-parallel check --all --write` makes."""
 
+KNOWN_MULTIMODAL = KNOWN.with_name("multimodal.json")
+"""File with the result of every type that takes media, which `hf-context-parallel check --all --vlm --write` makes."""
+
+NOT_TESTED = "so that it was not tested"
+"""End of the reason of a type that could not be built."""
+
 NOT_MADE = "no tiny model of this type can be made"
 """Beginning of the reason of a type that could not be checked."""
 
@@ -173,7 +179,7 @@ def attends_to_layers(module: torch.nn.Module) -> bool:
 
 @cache
 def known_states() -> dict[str, dict]:
-    """Read the results of all model types that were checked, by type."""
+    """Read the results of all causal and masked language models that were checked, by type."""
     if not KNOWN.exists():
         return {}
     content = json.loads(KNOWN.read_text())
@@ -186,10 +192,18 @@ def known_states() -> dict[str, dict]:
     return content["types"]
 
 
+@cache
+def known_decoders() -> dict[str, dict]:
+    """Read the results of all types whose decoders may be sharded, by type. A type of both tables has that of text."""
+    multimodal = json.loads(KNOWN_MULTIMODAL.read_text())["types"] if KNOWN_MULTIMODAL.exists() else {}
+    return {**multimodal, **known_states()}
+
+
 def is_decided(name: str) -> bool:
-    """Return whether the table says of a type that it is exact, or that it is not."""
-    found = known_states().get(name)
-    return found is not None and not found.get("reason", "").startswith(NOT_MADE)
+    """Return whether the tables say of a type that it is exact, or that it is not."""
+    found = known_decoders().get(name)
+    reason = "" if found is None else found.get("reason", "")
+    return found is not None and not reason.startswith(NOT_MADE) and not reason.endswith(NOT_TESTED)
 
 
 def is_table_of_installed(content: dict) -> bool:

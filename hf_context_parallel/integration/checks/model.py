@@ -17,6 +17,7 @@ from ..model_registry import (
     REFUSED_SETTINGS,
     TEXT_ALONE,
     is_decided,
+    known_decoders,
     known_states,
     transformers_model,
 )
@@ -135,7 +136,7 @@ def check_decoder(decoder: PreTrainedModel, outermost: PreTrainedModel) -> None:
     known = [name for name in types if name in REFUSED or is_decided(name)]
     for model in (decoder, outermost):
         if CHECKED_AS.get(model.config.model_type, model.config.model_type) in known:
-            check_config(model.config)
+            check_config(model.config, known_decoders())
     _check_attention(decoder, decoder.config)
     stock = stock_class(decoder)
     if not known:
@@ -186,8 +187,13 @@ def _refuse_layer_drop(config: PreTrainedConfig) -> None:
             )
 
 
-def check_config(config: PreTrainedConfig) -> None:
-    """Refuse a configuration whose model would not be exact; see `check_model`."""
+def check_config(config: PreTrainedConfig, known: dict[str, dict] | None = None) -> None:
+    """Refuse a configuration whose model would not be exact; see `check_model`.
+
+    Args:
+        known: results of types; those of language models unless given.
+    """
+    known = known_states() if known is None else known
     name = CHECKED_AS.get(config.model_type, config.model_type)
     if name in REFUSED:
         raise ValueError(f"model type {name!r} is refused: {REFUSED[name]}. Train it without context parallelism.")
@@ -197,11 +203,11 @@ def check_config(config: PreTrainedConfig) -> None:
                 f"model type {name!r} is refused with {field}={value}: {reason}. Set another value, or train it "
                 "without context parallelism."
             )
-    if not switches.unchecked_models and known_states().get(name, {}).get("state") not in (
+    if not switches.unchecked_models and known.get(name, {}).get("state") not in (
         "exact",
         "exact by resharding",
     ):
-        reason = known_states().get(name, {}).get("reason") or "it has not been compared with one process"
+        reason = known.get(name, {}).get("reason") or "it has not been compared with one process"
         raise ValueError(
             f"model type {name!r} is refused: {reason}. Run `hf-context-parallel check {name}` to compare it. If this "
             f"is a part of a composite model, give each part its own attention: attn_implementation={TEXT_ALONE}."

@@ -9,10 +9,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from hf_context_parallel.config import COMM_TYPES
-from hf_context_parallel.integration.model_registry import KNOWN, KNOWN_TENSOR_PARALLEL
+from hf_context_parallel.integration.model_registry import KNOWN, KNOWN_MULTIMODAL, KNOWN_TENSOR_PARALLEL
 from hf_context_parallel.verification.types.survey import (
     GOOD,
-    KNOWN_MULTIMODAL,
     Finding,
     default_jobs,
     how,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ...compat import causal_lm_classes, masked_lm_classes
 from ...distributed.worker_pool import WorkerPool
-from ...integration.model_registry import KNOWN, NOT_MADE, REFUSED
+from ...integration.model_registry import NOT_MADE, REFUSED
 from .check import Errors, errors_of, tolerance
 from .media import UNTESTED, media_types
 from .tiny import configuration
@@ -25,8 +25,6 @@ from .tiny import configuration
 TIMEOUT = 120
 """Seconds that a model may take on a group of one size."""
 WITH_SEQUENCE_PARALLEL = " (sequence parallel)"
-KNOWN_MULTIMODAL = KNOWN.with_name("multimodal.json")
-"""File with the result of every type that takes media, which `hf-context-parallel check --all --vlm --write` makes."""
 GOOD = ("exact", "exact by resharding", "refused")
 
 

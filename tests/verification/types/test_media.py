@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_context_parallel.data.batch import IGNORED
+from hf_context_parallel.integration.model_registry import KNOWN_MULTIMODAL
 from hf_context_parallel.verification.types import check, media, survey
 from hf_context_parallel.verification.types.tiny import tiny_config
 from tests.helpers.models import needs_the_tables_version
@@ -32,7 +33,7 @@ SELDOM = SAMPLE.keys() - {"llava", "qwen2_vl", "glmasr"}
 )
 def test_what_is_known_of_a_type_with_media_is_so(on_ranks, model_type):
     found = survey.examine(on_ranks, model_type, SAMPLE[model_type], {}, media=True)
-    known = json.loads(survey.KNOWN_MULTIMODAL.read_text())["types"][model_type]
+    known = json.loads(KNOWN_MULTIMODAL.read_text())["types"][model_type]
     assert (found.state, found.handled) == (known["state"], known["handled"]), found.reason
 
 

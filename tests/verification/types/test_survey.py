@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import hf_context_parallel as hcp
-from hf_context_parallel.integration.model_registry import KNOWN, NAME, known_states
+from hf_context_parallel.integration.model_registry import KNOWN, KNOWN_MULTIMODAL, NAME, known_states
 from hf_context_parallel.integration.switches import sharded_on_one_rank
 from hf_context_parallel.verification.types import survey
 from hf_context_parallel.verification.types.command import PAGE, PAGE_MULTIMODAL
@@ -72,7 +72,7 @@ def test_the_page_shows_what_is_known():
 def test_the_page_of_models_with_media_shows_what_is_known():
     import json
 
-    known = json.loads(survey.KNOWN_MULTIMODAL.read_text())
+    known = json.loads(KNOWN_MULTIMODAL.read_text())
     assert PAGE_MULTIMODAL.read_text() == survey.page_of(known, media=True)
     assert all(finding["reason"] for finding in known["types"].values() if finding["state"] == "refused")
 
@@ -81,5 +81,5 @@ def test_the_page_of_models_with_media_shows_what_is_known():
 def test_every_type_with_media_is_known():
     import json
 
-    known = json.loads(survey.KNOWN_MULTIMODAL.read_text())["types"]
+    known = json.loads(KNOWN_MULTIMODAL.read_text())["types"]
     assert sorted(known) == survey.model_types(media=True)
