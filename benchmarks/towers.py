@@ -69,7 +69,7 @@ def times(images: int, layers: int, rounds: int) -> dict[str, list[float]]:
 
     kinds: dict[str, Callable[[], torch.Tensor]] = {
         "whole": lambda: encode(None),
-        "shared": lambda: encode(OuterCall(model, {}, is_alone=False)),
+        "shared": lambda: encode(OuterCall(model, model.get_decoder(), {}, is_alone=False)),
     }
     kinds["shared"]()  # a trial
     features = {kind: run() for kind, run in kinds.items()}

@@ -180,7 +180,7 @@ def feature_errors(model_type: str, name: str, given: dict[str, torch.Tensor]) -
     tower = next(x for x in sharded.model.children() if x is not sharded.model.get_decoder())
     tower.register_forward_pre_hook(lambda module, args: runs.append(1))
     expected = getattr(whole.model, name)(**given, return_dict=True)
-    with in_call(OuterCall(sharded, given, is_alone=False)):
+    with in_call(OuterCall(sharded, sharded.get_decoder(), given, is_alone=False)):
         getattr(sharded.model, name)(**given, return_dict=True)  # a trial
         runs.clear()
         found = getattr(sharded.model, name)(**given, return_dict=True)
