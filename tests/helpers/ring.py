@@ -107,6 +107,11 @@ MASKS = {
     "padding left, right, inside and everywhere": Mask(LENGTH, PADDED_ROWS),
     "window": Mask(LENGTH, (cut([20, 41], LENGTH), *whole_rows(1, LENGTH)), Pattern(sliding_window=9)),
     "bidirectional window": Mask(LENGTH, (cut([50], LENGTH), *PADDED_ROWS), Pattern(False, sliding_window=6)),
+    "blocks": Mask(
+        LENGTH,
+        (cut([50], LENGTH), cut([20, 41], LENGTH), *PADDED_ROWS[:1]),
+        Pattern(sliding_window=9, blocks=((((3, 30),),), (((0, 9), (15, 25)), ((30, 60),)), (((2, 40),),))),
+    ),
     "chunks": Mask(LENGTH, (cut([0, 1, 30, 41], LENGTH), *PADDED_ROWS), Pattern(chunk_size=11)),
     "bidirectional windows in chunks": Mask(LENGTH, (cut([7, 30], LENGTH), *PADDED_ROWS), Pattern(False, 5, 12)),
     "shorter than the chunks": Mask(3, whole_rows(2, 3)),
