@@ -143,7 +143,8 @@ def made_up_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase, 
         return Dataset.from_list([{name: _entry(name, text, number) for name in columns} for number in range(32)])
     if section.format == "chat":
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-        document = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        question = text if section.images is None else text[:40]  # a prompt with images is never cut
+        document = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
     elif section.format == "tokens":
         document = tokenizer(text)["input_ids"]
     else:
