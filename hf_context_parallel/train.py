@@ -21,8 +21,10 @@ from transformers import set_seed
 from hf_context_parallel.recipe.documents import load_documents, make_collator, to_rows
 from hf_context_parallel.recipe.dry_run import made_up_documents, shrink
 from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.images import ImageCollator, to_image_documents
 from hf_context_parallel.recipe.launch import check_world
 from hf_context_parallel.recipe.model import add_lora, load_model, load_reward, load_tokenizer
+from hf_context_parallel.recipe.processor import load_processor
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.report import write_report
 from hf_context_parallel.recipe.schema import Recipe, trl_classes
@@ -44,9 +46,16 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
     training = recipe.training_arguments()
     check_world(recipe, training, arguments)
     set_seed(training.seed)
-    tokenizer = load_tokenizer(recipe.model)
-    is_reward = recipe.trainer == "reward"
-    model = load_model(recipe.model, tokenizer, recipe.distributed_config(), is_reward=is_reward)
+    has_images = recipe.data.images is not None
+    processor = load_processor(recipe.model) if has_images else None
+    tokenizer = load_tokenizer(recipe.model) if processor is None else processor.tokenizer
+    model = load_model(
+        recipe.model,
+        tokenizer,
+        recipe.distributed_config(),
+        is_reward=recipe.trainer == "reward",
+        is_image_text=has_images,
+    )
     lora = recipe.lora_config()
     if lora is not None and recipe.trainer is None:
         model = add_lora(model, lora)
@@ -56,6 +65,8 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
             documents = made_up_documents(recipe.data, tokenizer, recipe.trainer)
         else:
             documents = load_documents(recipe.data, split)
+        if has_images:
+            return to_image_documents(documents, recipe.data)
         return documents if recipe.trainer else to_rows(documents, recipe.data, tokenizer)
 
     if not training.should_log:
@@ -69,11 +80,14 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
         "args": training,
         "train_dataset": train_rows,
         "eval_dataset": eval_rows,
-        "processing_class": tokenizer,
+        "processing_class": processor or tokenizer,
         "context_parallel": recipe.context_parallel,
     }
     if recipe.trainer is None:
-        return ContextParallelTrainer(**common, data_collator=make_collator(recipe.data, tokenizer))
+        collator = (
+            make_collator(recipe.data, tokenizer) if processor is None else ImageCollator(recipe.data, processor)
+        )
+        return ContextParallelTrainer(**common, data_collator=collator)
     if recipe.rewards:
         common["reward_funcs"] = [load_reward(name) for name in recipe.rewards]
     try:

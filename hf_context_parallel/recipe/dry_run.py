@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_context_parallel.recipe.documents import COLUMNS
 from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.images import draw_pages
 from hf_context_parallel.recipe.model import BYTES, load_config, load_tokenizer
 from hf_context_parallel.recipe.schema import BITSANDBYTES, DataSection, ModelSection, Recipe
 from hf_context_parallel.verification.types.tiny import UNSTATED, with_small_sizes
@@ -45,7 +46,8 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     model, data = recipe.model, recipe.data
     on_cpu = not torch.cuda.is_available()
     source = model.tokenizer or model.name
-    tokenizer_name = source if source == BYTES or Path(source).is_dir() else BYTES
+    has_images = data.images is not None
+    tokenizer_name = source if not has_images and Path(source).is_dir() else BYTES
     sharded = recipe.distributed is not None and recipe.processes == world_size
     distributed = recipe.distributed if sharded else None
     config = full_configuration(model)
@@ -86,7 +88,12 @@ def shrink(recipe: Recipe, world_size: int, output_dir: str) -> tuple[Recipe, li
     small = dataclasses.replace(
         recipe,
         model=small_model,
-        data=dataclasses.replace(data, max_length=min(data.max_length, MAX_LENGTH)),
+        data=dataclasses.replace(
+            data,
+            max_length=min(data.max_length, MAX_LENGTH),
+            images="images" if has_images else None,
+            image_options={},
+        ),
         training=recipe.training.model_copy(update=training),
         context_parallel=dataclasses.replace(
             recipe.context_parallel.of_size(recipe.context_parallel.size if sharded else world_size),
@@ -129,19 +136,23 @@ def full_configuration(model: ModelSection) -> PreTrainedConfig:
 
 
 def made_up_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase, trainer: str | None = None) -> Dataset:
-    """Make a few documents of more than `MAX_LENGTH` tokens, in the format and the column of the recipe."""
+    """Make a few documents of more than `MAX_LENGTH` tokens, in the format and the columns of the recipe."""
     text = "A dry run reads none of the recipe's data. " * 16
     if trainer is not None:
         columns = COLUMNS_OF.get(trainer, ("prompt", "chosen", "rejected"))
         return Dataset.from_list([{name: _entry(name, text, number) for name in columns} for number in range(32)])
     if section.format == "chat":
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-        document = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        question = text if section.images is None else text[:40]  # a prompt with images is never cut
+        document = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
     elif section.format == "tokens":
         document = tokenizer(text)["input_ids"]
     else:
         document = text
-    return Dataset.from_dict({section.column or COLUMNS[section.format]: [document] * 32})
+    columns = {section.column or COLUMNS[section.format]: [document] * 32}
+    if section.images is not None:
+        columns[section.images] = [[*draw_pages(" "), *draw_pages("two lines\n" * 2)]] * 32
+    return Dataset.from_dict(columns)
 
 
 def _entry(column: str, text: str, number: int) -> str | bool:

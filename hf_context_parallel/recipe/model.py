@@ -10,8 +10,10 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     ByT5Tokenizer,
@@ -26,6 +28,13 @@ from hf_context_parallel.recipe.schema import ModelSection
 
 BYTES = "bytes"
 """Name of ByT5's tokenizer, which needs no file."""
+MARKS = {
+    name: f"<extra_id_{number}>"
+    for number, name in enumerate(
+        ("image_token", "video_token", "boi_token", "eoi_token", "vision_start_token", "vision_end_token")
+    )
+}
+"""Tokens that stand for images and mark their ends, of the 125 that ByT5's tokenizer has without a meaning."""
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -82,23 +91,43 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     return config
 
 
+def name_marks(config: PreTrainedConfig) -> None:
+    """Set the ids of the tokens of images in a configuration to those that ByT5's tokenizer has for `MARKS`."""
+    tokenizer = ByT5Tokenizer()
+    for name, token in MARKS.items():
+        for field in (f"{name}_id", f"{name}_index"):
+            if hasattr(config, field):
+                setattr(config, field, tokenizer.convert_tokens_to_ids(token))
+
+
 def load_model(
     section: ModelSection,
     tokenizer: PreTrainedTokenizerBase,
     distributed: DistributedConfig | None = None,
     is_reward: bool = False,
+    is_image_text: bool = False,
 ) -> PreTrainedModel:
-    """Load the causal language model with the recipe's attention, sharded as `distributed` says.
+    """Load the model with the recipe's attention, sharded as `distributed` says.
+
+    It is a causal language model by default.
 
     Args:
         is_reward: True for a reward model, which has one output in place of the head.
+        is_image_text: True for an image-text model.
 
     Raises:
-        RecipeError: if the model cannot be loaded, is no causal language model, or its vocabulary is smaller than that
-            of the tokenizer.
+        RecipeError: if the model cannot be loaded, is of another kind, or its vocabulary is smaller than that of the
+            tokenizer.
     """
     config = load_config(section)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not section.trust_remote_code:
+    if is_image_text and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not section.trust_remote_code:
+        raise RecipeError(
+            f"model: {config.model_type!r} takes no images, which data.images names. Name a type that "
+            "AutoModelForImageTextToText knows, or leave out data.images."
+        )
+    if is_image_text and section.tokenizer == BYTES:
+        name_marks(config)
+    if not is_image_text and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not section.trust_remote_code:
         raise RecipeError(
             f"model: {config.model_type!r} has no causal language model, which recipes train. Name a type that "
             "AutoModelForCausalLM knows."
@@ -116,7 +145,8 @@ def load_model(
         options["quantization_config"] = section.quantization_config()
     if distributed is not None:
         options["distributed_config"] = distributed
-    auto = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if is_reward else auto
     if is_reward:
         config.num_labels = 1
     if section.name is None:

@@ -40,6 +40,8 @@ GENERATING = ("grpo", "rloo")
 BITSANDBYTES = "bitsandbytes"
 QUANTIZATIONS = {BITSANDBYTES: BitsAndBytesConfig, "mxfp4": Mxfp4Config}
 """Configurations of quantization that a recipe can name as `quant_method`."""
+DRAWN = "drawn"
+"""Name for images that the recipe draws."""
 PARALLEL_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
 """Sizes in the section `distributed`. Their product is the number of processes."""
 
@@ -81,7 +83,8 @@ class ModelSection:
         name: a hub id or a folder, whose weights are fine-tuned. Without it, the weights are random.
         type: the model type (`llama`, `qwen3`, ...). It is needed without `name`, and for a dry run of a hub id.
         config: values that replace those of the model's configuration.
-        tokenizer: a hub id or a folder, or `bytes` for ByT5's tokenizer, which needs no file. By default `name`.
+        tokenizer: a hub id or a folder, or `bytes` for ByT5's tokenizer, which needs no file. By default `name`. For
+            data with images it is that of the processor, and `bytes` makes the processor of the type without a file.
         dtype: the dtype of the weights. By default that of the checkpoint, and float32 for random weights.
         attention: the `attn_implementation`. For a composite model it is a dictionary, such as
             `{"": context_parallel, text_config: context_parallel, vision_config: sdpa}`.
@@ -186,6 +189,15 @@ class DataSection:
         max_length: the most tokens of a row, two or more. A trainer of TRL gets it as `training.max_length`.
         packing: join documents into rows of `max_length` tokens, where no document sees another. Without packing, a
             row is one document, cut at `max_length` and padded to the longest row of its batch.
+        images: the column of the images of a document: a list of images, or of their files. Then the model is an
+            image-text model, which learns the text of a document, or the last message of a chat, from what comes
+            before it. In a text, and in a chat that does not say where its images are, these come first. With
+            `drawn`, the recipe draws the text of a document on pages, and the model learns to read them.
+        image_options: keywords of the processor of images, such as `{size: {shortest_edge: 65536, longest_edge:
+            1048576}}`, least and most pixels of an image for types that take images of any size.
+
+    Raises:
+        ValueError: if the format or `packing` does not fit images.
     """
 
     path: str
@@ -199,6 +211,19 @@ class DataSection:
     format: Literal["text", "chat", "tokens"] = "text"
     column: str | None = None
     packing: bool = False
+    images: str | None = None
+    image_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.images is None:
+            if self.image_options:
+                raise ValueError("image_options are of images. Name their column in images, or leave them out.")
+            return
+        if self.packing or self.format == "tokens" or (self.images == DRAWN and self.format != "text"):
+            raise ValueError(
+                f"images={self.images!r} does not fit format={self.format!r} and packing={self.packing}. Give texts "
+                f"or chats without packing, and texts for images={DRAWN!r}."
+            )
 
 
 def arguments_of(trainer: str | None) -> type[TrainingArguments]:
@@ -284,6 +309,8 @@ class Recipe:
                 "data.format and data.column are for recipes without a trainer of TRL, which finds its columns by "
                 "their names. Leave them out."
             )
+        if self.data.images is not None:
+            raise ValueError("data.images is for recipes without a trainer of TRL. Leave out one of the two.")
         if self.data.packing and self.trainer != "sft":
             raise ValueError(f"data.packing=true does nothing with trainer={self.trainer!r}. Leave it out.")
 
@@ -342,6 +369,8 @@ class Recipe:
             RecipeError: if `TrainingArguments` refuses a value.
         """
         keywords = self.training.model_dump(exclude_unset=True)
+        if self.data.images is not None:
+            keywords["remove_unused_columns"] = False  # the collator reads columns that the model does not take
         if self.trainer is not None:
             known = type(self.training).model_fields
             given = {"max_length": self.data.max_length, **({"packing": True} if self.data.packing else {})}

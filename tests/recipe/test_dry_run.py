@@ -9,7 +9,9 @@ from hf_context_parallel.integration.model_registry import known_states
 from hf_context_parallel.recipe.documents import make_collator, to_rows
 from hf_context_parallel.recipe.dry_run import MAX_LENGTH, made_up_documents, shrink
 from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.images import ImageCollator, to_image_documents
 from hf_context_parallel.recipe.model import load_config, load_model, load_tokenizer
+from hf_context_parallel.recipe.processor import load_processor
 from hf_context_parallel.recipe.reading import load_recipe
 from tests.helpers.models import needs_sharding_while_loading, needs_the_tables_version
 from tests.helpers.recipe import MEGATRON, RECIPES
@@ -37,11 +39,18 @@ def test_shipped_recipes_load_and_shrink(name, tmp_path):
     small, replaced = shrink(recipe, 1, str(tmp_path))
     assert small.context_parallel.size == 1
     assert len(replaced) == 5 + bool(recipe.distributed)
+    has_images = small.data.images is not None
     tokenizer = load_tokenizer(small.model)
-    model = load_model(small.model, tokenizer)
+    model = load_model(small.model, tokenizer, is_image_text=has_images)
     assert model.num_parameters() < 1_000_000
-    rows = to_rows(made_up_documents(small.data, tokenizer), small.data, tokenizer)
-    batch = make_collator(small.data, tokenizer)([rows[0]])
+    documents = made_up_documents(small.data, tokenizer)
+    if has_images:
+        rows = to_image_documents(documents, small.data)
+        batch = ImageCollator(small.data, load_processor(small.model))([rows[0]])
+        assert batch["pixel_values"].isfinite().all()
+    else:
+        rows = to_rows(documents, small.data, tokenizer)
+        batch = make_collator(small.data, tokenizer)([rows[0]])
     assert batch["input_ids"].shape == (1, MAX_LENGTH)
     assert batch["input_ids"].max() < model.config.get_text_config().vocab_size
 

@@ -47,6 +47,17 @@ SIZES = {
             "image_size": 896,
         },
     },
+    "gemma3_vlm": {
+        "text_config": {
+            "vocab_size": 262208,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "sliding_window": 1024,
+        },
+    },
     "gpt_oss_20b_lora_128k": {"num_hidden_layers": 24, "num_local_experts": 32},
     "llama3_3b_pretrain_packed": {
         "vocab_size": 128256,
@@ -61,6 +72,7 @@ SIZES = {
     "llama3_8b_1m_two_nodes": LLAMA_8B,
     "llama3_8b_lora_128k": LLAMA_8B,
     "qwen3_5_9b_256k": {},
+    "qwen3_5_video": {},
     "qwen3_8b_1m": QWEN3_8B,
     "qwen3_8b_fsdp2": QWEN3_8B,
     "qwen3_8b_qlora_64k": QWEN3_8B,
