@@ -31,6 +31,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_context_parallel as hcp
 from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
+from tests.helpers.images import image_collator, image_model, image_samples
 from tests.helpers.models import needs_sharding_while_loading
 from tests.helpers.recipe import MINIMAL
 
@@ -136,6 +137,17 @@ def training(folder: Path) -> dict:
     }
 
 
+def images(folder: Path) -> dict:
+    path = folder / f"images{torch.distributed.get_rank()}"
+    image_model("qwen3_vl", None).save_pretrained(path)
+    return {
+        "AutoModelForImageTextToText": transformers.AutoModelForImageTextToText,
+        "name": str(path),
+        "batch": image_collator(image_samples("qwen3_vl", ((0,), (1,)))),
+        "hcp": hcp,
+    }
+
+
 def loop(folder: Path) -> dict:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="context_parallel")
     cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
@@ -184,6 +196,7 @@ GIVEN = {
     "training": training,
     "loop": loop,
     "own_loop": own_loop,
+    "images": images,
     "attention": attention,
     "tensor_parallel": tensor_parallel,
 }

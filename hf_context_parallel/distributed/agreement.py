@@ -13,6 +13,10 @@ from .host import on_host
 from .mesh import Ranks
 
 
+class Agreed(ValueError):
+    """Error that all ranks of a group raise alike."""
+
+
 class collective:
     """`with` block after which all ranks of a group go on, or all raise the same error.
 
@@ -31,7 +35,7 @@ class collective:
     After the block, `numbers` holds the `number` of each rank, and `alarm` is True if it was on any rank.
 
     Raises:
-        ValueError: on every rank with the same message, if a rank raised in the block or the fingerprints differ.
+        Agreed: on every rank with the same message, if a rank raised in the block or the fingerprints differ.
     """
 
     def __init__(self, ranks: Ranks, what: str = "", remedy: str = ""):
@@ -84,24 +88,24 @@ def raise_together(ranks: Ranks, failed: Sequence[int], error: Exception | None)
         error: the error of this rank, if there is one.
 
     Raises:
-        ValueError: with the message of that error.
+        Agreed: with the message of that error.
     """
     if not any(failed):
         return
     first = next(rank for rank, flag in enumerate(failed) if flag)
     message = [str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(message, group=ranks.group, group_src=first, device=ranks.device)
-    raise ValueError(f"rank {first} of the group: {message[0]}") from error
+    raise Agreed(f"rank {first} of the group: {message[0]}") from error
 
 
 def check_consensus(fingerprints: Sequence[int], what: str, remedy: str) -> None:
     """Raise unless all ranks have the same fingerprint.
 
     Raises:
-        ValueError: if a fingerprint differs from that of rank 0; the message names the rank.
+        Agreed: if a fingerprint differs from that of rank 0; the message names the rank.
     """
     if (odd := odd_rank(fingerprints)) is not None:
-        raise ValueError(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
+        raise Agreed(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
 
 
 def odd_rank(values: Sequence[int]) -> int | None:

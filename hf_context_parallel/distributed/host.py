@@ -74,12 +74,12 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 
     They are not copied if it is on the host, or is remembered and neither of the two tensors was written since then.
     """
-    found = _kept(tensor)
+    found = at_hand(tensor)
     return tensor.detach().cpu() if found is None else found
 
 
-def _kept(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Values of a tensor that the host has without a wait, or None."""
+def at_hand(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the values of a tensor that the host has without a wait, or None."""
     if is_on_host(tensor):
         return tensor.detach() if tensor.requires_grad else tensor
     source, version = _known.get(tensor) or (None, 0)
@@ -112,7 +112,7 @@ class Twin(torch.Tensor):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> torch.Tensor:
         """Make a twin of a tensor on a device whose values the host has. Others are returned as they are."""
-        host = None if is_on_host(tensor) else _kept(tensor)
+        host = None if is_on_host(tensor) else at_hand(tensor)
         return tensor if host is None else cls._made(tensor, host)
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -31,6 +31,8 @@ class OuterCall:
     ):
         self.model, self.decoder, self.given = model, decoder, given
         self.is_alone, self.compiler = is_alone, compiler
+        self.met_decoder = False
+        """Whether its decoder has begun. From then on, ranks wait for each other elsewhere."""
 
     @property
     def uses_padding(self) -> bool:
@@ -40,6 +42,9 @@ class OuterCall:
     def is_of_decoder(self, config: PreTrainedConfig) -> bool:
         """Return whether a mask that is made for this configuration is one for the decoder, and not for a tower."""
         return type(config) in (type(self.decoder.config), type(self.model.config))
+
+
+Call = TypeVar("Call", bound="OuterCall | None")
 
 
 class _Calls(threading.local):
@@ -58,10 +63,10 @@ def outer_call() -> OuterCall | None:
 
 
 @contextmanager
-def in_call(call: OuterCall | None) -> Iterator[None]:
-    """Make a call the innermost one in this block."""
+def in_call(call: Call) -> Iterator[Call]:
+    """Make a call the innermost one in this block, and yield it."""
     _calls.open.append(call)
     try:
-        yield
+        yield call
     finally:
         _calls.open.pop()

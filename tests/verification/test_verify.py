@@ -25,6 +25,7 @@ from hf_context_parallel.planning import mask
 from hf_context_parallel.trainer import mixin
 from hf_context_parallel.verification import verify
 from hf_context_parallel.verification.types import tiny
+from tests.helpers.images import image_model
 from tests.helpers.models import context, tiny_model, tokens
 from tests.helpers.trainer import make_trainer
 
@@ -88,6 +89,19 @@ def test_attention_to_earlier_layers_passes(on_ranks, model_type):
     differences = on_ranks(3, differences_of_a_type, model_type, FLOAT32)
     assert differences == differences[:1] * 3
     assert {difference.batch for difference in differences[0]} == {"packed", "padded"}
+
+
+def differences_with_a_tower(model_type: str) -> list:
+    return hcp.verify(image_model(model_type, NAME), context())
+
+
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gemma3", "llava"))]
+)
+def test_models_with_towers_pass(on_ranks, model_type):
+    first, second = on_ranks(2, differences_with_a_tower, model_type)
+    assert first == second and {difference.batch for difference in first} == {"packed", "padded"}
+    assert {"the whole model", "model.language_model.layers.1"} <= {difference.layer for difference in first}
 
 
 def lora(model: torch.nn.Module) -> torch.nn.Module:
@@ -184,6 +198,11 @@ def own_positions(rotary, forward):
     return lambda x, position_ids: forward(x, torch.arange(x.shape[1]).expand(len(position_ids), -1))
 
 
+def reads_neighbour(forward):
+    """Forward of a layer whose tokens read the one before them."""
+    return lambda x, *args, **kwargs: forward(x + x.roll(1, 1), *args, **kwargs)
+
+
 @contextmanager
 def made_wrong(how: str):
     """Make a model that is wrong within the block."""
@@ -195,6 +214,10 @@ def made_wrong(how: str):
             model = tiny_of({"convolution": "lfm2", "state space": "bamba", "positions": "opt"}[how])
             where, name = (recognise, "MAKES_POSITIONS") if how == "positions" else (model_registry, "SEES_WHOLE")
             patch.setattr(where, name, re.compile("none"))
+        elif how == "neighbour":
+            model = image_model("llava", NAME)
+            layer = model.model.language_model.layers[1]
+            layer.forward = reads_neighbour(layer.forward)
         elif how == "expert":
             model = tiny_of("qwen3_next")
             patch.setattr(model_registry, "SEES_WHOLE", re.compile("none"))
@@ -216,6 +239,7 @@ WRONG = {
     "state space": "model.layers.0 is not exact on shards: for a packed batch, its output",
     "expert": "model.layers.0 is not exact on shards: for a packed batch, its output",
     "positions": "model.decoder.layers.0 is not exact on shards: for a padded batch, its input",
+    "neighbour": "model.language_model.layers.1 is not exact on shards: for a packed batch, its output",
     "documents": "model.layers.0.self_attn is not exact on shards: for a packed batch, its output",
     "scale": "model.layers.0.self_attn is not exact on shards: for a packed batch, its output",
     "gradient": "model.layers.0.self_attn is not exact on shards: for a packed batch, its input gradient",

@@ -26,7 +26,7 @@ from ...distributed.agreement import collective, fingerprint
 from ...distributed.failures import FailureReport
 from ...distributed.host import beside, on_host
 from ..active_batch import ActiveBatch, active_batch, entered
-from ..checks.agreement import SAME_BATCHES, check_weights, sampled, signature
+from ..checks.agreement import SAME_BATCHES, check_weights, sample, sampled, signature
 from ..checks.inputs import accepted, check_range
 from ..checks.model import check_call
 from ..installation import carry_batches
@@ -163,6 +163,8 @@ class _Call:
         self.failure_report = FailureReport(group.groups.same_batch)
         given = {name: value for name, value in given.items() if value is not None and name not in OF_HEADS}
         call, masks = outer_call(), _take_masks(given)
+        if call is not None:
+            call.met_decoder = True
         _add_documents(decoder, given)
         compared = []
         with self.failure_report.opening():
@@ -189,6 +191,9 @@ class _Call:
                 compared_labels = labels if group.config.check_batch else {}
                 patterns = sorted(str(mask.pattern) for mask in _planned(masks))  # layer types come in any order
                 whole = {"batch": shard.fingerprint, "model": mark, "masks": patterns, **compared_labels}
+                if call is not None:
+                    around = {name: x for name, x in call.given.items() if x is not given.get(name)}
+                    whole |= sample({name: around[name] for name in around.keys() - {*OF_LOSSES}}, group)
                 notes.fingerprint = fingerprint(whole)
             if notes.alarm:
                 group.exchange.settle(group.groups)

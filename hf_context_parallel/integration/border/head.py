@@ -6,7 +6,8 @@ Any other head gets the hidden states of the whole batch, and runs as it was wri
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,7 +20,10 @@ from ...compat import language_model_classes, set_compiler
 from ...config import ContextParallelConfig
 from ...cp_group import CPGroup
 from ...data.batch import IGNORED
+from ...distributed.agreement import Agreed, collective
+from ...distributed.failures import FailureReport
 from ...distributed.host import Twin, on_host
+from ..checks.media import explained
 from ..checks.model import has_forward_of, stock_class
 from ..installation import decoder_of
 from ..outer_call import OuterCall, in_call, outer_call
@@ -182,17 +186,38 @@ class OuterPatch(ModulePatch):
                     {**given, "use_cache": False},
                 )  # else some make a cache for the decoder
             if not stays_on_shard(module, given):
-                with in_call(OuterCall(module, decoder_of(module), given, alone)):
+                with in_call(OuterCall(module, decoder_of(module), given, alone)) as call, self._together(call):
                     set_compiler(compiler)
                     return forward(*args, **kwargs)
             call = HeadCall(module, decoder_of(module), given, alone, self._border.cp.group.config, compiler)
             for name in LABELS:
                 if isinstance(kwargs.get(name), torch.Tensor):
                     kwargs[name] = Twin.of(kwargs[name])
-            with in_call(call):
+            with in_call(call), self._together(call):
                 return call.finished(forward(*args, **kwargs))
         finally:
             set_compiler(compiler)
+
+    @contextmanager
+    def _together(self, call: OuterCall) -> Iterator[None]:
+        """Let all ranks of the group raise an error that one of them raised before it came to the decoder.
+
+        The others wait for it where they agree next: at the decoder, at a tower, or here.
+
+        Raises:
+            ValueError: on every rank, in place of the error.
+        """
+        try:
+            yield
+        except Exception as error:
+            ranks = self._border.cp.group.groups.same_batch
+            if call.met_decoder or call.is_alone or ranks.size == 1:
+                raise
+            with FailureReport(ranks).opening():
+                if isinstance(error, Agreed):
+                    raise
+                with collective(ranks):
+                    raise explained(error, call.model, call.given) from error
 
 
 class EmbeddingsPatch(ModulePatch):

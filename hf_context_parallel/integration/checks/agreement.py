@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from ...compat import tree_leaves
 from ...cp_group import CPGroup
+from ...distributed.host import at_hand, on_host
 from ...distributed.process_groups import Groups
 from .weights import sampled_parameters, weights_differ
 
@@ -14,6 +17,10 @@ SAME_BATCHES = (
     "Give all ranks of a CP group the same batch and model: cp.prepare_data_loader() and ContextParallelTrainer deal "
     "samples to CP groups rather than ranks."
 )
+
+
+SAMPLED = 1024
+"""Number of values of a tensor that ranks compare."""
 
 
 def check_weights(compared: Sequence[torch.nn.Parameter], groups: Groups) -> None:
@@ -39,6 +46,23 @@ def sampled(model: torch.nn.Module, group: CPGroup) -> list[torch.nn.Parameter]:
     if not group.config.check_batch or groups.size == 1 or groups.same_batch.size > groups.size:
         return []
     return sampled_parameters(model)
+
+
+def sample(given: Mapping[str, Any], group: CPGroup) -> dict[str, Any]:
+    """Return what the ranks compare of arguments of the model around a decoder, such as pixels.
+
+    These are shapes and dtypes of all tensors, all tokens, and values of other tensors that the host has.
+    """
+    leaves = {name: [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)] for name, value in given.items()}
+    found: dict[str, Any] = {}
+    for name, tensors in leaves.items():
+        for number, x in enumerate(tensors):
+            found[f"{name} {number}"] = str(x.dtype), tuple(x.shape)
+            values = on_host(x) if name == "input_ids" else at_hand(x)
+            if group.config.check_batch and values is not None:
+                stride = 1 if name == "input_ids" else max(1, x.numel() // SAMPLED)
+                found[f"values of {name} {number}"] = values.flatten()[::stride]
+    return found
 
 
 def signature(model: torch.nn.Module) -> tuple:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ...distributed.mesh import world
@@ -65,7 +66,7 @@ def keep_proof(decoder: PreTrainedModel) -> None:
 
 def identity(decoder: PreTrainedModel) -> str:
     """Compute the digest of a decoder: the code of its modules, its configuration without sizes, and versions."""
-    code = {_source(kind) for kind in {type(module) for module in decoder.modules()}}
+    code = {_source(kind) for kind in {_class_of(module) for module in decoder.modules()}}
     replaced = {module: inside_patches(module.forward) for module in decoder.modules() if "forward" in vars(module)}
     stock = (type(module).forward for module in replaced)
     code |= {
@@ -78,6 +79,11 @@ def identity(decoder: PreTrainedModel) -> str:
         version("hf-context-parallel"),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _class_of(module: torch.nn.Module) -> type:
+    """Return the class of a module, without what `fully_shard` makes of it."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _source(code: Any) -> str:

@@ -19,7 +19,7 @@ class Case:
         data: kind of the samples; see `samples.make_samples`.
         model: type of the model.
         options: arguments of the trainer's configuration.
-        vision: True for the model with its vision tower, which is trained on text alone.
+        vision: True for the model with its vision tower.
         attention: attention of the model without CP.
         tuner: name of the adapters that are trained; see `tuners.TUNERS`. None to train all weights.
         bits: bits of the frozen weights, quantised by bitsandbytes. None for float64.
@@ -37,6 +37,11 @@ class Case:
     bits: int | None = None
     zero: int | None = None
     quick: bool = False
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the samples have images."""
+        return self.data.endswith("images")
 
     @property
     def refused(self) -> str | None:
@@ -80,6 +85,10 @@ CASES: dict[str, Case] = {
     "SFT, packing, windows": Case("SFTTrainer", "text", "gemma3_text", options={"packing": True, "max_length": 90}),
     "SFT, linear attention": Case("SFTTrainer", "text", "qwen3_next"),
     "SFT, Qwen3.5 with its vision tower, on text": Case("SFTTrainer", "text", "qwen3_5", vision=True),
+    "SFT with images, Gemma 3": Case("SFTTrainer", "chat, images", "gemma3", vision=True, options=PLAIN),
+    "SFT with images, Gemma 3, LoRA, checkpointing": Case(
+        "SFTTrainer", "chat, images", "gemma3", vision=True, tuner="LoRA, `all-linear`"
+    ),
     "DPO": Case("DPOTrainer", "preference", quick=True),
     "DPO, evaluation": Case("DPOTrainer", "preference", options={"eval_strategy": "steps", "eval_steps": 1}),
     "DPO, LoRA": Case("DPOTrainer", "preference", tuner="LoRA, `all-linear`"),
@@ -87,6 +96,7 @@ CASES: dict[str, Case] = {
     "DPO, `padding_free`, which TRL 1.16 does not apply": Case(
         "DPOTrainer", "preference", options={"padding_free": True}
     ),
+    "DPO with images, Gemma 3": Case("DPOTrainer", "preference, images", "gemma3", vision=True),
     "KTO": Case("KTOTrainer", "unpaired"),
     "KTO, LoRA": Case("KTOTrainer", "unpaired", tuner="LoRA, `all-linear`"),
     "KTO, precomputed reference": Case("KTOTrainer", "unpaired", options={"precompute_ref_log_probs": True}),

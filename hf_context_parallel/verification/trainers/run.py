@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -34,7 +35,7 @@ from ...integration.model_registry import NAME
 from ...trainer.mixin import ContextParallelTrainer
 from ..types.tiny import tiny_config, tiny_model
 from .cases import Case
-from .samples import VOCABULARY, make_samples, make_tokenizer
+from .samples import IMAGE, VOCABULARY, make_processor, make_samples, make_tokenizer
 from .tuners import TUNERS
 
 SAMPLES, STEPS, BATCH = 24, 3, 4
@@ -93,7 +94,7 @@ def make_trainer(case: Case, size: int, groups: int, folder: str) -> Trainer:
     """Make the trainer of a case."""
     stock, config, made = classes_of(case.trainer)
     attention = NAME if size else case.attention
-    tokenizer = make_tokenizer()
+    tokenizer = processing_class(case)
     paths = [save_model(case, folder, seed) for seed in range(2)]
     args = config(**arguments_of(case, groups, folder), deepspeed=zero_settings(case.zero if size else None))
     model = load_model(case, paths[0], attention)
@@ -141,9 +142,7 @@ def save_model(case: Case, folder: str, seed: int = 0) -> Path:
 
     It comes before arguments of ZeRO-3 are made, since Transformers then divides each model that it makes.
     """
-    config = tiny_config(case.model)
-    for name, value in {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 2}.items():
-        setattr(config.get_text_config(), name, value)
+    config = model_config(case)
     if case.trainer == "RewardTrainer":
         config.num_labels = 1
     path = Path(folder, f"model{seed}")
@@ -152,6 +151,22 @@ def save_model(case: Case, folder: str, seed: int = 0) -> Path:
     if dist.is_initialized():
         dist.barrier()
     return path
+
+
+def model_config(case: Case) -> PreTrainedConfig:
+    """Make the configuration of the tiny model of a case, with the ids of its tokens."""
+    config = tiny_config(case.model)
+    size = VOCABULARY + len(IMAGE) * case.has_images
+    for name, value in {"vocab_size": size, "pad_token_id": 0, "eos_token_id": 2}.items():
+        setattr(config.get_text_config(), name, value)
+    if case.has_images:
+        make_processor(config)  # which sets the ids of images
+    return config
+
+
+def processing_class(case: Case) -> Any:
+    """Make the tokenizer of a case, or the processor of text and images."""
+    return make_processor(tiny_config(case.model)) if case.has_images else make_tokenizer()
 
 
 def auto_class(case: Case) -> Any:

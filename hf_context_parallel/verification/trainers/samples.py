@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from datasets import Dataset, load_from_disk
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import Gemma3ImageProcessorPil, Gemma3Processor, PreTrainedConfig, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<tool>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = len(SPECIAL) + len(BYTES)
+IMAGE = {"boi_token": "<image>", "image_token": "<patch>", "eoi_token": "</image>"}
+"""Tokens of images by their names in the tokenizer of Gemma 3: what stands for one in a text, its tokens, its end."""
 WORDS = ("a", "is", "the", "no", "ring", "key", "sum", "rank", "short", "token", "gather", "shard", "exact", "between")
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}: "
@@ -22,10 +26,20 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 """Chat template that marks what an assistant says."""
+IMAGE_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }}: "
+    "{% for part in message.content %}{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+"""Chat template of messages with images."""
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token for each byte, and a chat template."""
+def make_tokenizer(**more: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with one token for each byte, and a chat template.
+
+    Args:
+        more: further special tokens, by the names that the tokenizer has them under.
+    """
     vocabulary = {token: number for number, token in enumerate(SPECIAL + BYTES)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,9 +50,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=["<tool>"],
+        model_specific_special_tokens=more,
     )
+    made.add_tokens(list(more.values()), special_tokens=True)
     made.chat_template = TEMPLATE
     return made
+
+
+def make_processor(config: PreTrainedConfig) -> Gemma3Processor:
+    """Make a processor of text and images for a model of Gemma 3, in whose configuration the ids of images are set."""
+    tokenizer = make_tokenizer(**IMAGE)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in IMAGE.values()]
+    config.boi_token_index, config.image_token_index, config.eoi_token_index = ids
+    side = config.vision_config.image_size
+    images = Gemma3ImageProcessorPil(size={"height": side, "width": side})
+    count = config.mm_tokens_per_image
+    return Gemma3Processor(images, tokenizer, chat_template=IMAGE_TEMPLATE, image_seq_length=count)
 
 
 def _text(draw: random.Random, most: int) -> str:
@@ -59,12 +86,23 @@ def _turns(draw: random.Random) -> list[dict[str, Any]]:
     return turns
 
 
+def _image(draw: random.Random) -> Image.Image:
+    """Draw an image of random colours."""
+    colours = np.random.default_rng(draw.randrange(2**32)).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    return Image.fromarray(colours)
+
+
+def _turn(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
 def make_samples(kind: str, count: int, folder: str, seed: int = 0) -> Dataset:
     """Make a data set. Every rank reads its files, since a trainer may let one rank write what the others read.
 
     Args:
         folder: an empty folder that all ranks see.
-        kind: `text`, `chat`, `completion`, `preference`, `unpaired` or `prompt`, as TRL's documentation calls them.
+        kind: `text`, `chat`, `completion`, `preference`, `unpaired` or `prompt`, as TRL's documentation calls them;
+            `chat, images` or `preference, images`, of which the third sample and each third one after it has none.
         count: number of samples.
     """
     draw = random.Random(seed)
@@ -77,6 +115,13 @@ def make_samples(kind: str, count: int, folder: str, seed: int = 0) -> Dataset:
         if kind == "prompt":
             return {"prompt": _text(draw, 5)}
         prompt, completion = _text(draw, 5), " " + _text(draw, 12)
+        if kind.endswith("images"):
+            question, answer = _turn("user", prompt), _turn("assistant", completion)
+            images = [_image(draw) for _ in range((1, 2, 0)[number % 3])]
+            if kind.startswith("chat"):
+                return {"images": images, "messages": question + answer}
+            other = _turn("assistant", _text(draw, 7))
+            return {"images": images, "prompt": question, "chosen": answer, "rejected": other}
         if kind == "completion":
             return {"prompt": prompt, "completion": completion}
         if kind == "unpaired":

@@ -1,0 +1,57 @@
+"""Training of models with images by the Trainer, on shards against the stock Trainer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch.utils.data import IterableDataset
+
+from tests.helpers.images import image_collator, image_model, image_samples
+from tests.helpers.trainer import STOCK, check_training, make_trainer, trained
+
+
+class Stream(IterableDataset):
+    """Data set without a length."""
+
+    def __init__(self, rows: list[dict]):
+        self._rows = rows
+
+    def __iter__(self):
+        return iter(self._rows)
+
+
+def image_history(kind, folder, model_type, options) -> tuple:
+    """Train and evaluate: losses and norms of each step, all weights, the loss of the evaluation, and tokens seen."""
+    options = {"max_steps": 2, "gradient_accumulation_steps": 2, "include_num_input_tokens_seen": True, **options}
+    is_stream = options.pop("is_stream", False)
+    model = image_model(model_type, None if kind == STOCK else "context_parallel")
+    trainer = make_trainer(kind, folder, model=model, train_sampling_strategy="sequential", **options)
+    rows = image_samples(model_type)
+    trainer.train_dataset = Stream(rows) if is_stream and kind != STOCK else rows
+    trainer.data_collator = image_collator
+    steps, weights = trained(trainer)
+    return steps, weights, trainer.evaluate(rows[:3])["eval_loss"], trainer.state.num_input_tokens_seen
+
+
+CASES = {
+    "images of two sizes": (4, "qwen3_vl", {}),
+    "image blocks": (2, "gemma3", {}),
+    "a stream": (4, "gemma3", {"is_stream": True}),
+    "checkpointing": (2, "qwen3_vl", {"gradient_checkpointing": True, "ddp_find_unused_parameters": True}),
+}
+"""Cases with their number of ranks. A batch has no image at all, and others have a row without one.
+
+Accelerate cuts the batches of a stream by rows, pixels too. So the reference of a stream is a list of samples.
+"""
+SIMPLER = ("a stream", "checkpointing")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.exhaustive] * (case in SIMPLER)) for case in CASES]
+)
+def test_training_with_images_is_that_of_as_many_processes_as_groups(on_ranks, tmp_path, case):
+    ranks, *run = CASES[case]
+    expected = on_ranks(ranks // 2, image_history, STOCK, tmp_path, *run)[0]
+    for found in on_ranks(ranks, image_history, 2, tmp_path, *run):
+        check_training(found[:2], expected[:2])
+        np.testing.assert_allclose(found[2:], expected[2:], rtol=1e-5)
