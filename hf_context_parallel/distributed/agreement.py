@@ -12,9 +12,20 @@ import torch.distributed as dist
 from .host import on_host
 from .mesh import Ranks
 
+AGREED = "is_agreed_by_all_ranks"
+"""Attribute of an error that all ranks of a group raise alike. Its class stays that which users see and catch."""
 
-class Agreed(ValueError):
-    """Error that all ranks of a group raise alike."""
+
+def agreed_error(message: str) -> ValueError:
+    """Return an error that all ranks of a group raise alike."""
+    error = ValueError(message)
+    vars(error)[AGREED] = True
+    return error
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Return whether all ranks of a group raise an error alike."""
+    return AGREED in vars(error)
 
 
 class collective:
@@ -35,7 +46,7 @@ class collective:
     After the block, `numbers` holds the `number` of each rank, and `alarm` is True if it was on any rank.
 
     Raises:
-        Agreed: on every rank with the same message, if a rank raised in the block or the fingerprints differ.
+        ValueError: on every rank with the same message, if a rank raised in the block or the fingerprints differ.
     """
 
     def __init__(self, ranks: Ranks, what: str = "", remedy: str = ""):
@@ -88,24 +99,24 @@ def raise_together(ranks: Ranks, failed: Sequence[int], error: Exception | None)
         error: the error of this rank, if there is one.
 
     Raises:
-        Agreed: with the message of that error.
+        ValueError: with the message of that error.
     """
     if not any(failed):
         return
     first = next(rank for rank, flag in enumerate(failed) if flag)
     message = [str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(message, group=ranks.group, group_src=first, device=ranks.device)
-    raise Agreed(f"rank {first} of the group: {message[0]}") from error
+    raise agreed_error(f"rank {first} of the group: {message[0]}") from error
 
 
 def check_consensus(fingerprints: Sequence[int], what: str, remedy: str) -> None:
     """Raise unless all ranks have the same fingerprint.
 
     Raises:
-        Agreed: if a fingerprint differs from that of rank 0; the message names the rank.
+        ValueError: if a fingerprint differs from that of rank 0; the message names the rank.
     """
     if (odd := odd_rank(fingerprints)) is not None:
-        raise Agreed(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
+        raise agreed_error(f"ranks 0 and {odd} of the group have different {what}. {remedy}")
 
 
 def odd_rank(values: Sequence[int]) -> int | None:

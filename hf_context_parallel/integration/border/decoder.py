@@ -161,6 +161,7 @@ class _Call:
     def __init__(self, decoder: PreTrainedModel, given: dict[str, Any], group: CPGroup):
         self._decoder, self.group = decoder, group
         self.failure_report = FailureReport(group.groups.same_batch)
+        computes_loss = given.get("labels") is not None and decoder.get_output_embeddings() is not None
         given = {name: value for name, value in given.items() if value is not None and name not in OF_HEADS}
         call, masks = outer_call(), _take_masks(given)
         if call is not None:
@@ -170,6 +171,12 @@ class _Call:
         with self.failure_report.opening():
             with collective(group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
                 notes.alarm = group.exchange.interrupted
+                if computes_loss:
+                    raise ValueError(
+                        f"{type(decoder).__name__} was given labels, and its loss is computed inside of the decoder, "
+                        "which has the tokens of a shard. Compute the loss around it, of its logits, or run the model "
+                        "in `with cp.whole(model):`."
+                    )
                 check_call(decoder, decoder if call is None else call.model, given, group)
                 compared = sampled(decoder, group)
                 self.local = self._shard(_embedded(decoder, given))

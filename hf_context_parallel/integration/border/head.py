@@ -20,7 +20,7 @@ from ...compat import language_model_classes, set_compiler
 from ...config import ContextParallelConfig
 from ...cp_group import CPGroup
 from ...data.batch import IGNORED
-from ...distributed.agreement import Agreed, collective
+from ...distributed.agreement import collective, is_agreed
 from ...distributed.failures import FailureReport
 from ...distributed.host import Twin, on_host
 from ..checks.media import explained
@@ -214,7 +214,7 @@ class OuterPatch(ModulePatch):
             if call.met_decoder or call.is_alone or ranks.size == 1:
                 raise
             with FailureReport(ranks).opening():
-                if isinstance(error, Agreed):
+                if is_agreed(error):
                     raise
                 with collective(ranks):
                     raise explained(error, call.model, call.given) from error

@@ -66,6 +66,7 @@ UNTESTED = {
     "inkling_mm_model": "it needs the scipy package, so that it was not tested",
     "kyutai_speech_to_text": _NO_TINY,
     "llama4": "its forward raises AttributeError in this version of Transformers, with media and without",
+    "nemo_speechlm": "no batch of sound has been made for it, so that it was not tested",
     "perception_lm": _TIMM,
     "pi0": "it is trained on actions of robots, and not on text",
     "qwen2_5_omni": _NO_FORWARD,
