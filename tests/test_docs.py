@@ -138,8 +138,9 @@ def training(folder: Path) -> dict:
 
 
 def images(folder: Path) -> dict:
-    path = folder / f"images{torch.distributed.get_rank()}"
-    image_model("qwen3_vl", None).save_pretrained(path)
+    path = folder / "images"
+    image_model("qwen3_vl", None).save_pretrained(path)  # which the first rank writes
+    torch.distributed.barrier()
     return {
         "AutoModelForImageTextToText": transformers.AutoModelForImageTextToText,
         "name": str(path),

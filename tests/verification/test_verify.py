@@ -188,9 +188,12 @@ class Wrong(ReferenceKernel):
         return query, key * self._gradient, value
 
 
-def one_token_short(module, attention_mask, kwargs, original=attention._pattern) -> mask.Pattern:
-    pattern = original(module, attention_mask, kwargs)
-    return pattern._replace(sliding_window=pattern.sliding_window - 1) if module.layer_idx == 1 else pattern
+def one_token_short(batch, layer, index, *others, original=attention.sharded_attention) -> torch.Tensor:
+    """Attention on shards whose window in the second layer is one token shorter."""
+    *tensors, pattern, scaling, softcap, dropout = others
+    if index == 1:
+        pattern = pattern._replace(sliding_window=pattern.sliding_window - 1)
+    return original(batch, layer, index, *tensors, pattern, scaling, softcap, dropout)
 
 
 def own_positions(rotary, forward):
@@ -209,7 +212,7 @@ def made_wrong(how: str):
     with pytest.MonkeyPatch.context() as patch:
         if how == "window":
             model = tiny_model("mistral", "context_parallel", FLOAT32, sliding_window=6)
-            patch.setattr(attention, "_pattern", one_token_short)
+            patch.setattr(attention, "sharded_attention", one_token_short)
         elif how in ("convolution", "state space", "positions"):
             model = tiny_of({"convolution": "lfm2", "state space": "bamba", "positions": "opt"}[how])
             where, name = (recognise, "MAKES_POSITIONS") if how == "positions" else (model_registry, "SEES_WHOLE")
