@@ -18,7 +18,7 @@ from ...cp_group import CPGroup
 from ...distributed.agreement import collective, fingerprint, odd_rank
 from ...distributed.mesh import Ranks, world
 from ...distributed.process_groups import Groups
-from ..checks.agreement import SAME_BATCHES
+from ..checks.agreement import SAME_BATCHES, sample
 from ..outer_call import in_call, outer_call
 from ..patches.module_patch import by_name
 from .division import GRIDS, Division, divide
@@ -132,7 +132,7 @@ class SharedTowers:
         group, exact = self._border.cp.group.groups, self._exact[module]
         with collective(group.same_batch, "batches or models", SAME_BATCHES) as notes:
             division = divide(given, next(iter(given), ""), getattr(module.config, TOWERS[name], None))
-            notes.fingerprint = fingerprint({"tower": name, **_described(given)})
+            notes.fingerprint = fingerprint({"tower": name, **_described(given, self._border.cp.group)})
         if division is None:
             return None
         if name not in exact:
@@ -195,10 +195,9 @@ def _drops(module: torch.nn.Module) -> bool:
     return any(isinstance(value, float) and value > 0 for name, value in vars(module).items() if "drop" in name)
 
 
-def _described(given: dict[str, Any]) -> dict[str, Any]:
-    """Return what the ranks must have in common of the arguments of a tower: shapes, and the grids of items."""
-    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-    return {name: value if name in GRIDS else tuple(value.shape) for name, value in tensors.items()}
+def _described(given: dict[str, Any], group: CPGroup) -> dict[str, Any]:
+    """Return what the ranks must have in common of the arguments of a tower: a sample, and the grids of items."""
+    return {**sample(given, group), **{name: given[name] for name in GRIDS if given.get(name) is not None}}
 
 
 def _understood(output: Any, division: Division, items: Sequence[int]) -> Parts | None:
