@@ -110,9 +110,9 @@ class ImageCollator:
 
     def _split(self, chat: list[dict[str, Any]]) -> tuple[str, str]:
         """Write a chat as text by the template, and split it before what the model is to say at its end."""
-        whole = self.processor.apply_chat_template(chat)
-        prompt = self.processor.apply_chat_template(chat[:-1], add_generation_prompt=True)
-        # Some templates begin an answer otherwise when they are to begin one.
+        whole = self.processor.apply_chat_template(chat, tokenize=False)
+        prompt = self.processor.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+        # Some templates begin an answer that is to be generated otherwise than one that is given.
         pairs = enumerate(zip(whole, prompt))
         length = next((index for index, (left, right) in pairs if left != right), min(len(whole), len(prompt)))
         return whole[:length], whole[length:]

@@ -29,12 +29,14 @@ from hf_context_parallel.recipe.schema import ModelSection
 BYTES = "bytes"
 """Name of ByT5's tokenizer, which needs no file."""
 MARKS = {
-    name: f"<extra_id_{number}>"
-    for number, name in enumerate(
-        ("image_token", "video_token", "boi_token", "eoi_token", "vision_start_token", "vision_end_token")
-    )
+    "image_token": "<image>",
+    "video_token": "<video>",
+    "boi_token": "<begin_of_image>",
+    "eoi_token": "<end_of_image>",
+    "vision_start_token": "<vision_start>",
+    "vision_end_token": "<vision_end>",
 }
-"""Tokens that stand for images and mark their ends, of the 125 that ByT5's tokenizer has without a meaning."""
+"""Tokens that stand for images or mark their ends, by the names that processors read, which ByT5's tokenizer gains."""
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -91,9 +93,14 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     return config
 
 
+def tokenizer_with_marks() -> PreTrainedTokenizerBase:
+    """Make ByT5's tokenizer with the tokens of images, `MARKS`, in place of those that it has without a meaning."""
+    return ByT5Tokenizer(extra_special_tokens=MARKS)
+
+
 def name_marks(config: PreTrainedConfig) -> None:
-    """Set the ids of the tokens of images in a configuration to those that ByT5's tokenizer has for `MARKS`."""
-    tokenizer = ByT5Tokenizer()
+    """Set the ids of the tokens of images in a configuration to those of `tokenizer_with_marks`."""
+    tokenizer = tokenizer_with_marks()
     for name, token in MARKS.items():
         for field in (f"{name}_id", f"{name}_index"):
             if hasattr(config, field):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import AutoProcessor, ByT5Tokenizer, PreTrainedConfig, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.image_processing_auto import (
     IMAGE_PROCESSOR_MAPPING_NAMES,
     get_image_processor_class_from_name,
@@ -13,7 +13,7 @@ from transformers.models.auto.image_processing_auto import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from hf_context_parallel.recipe.errors import RecipeError
-from hf_context_parallel.recipe.model import BYTES, MARKS, load_config
+from hf_context_parallel.recipe.model import BYTES, load_config, tokenizer_with_marks
 from hf_context_parallel.recipe.schema import ModelSection
 
 CHAT_TEMPLATE = (
@@ -52,10 +52,6 @@ def load_processor(section: ModelSection) -> ProcessorMixin:
 
 def _processor_of_bytes(config: PreTrainedConfig) -> ProcessorMixin:
     """Make the processor of a model type with ByT5's tokenizer, and without videos."""
-    tokenizer = ByT5Tokenizer()
-    for name, token in MARKS.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     images = get_image_processor_class_from_name(IMAGE_PROCESSOR_MAPPING_NAMES[config.model_type]["pil"])
     stock = PROCESSOR_MAPPING[type(config)]
     sizes = _sizes(config)
@@ -65,7 +61,7 @@ def _processor_of_bytes(config: PreTrainedConfig) -> ProcessorMixin:
     made = type(stock.__name__, (stock,), {"get_attributes": parts})
     processor = made(
         images(**{name: value for name, value in sizes.items() if hasattr(images, name)}),
-        tokenizer,
+        tokenizer_with_marks(),
         **{name: value for name, value in sizes.items() if name in parameters},
     )
     processor.chat_template = CHAT_TEMPLATE.replace("IMAGE", processor.image_token)

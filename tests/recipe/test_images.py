@@ -98,6 +98,26 @@ def test_sizes_of_images_follow_the_recipe():
     assert few["image_grid_thw"].prod() * 16**2 <= 16 * 1024
 
 
+def test_a_processor_of_a_folder_makes_the_same_batches(tmp_path):
+    text = [{"text": "a\n" * 9}]
+    section = DataSection(path="text", max_length=512, images="drawn")
+    made = load_processor(ModelSection(type="gemma3", config={"mm_tokens_per_image": 16}, tokenizer="bytes"))
+    made.save_pretrained(tmp_path)
+    loaded = load_processor(ModelSection(name=str(tmp_path)))
+    batches = [ImageCollator(section, processor)(text) for processor in (made, loaded)]
+    assert (
+        batches[0].keys()
+        == batches[1].keys()
+        == {"input_ids", "attention_mask", "token_type_ids", "labels", "pixel_values"}
+    )
+    for name, value in batches[0].items():
+        assert torch.equal(value, batches[1][name]), name
+    assert int((batches[0]["token_type_ids"] == 1).sum()) == 16
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(RecipeError, match="has no processor of images with a chat template"):
+        load_processor(ModelSection(name=str(tmp_path)))
+
+
 def test_documents_keep_what_the_collator_reads():
     section = DataSection(path="somewhere", max_length=64, images="scans")
     data = Dataset.from_dict({"text": ["a", " ", "b"], "scans": [["1.png"], [], []], "other": [1, 2, 3]})
@@ -116,6 +136,10 @@ def test_documents_keep_what_the_collator_reads():
         (["data.images=scans", "data.format=tokens"], "does not fit format='tokens'"),
         (["data.images=drawn", "data.format=chat"], "texts for images='drawn'"),
         (["data.image_options={do_resize: false}"], "Name their column in images"),
+        (
+            ["data.images=drawn", "context_parallel={size: 2, dynamic: true, max_tokens_per_rank: 64}"],
+            "dynamic=true deals",
+        ),
         (["data.images=scans", "trainer=sft"], "data.images is for recipes without a trainer of TRL"),
     ],
 )
