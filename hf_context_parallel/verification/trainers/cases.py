@@ -85,8 +85,8 @@ CASES: dict[str, Case] = {
     "SFT, packing, windows": Case("SFTTrainer", "text", "gemma3_text", options={"packing": True, "max_length": 90}),
     "SFT, linear attention": Case("SFTTrainer", "text", "qwen3_next"),
     "SFT, Qwen3.5 with its vision tower, on text": Case("SFTTrainer", "text", "qwen3_5", vision=True),
-    "SFT with images, Gemma 3": Case("SFTTrainer", "chat, images", "gemma3", vision=True, options=PLAIN),
-    "SFT with images, Gemma 3, LoRA, checkpointing": Case(
+    "SFT, images (Gemma 3)": Case("SFTTrainer", "chat, images", "gemma3", vision=True, options=PLAIN),
+    "SFT, images (Gemma 3), LoRA, checkpointing": Case(
         "SFTTrainer", "chat, images", "gemma3", vision=True, tuner="LoRA, `all-linear`"
     ),
     "DPO": Case("DPOTrainer", "preference", quick=True),
@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
     "DPO, `padding_free`, which TRL 1.16 does not apply": Case(
         "DPOTrainer", "preference", options={"padding_free": True}
     ),
-    "DPO with images, Gemma 3": Case("DPOTrainer", "preference, images", "gemma3", vision=True),
+    "DPO, images (Gemma 3)": Case("DPOTrainer", "preference, images", "gemma3", vision=True),
     "KTO": Case("KTOTrainer", "unpaired"),
     "KTO, LoRA": Case("KTOTrainer", "unpaired", tuner="LoRA, `all-linear`"),
     "KTO, precomputed reference": Case("KTOTrainer", "unpaired", options={"precompute_ref_log_probs": True}),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
 from datasets import Dataset, load_from_disk
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Gemma3ImageProcessorPil, Gemma3Processor, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import Gemma3Processor
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<tool>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -59,6 +62,8 @@ def make_tokenizer(**more: str) -> PreTrainedTokenizerFast:
 
 def make_processor(config: PreTrainedConfig) -> Gemma3Processor:
     """Make a processor of text and images for a model of Gemma 3, in whose configuration the ids of images are set."""
+    from transformers import Gemma3ImageProcessorPil, Gemma3Processor  # which need Pillow
+
     tokenizer = make_tokenizer(**IMAGE)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in IMAGE.values()]
     config.boi_token_index, config.image_token_index, config.eoi_token_index = ids
@@ -86,8 +91,10 @@ def _turns(draw: random.Random) -> list[dict[str, Any]]:
     return turns
 
 
-def _image(draw: random.Random) -> Image.Image:
+def _image(draw: random.Random) -> Image:
     """Draw an image of random colours."""
+    from PIL import Image  # runs without images do without Pillow
+
     colours = np.random.default_rng(draw.randrange(2**32)).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     return Image.fromarray(colours)
 
