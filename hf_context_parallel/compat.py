@@ -144,11 +144,25 @@ def masked_lm_classes() -> dict[str, str]:
     return lookup("transformers.models.auto.modeling_auto", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "every model type")
 
 
+def image_text_classes() -> dict[str, str]:
+    """Return the class names that `AutoModelForImageTextToText` chooses from, by model type."""
+    name, needed_by = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "every multimodal model"
+    return lookup("transformers.models.auto.modeling_auto", name, needed_by)
+
+
 def multimodal_classes() -> dict[str, str]:
     """Return the class names that the auto classes of multimodal language models choose from, by model type."""
-    module, needed_by = "transformers.models.auto.modeling_auto", "every multimodal model"
-    others = lookup(module, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", needed_by)
-    return {**others, **lookup(module, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", needed_by)}
+    name, needed_by = "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "every multimodal model"
+    return {**lookup("transformers.models.auto.modeling_auto", name, needed_by), **image_text_classes()}
+
+
+def processor_classes(config: PreTrainedConfig) -> tuple[type, type]:
+    """Return the classes of the processor of a model type, and of the processor of images that uses Pillow."""
+    module, needed_by = "transformers.models.auto.image_processing_auto", "a processor without files"
+    by_backend = lookup(module, "IMAGE_PROCESSOR_MAPPING_NAMES", needed_by)[config.model_type]
+    images = lookup(module, "get_image_processor_class_from_name", needed_by)(by_backend["pil"])
+    processors = lookup("transformers.models.auto.processing_auto", "PROCESSOR_MAPPING", needed_by)
+    return processors[type(config)], images
 
 
 @functools.cache

@@ -6,12 +6,8 @@ import inspect
 from typing import Any
 
 from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
-from transformers.models.auto.image_processing_auto import (
-    IMAGE_PROCESSOR_MAPPING_NAMES,
-    get_image_processor_class_from_name,
-)
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+from hf_context_parallel.compat import processor_classes
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.model import BYTES, load_config, tokenizer_with_marks
 from hf_context_parallel.recipe.schema import ModelSection
@@ -52,8 +48,7 @@ def load_processor(section: ModelSection) -> ProcessorMixin:
 
 def _processor_of_bytes(config: PreTrainedConfig) -> ProcessorMixin:
     """Make the processor of a model type with ByT5's tokenizer, and without videos."""
-    images = get_image_processor_class_from_name(IMAGE_PROCESSOR_MAPPING_NAMES[config.model_type]["pil"])
-    stock = PROCESSOR_MAPPING[type(config)]
+    stock, images = processor_classes(config)
     sizes = _sizes(config)
     parameters = inspect.signature(stock.__init__).parameters
     # Processors of videos need torchvision, and `__init__` refuses None for one.

@@ -189,8 +189,8 @@ def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
     """
     model_class = MODEL_MAPPING.get(config_class, None) or _model_of(config_class)
     if model_class is None:  # a part of a model that is no model itself
-        holders = (kind for kind in MODEL_MAPPING if config_class in kind.sub_configs.values())
-        model_class = MODEL_MAPPING.get(next(holders, None), None)
+        holders = (MODEL_MAPPING[kind] for kind in MODEL_MAPPING if config_class in kind.sub_configs.values())
+        model_class = next(holders, None)
     if model_class is None:
         raise ValueError(
             f"Transformers maps no model to {config_class.__name__}, so its attention outside cp.shard is not known. "

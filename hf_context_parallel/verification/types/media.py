@@ -14,12 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 
+from ...compat import causal_lm_classes, image_text_classes, multimodal_classes
 from ...data.batch import IGNORED
 from .tiny import TEXT
 
@@ -50,8 +46,7 @@ class Batch(NamedTuple):
 
 def media_types() -> list[str]:
     """List the types that take text and media: image-text models, and others that are no causal language models."""
-    images, causal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return sorted({*images, *(name for name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES if name not in causal)})
+    return sorted({*image_text_classes(), *(multimodal_classes().keys() - causal_lm_classes())})
 
 
 _TIMM = "its vision tower needs the timm package, so that it was not tested"
