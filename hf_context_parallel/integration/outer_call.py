@@ -32,7 +32,7 @@ class OuterCall:
         self.model, self.decoder, self.given = model, decoder, given
         self.is_alone, self.compiler = is_alone, compiler
         self.met_decoder = False
-        """Whether its decoder has begun. From then on, ranks wait for each other elsewhere."""
+        """True once its decoder has begun. From then on, ranks wait for each other elsewhere."""
 
     @property
     def uses_padding(self) -> bool:

@@ -40,7 +40,7 @@ class PlannedMask:
     ):
         self.pattern = pattern
         self.rule = pattern.rule
-        """What compiled code sees of the pattern. Blocks would be compiled anew for each batch."""
+        """Pattern without blocks, for compiled code, which would be compiled anew for the blocks of each batch."""
         self.dtype = dtype
         self.config = config
         self.options = options

@@ -82,7 +82,7 @@ class SharedTowers:
     def __init__(self, decoder: torch.nn.Module, border: Border):
         self._decoder, self._border = decoder, border
         self._steady: WeakKeyDictionary[torch.nn.Module, dict[bool, bool]] = WeakKeyDictionary()
-        """Whether a tower is the same function of each item, as far as its modules say, in training and outside."""
+        """True if a tower is the same function of each item, as far as its modules say, in training and outside."""
         self._exact: WeakKeyDictionary[torch.nn.Module, dict[str, bool]] = WeakKeyDictionary()
         """Results of trials, by function."""
 

@@ -40,7 +40,7 @@ class Case:
 
     @property
     def has_images(self) -> bool:
-        """Whether the samples have images."""
+        """True if the samples have images."""
         return self.data.endswith("images")
 
     @property

@@ -29,7 +29,7 @@ class Medium(NamedTuple):
 
     kind: str
     inputs: Inputs
-    """What the forward takes for it."""
+    """Arguments of the forward for it."""
     ids: torch.Tensor
     """Its tokens `[n]`: placeholders, and marks around them."""
     token: int
