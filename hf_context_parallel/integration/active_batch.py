@@ -50,8 +50,8 @@ class ActiveBatch:
         """Class names of modules that mix tokens, each with the ways in which they were computed."""
         self.strategies: dict[tuple, Strategy] = {}
         """Strategies of the layers so far, by pattern, communication type, shape and device."""
-        self.patterns: dict[Pattern, Pattern] = {}
-        """Patterns of the masks that were made for this batch, each under its rule without blocks."""
+        self.patterns: dict[Pattern, Pattern | None] = {}
+        """Patterns of the masks of this batch, each under its rule without blocks. None for several."""
         self._parts: dict[type, Any] = {}
 
     def part(self, kind: type[Part]) -> Part:

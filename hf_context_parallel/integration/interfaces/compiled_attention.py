@@ -69,7 +69,8 @@ def of_batch(mask: PlannedMask, batch: ActiveBatch) -> PlannedMask:
     mask.batch, mask.by_layer = batches.issue(batch), isinstance(batch.group.config.comm_type, tuple)
     rows, length = batch.local_shape
     mask.shape = rows, 1, length, length
-    batch.patterns[mask.rule] = mask.pattern
+    if batch.patterns.setdefault(mask.rule, mask.pattern) != mask.pattern:
+        batch.patterns[mask.rule] = None
     return mask
 
 
@@ -119,7 +120,13 @@ def _attention(
     """Compute the attention of a layer of a batch, `[B, S, H, D_v]`, and the ticket of its backward."""
     batch = batches.find(ticket)
     assert batch is not None  # it is held as long as the ticket
-    rule = batch.patterns[Pattern(causal, sliding_window, chunk_size)], scaling, softcap
+    pattern = batch.patterns[Pattern(causal, sliding_window, chunk_size)]
+    if pattern is None:
+        raise ValueError(
+            f"{layer} is compiled, and its model has masks that differ in their blocks of tokens alone, which "
+            "compiled code cannot tell apart. Do not compile the model."
+        )
+    rule = pattern, scaling, softcap
     if not trains:
         return sharded_attention(batch, layer, index, query, key, value, sinks, *rule), torch.tensor(0, device="cpu")
     # Compiled code writes over tensors that it does not need any more. It does not know that these are kept.
