@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from .intervals import Interval, near_indices
 from .mask import Block, Mask, Pattern
-from .pieces import Piece
+from .pieces import Piece, band_between
+from .tiles import pairs_in_band
 
 
 class Added(NamedTuple):
@@ -32,6 +33,12 @@ class Added(NamedTuple):
         """Positions of the queries that read a key."""
         first, last = self.key.position + self.nearest, self.key.end + self.furthest
         return max(self.query.position, first), min(self.query.end, last)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        query, key = self.query, self.key
+        return pairs_in_band(query.end - query.position, key.end - key.position, band_between(*self))
 
 
 class Blocks:

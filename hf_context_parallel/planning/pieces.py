@@ -7,7 +7,7 @@ from typing import NamedTuple
 from .intervals import Interval
 from .layout import Layout
 from .mask import Mask
-from .tiles import joined
+from .tiles import Band, joined
 
 
 class Piece(NamedTuple):
@@ -32,6 +32,12 @@ class Piece(NamedTuple):
             return None
         start = self.start + begin - self.position
         return Piece(start, start + end - begin, begin)
+
+
+def band_between(query: Piece, key: Piece, nearest: int, furthest: int) -> Band:
+    """Band of a tile in which queries read the keys that lie `nearest` to `furthest` positions before them."""
+    beyond = query.end - key.end
+    return Band(furthest - beyond, beyond - nearest)
 
 
 def pieces_of_documents(layout: Layout, mask: Mask) -> list[dict[int, list[Piece]]]:

@@ -12,7 +12,7 @@ from .blocks import blocks_of
 from .intervals import Interval, difference, intersection, near, union
 from .layout import Layout
 from .mask import Mask
-from .pieces import Piece, extend, pieces_of_documents, runs_of
+from .pieces import Piece, band_between, extend, pieces_of_documents, runs_of
 from .tiles import CAUSAL, FULL, Band, Segments
 
 Tile: TypeAlias = tuple[Interval, Interval, Band]
@@ -347,8 +347,7 @@ def _windowed_tiles(queries: list[Piece], keys: list[Piece], nearest: int, furth
                 continue
             query = whole_query.clip(key.position + nearest, key.end + furthest)
             assert query is not None  # since the key is read
-            beyond = query.end - key.end
-            yield (query.start, query.stop), (key.start, key.stop), Band(furthest - beyond, beyond - nearest)
+            yield (query.start, query.stop), (key.start, key.stop), band_between(query, key, nearest, furthest)
 
 
 def _calls(tiles: list[Tile]) -> tuple[Segments, ...]:

@@ -98,7 +98,7 @@ class _Document:
         beyond = self._end - query.end
         left = None if self._furthest is None else self._furthest + beyond
         right = None if self._nearest is None else -self._nearest - beyond
-        within = sum(_pairs(added) for added, _ in self._added([query]))
+        within = sum(added.pairs for added, _ in self._added([query]))
         return pairs_in_band(queries, keys, Band(left, right)) + within
 
     def _added(self, queries: list[Piece]) -> Iterator[tuple[Added, int]]:
@@ -175,11 +175,3 @@ class _Document:
         for rank in self._ranks[begin:end]:
             met |= 1 << rank
         return met
-
-
-def _pairs(added: Added) -> int:
-    """Number of pairs that a block adds between two pieces."""
-    query, key, nearest, furthest = added
-    beyond = query.end - key.end
-    band = Band(furthest - beyond, beyond - nearest)
-    return pairs_in_band(query.end - query.position, key.end - key.position, band)
