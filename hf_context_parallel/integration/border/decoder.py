@@ -199,8 +199,8 @@ class _Call:
                 patterns = sorted(str(mask.pattern) for mask in _planned(masks))  # layer types come in any order
                 whole = {"batch": shard.fingerprint, "model": mark, "masks": patterns, **compared_labels}
                 if call is not None:
-                    around = {name: x for name, x in call.given.items() if x is not given.get(name)}
-                    whole |= sample({name: around[name] for name in around.keys() - {*OF_LOSSES}}, group)
+                    others = call.given.keys() - {*OF_LOSSES}
+                    whole |= sample({x: call.given[x] for x in others if call.given[x] is not given.get(x)}, group)
                 notes.fingerprint = fingerprint(whole)
             if notes.alarm:
                 group.exchange.settle(group.groups)
@@ -218,13 +218,13 @@ class _Call:
         local = shard_of(inputs, self.group.config, self.group.rank)
         shard = local[SHARD]
         positions = shard.layout.positions(shard.rank)
-        marks = [_Marks(x, shard) for x in given.values() if _Marks.can_be(x, shard)]
         for name, value in given.items():
             if name in known or name in ("use_cache", *CACHES):
                 continue
             inside = () if isinstance(value, torch.Tensor) else tree_leaves(value)
             features = [leaf for leaf in inside if isinstance(leaf, torch.Tensor)]
             if features:
+                marks = (_Marks(x, shard) for x in given.values() if _Marks.can_be(x, shard))
                 mark = next((mark for mark in marks if all(len(x) == mark.count for x in features)), None)
                 if mark is None:
                     raise ValueError(
