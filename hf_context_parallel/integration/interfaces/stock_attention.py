@@ -170,11 +170,12 @@ def stock_attention(module: torch.nn.Module) -> Iterator[None]:
             set_attention_name(config, NAME)
 
 
-def _model_of(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
-    """Return a model class with this configuration class, or None. It may be a part of a composite model."""
+def _model_of(fits: Callable[[type[PreTrainedConfig]], bool]) -> type[PreTrainedModel] | None:
+    """Return a model class whose configuration class fits, or None. It may be a part of a composite model."""
     kinds = list(PreTrainedModel.__subclasses__())
     for kind in kinds:
-        if getattr(kind, "config_class", None) is config_class:
+        found = getattr(kind, "config_class", None)
+        if found is not None and fits(found):
             return kind
         kinds += kind.__subclasses__()
     return None
@@ -187,10 +188,9 @@ def unsharded_implementation(config_class: type[PreTrainedConfig]) -> str:
     Raises:
         ValueError: if Transformers has no model of this configuration.
     """
-    model_class = MODEL_MAPPING.get(config_class, None) or _model_of(config_class)
+    model_class = MODEL_MAPPING.get(config_class, None) or _model_of(lambda kind: kind is config_class)
     if model_class is None:  # a part of a model that is no model itself
-        holders = (MODEL_MAPPING[kind] for kind in MODEL_MAPPING if config_class in kind.sub_configs.values())
-        model_class = next(holders, None)
+        model_class = _model_of(lambda kind: config_class in kind.sub_configs.values())
     if model_class is None:
         raise ValueError(
             f"Transformers maps no model to {config_class.__name__}, so its attention outside cp.shard is not known. "
