@@ -12,9 +12,7 @@ it: stock, and prepared. Each is measured in a process of its own.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -28,6 +26,7 @@ from hf_context_parallel.distributed.worker_pool import WorkerPool
 from hf_context_parallel.trainer.memory import PeakMemory
 
 from . import report
+from .turns import in_turns, timed
 
 TIMEOUT = 900
 VOCABULARY = 128_256
@@ -77,14 +76,7 @@ def times(tokens: int, rounds: int) -> dict[str, list[float]]:
     losses = {name: step() for name, step in steps.items()}
     if not torch.allclose(losses["stock"], losses["prepared"], rtol=1e-5):
         raise ValueError(f"the losses differ: {losses}.")
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(steps), len(steps)):
-            begin = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
+    return in_turns({name: timed(step) for name, step in steps.items()}, rounds)
 
 
 def peak(kind: str, tokens: int) -> float:

@@ -27,7 +27,6 @@ import argparse
 import ctypes
 import gc
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +51,7 @@ from hf_context_parallel.planning.machine import attention_flops
 from hf_context_parallel.trainer.memory import PeakMemory
 
 from . import report
+from .turns import in_turns
 
 TIMEOUT = 900
 MIB, GB = 2**20, 1e9
@@ -219,13 +219,9 @@ def times(tokens: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with sharded_on_one_rank():
         steps = {option.name: stepper(model_of(LONG, option), tokens) for option in (CHECKPOINTS, KEEPS)}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
         for step in steps.values():
             step()
-        order = random.Random(0)
-        for _ in range(rounds):
-            for name in order.sample(list(steps), len(steps)):
-                seconds[name].append(steps[name]())
+        seconds = in_turns(steps, rounds)
     facts = facts_of(LlamaConfig(**LONG))
     pairs = tokens * (tokens + 1) // 2
     attention = facts.layers * attention_flops(pairs, facts.heads, facts.query_dim, facts.value_dim)

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -36,6 +34,7 @@ from hf_context_parallel.integration.mixers.native import NativePatch
 from hf_context_parallel.integration.mixers.whole_sequences import WholePatch
 
 from . import report
+from .turns import in_turns, timed
 
 RANKS = 2
 TOLERANCE = 1e-4  # relative to the largest entry of a tensor
@@ -118,16 +117,8 @@ def measure(name: str, tokens: int, rounds: int) -> dict[str, list[float]]:
         expected = passes(whole, x, grad_output)()
         for variant in replacements:
             _check(variant, runs[variant](), expected, positions)
-        seconds: dict[str, list[float]] = {variant: [] for variant in runs}
-        order = random.Random(0)
-        for _ in range(rounds):
-            for variant in order.sample(list(runs), len(runs)):
-                dist.barrier()
-                begin = time.perf_counter()
-                runs[variant]()
-                dist.barrier()
-                seconds[variant].append(time.perf_counter() - begin)
-    return seconds
+        together = {variant: timed(run, before=dist.barrier, after=dist.barrier) for variant, run in runs.items()}
+        return in_turns(together, rounds)
 
 
 def _check(variant: str, found: list[torch.Tensor], expected: list[torch.Tensor], positions: torch.Tensor) -> None:

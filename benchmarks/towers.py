@@ -10,9 +10,7 @@ round takes as long as its slowest rank. Shares of costs, patches and pairs are 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -29,6 +27,7 @@ from hf_context_parallel.integration.switches import allow_unchecked_models
 from hf_context_parallel.integration.towers.dealing import TowerSizes, dealt
 
 from . import report
+from .turns import in_turns, timed
 
 TIMEOUT = 900
 GRIDS = ((1, 8, 8), (1, 36, 48), (1, 16, 12), (1, 24, 32), (1, 12, 20), (1, 36, 28), (1, 8, 44), (1, 20, 20))
@@ -75,15 +74,7 @@ def times(images: int, layers: int, rounds: int) -> dict[str, list[float]]:
     features = {kind: run() for kind, run in kinds.items()}
     if not torch.allclose(features["whole"], features["shared"], rtol=1e-4, atol=1e-5):
         raise ValueError("the features of the shared tower are not those of the whole one.")
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for kind in order.sample(list(kinds), len(kinds)):
-            dist.barrier()
-            begin = time.perf_counter()
-            kinds[kind]()
-            seconds[kind].append(time.perf_counter() - begin)
-    return seconds
+    return in_turns({kind: timed(run, before=dist.barrier) for kind, run in kinds.items()}, rounds)
 
 
 def counted(images: int, layers: int, ranks: int) -> dict[str, float]:
