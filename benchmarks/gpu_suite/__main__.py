@@ -1,8 +1,9 @@
-"""Run the items of the suite one after another and write `gpu_suite.jsonl`, `gpu_suite.md` and `gpu_suite.log`.
+"""Run the items of the suite and write `gpu_suite.jsonl`, `gpu_suite.md` and `gpu_suite.log`.
 
     python -m benchmarks.gpu_suite --output results
     python -m benchmarks.gpu_suite --device cpu --items calls,races    # the same code on sizes that a CPU can do
 
+Items that time nothing and need little memory run beside each other, before all others, which run one after another.
 The exit code is 0 when every item ran to its end and every check passed.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,29 +30,36 @@ class Seconds(NamedTuple):
     most: int
 
 
-ITEMS = {
+BESIDE = {
     "facts": Seconds(8, 40),
     "calls": Seconds(35, 90),
-    "accuracy": Seconds(25, 60),
-    "merging": Seconds(8, 60),
+    "processes": Seconds(40, 120),
+    "sanitizer": Seconds(40, 90),
     "nccl": Seconds(20, 60),
     "races": Seconds(20, 90),
-    "waiting": Seconds(22, 60),
-    "rings": Seconds(68, 150),
+    "media": Seconds(30, 120),
+    "waiting": Seconds(22, 90),
+    "accuracy": Seconds(25, 60),
+    "compiled": Seconds(40, 120),
+    "device_tests": Seconds(30, 90),
+}
+"""Items that run beside each other: checks on small tensors."""
+ALONE = {
     "models": Seconds(55, 120),
-    "compiled": Seconds(30, 90),
+    "rings": Seconds(68, 150),
+    "merging": Seconds(8, 60),
     "limits": Seconds(15, 60),
     "memory": Seconds(15, 60),
     "lora_memory": Seconds(25, 90),
-    "sanitizer": Seconds(30, 60),
-    "processes": Seconds(33, 120),
     "overlap": Seconds(10, 45),
     "calibrate": Seconds(15, 60),
     "auto_kernel": Seconds(15, 60),
-    "device_tests": Seconds(25, 60),
     "flash_attn_4": Seconds(1, 150),
 }
-"""Items, the most important first. The last one takes longer where flash-attn-4 is installed."""
+"""Items that run alone, the most important first. The last one takes longer where flash-attn-4 is installed."""
+ITEMS = BESIDE | ALONE
+AT_ONCE = 4
+"""Number of items that run beside each other."""
 TOTAL = 480
 """Seconds after which no item runs. An item that is not expected to end before is not started."""
 SLOWER = 5
@@ -58,25 +67,43 @@ SLOWER = 5
 
 
 def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Run the items in turn, and yield their results. An item for which no time is left is a failure."""
+    """Run the items and yield their results. An item for which no time is left is a failure."""
     slower, start = SLOWER if options.device == "cpu" else 1, time.perf_counter()
-    upcoming: dict[str, Item] = {}
-    try:
-        for name, following in zip(options.items, [*options.items[1:], None]):
-            item = upcoming.pop(name, None) or Item(name, options, list(ITEMS))
-            if following is not None:
-                upcoming[following] = Item(following, options, list(ITEMS))
-            left = TOTAL * slower - (time.perf_counter() - start)
-            expected, most = (seconds * slower for seconds in ITEMS[name])
-            if left < expected:
-                item.end()
-                what = f"not started: {left:.0f} of {TOTAL * slower} s are left, and it takes {expected}"
-                yield {"item": name, "what": what, "right": False}
-                continue
-            yield from item.run(min(left, most))
-    finally:
-        for item in upcoming.values():
+
+    def run(item: Item) -> list[dict[str, Any]]:
+        left = TOTAL * slower - (time.perf_counter() - start)
+        expected, most = (seconds * slower for seconds in ITEMS[item.name])
+        if left < expected:
             item.end()
+            what = f"not started: {left:.0f} of {TOTAL * slower} s are left, and it takes {expected}"
+            return [{"item": item.name, "what": what, "right": False}]
+        return item.run(min(left, most))
+
+    def made(name: str) -> Item:
+        return Item(name, options, list(ITEMS))
+
+    def run_named(name: str) -> list[dict[str, Any]]:
+        return run(made(name))
+
+    with ThreadPoolExecutor(1 if options.device == "cpu" else AT_ONCE) as pool:
+        for future in as_completed([pool.submit(run_named, name) for name in options.items if name in BESIDE]):
+            yield from future.result()
+    yield from in_turn([name for name in options.items if name in ALONE], made, run)
+
+
+def in_turn(
+    names: list[str], made: Callable[[str], Item], run: Callable[[Item], list[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """Run items one after another, each made while the one before runs, and yield their results."""
+    upcoming: Item | None = None
+    try:
+        for name, following in zip(names, [*names[1:], None]):
+            item = upcoming or made(name)
+            upcoming = made(following) if following is not None else None
+            yield from run(item)
+    finally:
+        if upcoming is not None:
+            upcoming.end()
 
 
 def page(results: list[dict[str, Any]]) -> str:

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -31,7 +30,7 @@ class Item:
     """
 
     def __init__(self, name: str, options: Namespace, others: list[str]):
-        self._name, self._results = name, options.output / "gpu_suite.jsonl"
+        self.name, self._results = name, options.output / "gpu_suite.jsonl"
         context = multiprocessing.get_context("forkserver" if options.device == "cpu" else "spawn")
         context.set_forkserver_preload([f"benchmarks.gpu_suite.{other}" for other in others])
         waits, self._begin = context.Pipe(duplex=False)
@@ -39,8 +38,8 @@ class Item:
         self._process.start()
         waits.close()
 
-    def run(self, most: float) -> Iterator[dict[str, Any]]:
-        """Run the item for at most `most` seconds, and yield its results. The last one says how it ended."""
+    def run(self, most: float) -> list[dict[str, Any]]:
+        """Run the item for at most `most` seconds, and return its results. The last one says how it ended."""
         start, before = time.perf_counter(), self._results.stat().st_size if self._results.exists() else 0
         with suppress(BrokenPipeError):  # its import failed, which its status tells
             self._begin.send(None)
@@ -51,9 +50,10 @@ class Item:
         self._results.touch()  # an item may have ended before its first result
         with self._results.open(encoding="utf-8") as lines:
             lines.seek(before)
-            yield from (json.loads(line) for line in lines if line.endswith("\n"))
+            written = [json.loads(line) for line in lines if line.endswith("\n")]
         took = time.perf_counter() - start
-        yield {"item": self._name, "what": "ended", "right": status == 0, "status": status, "s": took}
+        ended = {"item": self.name, "what": "ended", "right": status == 0, "status": status, "s": took}
+        return [*(result for result in written if result["item"] == self.name), ended]
 
     def end(self) -> bool:
         """End the process and those that it has started. Return False if it had ended."""

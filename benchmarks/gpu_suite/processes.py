@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import SimpleQueue
 from typing import Any
 
@@ -29,11 +29,20 @@ CASES = [*((name, "p2p") for name in TYPES), *((name, "a2a") for name in TYPES),
 
 
 def run(options: Namespace) -> Iterator[dict[str, Any]]:
-    start = "spawn" if options.device == "cuda" else "fork"  # a fork has imported all, and could not use CUDA
+    return on_ranks(compared, options.device)
+
+
+Tell = Callable[[dict[str, Any]], None]
+"""Function that takes a result."""
+
+
+def on_ranks(work: Callable[[str, str, Tell], None], device: str) -> Iterator[dict[str, Any]]:
+    """Call `work` with a folder, the device and a `Tell` on two ranks, and yield the results of both as they come."""
+    start = "spawn" if device == "cuda" else "fork"  # a fork has imported all, and could not use CUDA
     results = torch.multiprocessing.get_context(start).SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = torch.multiprocessing.start_processes(
-            rank_of, (folder, options.device, results), RANKS, join=False, start_method=start
+            rank_of, (work, folder, device, results), RANKS, join=False, start_method=start
         )
         ended = False
         while not ended:
@@ -42,24 +51,24 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
                 yield results.get()
 
 
-def rank_of(rank: int, folder: str, device: str, results: SimpleQueue) -> None:
-    """Run the comparisons of one rank."""
+def rank_of(rank: int, work: Callable[[str, str, Tell], None], folder: str, device: str, results: SimpleQueue) -> None:
+    """Run the work of one rank."""
     environment = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": RANKS}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29_577}
     os.environ |= {name: str(value) for name, value in environment.items()}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-
-    def tell(result: dict[str, Any]) -> None:
-        results.put({**result, "what": f"rank {rank}, {result['what']}"})
-
-    small = device == "cpu"
-    if small:
+    if device == "cpu":
         torch.set_num_threads(1)
-    for model_type, comm_type in CASES[:1] if small else CASES:
-        tell(model_on_ranks(model_type, comm_type, torch.device(device)))
-    tell(trained(folder, device))
+    work(folder, device, lambda result: results.put({**result, "what": f"rank {rank}, {result['what']}"}))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def compared(folder: str, device: str, tell: Tell) -> None:
+    """Run the comparisons of one rank."""
+    for model_type, comm_type in CASES[:1] if device == "cpu" else CASES:
+        tell(model_on_ranks(model_type, comm_type, torch.device(device)))
+    tell(trained(folder, device))
 
 
 def model_on_ranks(model_type: str, comm_type: str, device: torch.device) -> dict[str, Any]:
