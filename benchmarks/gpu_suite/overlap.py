@@ -22,8 +22,8 @@ from .measure import kernels
 from .rings import Layer, chosen, work_of
 
 RANKS = 8
-HIDDEN = 0.9
-"""Least share of the time of copies in which kernels run."""
+SHOWN = 0.01
+"""Largest share of the time of a layer in which messages are copied and no kernel runs."""
 LARGEST = 16 * 2**20
 """Most bytes of the profile."""
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaFree")
@@ -70,7 +70,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def overlap(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Share of the time of messages in which kernels run. Messages are the copies on a stream without kernels."""
+    """Share of the time of the layer in which messages are copied and no kernel runs.
+
+    Messages are the copies on a stream without kernels. On one device they need its multiprocessors, which a kernel
+    may hold to its end. So they run at the edges of kernels, and what counts is that kernels do not wait for them.
+    """
 
     def intervals(chosen: list[dict[str, Any]]) -> list[tuple[int, int]]:
         return union((round(1000 * e["ts"]), round(1000 * (e["ts"] + e["dur"]))) for e in chosen)  # in nanoseconds
@@ -79,8 +83,10 @@ def overlap(events: list[dict[str, Any]]) -> dict[str, Any]:
     busy = {event["args"]["stream"] for event in of_kernels}
     copies = [event for event in events if event["cat"] == "gpu_memcpy" and event["args"]["stream"] not in busy]
     messages, computing = intervals(copies), intervals(of_kernels)
-    hidden = total(intersection(messages, computing)) / max(1, total(messages))
-    return {"right": bool(copies) and hidden > HIDDEN, "hidden": hidden, "copies": len(copies)}
+    whole = computing[-1][1] - computing[0][0]
+    shown = (total(messages) - total(intersection(messages, computing))) / whole
+    found = {"shown": shown, "of the copies": shown * whole / max(1, total(messages)), "copies": len(copies)}
+    return {"right": bool(copies) and shown <= SHOWN, **found, "idle": 1 - total(computing) / whole}
 
 
 def waiting(events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def shares(
             found.append(Share(work, 2, copied, shown=traffic, peak=peak))
         else:
             ring = ring_of_keys(work, 1 + owners, read, read, here.merged[rank], shape, crosses, together)
-            found.append(ring._replace(peak=_peak_of_ring(*call, min(read, together * most), here.documents[rank])))
+            found.append(ring._replace(peak=_peak_of_ring(*call, read, together * most, here.documents[rank])))
     return found
 
 
@@ -293,27 +293,35 @@ def _shares_of_heads(
         here_shape = shape._replace(heads=heads, key_heads=shared.key_heads)
         crosses = size > machine.node
         ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, crosses, together)
-        arriving, tokens = min(read, together * max(outer.tokens)), outer.tokens[group]
-        peak = _peak_of_ring(here_shape, machine.kernel, tokens, arriving, outer.documents[group])
+        tokens, most = outer.tokens[group], together * max(outer.tokens)
+        peak = _peak_of_ring(here_shape, machine.kernel, tokens, read, most, outer.documents[group])
         peak += tokens * heads * shape.value_dim * shape.dtype.itemsize  # the gradients of outputs, exchanged
         found.append(ring._replace(copied=ring.copied + copied, shown=exchanged, peak=peak))
     return found
 
 
-def _peak_of_ring(shape: Shape, kernel: str, tokens: int, arriving: int, documents: int) -> float:
+def _peak_of_ring(shape: Shape, kernel: str, tokens: int, read: int, most: int, documents: int) -> float:
     """Bytes that a rank needs at the peak of a ring.
 
     Beside its own, it holds the keys/values of the step and of the next, the sums of gradients of the step before and
-    those that arrive, and then those of this step.
+    as many that arrive, and then those of this step.
 
     Args:
         tokens: tokens of the rank.
-        arriving: tokens of the largest step.
+        read: tokens of other ranks that it reads.
+        most: most tokens of a step.
         documents: number of documents that the rank has tokens of.
     """
-    keys = max(tokens, arriving)
-    held = tokens + 2 * arriving
-    return peak_of_backward(shape, kernel, tokens, keys, documents, held, tokens + 2 * arriving, arriving)
+    steps = [tokens] + [min(most, read - begin) for begin in range(0, read, max(1, most))]
+    peaks = []
+    for number, now in enumerate(steps):
+        is_own = number == 0
+        before = steps[number - 1] if number > 1 else 0
+        following = steps[number + 1] if number + 1 < len(steps) else 0
+        held = tokens + following + (0 if is_own else now)
+        sums, later = tokens + 2 * before, 0 if is_own else now
+        peaks.append(peak_of_backward(shape, kernel, tokens, now, documents, held, sums, later))
+    return max(peaks)
 
 
 def ring_of_keys(

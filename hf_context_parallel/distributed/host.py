@@ -54,8 +54,8 @@ def to_device(source: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def beside(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor of the host to where another one is."""
-    return source if is_on_host(like) else to_device(source, like.device)
+    """Copy a tensor of the host to where another one is. A tensor that is there already is returned as it is."""
+    return source if is_on_host(like) or source.device == like.device else to_device(source, like.device)
 
 
 def is_on_host(tensor: torch.Tensor) -> bool:

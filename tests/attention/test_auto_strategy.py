@@ -129,6 +129,15 @@ def test_peaks_count_the_keys_that_plans_hold(case):
         assert gathered <= here.tokens[rank] + here.read[rank]
 
 
+def test_the_peak_of_a_ring_with_several_owners_a_step_counts_its_own_steps():
+    """Compare a ring of 8 with 5 owners a step, and then 2, with what holds five of each buffer for all steps."""
+    layout, mask = zigzag(65_536, 8), Mask(65_536, whole_rows(1, 65_536))
+    shape = Shape(32, 8, 128, 128, torch.bfloat16)
+    found = shares("p2p", 1, layout, counts_of(layout, mask), shape, MACHINE, together=5)
+    measured = 1315 * 2**20  # on an H200 (benchmarks/results/gpu_suite.md of the first run on one)
+    assert max(share.peak for share in found) == pytest.approx(measured, rel=0.1)
+
+
 def test_auto_takes_the_least_memory_of_what_is_nearly_as_fast():
     mask = Mask(1 << 17, whole_rows(1, 1 << 17))
     shape = Shape(16, 1, 256, 256, torch.bfloat16)
@@ -144,10 +153,9 @@ def test_auto_takes_what_fits():
     mask = Mask(4096, whole_rows(1, 4096))
     shape = Shape(2, 2, 64, 64, torch.float32)
     found = all_estimates(mask, shape)
-    least, *_, largest = sorted(found, key=lambda way: found[way].peak)
-    assert largest == min(found, key=lambda way: found[way].total)
-    assert chosen(mask, shape, free=found[largest].peak)[:3] == largest
-    choice = chosen(mask, shape, free=found[largest].peak - 1)
-    assert choice[:3] != largest and "NONE FITS" not in choice.reason
+    fastest, least = (min(found, key=key) for key in (lambda way: found[way].total, lambda way: found[way].peak))
+    assert chosen(mask, shape, free=found[fastest].peak)[:3] == fastest != least
+    choice = chosen(mask, shape, free=found[fastest].peak - 1)
+    assert found[choice[:3]].peak < found[fastest].peak and "NONE FITS" not in choice.reason
     choice = chosen(mask, shape, free=1)
     assert choice[:3] == least and "NONE FITS" in choice.reason

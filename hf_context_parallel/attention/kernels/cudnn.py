@@ -1,9 +1,9 @@
 """Kernel `cudnn`: attention of cuDNN, called by PyTorch's operators.
 
 On Hopper it is 1.6 to 1.8 times as fast as FlashAttention-2 (`benchmarks/results/gpu_suite.md`). It computes calls of
-few long segments that are read entirely, or are squares with a causal mask. All calls of a ring over one long document
-are such. FlashAttention-2 computes the others: windows, packed documents, softcap, short tiles, and causal tiles of
-`all_gather`, which have more keys than queries.
+few long segments that are read entirely or have a causal mask. PyTorch's operators align such a mask with the first
+key. So a causal tile with more keys than queries, as `all_gather` has, is two calls: the keys that all queries read,
+and a square. FlashAttention-2 computes windows, packed documents, softcap and short tiles.
 
 cuDNN compiles a plan for each new shape, once in each thread, in up to 1.4 s. So `auto` gives it a shape only when the
 calls of this shape so far would have saved as much. Compiling then costs at most as much as it could have saved, and
@@ -13,12 +13,16 @@ lengths that do not come back are not compiled.
 from __future__ import annotations
 
 import threading
+from itertools import chain
 
 import torch
 
+from ...distributed.rows import Rows
+from ...planning.intervals import Interval
 from ...planning.machine import BACKWARD, attention_flops
-from ...planning.tiles import Segments, take
+from ...planning.tiles import CAUSAL, FULL, Band, Segments, take
 from ..scores import Scores
+from ..totals import combining
 from .base import Kernel, is_plain
 from .flash_attn import FlashAttnKernel
 from .torch_cuda import TorchKernel
@@ -65,7 +69,7 @@ class CudnnKernel(Kernel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._takes("forward", query, key, value, segments, scores):
             return self.other.forward(query, key, value, segments, scores)
-        parts = (_forward(query, key, value, single, scores) for single in _singly(segments))
+        parts = (_merged([_forward(query, key, value, call, scores) for call in calls]) for calls in _plain(segments))
         output, lse = (_cat(side) for side in zip(*parts))
         return output, lse
 
@@ -83,8 +87,8 @@ class CudnnKernel(Kernel):
         if not self._takes("backward", query, key, value, segments, scores):
             return self.other.backward(grad_output, query, key, value, output, lse, segments, scores)
         arguments = grad_output, query, key, value, output, lse
-        grads = zip(*(_backward(*arguments, single, scores) for single in _singly(segments)))
-        grad_query, grad_key, grad_value = (_cat(side) for side in grads)
+        parts = (_added([_backward(*arguments, call, scores) for call in calls]) for calls in _plain(segments))
+        grad_query, grad_key, grad_value = (_cat(side) for side in zip(*parts))
         return grad_query, grad_key, grad_value
 
     def _takes(
@@ -103,23 +107,45 @@ class CudnnKernel(Kernel):
             return True
         tensors = tuple((tensor.dtype, tensor.shape[1:], tensor.stride()) for tensor in (query, key, value))
         pays = True
-        for single in _singly(segments):
-            tile = _length(single.queries[0]), _length(single.keys[0]), single.band
-            work = attention_flops(single.pairs, query.shape[1], query.shape[-1], value.shape[-1])
+        for call in chain(*_plain(segments)):
+            tile = _length(call.queries[0]), _length(call.keys[0]), call.band
+            work = attention_flops(call.pairs, query.shape[1], query.shape[-1], value.shape[-1])
             work *= BACKWARD if side == "backward" else 1
             pays &= self._counted.add((side, query.device, *tensors, *tile), work) >= PAYS
         return pays
 
 
-def _singly(segments: Segments) -> list[Segments]:
-    """Segments of a call, as a call each."""
-    if len(segments.queries) == 1:
-        return [segments]
-    if "singly" not in segments.kept:
-        tiles = zip(segments.queries, segments.keys)
-        segments.kept["singly"] = [Segments((query,), (key,), segments.band) for query, key in tiles]
-    found: list[Segments] = segments.kept["singly"]
+def _plain(segments: Segments) -> list[list[Segments]]:
+    """Calls of one plain tile each, by segment. A causal tile with more keys than queries is two."""
+    if "plain" not in segments.kept:
+        segments.kept["plain"] = [
+            _plain_tiles(query, key, segments.band) for query, key in zip(segments.queries, segments.keys)
+        ]
+    found: list[list[Segments]] = segments.kept["plain"]
     return found
+
+
+def _plain_tiles(query: Interval, key: Interval, band: Band) -> list[Segments]:
+    square = key[1] - _length(query)
+    if band != CAUSAL or key[0] >= square:
+        return [Segments((query,), (key,), band)]
+    return [Segments((query,), ((key[0], square),)), Segments((query,), ((square, key[1]),), CAUSAL)]
+
+
+def _merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge outputs and LSE of the same queries over different keys."""
+    output, lse = parts[0]
+    if len(parts) > 1:
+        output, lse, every = output.contiguous(), lse.contiguous(), Rows.of_runs([(0, len(output))])
+        for part, part_lse in parts[1:]:
+            combining(part).merge_rows(output, part, output, lse, part_lse, every, every)
+    return output, lse
+
+
+def _added(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add the gradients of the same queries, and join those of keys and values."""
+    of_query, of_key, of_value = zip(*parts)
+    return sum(of_query[1:], start=of_query[0]), _cat(of_key), _cat(of_value)
 
 
 def _cat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -204,8 +230,13 @@ def _can(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores: S
         return False
     if any(tensor.shape[-1] % 8 or tensor.shape[-1] > _widest_head(query.device) for tensor in (query, value)):
         return False
-    tiles = [(_length(query), _length(key)) for query, key in zip(segments.queries, segments.keys)]
-    return all(min(tile) >= SHORTEST and is_plain(*tile, segments.band) for tile in tiles)
+    if segments.band not in (FULL, CAUSAL):
+        return False
+    tiles = [(tile.queries[0], tile.keys[0], tile.band) for tile in chain(*_plain(segments))]
+    return all(
+        min(_length(query), _length(key)) >= SHORTEST and is_plain(_length(query), _length(key), band)
+        for query, key, band in tiles
+    )
 
 
 def _widest_head(device: torch.device) -> int:

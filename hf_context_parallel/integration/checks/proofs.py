@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import os
 import re
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -72,11 +71,13 @@ def identity(decoder: PreTrainedModel) -> str:
     code |= {
         _source(own) for own, theirs in zip(replaced.values(), stock) if getattr(own, "__func__", own) is not theirs
     }
+    from ... import __version__  # which the package defines after it has imported this module
+
     parts = (
         sorted(code),
         _without_sizes(decoder.config.to_dict()),
         transformers.__version__,
-        version("hf-context-parallel"),
+        __version__,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
