@@ -15,8 +15,9 @@ A group of one rank runs the attention of Transformers, or ours where attention 
 
 **Time**: a step with kept attention beside one without, both with gradient checkpointing, in turns.
 
-**GPU**: the slopes of the peak by layers and by tokens, and what they say of all layers on 80 GB. Without a GPU the
-bytes of `parts_of` stand in their place, and the result is marked as projected.
+**GPU**: the slopes of the peak by layers and by tokens, and what they say of all layers on 80 GB; and one step on
+500,000 tokens, while PyTorch may take 80 GB. Without a GPU the bytes of `parts_of` stand in their place, and the
+result is marked as projected.
 
 The status is 1 if a peak on the CPU is more than 10% off.
 """
@@ -38,7 +39,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedConfig
 
 import hf_context_parallel as hcp
 from hf_context_parallel.distributed import buffers
@@ -66,7 +67,11 @@ LONG = {**SIZES, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers"
 LLAMA = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 2**20}
 LORA_RANK = 16
+GPU_JOB = {"dtype": torch.bfloat16, "kernel": "torch"}
 AIM_TOKENS, AIM_BYTES = 500_000, 80 * GB
+AIM_LAYERS, AIM_WINDOW = 8, 1024
+"""Layers of the step on `AIM_TOKENS`, whose checkpoints and attention are kept on a host of 128 GB, and the window of
+their attention. The buffers of attention are as large without a window, and computing takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,13 @@ class Option:
         name: words for tables.
         checkpointing: whether layers are computed again.
         settings: fields of `ContextParallelConfig`.
+        offload: whether the inputs of layers are kept on the host.
     """
 
     name: str
     checkpointing: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
+    offload: bool = False
 
     @property
     def shards_alone(self) -> bool:
@@ -105,18 +112,19 @@ OPTIONS = (
     Option("+ tiles of 256 tokens", True, (*KEPT, ("tile_tokens", 256))),
 )
 TILES = ("tile_tokens", 4096)
-ON_HOST = (TILES, ("attention_checkpoints", "host"), ("offload", True))
+ON_HOST = (TILES, ("attention_checkpoints", "host"))
 ON_GPU = (
     CHECKPOINTS,
     KEEPS,
     Option("+ tiles of 4,096 tokens", True, (*KEPT, TILES)),
-    Option("+ checkpoints and kept attention on the host", True, ON_HOST),
+    Option("+ checkpoints and kept attention on the host", True, ON_HOST, offload=True),
 )
 
 
 def job_of(facts: ModelFacts, tokens: int, ranks: int, option: Option, **changes: Any) -> Job:
     job = Job(facts, tokens, cp=ranks, dtype=torch.float32, kernel="cpu", checkpointing=option.checkpointing)
-    return replace(job, sharded=option.shards_alone, **dict(option.settings), **changes)
+    settings = dict(option.settings)
+    return replace(job, sharded=option.shards_alone, offload=option.offload, **settings, **changes)
 
 
 def model_of(sizes: dict[str, int], option: Option, **settings: Any) -> LlamaForCausalLM:
@@ -236,25 +244,22 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return ordered[max(0, int(middle - away))], ordered[min(len(ratios) - 1, int(middle + away + 1))]
 
 
-def adapted(sizes: dict[str, int], device: torch.device) -> torch.nn.Module:
-    """Make a Llama in bfloat16 whose adapters alone are trained, as PEFT makes them."""
+def adapted(config: PreTrainedConfig, option: Option, device: torch.device) -> torch.nn.Module:
+    """Make a model in bfloat16 whose adapters alone are trained, as PEFT makes them, prepared with an option."""
     from peft import LoraConfig, get_peft_model
 
     with device:
-        model = LlamaForCausalLM._from_config(
-            LlamaConfig(**sizes), attn_implementation="context_parallel", dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="context_parallel", dtype=torch.bfloat16)
     model = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.to(torch.bfloat16).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False}, offload=option.offload)
     model.enable_input_require_grads()
-    return model
+    return hcp.parallelize(model, hcp.ContextParallel(hcp.ContextParallelConfig(**dict(option.settings))))
 
 
 def gpu_peak(sizes: dict[str, int], layers: int, option: Option, tokens: int, device: torch.device) -> float:
     """Measure the bytes of the second of two steps, weights included."""
-    model = adapted({**sizes, "num_hidden_layers": layers}, device)
-    hcp.parallelize(model, hcp.ContextParallel(hcp.ContextParallelConfig(**dict(option.settings))))
+    model = adapted(LlamaConfig(**{**sizes, "num_hidden_layers": layers}), option, device)
     step = stepper(model, tokens)
     step()
     if device.type == "cuda":
@@ -286,14 +291,38 @@ def slopes(option: Option, lengths: list[int], layers: tuple[int, int], device: 
     }
 
 
+def at_the_aim(tokens: int, device: torch.device) -> dict[str, Any]:
+    """Measure the first step on `tokens` tokens with all options, in the memory that a GPU of 80 GB has.
+
+    Returns:
+        The bytes at the peak, those that PyTorch had taken from the device, and those that `parts_of` counts; and what
+        the other layers of Llama-3.1-8B would add, whose checkpoints are on the host.
+    """
+    option, sizes = ON_GPU[-1], {**LLAMA, "num_hidden_layers": AIM_LAYERS}
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(AIM_BYTES / torch.cuda.get_device_properties(device).total_memory)
+        torch.cuda.reset_peak_memory_stats()
+    model = adapted(MistralConfig(**sizes, sliding_window=AIM_WINDOW), option, device)
+    layer = sum(x.numel() * x.itemsize for x in model.base_model.model.model.layers[0].parameters())
+    seconds = stepper(model, tokens)()
+    cuda = device.type == "cuda"
+    return {
+        "tokens": tokens,
+        "bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        "taken": torch.cuda.max_memory_reserved() if cuda else 0,
+        "counted": parts_of(job_of(facts_of(LlamaConfig(**sizes), LORA_RANK), tokens, 1, option, **GPU_JOB)).total,
+        "others": (LLAMA["num_hidden_layers"] - AIM_LAYERS) * layer,
+        "seconds": seconds,
+    }
+
+
 def projected() -> list[dict[str, Any]]:
     """Count the longest sequence of Llama-3.1-8B with LoRA on one GPU of 80 GB, by option."""
     facts = facts_of(LlamaConfig(**LLAMA), LORA_RANK)
-    how = {"dtype": torch.bfloat16, "kernel": "torch"}
     found = []
     for option in ON_GPU:
-        tokens = longest_counted(facts, 1, option, AIM_BYTES, **how)
-        parts = parts_of(job_of(facts, tokens, 1, option, **how))
+        tokens = longest_counted(facts, 1, option, AIM_BYTES, **GPU_JOB)
+        parts = parts_of(job_of(facts, tokens, 1, option, **GPU_JOB))
         gib = {part: value / 2**30 for part, value in vars(parts.at_peak).items()}
         case = {"option": option.name, "tokens": tokens, "phase": parts.peak}
         found.append(case | {"gib": gib, "host": parts.host / 2**30})
@@ -311,6 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--time-tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--gpu-tokens", type=report.comma_separated(int), default=[32_768, 65_536])
+    parser.add_argument("--aim-tokens", type=int, default=AIM_TOKENS)
     parser.add_argument("--output", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
     return write(options, measured(options))
@@ -333,6 +363,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cuda":
         device = torch.device("cuda")
         ways = [option for option in ON_GPU if option.is_there]
+        data["aim"] = at_the_aim(options.aim_tokens, device)
+        torch.cuda.empty_cache()
         data["gpu"] = {option.name: slopes(option, options.gpu_tokens, (2, 4), device) for option in ways}
     else:
         pool = WorkerPool(max(options.ranks), TIMEOUT)
@@ -393,6 +425,8 @@ def write(options: argparse.Namespace, data: dict[str, Any]) -> int:
             "## Llama-3.1-8B with LoRA on one GPU, measured\n\nWith 2 and 4 of the 32 layers, bfloat16; the longest "
             "sequence of all layers is on the measured slopes.\n\n" + report.table(headers, rows)
         )
+    if "aim" in data:
+        sections.append(aim_section(data["aim"]))
     if "projected" in data:
         sections.append(projected_section(data["projected"]))
     text = "\n\n".join([counted_text(), *sections, report.described(data["machine"])])
@@ -450,6 +484,19 @@ def time_section(found: dict[str, Any]) -> str:
         f"without ({low:.3f} to {high:.3f}); the aim is at most 0.80."
     )
     return text + "\n\n" + report.table(["options", "s"], rows)
+
+
+def aim_section(found: dict[str, Any]) -> str:
+    whole = found["bytes"] + found["others"]
+    return (
+        f"## {found['tokens']:,} tokens on one GPU, measured\n\nOne step of {AIM_LAYERS} layers of the shape of "
+        f"Llama-3.1-8B with LoRA, bfloat16, options: tiles of 4,096 tokens, checkpoints and kept attention on the "
+        f"host; a window of {AIM_WINDOW:,} tokens, which changes no size of a buffer. PyTorch was given "
+        f"{AIM_BYTES / GB:.0f} GB, and took {found['taken'] / GB:.1f}. At the peak **{found['bytes'] / GB:.1f} GB** "
+        f"were allocated ({found['counted'] / GB:.1f} counted). The other "
+        f"{LLAMA['num_hidden_layers'] - AIM_LAYERS} layers would add their weights, {found['others'] / GB:.1f} GB: "
+        f"{whole / GB:.1f} GB in all."
+    )
 
 
 def projected_section(found: list[dict[str, Any]]) -> str:
