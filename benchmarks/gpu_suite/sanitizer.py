@@ -28,7 +28,10 @@ from .races import ALL, ROW, masks, on_one_rank, on_ranks, tensors
 
 TOOL = "compute-sanitizer"
 OPTIONS = ("--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "application-only")
-"""Calls of CUDA that fail are not reported, since PyTorch and its libraries try some that may."""
+OPTIONS += ("--launch-timeout", "90")
+"""Calls of CUDA that fail are not reported, since PyTorch and its libraries try some that may. The tool waits for so
+many seconds until a program uses CUDA, which this one does when it has imported everything. By default it gives up
+after 10, and the program then waits for the tool without end."""
 WAYS = ("p2p", "a2a")
 BATCHES = ("one document", "a window", "100 documents")
 DELAY = 1000

@@ -20,6 +20,9 @@ from .job import OPTIMIZER_STATES, Job
 
 WIDE = 4
 """Bytes of a number in float32, in which norms, losses and LSE are computed."""
+NORM_BACKWARD, HALF_NORM_BACKWARD = 5, 12
+"""Memory that Llama's norm needs in backward, in multiples of its input, beyond its input and the gradient of its
+result; and the same for an input of 16 bits. Counted are the tensors that PyTorch allocates."""
 IN_FLIGHT = 2
 """Layers whose offloaded tensors are on the device: one is used while the next one arrives."""
 
@@ -157,17 +160,25 @@ class _Layer:
         self.output = value + tokens * shape.heads * WIDE
         # The kernel of the CPU has heads first, and the output projection saves a copy with tokens first.
         in_attention = query + keys + self.output + pooled * value
-        # A norm saves its input in float32, the normed states if its weight is trained, and its result.
+        # A norm saves its input in float32, the normed states if its weight is trained, and its result. On tiles it
+        # saves its input and its result, and the input of the first one is that of the layer.
+        is_tiled = job.mlp_tokens < tokens
         norm = wide + hidden * (1 + (facts.lora_parameters is None))
+        first, second = (hidden, 2 * hidden) if is_tiled else (norm, norm)
+        in_attention = query + keys + self.output + pooled * value
+        # A norm saves its input in float32, the normed states if its weight is trained, and its result. On tiles it
+        # saves its result alone.
+        is_tiled = job.mlp_tokens < tokens
+        norm = hidden if is_tiled else wide + hidden * (1 + (facts.lora_parameters is None))
         # The MLP saves the results of two projections and of the activation, and their product.
-        self.saved = 2 * norm + in_attention + 4 * inner
+        self.saved = first + second + is_tiled * hidden + in_attention + 4 * inner
         # The gradients of the product and of its factors join them, when the product itself is freed.
-        self.mlp = 2 * norm + in_attention + hidden + 6 * tile
+        self.mlp = first + second + in_attention + hidden + 6 * tile
         if tile < inner:
             self.mlp += 2 * hidden  # the output of the tiles, and the gradient of their input
         own = _peak_of_attention(job, 1)
         # There are the gradients of the residual and of the output; keys are among those of `own`.
-        self.attention = norm + in_attention - keys + hidden + value + own
+        self.attention = first + in_attention - keys + hidden + value + own
         self.messages = _peak_of_attention(job, job.cp) - own
         self.idle = self.idle_messages = 0.0
         if pooled:
@@ -176,7 +187,7 @@ class _Layer:
             self.messages += 2 * keys * _owners(job.cp, tokens * shape.key_value_numbers, job)
             self.idle_messages = self.messages
             self.mlp += self.idle
-        kept = (hidden if size == WIDE else 0) if job.checkpointing else self.saved
+        kept = (hidden if size == WIDE and not is_tiled else 0) if job.checkpointing else self.saved
         self.mlp, self.attention = self.mlp - kept, max(0.0, self.attention - kept)
         if job.keeps_attention:
             self.mlp, self.attention = self.mlp - self.output, self.attention - self.output
@@ -214,10 +225,14 @@ def _loss(job: Job, hidden: float) -> float:
     trains_head = facts.lora_parameters is None
     head = trains_head * facts.head_parameters / job.tp * accumulation_dtype(job.dtype).itemsize
     # The norm saves what those of layers do. Then come the hidden states of the tokens that have labels.
-    norm = tokens * facts.hidden * WIDE + hidden * (2 + trains_head)
+    is_tiled = job.mlp_tokens < tokens
+    norm = 2 * hidden if is_tiled else tokens * facts.hidden * WIDE + hidden * (2 + trains_head)
     pieces = hidden * (1 - chunk / tokens)  # gradients of the chunks before, which are joined when all are made
     joined = hidden + (hidden if chunk < tokens else 0)
-    return norm + max(logits + pieces + (2 if chunk < tokens else 1) * head, joined + head)
+    of_loss = norm + max(logits + pieces + (2 if chunk < tokens else 1) * head, joined + head)
+    norm_backward = HALF_NORM_BACKWARD if job.dtype.itemsize < WIDE else NORM_BACKWARD
+    # Backward of the norm holds its input and the gradient of its result beside what it computes.
+    return of_loss if is_tiled else max(of_loss, (2 + norm_backward) * hidden + head)
 
 
 def _peak_of_attention(job: Job, cp: int) -> float:

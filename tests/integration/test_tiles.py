@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_context_parallel as hcp
 from hf_context_parallel.integration import tiles
-from hf_context_parallel.integration.tiles import modules_by_token
+from hf_context_parallel.integration.tiles import is_norm, modules_by_token
 from hf_context_parallel.verification.types.check import Unrounded
 from tests.helpers.border import batch_for, differences, mean_gradients, model_with
 from tests.helpers.models import (
@@ -165,7 +165,8 @@ def test_outputs_that_are_as_wide_as_a_tile_is_long(size):
 
 
 def names_of(model_type: str) -> set[str]:
-    return {type(module).__name__ for module in modules_by_token(tiny_model(model_type, None).base_model)}
+    found = modules_by_token(tiny_model(model_type, None).base_model)
+    return {type(module).__name__ for module in found if not is_norm(module)}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,30 @@ def test_modules_that_mix_tokens_and_linear_layers_have_no_tiles(model_type, nam
     """The feed-forward of RWKV reads the token before. The layers of OPT call two linear layers themselves."""
     found = names_of(model_type)
     assert found == names or (model_type == "qwen3_next" and "Qwen3NextSparseMoeBlock" in found <= names)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "norms"),
+    [("llama", ["norm", "input_layernorm", "post_attention_layernorm"]), ("gpt2", ["ln_f", "ln_1", "ln_2"])],
+)
+def test_norms_of_hidden_states_run_on_tiles(model_type, norms):
+    """Those inside of attention, as in Qwen3's, are of heads, and run on all tokens."""
+    decoder = tiny_model(model_type, None).base_model
+    names = {module: name.rpartition(".")[2] for name, module in decoder.named_modules()}
+    found = [names[module] for module in modules_by_token(decoder) if is_norm(module)]
+    assert sorted(found) == sorted([norms[0], *norms[1:] * decoder.config.num_hidden_layers])
+
+
+@pytest.mark.parametrize(("size", "wide"), [(None, True), (8, False)])
+def test_a_norm_keeps_its_input_in_float32_unless_it_runs_on_tiles(size, wide):
+    model = model_with("causal", "llama", "context_parallel").to(torch.bfloat16).train()
+    hcp.parallelize(model, context(tile_tokens=size))
+    held, of_norm = [], []
+    model.model.norm.register_forward_pre_hook(lambda *_: held.clear())
+    model.model.norm.register_forward_hook(lambda *_: of_norm.extend(held))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.dtype) or x, lambda x: x):
+        model(**labelled(1, 32))
+    assert (torch.float32 in of_norm) == wide
 
 
 def test_a_model_without_such_modules_is_refused():
