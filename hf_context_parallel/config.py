@@ -77,9 +77,9 @@ class ContextParallelConfig:
             of the batch, and has to be multiplied by the size of the group.
         loss_chunk_tokens: number of tokens whose logits the loss makes at a time. None takes as many as have 2**25
             logits together, 128 MiB in float32.
-        tile_tokens: number of tokens of a shard that MLPs and mixtures of experts compute at a time. What lies inside
-            of them exists for these tokens alone, in forward and backward, and backward computes them once more. None
-            computes all tokens at once.
+        tile_tokens: number of tokens of a shard that MLPs, mixtures of experts and norms compute at a time. What lies
+            inside of them exists for these tokens alone, in forward and backward, and backward computes them once
+            more. None computes all tokens at once.
         dynamic: True to let the Trainer deal the samples of a global batch to groups of `size` ranks and fewer, so
             that short samples are split less than long ones.
         max_tokens_per_rank: largest number of packed tokens that a rank holds with `dynamic`. A sample must fit on the

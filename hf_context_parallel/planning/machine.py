@@ -70,13 +70,13 @@ H100_KERNELS = {
     "flash_attn": (347e12, 310e12),
     "cudnn": (626e12, 553e12),
     "flash_attn_3": (620e12, 500e12),
-    "flash_attn_4": (620e12, 500e12),
+    "flash_attn_4": (636e12, 582e12),
 }
 """Operations a second of each kernel in forward and backward, for one causal call of 16,384 tokens in bfloat16.
 
 The first three are measured (`benchmarks/results/h100.md`); `torch` and `flash_attn` are both FlashAttention-2. Those
-of FlashAttention-3 are read off the figures of Shah et al. (2024, arXiv:2407.08608). FlashAttention-4 is taken to be
-as fast on an H100."""
+of FlashAttention-3 are read off the figures of Shah et al. (2024, arXiv:2407.08608). FlashAttention-4 is measured on
+an H200, which computes like an H100 (`benchmarks/results/h200.md`)."""
 
 H100_NODE = Machine(
     *H100_KERNELS["torch"],

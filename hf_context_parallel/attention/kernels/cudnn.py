@@ -1,6 +1,6 @@
 """Kernel `cudnn`: attention of cuDNN, called by PyTorch's operators.
 
-On Hopper it is 1.6 to 1.8 times as fast as FlashAttention-2 (`benchmarks/results/gpu_suite.md`). It computes calls of
+On Hopper it is 1.6 to 2.1 times as fast as FlashAttention-2 (`benchmarks/results/h200.md`). It computes calls of
 few long segments that are read entirely or have a causal mask. PyTorch's operators align such a mask with the first
 key. So a causal tile with more keys than queries, as `all_gather` has, is two calls: the keys that all queries read,
 and a square. FlashAttention-2 computes windows, packed documents, softcap and short tiles.

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import os
 import re
+import sys
 from typing import Any
 
 import torch
@@ -71,15 +72,20 @@ def identity(decoder: PreTrainedModel) -> str:
     code |= {
         _source(own) for own, theirs in zip(replaced.values(), stock) if getattr(own, "__func__", own) is not theirs
     }
-    from ... import __version__  # which the package defines after it has imported this module
-
     parts = (
         sorted(code),
         _without_sizes(decoder.config.to_dict()),
         transformers.__version__,
-        __version__,
+        _own_version(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _own_version() -> str:
+    """Return the version of this package, which is read where it is defined, since it may run without metadata."""
+    package = sys.modules[__name__.partition(".")[0]]  # to import it here would be a circle
+    found: str = package.__version__
+    return found
 
 
 def _class_of(module: torch.nn.Module) -> type:
