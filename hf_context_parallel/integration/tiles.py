@@ -2,7 +2,7 @@
 
 Each tile is checkpointed, so that what lies inside of such a module exists for one tile at a time, in forward and in
 backward: the intermediate values of an MLP or of experts, and those of a norm, which computes in float32. Autograd
-adds the gradients of the tiles.
+adds the gradients of the tiles, those of weights in float32 or wider.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from ..compat import asks_interface, is_expert_parallel, recorded_outputs, tree_flatten, tree_unflatten
 from ..distributed.mesh import world
+from ..distributed.messages import accumulation_dtype
 from .active_batch import ActiveBatch, entered
 from .mixers.recognise import mixers
 from .patches.module_patch import BatchPatch
@@ -29,6 +31,7 @@ from .tensor_parallel.sequence_parallel import SequenceParallel
 
 logger = logging.getLogger(__name__)
 
+WIDE = torch.float32.itemsize
 SEVERAL = 3
 """Number of tiles at least while models are compared, since short batches would fit into one."""
 
@@ -112,6 +115,8 @@ class Tiles:
             with entered(self._batch), self._shared(given[0]):  # backward computes the tile after the batch was left
                 return forward(*arguments, **keywords)
 
+        if torch.is_grad_enabled() and not _waits_inside(module):
+            forward = _with_wide_gradients(module, forward)
         whole = [leaves[place] for place in places]
         for place in places:  # `of_tile` lives until backward, and needs the tokens of its tile alone
             leaves[place] = None
@@ -220,6 +225,36 @@ def _joined_leaf(module: torch.nn.Module, pieces: Sequence[Any], shape: tuple[in
         f"tile_tokens: {type(module).__name__} returns a tensor of shape {tuple(pieces[0].shape)} for a tile, which "
         "has no entry for each token. Leave tile_tokens out."
     )
+
+
+class _Run(torch.nn.Module):
+    """Module with another one inside, whose forward is a function of that one's weights."""
+
+    def __init__(self, module: torch.nn.Module, forward: Callable):
+        super().__init__()
+        self.module, self._run = module, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+
+def _with_wide_gradients(module: torch.nn.Module, forward: Callable) -> Callable:
+    """Wrap the forward of a module, so that the gradients of its weights over several calls are summed in float32.
+
+    Autograd sums in the dtype of a tensor that is used several times. In bfloat16 the rounding of the sum would grow
+    with the number of tiles. So each call casts weights from one copy in float32.
+    """
+    narrow = {name: x for name, x in module.named_parameters() if x.requires_grad and x.dtype.itemsize < WIDE}
+    if not narrow:
+        return forward
+    run, wide = _Run(module, forward), {name: x.to(accumulation_dtype(x.dtype)) for name, x in narrow.items()}
+    dtypes = {name: x.dtype for name, x in narrow.items()}
+
+    def of_wide(*args: Any, **kwargs: Any) -> Any:
+        weights = {f"module.{name}": x.to(dtypes[name]) for name, x in wide.items()}
+        return functional_call(run, weights, args, kwargs)
+
+    return of_wide
 
 
 def _waits_inside(module: torch.nn.Module) -> bool:

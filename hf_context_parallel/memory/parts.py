@@ -176,6 +176,9 @@ class _Layer:
         self.mlp = first + second + in_attention + hidden + 6 * tile
         if tile < inner:
             self.mlp += 2 * hidden  # the output of the tiles, and the gradient of their input
+            if facts.lora_parameters is None and size < WIDE:
+                # A copy of the weights in float32, one that is cast for a tile, and the sum of their gradients.
+                self.mlp += facts.layer_parameters / job.tp * (2 * WIDE + size)
         own = _peak_of_attention(job, 1)
         # There are the gradients of the residual and of the output; keys are among those of `own`.
         self.attention = first + in_attention - keys + hidden + value + own

@@ -200,6 +200,24 @@ def test_norms_of_hidden_states_run_on_tiles(model_type, norms):
     assert sorted(found) == sorted([norms[0], *norms[1:] * decoder.config.num_hidden_layers])
 
 
+def gradients_in_bfloat16(size: int | None, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Gradients of the MLPs and of the norms of hidden states, of weights in bfloat16 that are computed in `dtype`."""
+    model = model_with("causal", "llama", "context_parallel").to(torch.bfloat16).to(dtype).train()
+    hcp.parallelize(model, context(tile_tokens=size))
+    model(**labelled(4, 256)).loss.backward()
+    return {name: x.grad.double() for name, x in model.named_parameters() if "mlp" in name or "norm" in name}
+
+
+def test_gradients_of_many_tiles_are_rounded_as_those_of_one_piece():
+    """Compare 512 tiles, whose sum in bfloat16 would be off by several times as much."""
+    truth = gradients_in_bfloat16(None, torch.float64)
+    errors = {
+        size: sum((x - truth[name]).square().sum() / truth[name].square().sum() for name, x in found.items())
+        for size, found in ((size, gradients_in_bfloat16(size)) for size in (None, 2))
+    }
+    assert errors[2] < 1.3 * errors[None]
+
+
 @pytest.mark.parametrize(("size", "wide"), [(None, True), (8, False)])
 def test_a_norm_keeps_its_input_in_float32_unless_it_runs_on_tiles(size, wide):
     model = model_with("causal", "llama", "context_parallel").to(torch.bfloat16).train()
