@@ -388,6 +388,31 @@ def test_hooks_on_an_embedding_under_fsdp_see_whole_rows(on_ranks):
     assert on_ranks(2, hooked_lengths) == [[19], [19]]
 
 
+def embedded_lengths(adapted: bool) -> list[int]:
+    """Return the lengths of the rows that an embedding embeds in a step with gradient checkpointing."""
+    seen, forward = [], torch.nn.Embedding.forward
+    model = model_with("causal", "llama", "context_parallel").train()
+    if adapted:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    hcp.parallelize(model, context())
+    torch.nn.Embedding.forward = lambda self, ids: seen.append(ids.shape[1]) or forward(self, ids)
+    try:
+        model(**labelled()).loss.backward()
+    finally:
+        torch.nn.Embedding.forward = forward
+    return seen
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "LoRA"])
+def test_hooks_that_ask_for_gradients_leave_the_embedding_to_the_shard(on_ranks, adapted):
+    """Gradient checkpointing registers such a hook, so rows would be embedded whole, on every rank."""
+    assert on_ranks(2, embedded_lengths, adapted) == [[10], [10]]
+
+
 def embedded_errors() -> float:
     whole, sharded = (model_with("causal", "llama", name) for name in (None, "context_parallel"))
     hcp.parallelize(sharded, context())

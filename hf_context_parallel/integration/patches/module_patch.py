@@ -21,6 +21,9 @@ ran_sharded: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 KEEP_VALUES = ("torch.distributed.", "trl.models.activation_offloading")
 """Beginnings of the names of Python modules whose hooks neither read nor change values: those of FSDP, and those by
 which TRL leaves on the device what the head saves."""
+FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
+"""Names of hooks that do no more than to ask for the gradient of an output: that of Transformers, with which gradient
+checkpointing begins, and those of PEFT and of scripts that were written like it."""
 
 
 class ModulePatch(ABC):
@@ -126,9 +129,15 @@ def inside_patches(forward: Callable) -> Callable:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Return whether a module has hooks on its forward that may read or change values; see `KEEP_VALUES`."""
+    """Return whether a module has hooks on its forward that may read or change values.
+
+    Those of `KEEP_VALUES` and of `FOR_GRADIENTS` do not.
+    """
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(getattr(hook, "__module__", "").startswith(KEEP_VALUES) for hook in hooks)
+    return not all(
+        getattr(hook, "__module__", "").startswith(KEEP_VALUES) or getattr(hook, "__name__", "") in FOR_GRADIENTS
+        for hook in hooks
+    )
 
 
 def by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
