@@ -188,6 +188,20 @@ def test_the_items_of_the_gpu_suite_fit_into_its_time():
     assert beside / suite.AT_ONCE + alone <= suite.TOTAL
 
 
+def test_gpu_suite_counts_messages_beside_no_kernel():
+    overlap = importlib.import_module("benchmarks.gpu_suite.overlap").overlap
+
+    def event(kind, stream, start, end):
+        return {"cat": kind, "args": {"stream": stream}, "ts": start, "dur": end - start}
+
+    kernels = [event("kernel", 7, 0, 500), event("kernel", 7, 510, 1000), event("gpu_memcpy", 7, 0, 900)]
+    found = overlap([*kernels, event("gpu_memcpy", 14, 490, 508)])
+    assert found["right"] and (found["shown"], found["copies"]) == (pytest.approx(0.008), 1)
+    assert found["idle"] == pytest.approx(0.01)
+    assert not overlap([*kernels[:1], event("kernel", 7, 600, 1000), event("gpu_memcpy", 14, 500, 590)])["right"]
+    assert not overlap(kernels)["right"]  # nothing was sent
+
+
 @pytest.mark.parametrize(
     ("report", "status", "errors"),
     [("ERROR SUMMARY: 0 errors", 0, 0), ("Invalid read\nERROR SUMMARY: 1 error", 0, 1), ("no such device", 1, None)],

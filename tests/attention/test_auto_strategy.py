@@ -134,7 +134,7 @@ def test_the_peak_of_a_ring_with_several_owners_a_step_counts_its_own_steps():
     layout, mask = zigzag(65_536, 8), Mask(65_536, whole_rows(1, 65_536))
     shape = Shape(32, 8, 128, 128, torch.bfloat16)
     found = shares("p2p", 1, layout, counts_of(layout, mask), shape, MACHINE, together=5)
-    measured = 1315 * 2**20  # on an H200 (benchmarks/results/gpu_suite.md of the first run on one)
+    measured = 1315 * 2**20  # on an H200 (benchmarks/results/gpu_suite.md)
     assert max(share.peak for share in found) == pytest.approx(measured, rel=0.1)
 
 
