@@ -456,10 +456,10 @@ def longest_section(data: dict[str, Any]) -> str:
     rows = []
     for x in data["longest"]:
         one = alone[x["option"]]
-        share = x["tokens"] / one["tokens"] * one["ranks"] / x["ranks"]
+        share = f"{x['tokens'] / one['tokens'] * one['ranks'] / x['ranks']:.3f}" if one["tokens"] else "-"
         by_token, of_one = (bytes_by_token(data, y["ranks"], y["option"]) for y in (x, one))
         slope = f"{of_one / by_token * one['ranks'] / x['ranks']:.3f}" if by_token and of_one else "-"
-        cells = [x["ranks"], x["option"], f"{x['tokens']:,}", f"{x['counted']:,}", f"{share:.3f}", slope]
+        cells = [x["ranks"], x["option"], f"{x['tokens']:,}", f"{x['counted']:,}", share, slope]
         rows.append([*cells, f"{x['rate']:,.0f}"])
     headers = ["ranks", "options", "longest", "counted", "of N times one rank", "by bytes a token", "tokens/s"]
     text = (

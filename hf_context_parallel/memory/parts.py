@@ -23,6 +23,9 @@ WIDE = 4
 NORM_BACKWARD, HALF_NORM_BACKWARD = 5, 12
 """Memory that Llama's norm needs in backward, in multiples of its input, beyond its input and the gradient of its
 result; and the same for an input of 16 bits. Counted are the tensors that PyTorch allocates."""
+JOINED = 5
+"""Hidden states that are there at once where modules run on tiles: outputs of an MLP or a norm, and gradients of
+their inputs, in pieces and joined. It is fitted to the peaks of `benchmarks/memory.py`."""
 IN_FLIGHT = 2
 """Layers whose offloaded tensors are on the device: one is used while the next one arrives."""
 
@@ -175,7 +178,7 @@ class _Layer:
         # The gradients of the product and of its factors join them, when the product itself is freed.
         self.mlp = first + second + in_attention + hidden + 6 * tile
         if tile < inner:
-            self.mlp += 2 * hidden  # the output of the tiles, and the gradient of their input
+            self.mlp += JOINED * hidden
             if facts.lora_parameters is None and size < WIDE:
                 # A copy of the weights in float32, one that is cast for a tile, and the sum of their gradients.
                 self.mlp += facts.layer_parameters / job.tp * (2 * WIDE + size)
@@ -229,7 +232,7 @@ def _loss(job: Job, hidden: float) -> float:
     head = trains_head * facts.head_parameters / job.tp * accumulation_dtype(job.dtype).itemsize
     # The norm saves what those of layers do. Then come the hidden states of the tokens that have labels.
     is_tiled = job.mlp_tokens < tokens
-    norm = 2 * hidden if is_tiled else tokens * facts.hidden * WIDE + hidden * (2 + trains_head)
+    norm = JOINED * hidden if is_tiled else tokens * facts.hidden * WIDE + hidden * (2 + trains_head)
     pieces = hidden * (1 - chunk / tokens)  # gradients of the chunks before, which are joined when all are made
     joined = hidden + (hidden if chunk < tokens else 0)
     of_loss = norm + max(logits + pieces + (2 if chunk < tokens else 1) * head, joined + head)
