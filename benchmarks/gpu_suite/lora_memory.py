@@ -1,8 +1,8 @@
 """Memory of training Llama-3-8B with LoRA at up to 128K tokens a rank: weights, layers and loss, each by itself.
 
-It is measured with 2 and with 4 of the 32 layers, in bfloat16 with gradient checkpointing, in a group of one rank that
-shards its batch. A rank of a CP group of N has 1/N of the tokens. It holds buffers of other ranks' keys in addition,
-which the item `memory` measures.
+It is measured with 2 and with 4 of the 32 layers, in bfloat16 with gradient checkpointing and kept attention, in a
+group of one rank that shards its batch. A rank of a CP group of N has 1/N of the tokens. It holds buffers of other
+ranks' keys in addition, which the item `memory` measures.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import hf_context_parallel as hcp
 from hf_context_parallel.integration.border.chunked_loss import LOGITS
 from hf_context_parallel.integration.switches import sharded_on_one_rank
+from hf_context_parallel.memory.facts import facts_of
+from hf_context_parallel.memory.job import Job
+from hf_context_parallel.memory.parts import parts_of
 
 from .measure import DTYPES
 
@@ -29,6 +32,9 @@ TOKENS = {"cuda": (32_768, 65_536, 131_072), "cpu": (64, 128)}
 BYTES, STATES = 20, 4
 """Most memory of the loss: bytes for each logit of a chunk, and hidden states for each token. There are the logits, in
 float32 too, and their gradients; the hidden states of the targets, and their gradients in chunks and joined."""
+KEPT = {"attention_checkpoints": "device"}
+APART = 0.1
+"""Largest difference of a peak from its count, as a fraction of the count."""
 TWICE = 2.1
 """Largest peak without weights, as a multiple of that for half of the tokens."""
 
@@ -113,7 +119,7 @@ def adapted_model(device: torch.device) -> torch.nn.Module:
                     setattr(block, name, Adapted(child))
     model.model.norm = Border(model.model.norm)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    return hcp.parallelize(model, hcp.ContextParallel(hcp.ContextParallelConfig(size=1)))
+    return hcp.parallelize(model, hcp.ContextParallel(hcp.ContextParallelConfig(size=1, **KEPT)))
 
 
 def peaks_of(model: torch.nn.Module, tokens: int, device: torch.device) -> tuple[Peaks, bool]:
@@ -142,9 +148,12 @@ def parts(tokens: int, by_layers: dict[int, Peaks]) -> Iterator[dict[str, Any]]:
     hidden = tokens * SIZES["hidden_size"] * torch.bfloat16.itemsize
     limit = BYTES * LOGITS + STATES * hidden
     layer = (most.step - least.step) / (MEASURED[0] - MEASURED[1])
+    peak, count = most.weights + most.step, counted(tokens)
     yield {
         "what": f"{tokens} tokens, {MEASURED[0]} layers",
-        "peak GiB": (most.weights + most.step) / 2**30,
+        "right": not most.step or abs(peak / count - 1) <= APART,
+        "peak GiB": peak / 2**30,
+        "of what memory/ counts": peak / count,
         "weights GiB": most.weights / 2**30,
         "kept by a layer GiB": layer / 2**30,
         "of it hidden states": layer / hidden,
@@ -157,6 +166,13 @@ def parts(tokens: int, by_layers: dict[int, Peaks]) -> Iterator[dict[str, Any]]:
         "at most GiB": limit / 2**30,
         "all logits GiB": tokens * SIZES["vocab_size"] * torch.bfloat16.itemsize / 2**30,
     }
+
+
+def counted(tokens: int) -> float:
+    """Count the bytes of the peak of a step of the deeper model, as `hf_context_parallel/memory/` does."""
+    facts = facts_of(LlamaConfig(**SIZES, num_hidden_layers=MEASURED[0]), RANK)
+    how = {"dtype": torch.bfloat16, "kernel": "torch", "checkpointing": True, "sharded": True, **KEPT}
+    return parts_of(Job(facts, tokens, **how)).total
 
 
 def weights_of(layer: torch.nn.Module) -> int:
