@@ -159,10 +159,13 @@ def _run_tasks(link: Connection) -> int:
 
     It is CROWDED if other tasks are to run in another process.
     """
+    import torch
     import torch.distributed as dist
     import torch.distributed.tensor.debug as dtensor_debug
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    # A fork has lost its thread pool. PyTorch makes it anew here, before two threads ask for it at once.
+    torch.set_num_threads(torch.get_num_threads())
     fresh = True
     while True:
         link.poll(None)

@@ -23,6 +23,7 @@ from hf_context_parallel.verification.types.check import unrounded
 from tests.helpers.border import mean_gradients
 from tests.helpers.images import MARKS, image_collator, image_model, image_samples
 from tests.helpers.models import context
+from tests.helpers.tiles import unrounded_tiles
 
 IMAGES = ((0,), (1, 0), ())
 
@@ -94,7 +95,7 @@ def errors_of(way: str) -> tuple[float, float, int, list[str]]:
     with allow_unchecked_models():
         sharded = hcp.parallelize(prepare(sharded), context(**settings))
     whole = whole if prepare is fsdp else prepare(whole)
-    with nullcontext() if way in ROUNDED else unrounded(whole.config):
+    with unrounded_tiles() if way == "tiles" else nullcontext() if way in ROUNDED else unrounded(whole.config):
         expected, found = whole(**batch, use_cache=False).loss, sharded(**batch).loss
         expected.backward()
         found.backward()

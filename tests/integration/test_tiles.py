@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import hf_context_parallel as hcp
 from hf_context_parallel.integration import tiles
 from hf_context_parallel.integration.tiles import is_norm, modules_by_token
-from hf_context_parallel.verification.types.check import Unrounded
 from tests.helpers.border import batch_for, differences, mean_gradients, model_with
 from tests.helpers.models import (
     context,
@@ -28,21 +25,9 @@ from tests.helpers.models import (
     tokens,
 )
 from tests.helpers.tensor_parallel import TP_CP, batch, saved, tensor_parallel_model
+from tests.helpers.tiles import CONTEXTS, unrounded_tiles
 
-CONTEXTS = {"context_fn": lambda: (nullcontext(), Unrounded())}
-"""Keywords of a checkpoint that is computed again without rounding. PyTorch enters no mode again by itself."""
 NOT_REENTRANT = {"use_reentrant": False, **CONTEXTS}
-
-
-@contextmanager
-def unrounded_tiles():
-    """Compute in float64, where models ask for float32, in forward and in tiles that are computed again."""
-    tiles.checkpoint = partial(checkpoint, **CONTEXTS)
-    try:
-        with Unrounded():
-            yield
-    finally:
-        tiles.checkpoint = checkpoint
 
 
 def errors_with_tiles(model_type: str, changes: dict, checkpointing: str | None, given: dict, size: int) -> float:
