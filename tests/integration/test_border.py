@@ -21,6 +21,7 @@ import hf_context_parallel as hcp
 from hf_context_parallel.compat import tree_leaves
 from hf_context_parallel.integration.border.chunked_loss import chunked_sum
 from hf_context_parallel.integration.border.parallelize import borders_of
+from hf_context_parallel.integration.switches import allow_unchecked_models
 from tests.helpers.border import batch_for, errors_of, mean_gradients, model_with
 from tests.helpers.models import context, document_positions, error, labelled, some_labels, tokens
 
@@ -411,6 +412,24 @@ def embedded_lengths(adapted: bool) -> list[int]:
 def test_hooks_that_ask_for_gradients_leave_the_embedding_to_the_shard(on_ranks, adapted):
     """Gradient checkpointing registers such a hook, so rows would be embedded whole, on every rank."""
     assert on_ranks(2, embedded_lengths, adapted) == [[10], [10]]
+
+
+def checkpointed_error(model_type: str) -> float:
+    """Train a step with gradient checkpointing in float32, and return the error of the loss or of the gradients."""
+    whole, sharded = (model_with("causal", model_type, name).train() for name in (None, "context_parallel"))
+    sharded.gradient_checkpointing_enable({"use_reentrant": False})
+    with allow_unchecked_models():
+        hcp.parallelize(sharded, context())
+    expected, found = (model(**labelled()).loss for model in (whole, sharded))
+    expected.backward()
+    found.backward()
+    pairs = zip(mean_gradients(sharded), (x.grad for x in whole.parameters()))
+    return max(error(found, expected), *(error(a, b) for a, b in pairs if b is not None and b.abs().max() > 1e-3))
+
+
+def test_a_decoder_that_reads_its_ids_takes_gradient_checkpointing(on_ranks):
+    """Its hook on the embedding was taken for one that needs whole rows, which such a decoder cannot be given."""
+    assert max(on_ranks(2, checkpointed_error, "gemma4_text")) < 1e-4
 
 
 def embedded_errors() -> float:
