@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 import hf_context_parallel as hcp
+from hf_context_parallel.data.batch import IGNORED
 from hf_context_parallel.integration.switches import allow_unchecked_models
 from hf_context_parallel.verification.types.check import Case, unrounded
 from hf_context_parallel.verification.types.tiny import tiny_config
 
-from .models import OF_STOCK
+from .models import OF_STOCK, of_all
 from .processes import RANKS, Tell, on_ranks
 
 TYPES = ("gemma3", "qwen3_vl", "qwen2_5_vl", "internvl", "qwen3_5", "qwen2_audio")
@@ -72,7 +73,7 @@ def step(case: Case, kind: str, kernel: str | None, dtype: torch.dtype, device: 
         with allow_unchecked_models():
             model = hcp.parallelize(model, cp)
     parts = batch.parts if kernel is None else [batch.inputs]
-    counts = [(part["labels"][:, 1:] != -100).sum().item() for part in parts]
+    counts = [(part["labels"][:, 1:] != IGNORED).sum().item() for part in parts]
     total = torch.zeros((), dtype=torch.float64, device=device)
     with unrounded(case.config) if dtype == torch.float64 else nullcontext():
         for part, count in zip(parts, counts):
@@ -106,6 +107,4 @@ def worst(found: Step, truth: Step) -> float:
 
 def whole(found: Step, truth: Step) -> float:
     """Relative error of all gradients together, or of the loss if that is larger."""
-    pairs = list(zip(found[1], truth[1]))
-    square = sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
-    return max(square.sqrt().item(), abs(found[0].item() / truth[0].item() - 1))
+    return of_all(list(zip(found[1], truth[1])), found[0], truth[0])

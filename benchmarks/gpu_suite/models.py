@@ -47,12 +47,17 @@ def sharded_step(model: torch.nn.Module, batch: dict[str, torch.Tensor], cp: hcp
 
 
 def difference(model: torch.nn.Module, loss: torch.Tensor, truth: torch.nn.Module, true_loss: torch.Tensor) -> float:
-    """Relative error of all gradients together, or of the loss if that is larger."""
+    """Relative error of all gradients of a model together, or of the loss if that is larger."""
     pairs = [
         (mine.grad.double(), other.grad.double())
         for mine, other in zip(model.parameters(), truth.parameters())
         if other.grad is not None
     ]
+    return of_all(pairs, loss, true_loss)
+
+
+def of_all(pairs: list[tuple[torch.Tensor, torch.Tensor]], loss: torch.Tensor, true_loss: torch.Tensor) -> float:
+    """Relative error of the first tensors of all pairs against the second, or of the loss if that is larger."""
     square = sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
     return max(square.sqrt().item(), abs(loss.item() / true_loss.item() - 1))
 

@@ -31,7 +31,6 @@ from .tensor_parallel.sequence_parallel import SequenceParallel
 
 logger = logging.getLogger(__name__)
 
-WIDE = torch.float32.itemsize
 SEVERAL = 3
 """Number of tiles at least while models are compared, since short batches would fit into one."""
 
@@ -115,7 +114,7 @@ class Tiles:
             with entered(self._batch), self._shared(given[0]):  # backward computes the tile after the batch was left
                 return forward(*arguments, **keywords)
 
-        if torch.is_grad_enabled() and not _waits_inside(module):
+        if torch.is_grad_enabled():
             forward = _with_wide_gradients(module, forward)
         whole = [leaves[place] for place in places]
         for place in places:  # `of_tile` lives until backward, and needs the tokens of its tile alone
@@ -244,14 +243,15 @@ def _with_wide_gradients(module: torch.nn.Module, forward: Callable) -> Callable
     Autograd sums in the dtype of a tensor that is used several times. In bfloat16 the rounding of the sum would grow
     with the number of tiles. So each call casts weights from one copy in float32.
     """
-    narrow = {name: x for name, x in module.named_parameters() if x.requires_grad and x.dtype.itemsize < WIDE}
-    if not narrow:
+    trained = ((f"module.{name}", x) for name, x in module.named_parameters() if x.requires_grad)
+    dtypes = {name: x.dtype for name, x in trained if x.dtype != accumulation_dtype(x.dtype)}
+    if not dtypes or _waits_inside(module):  # which holds no whole weights
         return forward
-    run, wide = _Run(module, forward), {name: x.to(accumulation_dtype(x.dtype)) for name, x in narrow.items()}
-    dtypes = {name: x.dtype for name, x in narrow.items()}
+    run = _Run(module, forward)
+    wide = {name: run.get_parameter(name).to(accumulation_dtype(dtype)) for name, dtype in dtypes.items()}
 
     def of_wide(*args: Any, **kwargs: Any) -> Any:
-        weights = {f"module.{name}": x.to(dtypes[name]) for name, x in wide.items()}
+        weights = {name: x.to(dtypes[name]) for name, x in wide.items()}
         return functional_call(run, weights, args, kwargs)
 
     return of_wide

@@ -107,3 +107,8 @@ class Job:
     def mlp_tokens(self) -> int:
         """Tokens of a rank that an MLP treats at a time."""
         return min(self.tile_tokens or self.rank_tokens, self.rank_tokens)
+
+    @property
+    def is_tiled(self) -> bool:
+        """True if MLPs and norms treat some tokens at a time."""
+        return self.mlp_tokens < self.rank_tokens

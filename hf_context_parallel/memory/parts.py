@@ -165,19 +165,13 @@ class _Layer:
         in_attention = query + keys + self.output + pooled * value
         # A norm saves its input in float32, the normed states if its weight is trained, and its result. On tiles it
         # saves its input and its result, and the input of the first one is that of the layer.
-        is_tiled = job.mlp_tokens < tokens
         norm = wide + hidden * (1 + (facts.lora_parameters is None))
-        first, second = (hidden, 2 * hidden) if is_tiled else (norm, norm)
-        in_attention = query + keys + self.output + pooled * value
-        # A norm saves its input in float32, the normed states if its weight is trained, and its result. On tiles it
-        # saves its result alone.
-        is_tiled = job.mlp_tokens < tokens
-        norm = hidden if is_tiled else wide + hidden * (1 + (facts.lora_parameters is None))
+        first, second = (hidden, 2 * hidden) if job.is_tiled else (norm, norm)
         # The MLP saves the results of two projections and of the activation, and their product.
-        self.saved = first + second + is_tiled * hidden + in_attention + 4 * inner
+        self.saved = first + second + job.is_tiled * hidden + in_attention + 4 * inner
         # The gradients of the product and of its factors join them, when the product itself is freed.
         self.mlp = first + second + in_attention + hidden + 6 * tile
-        if tile < inner:
+        if job.is_tiled:
             self.mlp += JOINED * hidden
             if facts.lora_parameters is None and size < WIDE:
                 # A copy of the weights in float32, one that is cast for a tile, and the sum of their gradients.
@@ -193,7 +187,7 @@ class _Layer:
             self.messages += 2 * keys * _owners(job.cp, tokens * shape.key_value_numbers, job)
             self.idle_messages = self.messages
             self.mlp += self.idle
-        kept = (hidden if size == WIDE and not is_tiled else 0) if job.checkpointing else self.saved
+        kept = (hidden if size == WIDE and not job.is_tiled else 0) if job.checkpointing else self.saved
         self.mlp, self.attention = self.mlp - kept, max(0.0, self.attention - kept)
         if job.keeps_attention:
             self.mlp, self.attention = self.mlp - self.output, self.attention - self.output
@@ -231,14 +225,13 @@ def _loss(job: Job, hidden: float) -> float:
     trains_head = facts.lora_parameters is None
     head = trains_head * facts.head_parameters / job.tp * accumulation_dtype(job.dtype).itemsize
     # The norm saves what those of layers do. Then come the hidden states of the tokens that have labels.
-    is_tiled = job.mlp_tokens < tokens
-    norm = JOINED * hidden if is_tiled else tokens * facts.hidden * WIDE + hidden * (2 + trains_head)
+    norm = JOINED * hidden if job.is_tiled else tokens * facts.hidden * WIDE + hidden * (2 + trains_head)
     pieces = hidden * (1 - chunk / tokens)  # gradients of the chunks before, which are joined when all are made
     joined = hidden + (hidden if chunk < tokens else 0)
     of_loss = norm + max(logits + pieces + (2 if chunk < tokens else 1) * head, joined + head)
     norm_backward = HALF_NORM_BACKWARD if job.dtype.itemsize < WIDE else NORM_BACKWARD
     # Backward of the norm holds its input and the gradient of its result beside what it computes.
-    return of_loss if is_tiled else max(of_loss, (2 + norm_backward) * hidden + head)
+    return of_loss if job.is_tiled else max(of_loss, (2 + norm_backward) * hidden + head)
 
 
 def _peak_of_attention(job: Job, cp: int) -> float:

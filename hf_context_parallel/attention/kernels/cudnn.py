@@ -232,11 +232,8 @@ def _can(query: torch.Tensor, value: torch.Tensor, segments: Segments, scores: S
         return False
     if segments.band not in (FULL, CAUSAL):
         return False
-    tiles = [(tile.queries[0], tile.keys[0], tile.band) for tile in chain(*_plain(segments))]
-    return all(
-        min(_length(query), _length(key)) >= SHORTEST and is_plain(_length(query), _length(key), band)
-        for query, key, band in tiles
-    )
+    tiles = [(_length(call.queries[0]), _length(call.keys[0]), call.band) for call in chain(*_plain(segments))]
+    return all(min(queries, keys) >= SHORTEST and is_plain(queries, keys, band) for queries, keys, band in tiles)
 
 
 def _widest_head(device: torch.device) -> int:
