@@ -21,7 +21,7 @@ SINCE_3_12 := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info 
 COVERAGE := $(if $(SINCE_3_12),--cov --cov-report=term:skip-covered)
 export COVERAGE_CORE := sysmon
 
-.PHONY: help test test-unit test-all test-newest test-oldest lint format demo .venv
+.PHONY: help test test-unit test-all test-newest test-oldest lint format demo fuzz audit .venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -63,6 +63,16 @@ format: .venv  ## let ruff format the code and mend what it can
 
 demo: .venv  ## a small Qwen3 on two CPU processes beside the same on one
 	$(BIN)/hf-context-parallel compare recipes/demo_cpu.yaml
+
+fuzz: .venv  ## ten minutes of the property tests, with new random examples
+	$(BIN)/python -m tests.fuzz --minutes 10
+
+# pip-audit lives by itself, so that what it brings is not among what it audits.
+audit: .venv  ## known advisories of the pinned dependencies, and a search of the source
+	$(BIN)/pytest -q tests/test_security.py
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install pip-audit
+	.venv-audit/bin/python .ci/audit.py constraints.txt
 
 .venv: .venv/.installed
 

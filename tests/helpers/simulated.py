@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,10 +20,7 @@ from hf_context_parallel.planning.intervals import intersection
 from hf_context_parallel.planning.layout import FIXED_LAYOUTS, Layout
 from hf_context_parallel.planning.mask import Mask, Pattern, from_attention_mask, from_cu_seqlens
 from hf_context_parallel.planning.tiles import Band
-from tests.helpers.examples import examples
 
-settings.register_profile("deterministic", examples(100), derandomize=True, deadline=None, database=None)
-settings.load_profile("deterministic")
 torch.set_num_threads(1)  # ranks are threads, and tensors are small
 
 
