@@ -70,7 +70,7 @@ def mean_losses_with_dropout(seeds: int) -> tuple[float, float, float]:
     return losses[0].mean().item(), losses[1].mean().item(), spread.item()
 
 
-@pytest.mark.parametrize("seeds", [80, pytest.param(200, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("seeds", [40, pytest.param(200, marks=pytest.mark.exhaustive)])
 def test_dropout_is_that_of_one_process_in_distribution(on_ranks, seeds):
     for sharded, whole, spread in on_ranks(2, mean_losses_with_dropout, seeds):
         assert spread > 0 and abs(sharded - whole) < 4 * spread
