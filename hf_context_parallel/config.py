@@ -67,6 +67,8 @@ class ContextParallelConfig:
             the exchange of their outcome are always on.
         verify: True to let the Trainer compare the model on shards with the model on whole sequences before the first
             step. It stops if a layer differs by more than rounding; see `verify`.
+        nan_steps: number of optimizer steps in a row with a loss that is NaN or infinite on any rank, after which the
+            Trainer stops. None goes on.
         sequence_parallel: True to shard activations between the regions of tensor parallelism (norms, residuals,
             their dropout) over the ranks of a tensor-parallel group, by tokens, as in Megatron-LM.
         logits: the logits that a language model returns.
@@ -97,6 +99,7 @@ class ContextParallelConfig:
     attention_checkpoints: str = "auto"
     check_batch: bool = True
     verify: bool = True
+    nan_steps: int | None = 3
     sequence_parallel: bool = False
     logits: str = "auto"
     loss_chunk_tokens: int | None = None
@@ -130,6 +133,8 @@ class ContextParallelConfig:
                 raise ValueError(
                     f"{field}={tokens!r} is not a number of tokens. Give an integer of 1 or more, or None."
                 )
+        if self.nan_steps is not None and not _is_count(self.nan_steps):
+            raise ValueError(f"nan_steps={self.nan_steps!r} is not a number of steps. Give 1 or more, or None.")
         most = self.max_tokens_per_rank
         if most is not None and (not _is_count(most) or most < 2):
             raise ValueError(f"max_tokens_per_rank={most!r} is not a number of tokens. Give an integer of 2 or more.")

@@ -18,8 +18,9 @@ from .config import ContextParallelConfig
 from .cp_group import CPGroup
 from .data.accelerator import share_groups
 from .data.loader import prepare_data_loader
-from .distributed.agreement import collective, fingerprint, gather_numbers, odd_rank, of_first_rank
+from .distributed.agreement import collective, gather_numbers, odd_rank, of_first_rank
 from .distributed.devices import refuse_shared_devices
+from .distributed.last_words import print_agreed_errors_once
 from .distributed.mesh import world
 from .distributed.messages import CheckedExchange, Exchange
 from .distributed.process_groups import Groups, build_groups
@@ -55,11 +56,13 @@ class ContextParallel:
 
     def __init__(self, config: ContextParallelConfig, mesh: DeviceMesh | None = None):
         refuse_shared_devices()
+        if world().size > 1:
+            print_agreed_errors_once()
         # Making groups is collective, so ranks must find out before it that they ask for different groups.
         with collective(world(), "settings or meshes", "Give every process the same ones.") as notes:
             kernel = list(KERNELS).index(kernel_here(config.kernel))
             names, shape = (mesh.mesh_dim_names, tuple(mesh.shape)) if mesh is not None else ((), ())
-            notes.fingerprint = fingerprint({"settings": {**vars(config), "size": None}, "mesh": (names, shape)})
+            notes.compare({**vars(config), "size": None, "the mesh": (names, shape)})
             notes.number = config.size
         sizes = notes.numbers
         if (odd := odd_rank(sizes)) is not None:

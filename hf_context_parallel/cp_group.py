@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 
@@ -67,6 +68,8 @@ class CPGroup:
     machines: Mapping[str, Machine] = field(compare=False, repr=False)
     _logged: set[tuple[object, ...]] = field(default_factory=set, compare=False, repr=False)
     """Choices of `auto` that were logged."""
+    compared: WeakSet[torch.nn.Module] = field(default_factory=WeakSet, compare=False, repr=False)
+    """Models whose weights the ranks have compared whole."""
     planner: Planner = field(init=False, compare=False, repr=False)
     """Planner of this rank."""
 

@@ -8,7 +8,7 @@ import torch
 
 from .config import check_comm_type
 from .cp_group import CPGroup
-from .distributed.agreement import collective, fingerprint
+from .distributed.agreement import collective
 from .integration.active_batch import active_batch
 from .planning import mask as masks
 from .planning.balanced import make_layout
@@ -59,7 +59,7 @@ def attention(
         else:
             check_comm_type(comm_type)
         options = shapes, pattern, call.scores._replace(seed=0), sinks is None, comm_type
-        notes.fingerprint = fingerprint({"options": options, **settings})
+        notes.compare({"shapes, mask and options": options, **settings})
     if notes.alarm:
         group.exchange.settle(group.groups)
     # From here on all ranks have the same data, so they all refuse or none does.

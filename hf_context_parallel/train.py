@@ -6,9 +6,7 @@ accelerate launch --multi_gpu --num_processes 2 -m hf_context_parallel.train REC
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +16,7 @@ import torch.distributed as dist
 import typer
 from transformers import set_seed
 
+from hf_context_parallel.distributed.last_words import told
 from hf_context_parallel.recipe.documents import load_documents, make_collator, to_rows
 from hf_context_parallel.recipe.dry_run import made_up_documents, shrink
 from hf_context_parallel.recipe.errors import RecipeError
@@ -125,13 +124,8 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="one step of a tiny model, offline")] = False,
 ) -> None:
     """Fine-tune the model of RECIPE, in each process that `accelerate launch` starts."""
-    try:
+    with told():
         run(recipe, overrides or [], dry_run)
-    except RecipeError as error:
-        # Usually all ranks fail alike, and the launcher stops all when one exits. Rank 0 gets time to print.
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)
-        sys.exit(str(error))
     if dist.is_initialized():
         dist.destroy_process_group()  # a thread of it that still runs at the end of Python may abort the process
 

@@ -17,7 +17,7 @@ from ..data.shard import Shard, shard_batch
 from ..distributed.agreement import collective, fingerprint
 from ..distributed.failures import FailureReport
 from .active_batch import ActiveBatch, active_batch, enter, leave
-from .checks.agreement import SAME_BATCHES, check_weights, sampled, signature
+from .checks.agreement import REMEDIES, SAME_BATCHES, check_weights, sampled, shown, signature, structure
 from .checks.inputs import accepted, check_inputs, check_range, refuse_part
 from .checks.model import check_model
 from .installation import OutermostPatch, carry_batches, install
@@ -60,17 +60,20 @@ class ShardedBatch(AbstractContextManager):
             raise RuntimeError("this sharded batch was entered before. For another pass, call cp.shard(batch) again.")
         self._entered = True
         self._failure_report = FailureReport(self._group.groups.same_batch)
-        compared = []
+        compared: dict[str, torch.nn.Parameter] = {}
         with self._failure_report.opening():
             with collective(self._group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
                 notes.alarm = self._group.exchange.interrupted
-                mark = ()
+                mark: dict[str, object] = {}
+                notes.remedies = REMEDIES
                 if self._model is not None:
                     self._check(self._model)
                     compared = sampled(self._model, self._group)
                     self._passed = transformers_model(self._model)
                     checkpointed = carry_batches(self._passed)
-                    mark = *signature(self._model), len(compared), checkpointed
+                    mark = {**signature(self._model), "the model is checkpointed": checkpointed}
+                    if compared:
+                        mark |= structure(self._model, self._group)
                 local = self._local()
                 if self._passed is not None:
                     shard = local[SHARD]
@@ -79,9 +82,11 @@ class ShardedBatch(AbstractContextManager):
                     kept = proposed_place(self._passed, self._group, tokens, device, checkpointed)
                     notes.number = kept.number
                 notes.fingerprint = fingerprint({"batch": local[SHARD].fingerprint, "model": mark})
+                notes.shown = {**shown(self._batch, self._group), **mark}
             if notes.alarm:
                 self._group.exchange.settle(self._group.groups)
-            check_weights(compared, self._group.groups)
+            if self._model is not None:
+                check_weights(self._model, compared, self._group)
         self._active = ActiveBatch(local.pop(SHARD), self._group, run_outermost=self._run)
         setting = self._group.config.attention_checkpoints
         if self._passed is not None:

@@ -6,16 +6,20 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
+from hf_context_parallel.distributed.last_words import CAUSE
 from hf_context_parallel.distributed.process_groups import LAUNCH_ORDER
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import PARALLEL_SIZES, Recipe
 
+LAUNCHER = "hf_context_parallel.recipe.launcher"
 RUNNER = "hf_context_parallel.train"
 # Without these accelerate prints warnings, or takes values from a configuration file of the user. Port 0: any free.
 DEFAULTS = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
@@ -34,6 +38,7 @@ def launcher_arguments(processes: int, arguments: Sequence[str]) -> list[str]:
 def launch(processes: int, arguments: Sequence[str], threads: int | None = None) -> int:
     """Start the runner in `processes` processes through accelerate's launcher, and return its exit status.
 
+    The cause of an error is printed last, after all that ranks and launchers have printed.
     The environment has `LAUNCH_ORDER` set, unless the user has set it to something else.
 
     Args:
@@ -44,10 +49,14 @@ def launch(processes: int, arguments: Sequence[str], threads: int | None = None)
     environment = {LAUNCH_ORDER: "1", **os.environ}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return subprocess.run(
-        [*accelerate, *DEFAULTS, *launcher_arguments(processes, arguments)], env=environment
-    ).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        environment[CAUSE] = str(Path(folder) / "cause")
+        command = [sys.executable, "-m", LAUNCHER, *DEFAULTS, *launcher_arguments(processes, arguments)]
+        status = subprocess.run(command, env=environment).returncode
+        if status and os.path.exists(environment[CAUSE]):
+            sys.stdout.flush()
+            print(Path(environment[CAUSE]).read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+    return status
 
 
 def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence[str]) -> None:

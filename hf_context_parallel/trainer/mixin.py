@@ -39,6 +39,7 @@ from .accelerate import (
     with_launched_size,
 )
 from .generations import count_generations
+from .loss_watch import LossWatch
 from .metrics import StepWatch, count_steps, throughput
 from .out_of_memory import advised
 from .refusals import check_trainer, check_versions
@@ -91,6 +92,9 @@ class ContextParallelMixin:
             self.add_callback(_Verification(self))
         self._watch = StepWatch(self.args.device)
         self.add_callback(self._watch)
+        self._loss_watch = LossWatch(self._config.nan_steps) if self._config.nan_steps else None
+        if self._loss_watch is not None:
+            self.add_callback(self._loss_watch)
         self._scheduler: Scheduler | None = None
         if self._config.dynamic:
             sharded = self.is_fsdp_enabled or isinstance(self.model, FSDPModule)
@@ -178,8 +182,12 @@ class ContextParallelMixin:
             if self._scheduler is None:
                 rows, length = _shape_of(inputs)
                 self._count(rows * length, length)
-                return super().training_step(model, inputs, num_items_in_batch)
-            return self._rounds(model, inputs, num_items_in_batch)
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                loss = self._rounds(model, inputs, num_items_in_batch)
+        if self._loss_watch is not None:
+            self._loss_watch.see(loss)
+        return loss
 
     def _rounds(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None

@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from ..context_parallel import ContextParallel
-from ..distributed.agreement import collective, fingerprint
+from ..distributed.agreement import collective, fingerprint, gather_numbers
 from ..distributed.mesh import world
 from ..integration.border.parallelize import decoders_of, parallelize
 from ..integration.checks.peft import check_adapters, uses_prefix
 from ..integration.checks.proofs import keep_proof
+from ..integration.checks.weights import refuse_non_finite
 from ..integration.model_registry import outermost_models, transformers_model
 from ..integration.patches.rope import follows_length
 from ..integration.switches import allow_unchecked_models, several_tiles
@@ -71,12 +72,14 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
             parallelize(model, cp)
         with _untouched(model), _summed(model, cp), several_tiles():
             differences = _compare_batches(model, cp)
-        if not all(math.isfinite(difference.found) for difference in differences):
-            _refuse_non_finite(model)
         notes.fingerprint = fingerprint({"compared": [difference[:3] for difference in differences]})
     differences = _of_all_ranks(differences, cp)
+    error = _first_error(differences)
+    [differs] = gather_numbers(world(), error is not None)
+    if any(differs):  # which NaN in the weights explains
+        refuse_non_finite(dict(model.named_parameters()), world())
     with collective(world()):
-        if (error := _first_error(differences)) is not None:
+        if error is not None:
             raise error
     for inner in outermost_models(model):
         for _, decoder in decoders_of(inner):
@@ -98,18 +101,8 @@ def _of_all_ranks(differences: list[Difference], cp: ContextParallel) -> list[Di
     ]
 
 
-def _refuse_non_finite(model: torch.nn.Module) -> None:
-    """Refuse a model that has weights which are no finite numbers."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
-            raise ValueError(
-                f"{name} holds NaN or infinite weights, so that nothing can be compared. Load the model again, or "
-                "train from an earlier checkpoint."
-            )
-
-
 def _first_error(differences: list[Difference]) -> ValueError | None:
-    wrong = [difference for difference in differences if difference.found > difference.bound]
+    wrong = [each for each in differences if each.found > each.bound or not math.isfinite(each.found)]
     if not wrong:
         return None
     layer, tensor, batch, found, bound = wrong[0]

@@ -26,7 +26,7 @@ from ...distributed.agreement import collective, fingerprint
 from ...distributed.failures import FailureReport
 from ...distributed.host import beside, on_host
 from ..active_batch import ActiveBatch, active_batch, entered
-from ..checks.agreement import SAME_BATCHES, check_weights, sample, sampled, signature
+from ..checks.agreement import REMEDIES, SAME_BATCHES, check_weights, sample, sampled, shown, signature, structure
 from ..checks.inputs import accepted, check_range
 from ..checks.model import check_call
 from ..installation import carry_batches
@@ -167,17 +167,18 @@ class _Call:
         if call is not None:
             call.met_decoder = True
         _add_documents(decoder, given)
-        compared = []
+        compared: dict[str, torch.nn.Parameter] = {}
+        model = decoder if call is None else call.model
         with self.failure_report.opening():
             with collective(group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
-                notes.alarm = group.exchange.interrupted
+                notes.alarm, notes.remedies = group.exchange.interrupted, REMEDIES
                 if computes_loss:
                     raise ValueError(
                         f"{type(decoder).__name__} was given labels, and its loss is computed inside of the decoder, "
                         "which has the tokens of a shard. Compute the loss around it, of its logits, or run the model "
                         "in `with cp.whole(model):`."
                     )
-                check_call(decoder, decoder if call is None else call.model, given, group)
+                check_call(decoder, model, given, group)
                 compared = sampled(decoder, group)
                 self.local = self._shard(_embedded(decoder, given))
                 shard = self.local[SHARD]
@@ -191,20 +192,22 @@ class _Call:
                     check_chunks(mask.pattern, decoder.config.model_type, shard)
                 checkpointed = carry_batches(decoder)
                 tokens, device = shard.batch_size * shard.layout.length, _device_of(self.local)
-                model = decoder if call is None else call.model
                 kept = proposed_place(model, group, tokens, device, checkpointed)
                 notes.number = kept.number
-                mark = (*signature(decoder), len(compared), checkpointed)
+                mark = {**signature(decoder), "the model is checkpointed": checkpointed}
+                if compared:
+                    mark |= structure(model, group)
                 compared_labels = labels if group.config.check_batch else {}
                 patterns = sorted(str(mask.pattern) for mask in _planned(masks))  # layer types come in any order
-                whole = {"batch": shard.fingerprint, "model": mark, "masks": patterns, **compared_labels}
+                whole = {**mark, "the masks": patterns, **compared_labels}
                 if call is not None:
                     others = call.given.keys() - {*OF_LOSSES}
                     whole |= sample({x: call.given[x] for x in others if call.given[x] is not given.get(x)}, group)
-                notes.fingerprint = fingerprint(whole)
+                notes.fingerprint = fingerprint({"batch": shard.fingerprint, **whole})
+                notes.shown = {**shown(given, group), **whole}
             if notes.alarm:
                 group.exchange.settle(group.groups)
-            check_weights(compared, group.groups)
+            check_weights(model, compared, group)
         self.batch = ActiveBatch(self.local.pop(SHARD), group, padding_reads=call is None or call.uses_padding)
         self.batch.attention_checkpoints = agreed_place(group, kept, notes.numbers)
         for mask in _planned(masks):

@@ -217,7 +217,7 @@ class OuterPatch(ModulePatch):
                 if is_agreed(error):
                     raise
                 with collective(ranks):
-                    raise explained(error, call.model, call.given) from error
+                    raise explained(error, call.model, call.given).with_traceback(error.__traceback__) from None
 
 
 class EmbeddingsPatch(ModulePatch):

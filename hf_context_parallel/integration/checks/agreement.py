@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...compat import tree_leaves
 from ...cp_group import CPGroup
+from ...data.batch import SHARD
 from ...distributed.host import at_hand, on_host
-from ...distributed.process_groups import Groups
-from .weights import sampled_parameters, weights_differ
+from .weights import (
+    compare_all,
+    compared_parameters,
+    different_weights,
+    refuse_difference,
+    refuse_non_finite,
+    sampled_parameters,
+    weights_differ,
+)
 
 SAME_BATCHES = (
     "Give all ranks of a CP group the same batch and model: cp.prepare_data_loader() and ContextParallelTrainer deal "
@@ -19,33 +27,61 @@ SAME_BATCHES = (
 )
 
 
+CLASS, MODE, DTYPE = "the class of the model", "the mode of the model", "the dtype of the model"
+REMEDIES = {
+    CLASS: "Make or load the same model on all ranks of a CP group.",
+    MODE: "Call model.train(), or model.eval(), on all ranks of a CP group alike.",
+    DTYPE: "Load the model with the same dtype on all ranks of a CP group: from_pretrained(..., dtype=...).",
+}
+"""What to do if the ranks have different models, by what differs."""
+
+PLANNED = ("position_ids", "attention_mask", "cu_seq_lens_q")
+"""Names of inputs that plans depend on, whose values are always compared."""
 SAMPLED = 1024
 """Number of values of a tensor that ranks compare."""
 
 
-def check_weights(compared: Sequence[torch.nn.Parameter], groups: Groups) -> None:
-    """Refuse parameters that are not the same on all ranks of the group.
+def check_weights(model: torch.nn.Module, compared: Mapping[str, torch.nn.Parameter], group: CPGroup) -> None:
+    """Refuse a model whose weights are not the same on all ranks of the group, or are not finite.
 
+    All parameters are compared the first time that the group computes the model, and a sample of them afterwards.
     Every rank must call this, with the same number of parameters.
+
+    Args:
+        compared: the sample.
 
     Raises:
         ValueError: on every rank alike.
     """
-    if weights_differ(compared, groups):
-        raise ValueError(
-            "the ranks of the group have different weights, so together they would compute no single model. Seed all "
-            "ranks alike before the model is made, or load it, and reduce gradients over all ranks before each step "
-            "of the optimizer; DistributedDataParallel and ContextParallelTrainer do both."
-        )
+    if not compared:
+        return
+    if model not in group.compared:
+        compare_all(compared_parameters(model), group.groups)
+        group.compared.add(model)
+        return
+    differ, broken = weights_differ(compared, group.groups)
+    if broken:
+        refuse_non_finite(compared_parameters(model), group.groups)
+    if differ:
+        for name, parameter in compared.items():
+            refuse_difference(name, parameter, group.groups)
+        raise different_weights(f"one of {', '.join(compared)} differs in its last row", group.groups)
 
 
-def sampled(model: torch.nn.Module, group: CPGroup) -> list[torch.nn.Parameter]:
-    """Return the parameters that the ranks compare; none where they are not to be compared."""
+def sampled(model: torch.nn.Module, group: CPGroup) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that the ranks compare for each batch; none where they are not to be compared."""
     groups = group.groups
     # With tensor parallelism, ranks hold different parts of the weights.
     if not group.config.check_batch or groups.size == 1 or groups.same_batch.size > groups.size:
-        return []
+        return {}
     return sampled_parameters(model)
+
+
+def structure(model: torch.nn.Module, group: CPGroup) -> dict[str, str]:
+    """Return names, dtypes and shapes of the parameters that are about to be compared whole, for each of them."""
+    if model in group.compared:
+        return {}
+    return {name: f"{p.dtype} {tuple(p.shape)}" for name, p in compared_parameters(model).items()}
 
 
 def sample(given: Mapping[str, Any], group: CPGroup) -> dict[str, Any]:
@@ -65,7 +101,22 @@ def sample(given: Mapping[str, Any], group: CPGroup) -> dict[str, Any]:
     return found
 
 
-def signature(model: torch.nn.Module) -> tuple:
-    """Return the properties of a model that must be equal on all ranks."""
+def shown(batch: Mapping[str, Any], group: CPGroup) -> dict[str, Any]:
+    """Return what an error names of batches that differ: tensors, or dtypes and shapes where values may differ."""
+    if SHARD in batch:  # the shards of ranks differ
+        return {}
+    tensors = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor)}
+    return {
+        name: x if group.config.check_batch or name in PLANNED else f"{x.dtype} {tuple(x.shape)}"
+        for name, x in tensors.items()
+    }
+
+
+def signature(model: torch.nn.Module) -> dict[str, object]:
+    """Return the properties of a model that must be equal on all ranks, by words for them."""
     parameter = next(model.parameters(), None)
-    return type(model).__name__, model.training, None if parameter is None else str(parameter.dtype)
+    return {
+        CLASS: type(model).__name__,
+        MODE: "training" if model.training else "evaluation",
+        DTYPE: None if parameter is None else str(parameter.dtype),
+    }

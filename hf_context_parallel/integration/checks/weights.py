@@ -1,68 +1,262 @@
-"""Comparison of a sample of the weights between ranks."""
+"""Comparison of weights between ranks: all of them by checksums once, and a sample of them for each batch.
+
+Buffers are not compared. Some hold infinity on purpose, as masks do, or statistics that each rank updates by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
+from ...distributed.agreement import agreed_error, gather_numbers
 from ...distributed.mesh import Ranks
 
 PARAMETERS = 16
 ELEMENTS = 16
 ROUNDING = 16
-"""Allowed difference between ranks, in units of rounding of the largest sampled element of a parameter.
+"""Allowed difference between ranks, in units of rounding of the largest compared element of a parameter.
 
 Ranks may sum gradients in different orders, so weights may differ by rounding.
 """
+CHUNK = 1 << 21
+"""Bytes of a parameter that are copied at a time."""
+NAMED = 3
+"""Number of parameters that an error names."""
+NONE = torch.iinfo(torch.int64).min
+"""Checksum of a parameter that is not whole on a rank."""
+
+Items = TypeVar("Items", torch.Tensor, Sequence[str])
 
 
-def sampled_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Return some parameters of a model, and some of those that are trained. Their order alone decides which.
+def compared_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of a model by name.
 
-    The list is empty where FSDP1 wraps a module, since each rank then holds its own part.
+    There are none where FSDP1 wraps a module, since each rank then holds its own part.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return []
-    everything = list(model.parameters())
-    trained = [parameter for parameter in everything if parameter.requires_grad]
-    return _spread(everything, PARAMETERS) + _spread(trained, PARAMETERS)
+        return {}
+    return dict(model.named_parameters())
 
 
-def weights_differ(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> bool:
-    """Return whether elements of parameters differ between ranks by more than rounding. All ranks get the same answer.
+def sampled_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return some parameters of a model, and some of those that are trained. Their order alone decides which."""
+    everything = compared_parameters(model)
+    trained = [name for name, parameter in everything.items() if parameter.requires_grad]
+    names = dict.fromkeys([*_spread(list(everything), PARAMETERS), *_spread(trained, PARAMETERS)])
+    return {name: everything[name] for name in names}
+
+
+def weights_differ(parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks) -> tuple[bool, bool]:
+    """Compare a sample of the elements of parameters between ranks. All ranks get the same answer.
 
     Every rank must call this, with the same number of parameters. Parameters that are not whole on this rank are left
     out: DTensors and other subclasses of tensors, the empty parameters of ZeRO-3 in DeepSpeed, and those on `meta`.
+
+    Returns:
+        Whether elements differ by more than rounding, and whether an element is not finite on any rank.
     """
     if not parameters:
-        return False
-    sample = torch.stack([_sample(parameter, ranks.device) for parameter in parameters])
-    extremes = torch.stack([sample, -sample]).nan_to_num_(float("-inf"), float("inf"), float("-inf"))
+        return False, False
+    sample, present = (torch.stack(x) for x in zip(*(_sample(p, ranks.device) for p in parameters.values())))
+    finite = sample.isfinite()
+    extremes = torch.stack([sample, -sample, (present & ~finite).double()])
+    extremes[:2].masked_fill_(~(present & finite), float("-inf"))
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
     most, least = extremes[0], -extremes[1]
-    numbers = most.isfinite() & least.isfinite()
-    largest = torch.maximum(most.abs(), least.abs()).where(numbers, 0).amax(dim=1, keepdim=True)
-    rounding = [torch.finfo(p.dtype).eps if p.is_floating_point() else 0.0 for p in parameters]
-    return bool((most - least > ROUNDING * largest * largest.new_tensor(rounding)[:, None]).any())
+    largest = torch.maximum(most.abs(), least.abs()).where(most.isfinite(), 0).amax(dim=1, keepdim=True)
+    rounding = [_rounding(parameter) for parameter in parameters.values()]
+    apart = (most - least > largest * largest.new_tensor(rounding)[:, None]).any()
+    differ, broken = torch.stack([apart, extremes[2].any()]).tolist()
+    return differ, broken
 
 
-def _sample(parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor:
-    """Return `[ELEMENTS]` in float64: elements of the last row of the parameter, and NaN for missing ones."""
-    sample = torch.full((ELEMENTS,), float("nan"), dtype=torch.float64, device=device)
+def compare_all(parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks) -> None:
+    """Compare whole parameters between ranks: their bits by checksums, and where these differ their values.
+
+    Every rank must call this, with parameters of the same names, shapes and dtypes. Those that `weights_differ` leaves
+    out are left out here too.
+
+    Raises:
+        ValueError: on every rank alike, if a parameter differs by more than rounding or is not finite.
+    """
+    if not parameters:
+        return
+    sums, broken = (torch.stack(x) for x in zip(*(_checksum(p, ranks.device) for p in parameters.values())))
+    inverse = torch.where(sums == NONE, NONE, ~sums)
+    most = torch.stack([sums, inverse, broken.to(torch.int64)])
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=ranks.group)
+    differs, broken = torch.stack([(most[0] != ~most[1]) & (most[0] != NONE), most[2] > 0]).tolist()
+    refuse_non_finite({name: p for (name, p), wrong in zip(parameters.items(), broken) if wrong}, ranks)
+    names = [name for name, wrong in zip(parameters, differs) if wrong]
+    for name in names:
+        refuse_difference(name, parameters[name], ranks, f"{len(names)} of {len(parameters)}")
+
+
+def refuse_non_finite(parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks) -> None:
+    """Refuse parameters that hold NaN or infinity on any rank. Every rank must call this with the same parameters.
+
+    Raises:
+        ValueError: on every rank alike, naming parameters, ranks and numbers of elements.
+    """
+    counts = gather_numbers(ranks, *(non_finite(parameter) for parameter in parameters.values()))
+    found = {name: of_ranks for name, of_ranks in zip(parameters, counts) if any(of_ranks)}
+    if not found:
+        return
+    lines = []
+    for name, of_ranks in list(found.items())[:NAMED]:
+        where = f"{max(of_ranks):,} of its {parameters[name].numel():,} elements"
+        if not all(of_ranks) or len(set(of_ranks)) > 1:
+            where = ", ".join(f"{count:,} elements on rank {rank}" for rank, count in enumerate(of_ranks) if count)
+        lines.append(f"{name} ({where})")
+    more = len(found) - len(lines)
+    raise agreed_error(
+        f"{', '.join(lines)}{f' and {more} more parameters' if more else ''} "
+        f"{'hold' if len(found) > 1 else 'holds'} NaN or infinite weights, so that nothing can be computed. Load the "
+        "model again. If training made them so, go on from an earlier checkpoint with a lower learning rate.",
+        ranks,
+    )
+
+
+def refuse_difference(name: str, parameter: torch.nn.Parameter, ranks: Ranks, share: str = "") -> None:
+    """Refuse a parameter whose values on a rank differ from those of rank 0 by more than rounding.
+
+    Every rank must call this. Each chunk of the values of rank 0 is sent to all ranks.
+
+    Args:
+        share: how many parameters have other bits, if it is known.
+
+    Raises:
+        ValueError: on every rank alike, naming the parameter, the rank and an element.
+    """
+    [present] = gather_numbers(ranks, _is_whole(parameter))
+    if not all(present):
+        return
+    furthest, largest, start = torch.zeros(4, dtype=torch.float64), 0.0, 0
+    for chunk in _chunks(parameter.data):
+        mine = chunk.to(ranks.device, torch.float64)
+        theirs = mine.clone()
+        dist.broadcast(theirs, group=ranks.group, group_src=0)
+        apart, place = (mine - theirs).abs().max(dim=0)
+        largest = max(largest, float(torch.maximum(mine.abs(), theirs.abs()).max()))
+        if apart > furthest[0]:
+            furthest = torch.stack([apart, start + place.double(), theirs[place], mine[place]]).cpu()
+        start += len(chunk)
+    found = torch.zeros(ranks.size, 5, dtype=torch.float64)
+    found[ranks.rank] = torch.cat([furthest, furthest.new_tensor([largest])])
+    found = found.to(ranks.device)
+    dist.all_reduce(found, group=ranks.group)
+    bound = _rounding(parameter) * float(found[:, 4].max())
+    for rank, (difference, place, first, other, _) in enumerate(found.tolist()):
+        if difference > bound:
+            index = [int(i) for i in torch.unravel_index(torch.tensor(int(place)), parameter.shape)]
+            raise different_weights(
+                f"{name}{index} is {first:g} on rank 0 and {other:g} on rank {rank}"
+                f"{f' ({share} parameters have other bits)' if share else ''}",
+                ranks,
+            )
+
+
+def different_weights(what: str, ranks: Ranks) -> ValueError:
+    """Return the error of ranks whose weights differ."""
+    return agreed_error(
+        f"the ranks of the group have different weights: {what}. Together they would compute no single model. Seed "
+        "all ranks alike before the model is made, or load it, and reduce gradients over all ranks before each step "
+        "of the optimizer; DistributedDataParallel and ContextParallelTrainer do both.",
+        ranks,
+    )
+
+
+def non_finite(parameter: torch.Tensor) -> int:
+    """Count the elements that are NaN or infinite. Of a DTensor those of this rank count."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    plain = local.data
+    if type(plain) is not torch.Tensor or plain.is_meta or not plain.is_floating_point():
+        return 0
+    return sum(int((~chunk.float().isfinite()).sum()) for chunk in _chunks(plain))
+
+
+def _is_whole(parameter: torch.nn.Parameter) -> bool:
+    """Return whether this rank holds a parameter as a plain tensor."""
     weights = parameter.data
-    if type(weights) is torch.Tensor and not weights.is_meta and not weights.is_complex() and weights.numel():
+    return type(weights) is torch.Tensor and not weights.is_meta and not weights.is_complex() and weights.numel() > 0
+
+
+def _rounding(parameter: torch.nn.Parameter) -> float:
+    """Return the allowed difference between ranks, relative to the largest element."""
+    return ROUNDING * torch.finfo(parameter.dtype).eps if parameter.is_floating_point() else 0.0
+
+
+def _chunks(weights: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield all elements of a tensor in order, `CHUNK` bytes at a time, as vectors."""
+    most = CHUNK // weights.element_size()
+    if weights.is_contiguous():
+        yield from weights.view(-1).split(most)
+    elif weights.numel() <= most:
+        yield weights.reshape(-1)
+    else:  # so that no whole weight is copied, whatever its strides
+        for part in weights:
+            yield from _chunks(part)
+
+
+@cache
+def _factors(device: torch.device) -> torch.Tensor:
+    """Return odd random numbers, the same on all ranks, by which the words of a chunk are multiplied."""
+    made = torch.randint(-(1 << 62), 1 << 62, (CHUNK,), generator=torch.Generator().manual_seed(0))
+    return (made | 1).to(device)
+
+
+def _checksum(parameter: torch.nn.Parameter, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a checksum of the bits of a parameter, which depends on their order, and whether it may not be finite.
+
+    Both are computed where the parameter lies, and nobody waits for them.
+
+    Returns:
+        An int64 that is `NONE` for a parameter that is not whole, and a bool.
+    """
+    total = torch.full((), NONE, dtype=torch.int64, device=device)
+    broken = torch.zeros((), dtype=torch.bool, device=device)
+    if not _is_whole(parameter):
+        return total, broken
+    weights = parameter.data
+    total, size = torch.zeros((), dtype=torch.int64, device=weights.device), weights.element_size()
+    suspect = torch.zeros((), dtype=torch.bool, device=weights.device)
+    for chunk in _chunks(weights):
+        fits = chunk.numel() * size % 8 == 0 and chunk.storage_offset() * size % 8 == 0
+        words = chunk.view(torch.int64 if fits else _INTEGERS[size])
+        total = total * _STEP + (words * _factors(weights.device)[: len(words)]).sum()
+        if weights.is_floating_point():  # a sum is NaN or infinite if an element is
+            values = chunk.float() if size == 1 else chunk
+            suspect |= ~values.sum(dtype=torch.float64 if size == 8 else torch.float32).isfinite()
+    return total.clamp(min=NONE + 1).to(device), suspect.to(device)
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of so many bytes."""
+_STEP = 6364136223846793005
+"""Odd number by which the checksum of the chunks before is multiplied."""
+
+
+def _sample(parameter: torch.nn.Parameter, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return elements of the last row of a parameter, `[ELEMENTS]` in float64, and a mask of those that exist."""
+    sample = torch.zeros(ELEMENTS, dtype=torch.float64, device=device)
+    count = 0
+    if _is_whole(parameter):
+        weights = parameter.data
         while weights.dim() > 1:  # so that no whole weight is copied, whatever its strides and dtype
             weights = weights[-1]
         elements = _spread(weights.reshape(-1), ELEMENTS)
-        # A weight that is no number is compared as infinity, so that it differs from numbers and from what is missing.
-        sample[: len(elements)] = elements.to(device, torch.float64).nan_to_num(*[float("inf")] * 3)
-    return sample
+        count = len(elements)
+        sample[:count] = elements.to(device, torch.float64)
+    return sample, torch.arange(ELEMENTS, device=device) < count
 
 
-def _spread(items, most: int):
+def _spread(items: Items, most: int) -> Items:
     """Return at most `most` items of a list or a vector, at equal distances, with the last among them."""
     step = -(-len(items) // most) or 1
     return items[(len(items) - 1) % step :: step]

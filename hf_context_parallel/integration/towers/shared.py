@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from ...compat import set_compiler
 from ...cp_group import CPGroup
-from ...distributed.agreement import collective, fingerprint, odd_rank
+from ...distributed.agreement import collective, odd_rank
 from ...distributed.mesh import Ranks, world
 from ...distributed.process_groups import Groups
 from ..checks.agreement import SAME_BATCHES, sample
@@ -132,7 +132,7 @@ class SharedTowers:
         group, exact = self._border.cp.group.groups, self._exact[module]
         with collective(group.same_batch, "batches or models", SAME_BATCHES) as notes:
             division = divide(given, next(iter(given), ""), getattr(module.config, TOWERS[name], None))
-            notes.fingerprint = fingerprint({"tower": name, **_described(given, self._border.cp.group)})
+            notes.compare({"the tower": name, **_described(given, self._border.cp.group)})
         if division is None:
             return None
         if name not in exact:

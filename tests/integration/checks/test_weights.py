@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hf_context_parallel.integration.checks import weights
 from tests.helpers.models import context, labelled, tiny_model
 
 
@@ -57,23 +58,74 @@ def test_weights_may_be_apart_by_rounding(on_ranks):
         assert message.startswith("the ranks of the group have different weights")
 
 
-def message_of_broken_weights(rank: int, value: float) -> str:
-    """Outcome for a model whose head is `value` on one rank, or on all for the rank -1."""
-    cp, model = context(), tiny_model("llama", "context_parallel", torch.float32)
-    if rank in (dist.get_rank(), -1):
-        torch.nn.init.constant_(model.lm_head.weight, value)
-    try:
-        with cp.shard(labelled(), model):
-            return "entered"
-    except ValueError as refusal:
-        return str(refusal)
+def messages_of_changed_weights(changes: list[tuple[int, str, int, float]]) -> list[str]:
+    """Outcomes for a new model, and for one that was computed before, with changed elements on one rank.
+
+    Args:
+        changes: the rank or -1 for all, a parameter, the number of an element, and its value.
+    """
+    cp, outcomes = context(), []
+    for before in (False, True):
+        model = tiny_model("llama", "context_parallel", torch.float32)
+        if before:
+            with cp.shard(labelled(), model):
+                pass
+        for rank, name, place, value in changes:
+            if rank in (dist.get_rank(), -1):
+                model.get_parameter(name).data.view(-1)[place] = value
+        try:
+            with cp.shard(labelled(), model):
+                outcomes.append("entered")
+        except ValueError as refusal:
+            outcomes.append(str(refusal))
+    return outcomes
+
+
+HEAD, NORM = "lm_head.weight", "model.norm.weight"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_broken_on_one_rank_are_refused(on_ranks, value):
-    for message in on_ranks(2, message_of_broken_weights, 1, value):
-        assert message.startswith("the ranks of the group have different weights")
-    assert on_ranks(2, message_of_broken_weights, -1, value) == ["entered"] * 2
+def test_weights_that_are_not_finite_are_named_on_all_ranks(on_ranks, value):
+    one = on_ranks(2, messages_of_changed_weights, [(1, HEAD, -1, value), (1, HEAD, -2, value)])
+    assert one[0] == one[1]
+    for message in one[0]:
+        assert message.startswith(f"{HEAD} (2 elements on rank 1) holds NaN or infinite weights")
+    both = on_ranks(2, messages_of_changed_weights, [(-1, HEAD, -1, value), (-1, NORM, -1, value)])
+    assert both[0] == both[1]
+    for message in both[0]:
+        assert "lm_head.weight (1 of its" in message and "model.norm.weight (1 of its" in message
+        assert "different weights" not in message
+
+
+@pytest.mark.parametrize(("name", "place"), [(HEAD, 0), ("model.layers.0.mlp.up_proj.weight", 5)])
+def test_all_elements_are_compared_once(on_ranks, name, place):
+    """No sample has the first elements of a parameter."""
+    messages = on_ranks(2, messages_of_changed_weights, [(1, name, place, 3.0)])
+    assert messages[0] == messages[1]
+    first, later = messages[0]
+    assert first.startswith(f"the ranks of the group have different weights: {name}[0, {place}] is ")
+    assert "and 3 on rank 1" in first and later == "entered"
+    messages = on_ranks(2, messages_of_changed_weights, [(1, name, place, float("nan"))])
+    assert all(first.startswith(f"{name} (1 elements on rank 1) holds NaN") for first, _ in messages)
+
+
+def sums_of(kind: str) -> tuple[list[int], list[bool]]:
+    """Checksums of a weight, of the same one in other strides, and with two rows swapped."""
+    weight = torch.randn(9, 1031, generator=torch.Generator().manual_seed(0))
+    dtypes = {"int8": torch.uint8, "float8": torch.float8_e4m3fn}
+    weight = weight.to(dtypes.get(kind) or getattr(torch, kind))
+    swapped = weight.clone()
+    swapped[[2, 5]] = weight.clone()[[5, 2]]
+    made = [torch.nn.Parameter(x, requires_grad=False) for x in (weight, weight.clone(), swapped)]
+    found = [weights._checksum(x, torch.device("cpu")) for x in made]
+    return [int(total) for total, _ in found], [bool(broken) for _, broken in found]
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32", "bfloat16", "float8", "int8"])
+def test_checksums_see_the_order_of_rows(kind, monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK", 4096)
+    (first, same, swapped), broken = sums_of(kind)
+    assert first == same != swapped and not any(broken)
 
 
 def message_of_weights(trained: list[str], drawn: list[str]) -> str:
