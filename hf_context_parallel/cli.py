@@ -12,6 +12,7 @@ import typer
 from hf_context_parallel.recipe.compare import compare_with_one_process
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.launch import launch
+from hf_context_parallel.recipe.preflight import check_recipe
 from hf_context_parallel.recipe.reading import load_recipe
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -38,9 +39,10 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune the model of RECIPE on this machine, through accelerate's launcher."""
-    # The recipe is read here too, so that a mistake is reported once, before any process starts.
+    # The recipe is read and checked here too, so that a mistake is reported once, before any process starts.
     loaded = load_recipe(recipe, overrides or [])
     processes = nproc or (1 if dry_run else loaded.processes)
+    check_recipe(loaded, processes, dry_run)
     arguments = [str(recipe), *(overrides or []), *(["--dry-run"] if dry_run else [])]
     sys.exit(launch(processes, arguments))
 

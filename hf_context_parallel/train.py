@@ -17,12 +17,14 @@ import typer
 from transformers import set_seed
 
 from hf_context_parallel.distributed.last_words import told
+from hf_context_parallel.recipe.counts import CountData, Tally, count_prepared, lines_of
 from hf_context_parallel.recipe.documents import load_documents, make_collator, to_rows
 from hf_context_parallel.recipe.dry_run import made_up_documents, shrink
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.images import ImageCollator, to_image_documents
 from hf_context_parallel.recipe.launch import check_world
 from hf_context_parallel.recipe.model import add_lora, load_model, load_reward, load_tokenizer
+from hf_context_parallel.recipe.preflight import check_recipe
 from hf_context_parallel.recipe.processor import load_processor
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.report import write_report
@@ -42,12 +44,32 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
         RecipeError: if the number of processes does not fit the recipe, or the model, the tokenizer or the data cannot
             be loaded.
     """
+    if not dry_run:
+        check_recipe(recipe)
     training = recipe.training_arguments()
     check_world(recipe, training, arguments)
     set_seed(training.seed)
     has_images = recipe.data.images is not None
     processor = load_processor(recipe.model) if has_images else None
     tokenizer = load_tokenizer(recipe.model) if processor is None else processor.tokenizer
+    tallies: dict[str, Tally] = {}
+
+    def rows(split: str) -> datasets.Dataset | datasets.IterableDataset:
+        tally = tallies[split] = Tally(shared=has_images)
+        if dry_run:
+            documents = made_up_documents(recipe.data, tokenizer, recipe.trainer)
+        else:
+            documents = load_documents(recipe.data, split)
+        if has_images:
+            return to_image_documents(documents, recipe.data, tally)
+        return documents if recipe.trainer else to_rows(documents, recipe.data, tokenizer, tally)
+
+    if not training.should_log:
+        datasets.disable_progress_bars()
+    # The first process of a machine prepares the data, and the others read its cache.
+    with training.main_process_first(desc="preparing the data"):
+        train_rows = rows(recipe.data.split)
+        eval_rows = rows(recipe.data.eval_split) if recipe.data.eval_split else None
     model = load_model(
         recipe.model,
         tokenizer,
@@ -58,22 +80,6 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
     lora = recipe.lora_config()
     if lora is not None and recipe.trainer is None:
         model = add_lora(model, lora)
-
-    def rows(split: str) -> datasets.Dataset | datasets.IterableDataset:
-        if dry_run:
-            documents = made_up_documents(recipe.data, tokenizer, recipe.trainer)
-        else:
-            documents = load_documents(recipe.data, split)
-        if has_images:
-            return to_image_documents(documents, recipe.data)
-        return documents if recipe.trainer else to_rows(documents, recipe.data, tokenizer)
-
-    if not training.should_log:
-        datasets.disable_progress_bars()
-    # The first process of a machine prepares the data, and the others read its cache.
-    with training.main_process_first(desc="preparing the data"):
-        train_rows = rows(recipe.data.split)
-        eval_rows = rows(recipe.data.eval_split) if recipe.data.eval_split else None
     common = {
         "model": model,
         "args": training,
@@ -83,16 +89,28 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
         "context_parallel": recipe.context_parallel,
     }
     if recipe.trainer is None:
-        collator = (
-            make_collator(recipe.data, tokenizer) if processor is None else ImageCollator(recipe.data, processor)
-        )
-        return ContextParallelTrainer(**common, data_collator=collator)
-    if recipe.rewards:
-        common["reward_funcs"] = [load_reward(name) for name in recipe.rewards]
-    try:
-        return trl_classes(recipe.trainer)[0](**common, peft_config=lora)
-    except (ValueError, TypeError, KeyError) as error:
-        raise RecipeError(f"trainer: {recipe.trainer} refuses it ({type(error).__name__}: {error}).") from error
+        if processor is None:
+            collator = make_collator(recipe.data, tokenizer)
+        else:
+            # The collator does not know of which split a batch is.
+            name = recipe.data.split if eval_rows is None else "batches of both splits"
+            collator = ImageCollator(recipe.data, processor, tallies.setdefault(name, Tally(shared=True)))
+        trainer = ContextParallelTrainer(**common, data_collator=collator)
+    else:
+        if recipe.rewards:
+            common["reward_funcs"] = [load_reward(name) for name in recipe.rewards]
+        try:
+            trainer = trl_classes(recipe.trainer)[0](**common, peft_config=lora)
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecipeError(
+                f"trainer: {recipe.trainer} refuses it ({type(error).__name__}: {error}). Correct the recipe."
+            ) from error
+        tallies[recipe.data.split].known = count_prepared(train_rows, trainer.train_dataset, recipe.trainer)
+        if recipe.data.eval_split:
+            tallies[recipe.data.eval_split].known = count_prepared(eval_rows, trainer.eval_dataset, recipe.trainer)
+    if not dry_run:
+        trainer.add_callback(CountData(tallies, recipe.context_parallel.size * recipe.tensor_ranks))
+    return trainer
 
 
 def run(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
@@ -105,8 +123,11 @@ def run(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
         trainer.save_state()
         if trainer.args.save_strategy != "no":
             trainer.save_model()
+        counts = lines_of(trainer.callback_handler.callbacks)
         if trainer.is_world_process_zero():
-            print(f"Report: {write_report(trainer.args.output_dir, f'Run of {path}', trainer.state.log_history)}")
+            print(
+                f"Report: {write_report(trainer.args.output_dir, f'Run of {path}', trainer.state.log_history, counts)}"
+            )
         return
     with tempfile.TemporaryDirectory() as folder:
         small, replaced = shrink(recipe, int(os.environ.get("WORLD_SIZE", 1)), folder)

@@ -31,6 +31,8 @@ PADDING = {
 """Inputs whose second dimension is the sequence, each with the value that pads it."""
 CONSUMED = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
 """Inputs that describe the documents. A shard does not hold them, because its plan describes the documents."""
+COUNTED = ("input_ids", "token_type_ids", "position_ids", "labels", "shift_labels", *CONSUMED[1:4])
+"""Inputs that hold integers."""
 PASSED_ON = ("num_items_in_batch", "return_dict", "output_hidden_states")
 """Inputs that have the same meaning for a shard and for the whole batch. They are passed on unchanged."""
 
@@ -48,6 +50,11 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
     Raises:
         ValueError: if the batch holds an input that cannot be exact on a shard, as for `shard_batch`.
     """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"the batch is a {type(batch).__name__}, and it must be a dict of tensors, such as input_ids and labels. "
+            "Collate lists of samples first, or give the inputs their names."
+        )
     batch = {name: _read(name, value) for name, value in batch.items() if value is not None}
     axes = _take_axes(batch)
     if "input_ids" not in batch and "inputs_embeds" not in batch:
@@ -55,6 +62,7 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
             f"the batch has neither input_ids nor inputs_embeds, only {sorted(batch)}. Add one of the two."
         )
     _refuse_unknown(batch)
+    _check_dtypes(batch)
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     batch_size, length = tokens.shape[:2]
     _check_shapes(batch, batch_size, length)
@@ -216,6 +224,25 @@ def _refuse_unknown(batch: Mapping[str, Any]) -> None:
                 f"the batch has {name!r}, which cannot be sharded. Call a model that hcp.parallelize has prepared "
                 "with the whole batch, as images need it, or remove it if the model does not need it; the inputs that "
                 f"can be sharded are {', '.join(PADDING)}, {', '.join(CONSUMED)}."
+            )
+
+
+def _check_dtypes(batch: Mapping[str, Any]) -> None:
+    """Refuse numbers that are not integers, and masks with other values than 0 and 1."""
+    for name in COUNTED:
+        value = batch.get(name)
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            raise ValueError(
+                f"{name} has the dtype {value.dtype}, and it must hold integers. Make it with dtype=torch.long, or "
+                f"find out where it became {value.dtype}: {name}.long() drops fractions."
+            )
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.is_floating_point():
+        wrong = mask[(mask != 0) & (mask != 1)]  # NaN is unequal to both
+        if len(wrong):
+            raise ValueError(
+                f"attention_mask has {len(wrong)} values other than 0 and 1, the first of them {float(wrong[0])}. A "
+                "padding mask is 1 at tokens and 0 at padding; give it as integers or bools."
             )
 
 

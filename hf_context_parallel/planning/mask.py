@@ -170,8 +170,13 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> tuple[Document, ..
     """Documents of one row, from their cumulative lengths `[documents + 1]`: 0, ..., `length`.
 
     Raises:
-        ValueError: if the cumulative lengths do not begin at 0, ascend and end at `length`.
+        ValueError: if the cumulative lengths are no integers, or do not begin at 0, ascend and end at `length`.
     """
+    if cu_seqlens.dim() != 1 or (len(cu_seqlens) and cu_seqlens.is_floating_point()):
+        raise ValueError(
+            f"cu_seqlens has the dtype {cu_seqlens.dtype} and the shape {tuple(cu_seqlens.shape)}, and it must be a "
+            "list of integers: 0, and the end of each document. Give torch.int32 of [documents + 1]."
+        )
     edges = cu_seqlens.tolist()
     ascending = all(start <= stop for start, stop in zip(edges, edges[1:]))
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != length or not ascending:
@@ -197,8 +202,12 @@ def from_attention_mask(attention_mask: torch.Tensor) -> tuple[tuple[Document, .
     """One document for each row of a `[B, S]` padding mask: the tokens where the mask is not 0.
 
     Raises:
-        ValueError: if padding cuts a row into more than `MOST_STRETCHES` stretches.
+        ValueError: if a value is NaN, or padding cuts a row into more than `MOST_STRETCHES` stretches.
     """
+    if bool(attention_mask.isnan().any()):
+        raise ValueError(
+            "attention_mask has NaN, and must be 1 at tokens and 0 at padding. Find out where it comes from."
+        )
     rows = []
     for number, row in enumerate(attention_mask.bool()):
         tokens = torch.nn.functional.pad(row.int(), (1, 1))

@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.launch import launch
+from hf_context_parallel.recipe.preflight import check_recipe
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.report import training_steps
 
@@ -41,6 +42,7 @@ def compare_with_one_process(path: Path, overrides: Sequence[str], processes: in
     if recipe.context_parallel.size == 1:
         raise RecipeError("context_parallel.size=1 leaves nothing to compare. Set it to 2 or more.")
     ranks = processes or recipe.processes
+    check_recipe(recipe, ranks)
     folder = Path(recipe.training.output_dir or "trainer_output")
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
     groups = ranks // (recipe.context_parallel.size * recipe.tensor_ranks)

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_context_parallel.recipe.documents import COLUMNS
+from hf_context_parallel.recipe.content import COLUMNS
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.images import draw_pages
 from hf_context_parallel.recipe.model import BYTES, load_config, load_tokenizer

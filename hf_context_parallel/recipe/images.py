@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from hf_context_parallel.data.batch import IGNORED
-from hf_context_parallel.recipe.documents import COLUMNS
+from hf_context_parallel.recipe.content import COLUMNS, check_content
+from hf_context_parallel.recipe.counts import EMPTY, WORDS, Counts, Tally
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import DRAWN, DataSection
 
@@ -41,10 +43,15 @@ def draw_pages(text: str) -> list[Image]:
     return pages
 
 
-def to_image_documents(documents: Dataset | IterableDataset, section: DataSection) -> Dataset | IterableDataset:
+def to_image_documents(
+    documents: Dataset | IterableDataset, section: DataSection, tally: Tally | None = None
+) -> Dataset | IterableDataset:
     """Keep the columns that the collator reads, and leave out documents without a text or a message.
 
     Images are drawn or read, and tokens are made, when a batch is collated: they would take many times the space.
+
+    Args:
+        tally: what counts the documents. Those of a stream are not counted before they are collated.
 
     Raises:
         RecipeError: if the documents lack a column, or none is left.
@@ -55,13 +62,17 @@ def to_image_documents(documents: Dataset | IterableDataset, section: DataSectio
     for name in wanted if present is not None else []:
         if name not in present:
             raise RecipeError(f"data: no column {name!r} in {section.path!r}. Name one of {', '.join(present)}.")
-    kept = documents.select_columns(wanted).filter(_has_content, input_columns=column)
+    check = partial(_has_content, form=section.format, column=column, path=section.path)
+    kept = documents.select_columns(wanted).filter(check, True, input_columns=column)
     if next(iter(kept), None) is None:
         raise RecipeError(f"data: {section.path!r} has no document with a text to learn. Check data.path.")
+    if tally is not None and isinstance(documents, Dataset):
+        tally.known = Counts(len(documents), {WORDS[EMPTY]: len(documents) - len(kept)}, rows=len(kept))
     return kept
 
 
-def _has_content(content: str | list) -> bool:
+def _has_content(content: str | list, index: int, form: str, column: str, path: str) -> bool:
+    check_content(content, form, column, f"document {index + 1} of {path!r}")
     return bool(content.strip() if isinstance(content, str) else content)
 
 
@@ -73,11 +84,13 @@ class ImageCollator:
     Args:
         section: the section `data`.
         processor: the processor, with a chat template.
+        tally: what counts documents, tokens and targets of the batches.
     """
 
-    def __init__(self, section: DataSection, processor: ProcessorMixin) -> None:
+    def __init__(self, section: DataSection, processor: ProcessorMixin, tally: Tally | None = None) -> None:
         self.section = section
         self.processor = processor
+        self.tally = tally or Tally()
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, Any]:
         chats, images = zip(*map(self._chat, documents))
@@ -134,7 +147,10 @@ class ImageCollator:
                     f"take {length} tokens. Raise it, give documents fewer images, or make images smaller by "
                     "data.image_options."
                 )
-            ids = torch.tensor(tokenizer(answer, add_special_tokens=False)["input_ids"][: most - length]).long()
+            tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor(tokens[: most - length]).long()
+            lost = len(tokens) - len(ids)
+            self.tally.add(documents=1, cut=lost > 0, lost=lost, tokens=length + len(ids), targets=len(ids))
             row = {name: torch.cat([value[number, real], torch.zeros_like(ids)]) for name, value in prompts.items()}
             row["input_ids"][length:] = ids
             row["attention_mask"][length:] = 1

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -23,6 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_context_parallel.config import LAYER_TYPES, ContextParallelConfig
+from hf_context_parallel.integration.checks.model import check_config
+from hf_context_parallel.integration.model_registry import CHECKED_AS, REFUSED, is_decided, known_decoders
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.schema import ModelSection
 
@@ -52,10 +60,15 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         return ByT5Tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raise exceptions of many kinds
         raise RecipeError(
             f"model.tokenizer: {source!r} cannot be loaded ({error}). Give a folder or a hub id with a tokenizer."
         ) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise RecipeError(
+            f"model.tokenizer: {source!r} has no vocabulary, so that no text has tokens. Give a folder or a hub "
+            "id with the files of a tokenizer, such as tokenizer.json."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -127,24 +140,9 @@ def load_model(
             tokenizer.
     """
     config = load_config(section)
-    if is_image_text and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not section.trust_remote_code:
-        raise RecipeError(
-            f"model: {config.model_type!r} takes no images, which data.images names. Name a type that "
-            "AutoModelForImageTextToText knows, or leave out data.images."
-        )
+    suited(config, section, len(tokenizer), is_image_text)
     if is_image_text and section.tokenizer == BYTES:
         name_marks(config)
-    if not is_image_text and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not section.trust_remote_code:
-        raise RecipeError(
-            f"model: {config.model_type!r} has no causal language model, which recipes train. Name a type that "
-            "AutoModelForCausalLM knows."
-        )
-    vocabulary = config.get_text_config().vocab_size
-    if vocabulary < len(tokenizer):
-        raise RecipeError(
-            f"model.config.vocab_size={vocabulary} is less than the {len(tokenizer)} tokens of the tokenizer. Raise "
-            "it, or name another tokenizer."
-        )
     options = {"attn_implementation": section.attention, "trust_remote_code": section.trust_remote_code}
     if section.dtype is not None:
         options["dtype"] = section.dtype
@@ -160,11 +158,114 @@ def load_model(
         return _with_random_weights(config, options, auto)
     try:
         return auto.from_pretrained(section.name, config=config, **options)
-    except OSError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise RecipeError(
             f"model.name: the weights of {section.name!r} cannot be loaded ({error}). Give a folder or a hub id with "
             "weights."
         ) from error
+
+
+def suited(
+    config: PreTrainedConfig,
+    section: ModelSection,
+    tokens: int | None,
+    is_image_text: bool,
+    context_parallel: ContextParallelConfig | None = None,
+) -> None:
+    """Refuse a configuration whose model recipes cannot train.
+
+    Args:
+        config: the configuration of the model.
+        tokens: the number of tokens of the tokenizer, if it is known.
+        is_image_text: True if the model is to take images.
+        context_parallel: the CP settings, if they are to be compared with the layers of the model.
+
+    Raises:
+        RecipeError: naming the type or the value.
+    """
+    text = config.get_text_config()
+    known = section.trust_remote_code
+    if is_image_text and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not known:
+        raise RecipeError(
+            f"model: {config.model_type!r} takes no images, which data.images names. Name a type that "
+            "AutoModelForImageTextToText knows, or leave out data.images."
+        )
+    if not is_image_text and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not known:
+        raise RecipeError(
+            f"model: {config.model_type!r} has no causal language model, which recipes train. Name a type that "
+            "AutoModelForCausalLM knows."
+        )
+    if tokens is not None and text.vocab_size < tokens:
+        raise RecipeError(
+            f"model.config.vocab_size={text.vocab_size} is less than the {tokens} tokens of the tokenizer. Raise "
+            "it, or name another tokenizer."
+        )
+    _check_sizes(text)
+    if context_parallel is None:
+        return
+    try:
+        context_parallel.check_layers(getattr(text, "num_hidden_layers", None))
+        for layer_type in {*(getattr(text, "layer_types", None) or ())} & {*LAYER_TYPES}:
+            if isinstance(context_parallel.comm_type, Mapping):
+                context_parallel.comm_type_of(layer_type, None)
+    except ValueError as error:
+        raise RecipeError(f"context_parallel: {error}") from error
+    for part in (text, config):
+        name = CHECKED_AS.get(part.model_type, part.model_type)
+        if name in REFUSED or is_decided(name):
+            try:
+                check_config(part, known_decoders())
+            except ValueError as error:
+                raise RecipeError(f"model: {error}") from error
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Refuse a configuration without layers, or with heads that do not divide."""
+    layers, width, heads, keys = (
+        getattr(config, name, None)
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    for name, size in (("num_hidden_layers", layers), ("hidden_size", width), ("num_attention_heads", heads)):
+        if isinstance(size, int) and size < 1:
+            raise RecipeError(f"model.config.{name}={size}: a model needs at least 1. Raise it.")
+    if not isinstance(heads, int):
+        return
+    if isinstance(width, int) and getattr(config, "head_dim", None) is None and width % heads:
+        raise RecipeError(
+            f"model.config: num_attention_heads={heads} does not divide hidden_size={width}. Correct one of the two."
+        )
+    if isinstance(keys, int) and (keys < 1 or heads % keys):
+        raise RecipeError(
+            f"model.config: num_key_value_heads={keys} does not divide num_attention_heads={heads}. Correct one of "
+            "the two."
+        )
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose safetensors files cannot be read, or which lacks one that its index names.
+
+    Raises:
+        RecipeError: naming the file.
+    """
+    index = folder / "model.safetensors.index.json"
+    named: set[str] = set()
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise RecipeError(
+                f"model.name: {index} is no index of weights ({error}). Copy the model again."
+            ) from error
+    for path in sorted({folder / name for name in named} | {*folder.glob("*.safetensors")}):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise RecipeError(
+                f"model.name: {path} cannot be read as weights ({error}). Copy the model again."
+            ) from error
 
 
 def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any], auto: Any) -> PreTrainedModel:

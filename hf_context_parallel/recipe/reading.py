@@ -34,6 +34,7 @@ VALID_KEYS = {
     "lora": set(LoraKeywords.model_fields),
 }
 """Valid keys of each section but `training`, whose keys are those of its trainer."""
+SECTIONS = (*VALID_KEYS, "training")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,14 +43,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: if the file cannot be read, or keys are unknown, missing or of a wrong type. All are listed.
     """
+    what = str(path)
     for override in overrides:
-        if "=" not in override:
+        if not override.partition("=")[0].strip() or "=" not in override:
             raise RecipeError(f"{override!r} is no override. Write section.key=value, such as training.max_steps=3.")
     try:
-        settings = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        settings = OmegaConf.load(path)
+        for override in overrides:
+            what = f"the override {override!r}"
+            settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([override]))
+        what = str(path)
         values = OmegaConf.to_container(settings, resolve=True)
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise RecipeError(f"{path} cannot be read as a recipe ({error}). Correct the file or the override.") from error
+        raise RecipeError(f"{what} cannot be read as a recipe ({error}). Correct it.") from error
+    for name in SECTIONS if isinstance(values, dict) else ():
+        if isinstance(values.get(name), list):
+            raise RecipeError(
+                f"{path} is no valid recipe:\n  {name}: a section has keys, and this is a list, {values[name]}. Write "
+                f"{name}: {{key: value}}, or {name}.key=value."
+            )
     trainer = values.get("trainer") if isinstance(values, dict) else None
     trainer = trainer if isinstance(trainer, str) else None  # the schema names a value of another type
     recipe_class = Recipe.for_trainer(trainer)

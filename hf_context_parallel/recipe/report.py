@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,14 @@ COLUMNS = {
 }
 
 
-def write_report(folder: str | Path, title: str, log_history: list[dict[str, Any]]) -> Path:
-    """Write the report of `trainer.state.log_history` into `folder`, and return the path of `report.md`."""
+def write_report(
+    folder: str | Path, title: str, log_history: list[dict[str, Any]], counts: Sequence[str] = ()
+) -> Path:
+    """Write the report of `trainer.state.log_history` into `folder`, and return the path of `report.md`.
+
+    Args:
+        counts: sentences on the data of the run.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     steps = [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
@@ -48,7 +55,8 @@ def write_report(folder: str | Path, title: str, log_history: list[dict[str, Any
         floatfmt=".6g",
     )
     text = folder / "report.md"
-    text.write_text(f"# {title}\n\n{summary(steps)}\n\n{curves}\n\n{table}\n", encoding="utf-8")
+    parts = [f"# {title}", summary(steps), *counts, curves, table]
+    text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return text
 
 

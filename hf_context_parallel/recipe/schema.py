@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import sysconfig
 from math import prod
 from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
 from omegaconf import OmegaConf
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -367,8 +369,11 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(f"distributed: {error}. Correct the section 'distributed'.") from error
 
-    def training_arguments(self) -> TrainingArguments:
+    def training_arguments(self, starts: bool = True) -> TrainingArguments:
         """Build the `TrainingArguments`, which starts the process group of a launched run.
+
+        Args:
+            starts: False to check the values alone: no group starts, no device is used, no variable is set.
 
         Raises:
             RecipeError: if `TrainingArguments` refuses a value.
@@ -380,10 +385,18 @@ class Recipe:
             known = type(self.training).model_fields
             given = {"max_length": self.data.max_length, **({"packing": True} if self.data.packing else {})}
             keywords = {name: value for name, value in given.items() if name in known} | keywords
+        made, before = arguments_of(self.trainer), dict(os.environ)
+        if not starts:
+            made = type(made.__name__, (made,), {"_setup_devices": property(lambda _: torch.device("cpu"))})
+            keywords["use_cpu"] = True
         try:
-            return arguments_of(self.trainer)(**keywords)
-        except (ValueError, ImportError) as error:
+            return made(**keywords)
+        except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"training: {error}. Correct the section 'training'.") from error
+        finally:
+            if not starts:
+                os.environ.clear()
+                os.environ.update(before)
 
     @classmethod
     def for_trainer(cls, trainer: str | None) -> type[Recipe]:

@@ -19,7 +19,7 @@ from ..data.accelerator import share_groups
 from ..data.ahead import moved
 from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
-from ..distributed.agreement import of_first_rank
+from ..distributed.agreement import agreed_error, of_first_rank
 from ..distributed.failures import reported_failures
 from ..distributed.mesh import mesh_of
 from ..dynamic.scheduler import Scheduler
@@ -44,6 +44,7 @@ from .metrics import StepWatch, count_steps, throughput
 from .out_of_memory import advised
 from .refusals import check_trainer, check_versions
 from .step_state import StepState
+from .targets import StepTargets, check_samples
 
 
 class ContextParallelMixin:
@@ -79,6 +80,7 @@ class ContextParallelMixin:
         check_versions()
         self._config = context_parallel or ContextParallelConfig()
         self._step_state = StepState()
+        self._step_targets = StepTargets()
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # the model shards, and takes whole batches
@@ -90,6 +92,7 @@ class ContextParallelMixin:
         check_trainer(self, self._config)
         if self._config.verify and self.cp.size > 1:
             self.add_callback(_Verification(self))
+        self.add_callback(_SampleCheck(self))
         self._watch = StepWatch(self.args.device)
         self.add_callback(self._watch)
         self._loss_watch = LossWatch(self._config.nan_steps) if self._config.nan_steps else None
@@ -176,7 +179,16 @@ class ContextParallelMixin:
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run a training step, with `dynamic` round by round. An error for want of memory gains a note."""
+        """Run a training step, with `dynamic` round by round. An error for want of memory gains a note.
+
+        Raises:
+            ValueError: if the inputs are no mapping, and the loss is that of Trainer, which would pass them by name.
+        """
+        if not isinstance(inputs, Mapping) and type(self).compute_loss is Trainer.compute_loss:
+            raise ValueError(
+                f"the batch is a {type(inputs).__name__}, and it must be a dict of tensors, such as input_ids and "
+                "labels. Return one from the data collator, or write a compute_loss that takes it."
+            )
         self._prove()
         with advised(self), reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
             if self._scheduler is None:
@@ -259,6 +271,7 @@ class ContextParallelMixin:
         if not targets or any(labels is None for labels in targets):
             return None
         count = torch.stack([labels.ne(IGNORED).sum() for labels in targets]).sum().to(device)
+        self._step_targets.add(count)
         if self.args.average_tokens_across_devices:
             return self.accelerator.gather(count).sum()
         return count
@@ -286,12 +299,24 @@ class ContextParallelMixin:
             share_streams(self.cp.groups.same_batch)
 
     def _finalize_training(self, *args: Any, **kwargs: Any):
-        """Average the loss since the last log over ranks, because Trainer adds it to a total that is averaged."""
+        """Average the loss since the last log over ranks, because Trainer adds it to a total that is averaged.
+
+        Raises:
+            ValueError: on all ranks, if there was no step, or none with a target.
+        """
+        if self.state.global_step == 0 and self.state.max_steps > 0:
+            raise agreed_error(
+                "training ended after 0 steps, because the data set has given no batch. Look at what it yields, and "
+                "at what filters drop."
+            )
+        self._step_targets.check(gather, self.state.global_step, ended=True)
         self._tr_loss = gather(self._tr_loss).mean()
         return super()._finalize_training(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._step_state.all_log = True
+        if self.state.global_step == 1 or self.control.should_log:
+            self._step_targets.check(gather, self.state.global_step)
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
@@ -319,6 +344,16 @@ def _shape_of(inputs: Any) -> tuple[int, int]:
     tokens = [inputs.get(name) for name in ("input_ids", "inputs_embeds")] if isinstance(inputs, Mapping) else []
     shapes = [tuple(x.shape[:2]) for x in tokens if isinstance(x, torch.Tensor) and x.dim() > 1]
     return shapes[0] if shapes else (0, 0)
+
+
+class _SampleCheck(TrainerCallback):
+    """Callback that looks for labels to learn, before training."""
+
+    def __init__(self, trainer: ContextParallelMixin):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs: Any):
+        check_samples(self._trainer.train_dataset, self._trainer.data_collator, self._trainer.model)
 
 
 class _Verification(TrainerCallback):

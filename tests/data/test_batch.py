@@ -66,6 +66,18 @@ REFUSED = {
         "attention_mask": torch.tensor([[1, 0] * 300]),
     },
     "input_ids is a list": lambda: {"input_ids": [[3, 4]]},
+    "the batch is a list": lambda: [tokens(1, 8)],
+    "input_ids has the dtype torch.float32": lambda: {"input_ids": tokens(1, 8).float()},
+    "labels has the dtype torch.float64": lambda: {**labelled(), "labels": tokens(2, 19).double()},
+    "cu_seq_lens_q has the dtype torch.float32": lambda: {**labelled(1, 8), "cu_seq_lens_q": torch.tensor([0.0, 8.0])},
+    "1 values other than 0 and 1, the first of them nan": lambda: {
+        **labelled(1, 8),
+        "attention_mask": torch.tensor([[1.0] * 7 + [float("nan")]]),
+    },
+    "16 values other than 0 and 1, the first of them 0.5": lambda: {
+        "input_ids": tokens(2, 8),
+        "attention_mask": torch.full((2, 8), 0.5),
+    },
     "does not ascend from 0": lambda: {**labelled(1, 8), "cu_seq_lens_q": torch.tensor([0, 5])},
 }
 
