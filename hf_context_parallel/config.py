@@ -12,6 +12,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 LAYOUTS = ("auto", "zigzag", "contiguous", "balanced")
 ATTENTION_CHECKPOINTS = ("auto", "off", "device", "host")
 LOGITS = ("auto", "whole", "shard")
+ON_SAVE_ERROR = ("raise", "continue")
 KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "reference")
 
 
@@ -67,6 +68,9 @@ class ContextParallelConfig:
             the exchange of their outcome are always on.
         verify: True to let the Trainer compare the model on shards with the model on whole sequences before the first
             step. It stops if a layer differs by more than rounding; see `verify`.
+        on_save_error: what the Trainer does when a checkpoint cannot be written, for want of room on the disk say.
+            `"raise"`: all ranks raise the same error.
+            `"continue"`: it warns, and trains on without this checkpoint.
         sequence_parallel: True to shard activations between the regions of tensor parallelism (norms, residuals,
             their dropout) over the ranks of a tensor-parallel group, by tokens, as in Megatron-LM.
         logits: the logits that a language model returns.
@@ -97,6 +101,7 @@ class ContextParallelConfig:
     attention_checkpoints: str = "auto"
     check_batch: bool = True
     verify: bool = True
+    on_save_error: str = "raise"
     sequence_parallel: bool = False
     logits: str = "auto"
     loss_chunk_tokens: int | None = None
@@ -118,6 +123,7 @@ class ContextParallelConfig:
             "kernel": KERNELS,
             "attention_checkpoints": ATTENTION_CHECKPOINTS,
             "logits": LOGITS,
+            "on_save_error": ON_SAVE_ERROR,
         }
         for field, allowed in choices.items():
             _check_choice(field, getattr(self, field), allowed)
