@@ -12,6 +12,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 LAYOUTS = ("auto", "zigzag", "contiguous", "balanced")
 ATTENTION_CHECKPOINTS = ("auto", "off", "device", "host")
 LOGITS = ("auto", "whole", "shard")
+ON_SAVE_ERROR = ("raise", "continue")
 KERNELS = ("auto", "cpu", "torch", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "reference")
 
 
@@ -69,6 +70,9 @@ class ContextParallelConfig:
             step. It stops if a layer differs by more than rounding; see `verify`.
         nan_steps: number of optimizer steps in a row with a loss that is NaN or infinite on any rank, after which the
             Trainer stops. None goes on.
+        on_save_error: what the Trainer does when a checkpoint cannot be written, for want of room on the disk say.
+            `"raise"`: all ranks raise the same error.
+            `"continue"`: it warns, and trains on without this checkpoint.
         sequence_parallel: True to shard activations between the regions of tensor parallelism (norms, residuals,
             their dropout) over the ranks of a tensor-parallel group, by tokens, as in Megatron-LM.
         logits: the logits that a language model returns.
@@ -100,6 +104,7 @@ class ContextParallelConfig:
     check_batch: bool = True
     verify: bool = True
     nan_steps: int | None = 3
+    on_save_error: str = "raise"
     sequence_parallel: bool = False
     logits: str = "auto"
     loss_chunk_tokens: int | None = None
@@ -121,6 +126,7 @@ class ContextParallelConfig:
             "kernel": KERNELS,
             "attention_checkpoints": ATTENTION_CHECKPOINTS,
             "logits": LOGITS,
+            "on_save_error": ON_SAVE_ERROR,
         }
         for field, allowed in choices.items():
             _check_choice(field, getattr(self, field), allowed)

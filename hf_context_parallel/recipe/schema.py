@@ -69,7 +69,7 @@ def keywords_of(cls: type, **corrections: Any) -> type[BaseModel]:
 
 def training_keywords(arguments: type[TrainingArguments]) -> type[BaseModel]:
     """Make a pydantic model of the keywords of `TrainingArguments`, or of a subclass that TRL has."""
-    return keywords_of(arguments, fsdp=bool | str | None)
+    return keywords_of(arguments, fsdp=bool | str | None, resume_from_checkpoint=bool | str | None)
 
 
 TrainingKeywords = training_keywords(TrainingArguments)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from accelerate import ParallelismConfig
 from accelerate.utils import gather
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from ..config import ContextParallelConfig
 from ..context_parallel import ContextParallel
@@ -21,7 +24,7 @@ from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
 from ..distributed.agreement import agreed_error, of_first_rank
 from ..distributed.failures import reported_failures
-from ..distributed.mesh import mesh_of
+from ..distributed.mesh import mesh_of, world
 from ..dynamic.scheduler import Scheduler
 from ..integration.border.parallelize import models_to_shard, parallelize
 from ..integration.checks.proofs import Unproven
@@ -38,11 +41,14 @@ from .accelerate import (
     start_fsdp2,
     with_launched_size,
 )
+from .checkpoints import starting_point
 from .generations import count_generations
 from .loss_watch import LossWatch
 from .metrics import StepWatch, count_steps, throughput
 from .out_of_memory import advised
 from .refusals import check_trainer, check_versions
+from .run_lock import only_run_in
+from .saving import CheckpointSaving
 from .step_state import StepState
 from .targets import StepTargets, check_samples
 
@@ -81,6 +87,7 @@ class ContextParallelMixin:
         self._config = context_parallel or ContextParallelConfig()
         self._step_state = StepState()
         self._step_targets = StepTargets()
+        self._saving = CheckpointSaving(self, self._config.on_save_error)
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, ContextParallelDataCollator):
             self.data_collator = self.data_collator.collator  # the model shards, and takes whole batches
@@ -141,6 +148,54 @@ class ContextParallelMixin:
         share_groups(self.accelerator, self.cp)
         count_generations(self.args, self.accelerator.num_processes, self.cp.size)
         self.gather_function = self.accelerator.gather_for_metrics
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train. While a run that saves trains, no other run may train into its `output_dir`.
+
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint, or True for the newest whole one of `output_dir`. If
+                there is none, the run starts at its first step.
+
+        Raises:
+            ValueError: on every rank, if the checkpoint is not whole, or another run trains into `output_dir`.
+        """
+        saves = self.args.save_strategy != SaveStrategy.NO
+        with only_run_in(self.args.output_dir, world()) if saves else nullcontext():
+            run_dir = Path(self._get_output_dir(trial))
+            first_of_machine = self.args.local_process_index == 0
+            checkpoint = starting_point(run_dir, resume_from_checkpoint, world(), first_of_machine)
+            return super().train(checkpoint, trial, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, or none if the checkpoint is of the last step. Trainer would train for one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder of the run, and while a checkpoint is written the folder that it is written into."""
+        return self._saving.folder or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save a checkpoint, which is whole or not there."""
+        with reported_failures(self.cp.groups.same_batch):
+            write = partial(super()._save_checkpoint, model, trial)
+            folder = self._saving.save(self._get_output_dir(trial), write)
+        if folder is not None and self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model. Where there is one, each of its files is replaced at once."""
+        with self._saving.writing_model(output_dir or self.args.output_dir) as folder:
+            super()._save(folder, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint to the hub, when it is in its place."""
+        if self._saving.folder is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         """Make a model by `model_init`, for a run of `train` too, and prepare it."""
