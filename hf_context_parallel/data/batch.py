@@ -63,8 +63,10 @@ def read_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[ma
         )
     _refuse_unknown(batch)
     _check_dtypes(batch)
-    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    batch_size, length = tokens.shape[:2]
+    name = "input_ids" if "input_ids" in batch else "inputs_embeds"
+    if batch[name].dim() < 2:
+        raise ValueError(f"{name} has shape {tuple(batch[name].shape)}, without rows. Give one row as {name}[None].")
+    batch_size, length = batch[name].shape[:2]
     _check_shapes(batch, batch_size, length)
     rows = _documents(batch, batch_size, length)
     if "seq_idx" in batch:
@@ -159,8 +161,8 @@ def _documents(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[
         if batch_size != 1 or not torch.equal(keys, cu_seqlens):
             raise ValueError(
                 f"cu_seq_lens_q needs one flattened row and an equal cu_seq_lens_k, and the batch has {batch_size} "
-                f"row(s) and cu_seq_lens_k={masks.shortened(keys.tolist())}. Flatten the batch, or give position_ids "
-                "that begin again in each document."
+                f"row(s) and cu_seq_lens_k={masks.shortened(keys.flatten().tolist())}. Flatten the batch, or give "
+                "position_ids that begin again in each document."
             )
         row = masks.from_cu_seqlens(cu_seqlens, length)
         if packed:
@@ -195,8 +197,8 @@ def _check_seq_idx(seq_idx: torch.Tensor, rows: tuple[tuple[masks.Document, ...]
         for number, document in enumerate(documents):
             for start, stop in document:
                 numbers[row, start:stop] = number
-    found = seq_idx.expand(len(rows), -1)
-    if found.shape != numbers.shape or not torch.equal(found.diff(dim=-1) != 0, numbers.diff(dim=-1) != 0):
+    fits = seq_idx.dim() == 2 and seq_idx.shape[0] in (1, len(rows)) and seq_idx.shape[1] == length
+    if not fits or not torch.equal(seq_idx.expand(len(rows), -1).diff() != 0, numbers.diff() != 0):
         raise ValueError(
             "seq_idx numbers other documents than position_ids or cu_seq_lens_q describe. Give position_ids that "
             "begin again in each document of seq_idx, or leave it out."
@@ -206,7 +208,7 @@ def _check_seq_idx(seq_idx: torch.Tensor, rows: tuple[tuple[masks.Document, ...]
 def _refuse_unknown(batch: Mapping[str, Any]) -> None:
     """Refuse inputs that cannot be sharded or that would change the result."""
     for name, value in batch.items():
-        if name in (*PADDING, *CONSUMED[:3]) and not isinstance(value, torch.Tensor):
+        if name in (*PADDING, *CONSUMED[:4]) and not isinstance(value, torch.Tensor):
             raise ValueError(
                 f"{name} is a {type(value).__name__}, and it must be a tensor. Give torch.tensor({name})."
             )
@@ -214,7 +216,7 @@ def _refuse_unknown(batch: Mapping[str, Any]) -> None:
             raise ValueError(
                 "the batch is sharded already. Give cp.shard the batch that the collator yields, or a whole batch."
             )
-        if name == "use_cache" and value:
+        if name == "use_cache" and value is not False:
             raise ValueError(
                 "use_cache=True asks for a key/value cache, which a shard cannot fill. Remove it, or call the model "
                 "on whole sequences."

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,9 +96,3 @@ def test_any_batch_is_read_or_refused(batch, has_ids):
         read = sorted(stretch for document in row for stretch in document)
         assert all(0 <= start < stop <= tokens.shape[1] for start, stop in read)
         assert all(before[1] <= after[0] for before, after in zip(read, read[1:])), "documents overlap"
-
-
-@pytest.mark.parametrize("batch", [[torch.ones(1, 4)], torch.ones(1, 4), None, "text", 3])
-def test_what_is_no_mapping_is_refused(batch):
-    with pytest.raises((ValueError, TypeError), match="batch"):
-        read_batch(batch)
