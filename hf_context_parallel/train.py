@@ -59,7 +59,7 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
         if dry_run:
             documents = made_up_documents(recipe.data, tokenizer, recipe.trainer)
         else:
-            documents = load_documents(recipe.data, split)
+            documents = load_documents(recipe.data, split, recipe.trainer)
         if has_images:
             return to_image_documents(documents, recipe.data, tally)
         return documents if recipe.trainer else to_rows(documents, recipe.data, tokenizer, tally)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import pyarrow.compute as pc
@@ -29,6 +30,8 @@ WORDS = {
 """Reasons for which documents are dropped."""
 FIGURES = ("documents", "short", "unlearnt", "empty", "cut", "lost", "tokens", "targets")
 """Names of what a `Tally` counts. The fates are numbered as here."""
+SEQUENCES = "seq_lengths"
+"""Column in which TRL keeps the lengths of the documents of a packed row."""
 WORKERS = 256
 """Number of workers of a loader that count apart from each other."""
 
@@ -169,12 +172,15 @@ def count_prepared(documents: Any, prepared: Any, trainer: str) -> Counts:
     if "input_ids" not in columns:
         counts.notes.append(f"Tokens, and what {trainer} drops or cuts, are made in batches, and not counted.")
         return counts
-    names = [name for name in ("input_ids", "labels") if name in columns]
+    names = [name for name in ("input_ids", "labels", SEQUENCES) if name in columns]
     tokens, targets = 0, 0
     for batch in prepared.select_columns(names).with_format("arrow").iter(1000):
         tokens += pc.sum(pc.list_value_length(batch.column("input_ids"))).as_py() or 0
-        for labels in batch.column("labels").to_pylist() if "labels" in names else ():
-            targets += sum(label != IGNORED for label in labels[1:])
+        if "labels" in names:
+            sequences = batch.column(SEQUENCES).to_pylist() if SEQUENCES in names else [None] * batch.num_rows
+            for labels, lengths in zip(batch.column("labels").to_pylist(), sequences, strict=True):
+                firsts = list(accumulate([0, *(lengths or ())[:-1]]))
+                targets += sum(x != IGNORED for x in labels) - sum(labels[first] != IGNORED for first in firsts)
     counts.tokens, counts.targets = tokens, targets if "labels" in names else None
     if counts.targets == 0:
         raise RecipeError(

@@ -33,8 +33,11 @@ ROWS = ("input_ids", LABELS)
 """Columns of the rows that a model trains on."""
 
 
-def load_documents(section: DataSection, split: str) -> Dataset | IterableDataset:
+def load_documents(section: DataSection, split: str, trainer: str | None = None) -> Dataset | IterableDataset:
     """Load the documents of a split by `datasets.load_dataset`.
+
+    Args:
+        trainer: the trainer of TRL that names the columns, if one does.
 
     Raises:
         RecipeError: if `load_dataset` cannot find or read them.
@@ -49,16 +52,16 @@ def load_documents(section: DataSection, split: str) -> Dataset | IterableDatase
             **section.options,
         )
     except Exception as error:  # files, formats and networks raise exceptions of many kinds
-        raise _unreadable(section, error) from error
+        raise _unreadable(section, error, trainer) from error
 
 
-def _unreadable(section: DataSection, error: Exception) -> RecipeError:
+def _unreadable(section: DataSection, error: Exception, trainer: str | None = None) -> RecipeError:
     """Make the error of data that cannot be read. It names the file and the line where these are found.
 
     Raises:
         RecipeError: with the file.
     """
-    check_files(section, seconds=math.inf)
+    check_files(section, trainer, seconds=math.inf)
     return RecipeError(
         f"data.path: {section.path!r} cannot be loaded ({type(error).__name__}: {error}). Give a hub id or a folder "
         "that `load_dataset` reads."

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import glob
+import importlib
+import inspect
 import json
 import re
 import time
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+from datasets import load_dataset
 from pyarrow import ArrowInvalid
 
 from hf_context_parallel.recipe.content import COLUMNS, LABELS, check_content
@@ -54,6 +58,7 @@ def check_files(section: DataSection, trainer: str | None = None, seconds: float
     Raises:
         RecipeError: naming the file, and the line where there is one.
     """
+    _check_options(section)
     files = find_files(section)
     if files is None:
         return
@@ -65,6 +70,20 @@ def check_files(section: DataSection, trainer: str | None = None, seconds: float
             raise RecipeError(f"data.data_files: {paths[sizes.index(0)]} is empty. Fill it or leave it out.")
         for path in paths:
             _check_file(path, section, trainer, end)
+
+
+def _check_options(section: DataSection) -> None:
+    """Refuse options that the format of local files does not have."""
+    if section.path not in ("text", "json", "csv", "parquet"):
+        return
+    module = importlib.import_module(f"datasets.packaged_modules.{section.path}.{section.path}")
+    of_format = {field.name for field in dataclasses.fields(getattr(module, f"{section.path.capitalize()}Config"))}
+    known = of_format | {*inspect.signature(load_dataset).parameters}
+    for name in section.options:
+        if name not in known:
+            raise RecipeError(
+                f"data.options: {name!r} is no option of data.path={section.path!r}.{did_you_mean(name, known)}"
+            )
 
 
 def find_files(section: DataSection) -> dict[str, list[Path]] | None:

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import sysconfig
+import warnings
 from math import prod
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -390,7 +391,10 @@ class Recipe:
             made = type(made.__name__, (made,), {"_setup_devices": property(lambda _: torch.device("cpu"))})
             keywords["use_cpu"] = True
         try:
-            return made(**keywords)
+            with warnings.catch_warnings():
+                if not starts:
+                    warnings.simplefilter("ignore")  # they come again when the run starts
+                return made(**keywords)
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"training: {error}. Correct the section 'training'.") from error
         finally:
