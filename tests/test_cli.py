@@ -56,6 +56,41 @@ def test_a_command_with_a_mistake_ends_without_a_traceback(run):
     assert "Traceback" not in result.stdout
 
 
+REFUSED = "rank 0 of the group: kernel='torch' cannot be used"
+
+
+@pytest.mark.exhaustive
+def test_a_refusal_is_printed_once_and_last(run, tmp_path):
+    changes = [DEMO, "context_parallel.kernel=torch", f"training.output_dir={tmp_path}"]
+    result = run(*COMMAND, "train", *changes)
+    assert result.returncode == 1
+    assert result.stdout.count(REFUSED) == 1 and "Traceback" not in result.stdout
+    assert result.stdout.strip().splitlines()[-1].startswith(REFUSED)
+    start = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    result = run(*ACCELERATE, *start, "-m", "hf_context_parallel.train", *changes)
+    _, _, report = result.stdout.partition("Root Cause (first observed failure)")
+    assert REFUSED in report
+
+
+AGREED = """
+import torch.distributed as dist, hf_context_parallel as hcp
+dist.init_process_group("gloo")
+cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2))
+cp.shard({"input_ids": dist.get_rank()}).__enter__()
+"""
+
+
+@pytest.mark.exhaustive
+def test_one_rank_of_a_script_prints_an_error_of_all(run, tmp_path):
+    (tmp_path / "script.py").write_text(AGREED)
+    start = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    result = run(*ACCELERATE, *start, str(tmp_path / "script.py"))
+    before, _, report = result.stdout.partition("Root Cause (first observed failure)")
+    error = "ValueError: rank 0 of the group: input_ids is a int"
+    assert before.count(error) == 1 and error in report
+    assert "rank 1 ends by the same error" in before
+
+
 TOO_FEW = (
     "WORLD_SIZE, set by the launcher     1 (not set)",
     "size of the process group           1",

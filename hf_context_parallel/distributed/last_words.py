@@ -61,12 +61,12 @@ class _Hook:
         if agreement is None:
             self._hook(kind, error, trace)
             return
+        if not agreement.tells:
+            print(f"{_rank()} ends by the same error, which another rank prints.", file=sys.stderr, flush=True)
+            time.sleep(GRACE)
         tell_launchers(f"{kind.__name__}: {error}")
         if agreement.tells:
             self._hook(kind, error, trace)
-            return
-        print(f"{_rank()} ends for the same reason as the rank that prints it.", file=sys.stderr, flush=True)
-        time.sleep(GRACE)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def told() -> Iterator[None]:
         agreement, refused = agreement_of(error), is_refusal(error)
         if agreement is not None and not agreement.tells:
             time.sleep(GRACE)
-        tell_launchers(str(error) if refused else f"{_rank()}: {type(error).__name__}: {error}")
+        tell_launchers(str(error) if refused or agreement else f"{_rank()}: {type(error).__name__}: {error}")
         if agreement is None or agreement.tells:
             if not refused:
                 traceback.print_exc()
