@@ -11,7 +11,7 @@ import typer
 
 from hf_context_parallel.recipe.compare import compare_with_one_process
 from hf_context_parallel.recipe.errors import RecipeError
-from hf_context_parallel.recipe.launch import launch
+from hf_context_parallel.recipe.launch import launch, trusted
 from hf_context_parallel.recipe.preflight import check_recipe
 from hf_context_parallel.recipe.reading import load_recipe
 
@@ -95,6 +95,8 @@ def check(
 
     if module is not None:
         sys.path.insert(0, os.getcwd())  # where `python -m` would look for it
+    if trust_remote_code:
+        print(trusted(model))
     sys.exit(run_check(model, every, ranks, comm, jobs, write, tp, trust_remote_code, module, vlm))
 
 
@@ -136,6 +138,8 @@ def plan(
     """
     from hf_context_parallel.sizing.command import Asked, run_plan
 
+    if trust_remote_code:
+        print(trusted(model))
     asked = Asked(
         model=model,
         length=seq_len,

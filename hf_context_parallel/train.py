@@ -22,7 +22,7 @@ from hf_context_parallel.recipe.documents import load_documents, make_collator, 
 from hf_context_parallel.recipe.dry_run import made_up_documents, shrink
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.images import ImageCollator, to_image_documents
-from hf_context_parallel.recipe.launch import check_world
+from hf_context_parallel.recipe.launch import check_world, trusted
 from hf_context_parallel.recipe.model import add_lora, load_model, load_reward, load_tokenizer
 from hf_context_parallel.recipe.preflight import check_recipe
 from hf_context_parallel.recipe.processor import load_processor
@@ -49,6 +49,8 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
     training = recipe.training_arguments()
     check_world(recipe, training, arguments)
     set_seed(training.seed)
+    if recipe.model.trust_remote_code and training.process_index == 0:
+        print(trusted(recipe.model.name))
     has_images = recipe.data.images is not None
     processor = load_processor(recipe.model) if has_images else None
     tokenizer = load_tokenizer(recipe.model) if processor is None else processor.tokenizer

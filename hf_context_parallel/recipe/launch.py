@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from hf_context_parallel.distributed.last_words import CAUSE
 from hf_context_parallel.distributed.process_groups import LAUNCH_ORDER
-from hf_context_parallel.recipe.errors import RecipeError
+from hf_context_parallel.recipe.errors import RecipeError, without_secrets
 from hf_context_parallel.recipe.schema import PARALLEL_SIZES, Recipe
 
 LAUNCHER = "hf_context_parallel.recipe.launcher"
@@ -89,6 +89,11 @@ def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence
         f"  TrainingArguments.world_size        {training.world_size}\n"
         f"  {needed:<35} {size}\n"
         f"The first three must be equal, and {'equal to' if exact else 'a multiple of'} the last. Start the run with\n"
-        f"  accelerate launch {shlex.join(launcher_arguments(wanted, arguments))}\n"
+        f"  accelerate launch {shlex.join(launcher_arguments(wanted, [*map(without_secrets, arguments)]))}\n"
         "(The launcher's `--cpu` starts one process, whatever `--num_processes` says.)"
     )
+
+
+def trusted(model: str | None) -> str:
+    """Say that the code that comes with a model runs here, since the user asked for it."""
+    return f"trust_remote_code is on: the code in the repository of {model} runs on this machine."

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from hf_context_parallel.config import ContextParallelConfig
 
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, did_you_mean, shown, without_secrets
 from .schema import (
     DataSection,
     DistributedKeywords,
@@ -46,11 +46,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     what = str(path)
     for override in overrides:
         if not override.partition("=")[0].strip() or "=" not in override:
-            raise RecipeError(f"{override!r} is no override. Write section.key=value, such as training.max_steps=3.")
+            raise RecipeError(
+                f"{without_secrets(override)!r} is no override. Write section.key=value, such as training.max_steps=3."
+            )
     try:
         settings = OmegaConf.load(path)
         for override in overrides:
-            what = f"the override {override!r}"
+            what = f"the override {without_secrets(override)!r}"
             settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([override]))
         what = str(path)
         values = OmegaConf.to_container(settings, resolve=True)
@@ -101,7 +103,7 @@ def complaint(location: tuple[str, ...], details: dict[str, Any], keys: Mapping[
         return "it is missing. Add it."
     if kind == "value_error":
         return str(details["ctx"]["error"])
-    return f"{details['msg']}, and the value is {value!r}."
+    return f"{details['msg']}, and the value is {shown('.'.join(location), value)}."
 
 
 def homes_of(key: str, valid: Mapping[str, set[str]]) -> list[str]:

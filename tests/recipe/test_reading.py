@@ -81,6 +81,15 @@ def test_all_mistakes_are_listed_at_once(minimal):
     assert all(key in str(caught.value) for key in ("training.max_stepz", "data.max_length", "lora.r"))
 
 
+@pytest.mark.parametrize(
+    "override", ["training.hub_token=[hf_abc]", "training.hub_token hf_abc", "=training.hub_token=hf_abc"]
+)
+def test_secrets_are_not_shown(minimal, override):
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(minimal, [override])
+    assert "hf_abc" not in str(refusal.value)
+
+
 def test_splitting_attention_needs_to_be_ours(minimal):
     with pytest.raises(RecipeError, match=r"model\.attention='sdpa'.*size=2"):
         load_recipe(minimal, ["model.attention=sdpa", "context_parallel.size=2"])
