@@ -283,6 +283,25 @@ def test_ranks_with_different_weights_raise_the_same(on_ranks):
     assert first == second and "the ranks of the group have different weights" in first
 
 
+def message_of_broken_weights(rank: int, check_batch: bool) -> str:
+    """Verify a model with a weight of NaN on one rank, or on all for the rank -1."""
+    cp = context(check_batch=check_batch)
+    model = tiny_model("llama", "context_parallel", FLOAT32)
+    if rank in (cp.rank, -1):
+        model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError) as caught:
+        hcp.verify(model, cp)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("check_batch", [True, False])
+@pytest.mark.parametrize(("rank", "where"), [(1, "1 elements on rank 1"), (-1, "1 of its")])
+def test_weights_that_are_not_finite_are_named_rather_than_their_layer(on_ranks, rank, where, check_batch):
+    first, second = on_ranks(2, message_of_broken_weights, rank, check_batch)
+    assert first == second
+    assert first.startswith(f"model.layers.1.self_attn.k_proj.weight ({where}") and "verify" not in first
+
+
 def test_a_model_that_cp_shard_refuses_is_refused():
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         hcp.verify(tiny_model("llama", "sdpa", FLOAT32), context())
