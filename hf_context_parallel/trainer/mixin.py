@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import gather
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config import ContextParallelConfig
 from ..context_parallel import ContextParallel
@@ -20,8 +22,9 @@ from ..data.ahead import moved
 from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
 from ..distributed.agreement import of_first_rank
-from ..distributed.failures import reported_failures
-from ..distributed.mesh import mesh_of
+from ..distributed.failures import noted, reported_failures
+from ..distributed.mesh import mesh_of, world
+from ..distributed.process_groups import set_timeout_of_world
 from ..dynamic.scheduler import Scheduler
 from ..integration.border.parallelize import models_to_shard, parallelize
 from ..integration.checks.proofs import Unproven
@@ -105,6 +108,11 @@ class ContextParallelMixin:
                 parallelize(model, self.cp)
             self._unproven.append(model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. If this rank waits in vain for another one, its error says for which."""
+        with noted("train()"):
+            return super().train(*args, **kwargs)
+
     def _prove(self) -> None:
         """Compare the models that are in no table."""
         while self._unproven:
@@ -128,12 +136,19 @@ class ContextParallelMixin:
         start_deepspeed(self.accelerator, self.args.deepspeed_plugin)
         self.is_deepspeed_enabled = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
         refuse_unknown(self.accelerator)
+        self._keep_timeout()
         self._config = with_launched_size(self._config, self.accelerator)
         mesh = mesh_of(self.model) if self.model is not None else None
         self.cp = ContextParallel(self._config, self.accelerator.torch_device_mesh if mesh is None else mesh)
         share_groups(self.accelerator, self.cp)
         count_generations(self.args, self.accelerator.num_processes, self.cp.size)
         self.gather_function = self.accelerator.gather_for_metrics
+
+    def _keep_timeout(self) -> None:
+        """Keep to `ddp_timeout` on CPUs too, where Transformers drops it."""
+        default = next(field.default for field in fields(TrainingArguments) if field.name == "ddp_timeout")
+        if self.args.ddp_timeout != default and world().size > 1 and world().device.type == "cpu":
+            set_timeout_of_world(timedelta(seconds=self.args.ddp_timeout))
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         """Make a model by `model_init`, for a run of `train` too, and prepare it."""
@@ -162,7 +177,8 @@ class ContextParallelMixin:
 
         Samples of several batches can be dealt more evenly than those of one batch.
         """
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with noted(f"loading the data of step {self.state.global_step + 1}"):
+            batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._scheduler is not None and batches:
             rounds, steps = self._scheduler.rounds(batches), len(batches)
             edges = [len(rounds) * step // steps for step in range(steps + 1)]
@@ -174,7 +190,8 @@ class ContextParallelMixin:
     ) -> torch.Tensor:
         """Run a training step, with `dynamic` round by round. An error for want of memory gains a note."""
         self._prove()
-        with advised(self), reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
+        step = f"training step {self.state.global_step + 1}"
+        with advised(self), reported_failures(self.cp.groups.same_batch, step), self.accelerator.in_step():
             if self._scheduler is None:
                 rows, length = _shape_of(inputs)
                 self._count(rows * length, length)
@@ -218,12 +235,14 @@ class ContextParallelMixin:
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prediction step, which returns whole outputs on every rank."""
         self._prove()
-        with reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
+        step = "a step of evaluation"
+        with reported_failures(self.cp.groups.same_batch, step), self.accelerator.in_step():
             return super().prediction_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run an evaluation or a prediction."""
-        output = super().evaluation_loop(*args, **kwargs)
+        with noted("an evaluation"):
+            output = super().evaluation_loop(*args, **kwargs)
         self._step_state.evaluated = output.num_samples
         return output
 
@@ -285,7 +304,8 @@ class ContextParallelMixin:
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._step_state.all_log = True
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            with noted(f"logs, evaluation and saving after step {self.state.global_step}"):
+                super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
             self._step_state.all_log = False
 
