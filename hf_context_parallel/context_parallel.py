@@ -21,7 +21,8 @@ from .data.loader import prepare_data_loader
 from .distributed.agreement import collective, gather_numbers, odd_rank, of_first_rank
 from .distributed.devices import refuse_shared_devices
 from .distributed.last_words import print_agreed_errors_once
-from .distributed.mesh import world
+from .distributed.leases import CLOSED, close
+from .distributed.mesh import Ranks, has_nccl, world
 from .distributed.messages import CheckedExchange, Exchange
 from .distributed.process_groups import Groups, build_groups
 from .distributed.shared_memory import make_exchange
@@ -34,7 +35,7 @@ from .planning import mask as masks
 class ContextParallel:
     """Context parallelism of this process: its CP group, its shards of batches, and attention over the group.
 
-    Every process of the world makes one, with the same arguments.
+    Every process of the world makes one, with the same arguments. It is a context manager, which closes it.
 
     Args:
         config: the settings.
@@ -77,7 +78,8 @@ class ContextParallel:
         # Ranks with different rates would choose different strategies, and wait for each other forever.
         self._machines = of_first_rank(machines(config.kernel) if everyone.rank == 0 else None, everyone)
         self._made: dict[int, CPGroup] = {}
-        self.group: CPGroup
+        self._kept: list[Ranks] = []
+        self._closed = False
         self._make(config, build_groups(config.size, mesh))
         self.switch(config.size)
         if config.sequence_parallel and self.groups.tensor.size == 1:
@@ -87,6 +89,17 @@ class ContextParallel:
                 "the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...) and give "
                 "mesh=hf_context_parallel.mesh_of(model), or leave sequence_parallel off."
             )
+
+    @property
+    def group(self) -> CPGroup:
+        """CP group of the size that is in use.
+
+        Raises:
+            RuntimeError: if this object is closed.
+        """
+        if self._closed:
+            raise RuntimeError(CLOSED)
+        return self._made[self._size]
 
     @property
     def config(self) -> ContextParallelConfig:
@@ -127,9 +140,10 @@ class ContextParallel:
             ValueError: on all ranks, if sizes differ or do not divide, or a batch is active on any rank.
         """
         with collective(world()) as notes:
+            before = self.size  # which refuses a closed object
             if active_batch() is not None:
                 raise ValueError(
-                    f"the CP size cannot change from {self.size} to {size} while a batch is open. Leave "
+                    f"the CP size cannot change from {before} to {size} while a batch is open. Leave "
                     "`with cp.shard(...)` first."
                 )
             config, notes.number = self.made_with.of_size(size), size
@@ -166,7 +180,43 @@ class ContextParallel:
 
     def switch(self, size: int) -> None:
         """Use groups that `resize` has made before. Other ranks are not asked, and may use groups of another size."""
-        self.group = self._made[size]
+        self._size = size
+
+    def keep(self, ranks: Ranks) -> None:
+        """End a group too that was made beside the CP groups, when this object is closed."""
+        self._kept.append(ranks)
+
+    def close(self) -> None:
+        """Free all that this object has made: process groups of all sizes, threads, connections and shared memory.
+
+        Every process of the world must call this, in the same order as the others, as it made the objects. The world
+        and the groups of the mesh stay. Closing twice does nothing. Models that were prepared with this object do not
+        run any more, and backward passes that have not run cannot. An object that is dropped on all ranks without a
+        call of this is freed when another one is made.
+
+        Raises:
+            RuntimeError: if a batch is open.
+        """
+        batch = active_batch()
+        if batch is not None and batch.group in self._made.values():
+            raise RuntimeError("a batch is open. Leave `with cp.shard(...)` before closing its ContextParallel.")
+        self._closed = True
+        for group in self._made.values():
+            group.exchange.close()
+            close(group.groups)
+            close(group.groups.same_batch)
+        for ranks in self._kept:
+            close(ranks)
+        self._made.clear()
+        self._kept.clear()
+
+    def __enter__(self) -> ContextParallel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        # After an error of one rank, the others may not come here. NCCL would wait for them.
+        if kind is None or not has_nccl():
+            self.close()
 
     def _make(self, config: ContextParallelConfig, groups: Groups) -> None:
         exchange = CheckedExchange(make_exchange(groups), groups.size)

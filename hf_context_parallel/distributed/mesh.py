@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -28,12 +28,14 @@ class Ranks:
         rank: the rank of this process in the group.
         size: the number of ranks of the group.
         device: the device that tensors of collectives must be on.
+        lease: keeps the group alive, if it was made here.
     """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
     device: torch.device
+    lease: object = field(default=None, compare=False, repr=False, kw_only=True)
 
 
 def world() -> Ranks:

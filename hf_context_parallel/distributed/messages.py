@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch.utils import dlpack
 
 from .agreement import gather_numbers
+from .leases import CLOSED
 from .mesh import Ranks
 
 Message = tuple[int, torch.Tensor]
@@ -52,15 +53,33 @@ class Exchange(Protocol):
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending: ...
 
 
+@runtime_checkable
+class Closable(Protocol):
+    """Exchange that has connections of its own."""
+
+    def close(self) -> None: ...
+
+
+class ClosedExchange:
+    """Exchange of a group that was closed."""
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        raise RuntimeError(CLOSED)
+
+
 class GroupExchange:
     """Messages of a `torch.distributed` process group. None is a group of one rank, which sends nothing.
+
+    Args:
+        group: the process group.
+        lease: keeps the group alive, if it was made here.
 
     Over gloo, tensors of a CUDA device are staged through the host, and the host waits for the device at each message.
     This is meant for tests with several ranks on one device, which NCCL refuses.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None):
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup | None, lease: object = None):
+        self._group, self._lease = group, lease
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         landings: list[_Landing] = []
@@ -152,6 +171,13 @@ class CheckedExchange:
             for peer, _ in messages:
                 counts[peer] += 1
         return self._exchange.post(sends, receives)
+
+    def close(self) -> None:
+        """Send nothing any more, and end the connections of shared memory."""
+        exchange, self._exchange = self._exchange, ClosedExchange()
+        self._left.clear()
+        if isinstance(exchange, Closable):
+            exchange.close()
 
     def interrupt(self, left: Sequence[Pending] = ()) -> None:
         """Post nothing until `settle`, and keep the buffers of messages that were not waited for alive until then.

@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..compat import lookup
+from .leases import Lease
 from .mesh import TENSOR_DIMENSION, Ranks, cp_blocks, device_of, has_nccl, ranks_of, world
 
 MOST_BLOCKS = 8
@@ -93,6 +95,7 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
         alone = world()
         return Groups(**vars(alone), data_rank=0, data_size=1, first_ranks=[0], tensor=alone, same_batch=alone)
     blocks = cp_blocks(size, mesh, divided)
+    Lease.end_dropped()
     group = new_groups([ranks for ranks, _ in blocks], _transfers_first())
     me = dist.get_rank()
     ranks, data_rank = next(block for block in blocks if me in block[0])
@@ -104,27 +107,28 @@ def build_groups(size: int, mesh: DeviceMesh | None = None, divided: bool = Fals
     firsts = {number: ranks[0] for ranks, number in reversed(blocks)}
     first_ranks = [firsts[number] for number in sorted(firsts)]
     mine = Ranks(group, ranks.index(me), size, everyone.device)
-    tensor, same_batch = Ranks(None, 0, 1, everyone.device), mine
+    tensor = Ranks(None, 0, 1, everyone.device)
     if mesh is not None and TENSOR_DIMENSION in (mesh.mesh_dim_names or ()) and mesh[TENSOR_DIMENSION].size() > 1:
         tensor = ranks_of(mesh.get_group(TENSOR_DIMENSION))
+    readers = None
     if len(blocks) > len(first_ranks):
         by_share = [
             [rank for block, share in blocks if share == number for rank in block] for number in sorted(firsts)
         ]
         readers = new_groups(by_share)
-        assert readers is not None  # several blocks read the same samples
-        same_batch = ranks_of(readers)
         if group is not None:
             # With NCCL, a group must not begin with sends and receives. Elsewhere it begins with the agreement of its
             # ranks on a batch. Its communicator takes memory, so it is not made before it is needed.
             dist.all_reduce(least, group=group)
+    lease = Lease([group, readers])
+    mine = replace(mine, lease=lease)
     return Groups(
         **vars(mine),
         data_rank=data_rank,
         data_size=len(first_ranks),
         first_ranks=first_ranks,
         tensor=tensor,
-        same_batch=same_batch,
+        same_batch=mine if readers is None else replace(ranks_of(readers), lease=lease),
         node=node,
         cores=cores,
     )
@@ -188,10 +192,10 @@ def _on_a_node(ranks: list[int]) -> int:
     return max(Counter(rank // local for rank in ranks).values())
 
 
-def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGroup | None:
+def build_columns(size: int, mesh: DeviceMesh | None = None) -> Ranks:
     """Make the process group of the ranks that have this rank's place in CP groups of `size`.
 
-    It has one rank for each share of the samples, in the order of the shares. It is None if there is one share.
+    It has one rank for each share of the samples, in the order of the shares.
 
     Every process of the world must call this with the same arguments.
     """
@@ -200,7 +204,13 @@ def build_columns(size: int, mesh: DeviceMesh | None = None) -> dist.ProcessGrou
     columns: list[tuple[int, ...]] = []
     for first in range(0, len(blocks), shares):  # blocks of ranks that read all samples once
         columns += zip(*(ranks for ranks, _ in blocks[first : first + shares]))
-    return new_groups(list(map(list, columns)))
+    group = new_groups(list(map(list, columns)))
+    return Ranks(None, 0, 1, world().device) if group is None else replace(ranks_of(group), lease=Lease([group]))
+
+
+def set_timeout_of_world(timeout: timedelta) -> None:
+    """Let messages of the world end after another time, and those of groups that are made from now on."""
+    lookup("torch.distributed.distributed_c10d", "_set_pg_timeout", "ddp_timeout with use_cpu")(timeout)
 
 
 def timeout_of_world() -> timedelta:

@@ -65,7 +65,7 @@ def make_exchange(ranks: Ranks) -> Exchange:
     Messages go through shared memory if the group's tensors are on the CPU and all its ranks reach each other so, and
     through the process group otherwise.
     """
-    group = GroupExchange(ranks.group)
+    group = GroupExchange(ranks.group, ranks.lease)
     if ranks.size == 1 or ranks.device.type != "cpu":
         return group
     sockets = _connect(ranks)
@@ -93,7 +93,7 @@ class SharedMemoryExchange:
         self._timeout = timeout.total_seconds()
         _open_sockets.update(sockets.values())
         _close_in_forks()
-        finalize(self, _close, list(sockets.values()))
+        self._closing = finalize(self, _close, list(sockets.values()))
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         if any(tensor.device.type != "cpu" for _, tensor in (*sends, *receives)):
@@ -125,6 +125,11 @@ class SharedMemoryExchange:
         for descriptor, _ in ready:
             links[descriptor].read()
             links[descriptor].flush()
+
+    def close(self) -> None:
+        """End the connections, and forget the memory of messages. The exchange posts nothing any more."""
+        self._closing()
+        self._links.clear()
 
     def deadline(self) -> float:
         return time.monotonic() + self._timeout

@@ -72,6 +72,7 @@ class Scheduler:
             with cp.using(size):
                 pass
         self._column = build_columns(cp.size, cp.mesh)
+        cp.keep(self._column)
         machine = cp.group.machine(next(model.parameters()).device)
         self._costs = Costs.of(model_shape(model), machine, sharded)
         self._settings = fingerprint({"costs": self._costs, "config": cp.config})
@@ -155,7 +156,7 @@ class Scheduler:
         begins = [sum(counts[:rank]) for rank in range(len(counts) + 1)]
         mine = _wanted(schedule, share * size + self._extent.rank)
         here = {begins[share] + number: sample for number, sample in enumerate(samples)}
-        if self._column is not None:
+        if self._column.size > 1:
             sent = []
             for other in range(len(counts)):
                 wanted = _wanted(schedule, other * size + self._extent.rank)
@@ -184,7 +185,7 @@ class Scheduler:
             for begin, end in zip(begins, begins[1:])
         ]
         gives = [sum(lengths[sample] for sample in to) for to in sent]
-        dist.all_to_all_single(into, out, gets, gives, group=self._column)
+        dist.all_to_all_single(into, out, gets, gives, group=self._column.group)
         parts = into.cpu().split([lengths[sample] for sample in received])
         return {sample: part.T for sample, part in zip(received, parts)}
 

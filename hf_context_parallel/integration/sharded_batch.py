@@ -59,7 +59,7 @@ class ShardedBatch(AbstractContextManager):
         if self._entered:
             raise RuntimeError("this sharded batch was entered before. For another pass, call cp.shard(batch) again.")
         self._entered = True
-        self._failure_report = FailureReport(self._group.groups.same_batch)
+        self._failure_report = FailureReport(self._group.groups.same_batch, "a block of cp.shard")
         compared: dict[str, torch.nn.Parameter] = {}
         with self._failure_report.opening():
             with collective(self._group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
@@ -113,6 +113,8 @@ class ShardedBatch(AbstractContextManager):
         if error is not None:
             self._group.exchange.interrupt()
             self._failure_report.publish(error)
+        else:
+            self._failure_report.leave()
 
     def _check(self, model: torch.nn.Module) -> None:
         """Refuse a model that would not be exact, or does not fit the configuration."""

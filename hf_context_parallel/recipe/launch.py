@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from hf_context_parallel.recipe.schema import PARALLEL_SIZES, Recipe
 
 LAUNCHER = "hf_context_parallel.recipe.launcher"
 RUNNER = "hf_context_parallel.train"
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Environment variables with the network interface of gloo and of NCCL."""
 # Without these accelerate prints warnings, or takes values from a configuration file of the user. Port 0: any free.
 DEFAULTS = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
@@ -39,14 +42,15 @@ def launch(processes: int, arguments: Sequence[str], threads: int | None = None)
     """Start the runner in `processes` processes through accelerate's launcher, and return its exit status.
 
     The cause of an error is printed last, after all that ranks and launchers have printed.
-    The environment has `LAUNCH_ORDER` set, unless the user has set it to something else.
+    The environment has `LAUNCH_ORDER` set, and messages bound to the loopback interface, unless the user has set these
+    variables to something else.
 
     Args:
         processes: the number of processes.
         arguments: the arguments of the runner.
         threads: CPU threads of a process. By default OMP_NUM_THREADS, or 1.
     """
-    environment = {LAUNCH_ORDER: "1", **os.environ}
+    environment = {LAUNCH_ORDER: "1", **on_loopback(), **os.environ}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +61,12 @@ def launch(processes: int, arguments: Sequence[str], threads: int | None = None)
             sys.stdout.flush()
             print(Path(environment[CAUSE]).read_text(encoding="utf-8"), file=sys.stderr, flush=True)
     return status
+
+
+def on_loopback() -> dict[str, str]:
+    """Environment variables that bind messages of gloo and NCCL to this machine, so that no other one reaches them."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # of Linux, and of macOS
+    return dict.fromkeys(INTERFACES, names[0]) if names else {}
 
 
 def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import gather
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import ContextParallelConfig
@@ -23,8 +25,9 @@ from ..data.ahead import moved
 from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
 from ..distributed.agreement import agreed_error, of_first_rank
-from ..distributed.failures import reported_failures
+from ..distributed.failures import noted, reported_failures
 from ..distributed.mesh import mesh_of, world
+from ..distributed.process_groups import set_timeout_of_world
 from ..dynamic.scheduler import Scheduler
 from ..integration.border.parallelize import models_to_shard, parallelize
 from ..integration.checks.proofs import Unproven
@@ -142,6 +145,7 @@ class ContextParallelMixin:
         start_deepspeed(self.accelerator, self.args.deepspeed_plugin)
         self.is_deepspeed_enabled = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
         refuse_unknown(self.accelerator)
+        self._keep_timeout()
         self._config = with_launched_size(self._config, self.accelerator)
         mesh = mesh_of(self.model) if self.model is not None else None
         self.cp = ContextParallel(self._config, self.accelerator.torch_device_mesh if mesh is None else mesh)
@@ -154,6 +158,8 @@ class ContextParallelMixin:
     ) -> Any:
         """Train. While a run that saves trains, no other run may train into its `output_dir`.
 
+        If this rank waits in vain for another one, its error says for which.
+
         Args:
             resume_from_checkpoint: the folder of a checkpoint, or True for the newest whole one of `output_dir`. If
                 there is none, the run starts at its first step.
@@ -162,7 +168,7 @@ class ContextParallelMixin:
             ValueError: on every rank, if the checkpoint is not whole, or another run trains into `output_dir`.
         """
         saves = self.args.save_strategy != SaveStrategy.NO
-        with only_run_in(self.args.output_dir, world()) if saves else nullcontext():
+        with noted("train()"), only_run_in(self.args.output_dir, world()) if saves else nullcontext():
             run_dir = Path(self._get_output_dir(trial))
             first_of_machine = self.args.local_process_index == 0
             checkpoint = starting_point(run_dir, resume_from_checkpoint, world(), first_of_machine)
@@ -181,7 +187,7 @@ class ContextParallelMixin:
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save a checkpoint, which is whole or not there."""
-        with reported_failures(self.cp.groups.same_batch):
+        with reported_failures(self.cp.groups.same_batch, f"saving after step {self.state.global_step}"):
             write = partial(super()._save_checkpoint, model, trial)
             folder = self._saving.save(self._get_output_dir(trial), write)
         if folder is not None and self.args.push_to_hub:
@@ -196,6 +202,12 @@ class ContextParallelMixin:
         """Push a checkpoint to the hub, when it is in its place."""
         if self._saving.folder is None:
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _keep_timeout(self) -> None:
+        """Keep to `ddp_timeout` on CPUs too, where Transformers drops it."""
+        default = next(field.default for field in fields(TrainingArguments) if field.name == "ddp_timeout")
+        if self.args.ddp_timeout != default and world().size > 1 and world().device.type == "cpu":
+            set_timeout_of_world(timedelta(seconds=self.args.ddp_timeout))
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         """Make a model by `model_init`, for a run of `train` too, and prepare it."""
@@ -224,7 +236,8 @@ class ContextParallelMixin:
 
         Samples of several batches can be dealt more evenly than those of one batch.
         """
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with noted(f"loading the data of step {self.state.global_step + 1}"):
+            batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._scheduler is not None and batches:
             rounds, steps = self._scheduler.rounds(batches), len(batches)
             edges = [len(rounds) * step // steps for step in range(steps + 1)]
@@ -245,7 +258,8 @@ class ContextParallelMixin:
                 "labels. Return one from the data collator, or write a compute_loss that takes it."
             )
         self._prove()
-        with advised(self), reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
+        step = f"training step {self.state.global_step + 1}"
+        with advised(self), reported_failures(self.cp.groups.same_batch, step), self.accelerator.in_step():
             if self._scheduler is None:
                 rows, length = _shape_of(inputs)
                 self._count(rows * length, length)
@@ -293,12 +307,14 @@ class ContextParallelMixin:
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prediction step, which returns whole outputs on every rank."""
         self._prove()
-        with reported_failures(self.cp.groups.same_batch), self.accelerator.in_step():
+        step = "a step of evaluation"
+        with reported_failures(self.cp.groups.same_batch, step), self.accelerator.in_step():
             return super().prediction_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run an evaluation or a prediction."""
-        output = super().evaluation_loop(*args, **kwargs)
+        with noted("an evaluation"):
+            output = super().evaluation_loop(*args, **kwargs)
         self._step_state.evaluated = output.num_samples
         return output
 
@@ -373,7 +389,8 @@ class ContextParallelMixin:
         if self.state.global_step == 1 or self.control.should_log:
             self._step_targets.check(gather, self.state.global_step)
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            with noted(f"logs, evaluation and saving after step {self.state.global_step}"):
+                super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
             self._step_state.all_log = False
 

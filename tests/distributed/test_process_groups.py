@@ -24,9 +24,9 @@ def groups_of_a_process() -> int:
 
 
 def counts_of_groups() -> list[int]:
-    counts = [groups_of_a_process()]
+    counts, kept = [groups_of_a_process()], []
     for size in (1, 2, 4):
-        build_groups(size)
+        kept.append(build_groups(size))
         counts.append(groups_of_a_process())
     build_columns(4)  # of one rank each
     cp = context()

@@ -14,21 +14,31 @@ from hf_context_parallel.distributed.last_words import CAUSE
 from hf_context_parallel.recipe import launch, launcher
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("0", "0")])
-def test_communicators_run_in_the_order_of_the_host_unless_the_user_says_otherwise(monkeypatch, given, found):
+@pytest.mark.parametrize(
+    ("name", "given", "found"),
+    [
+        ("NCCL_LAUNCH_ORDER_IMPLICIT", None, "1"),
+        ("NCCL_LAUNCH_ORDER_IMPLICIT", "0", "0"),
+        ("GLOO_SOCKET_IFNAME", None, "lo"),
+        ("GLOO_SOCKET_IFNAME", "eth0", "eth0"),
+        ("NCCL_SOCKET_IFNAME", None, "lo"),
+    ],
+)
+def test_order_and_interface_of_communicators_unless_the_user_says_otherwise(monkeypatch, name, given, found):
     environments = []
 
     def start(command, env):
         environments.append(env)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT", raising=False)
+    monkeypatch.delenv(name, raising=False)
     if given is not None:
-        monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", given)
+        monkeypatch.setenv(name, given)
+    monkeypatch.setattr(launch.socket, "if_nameindex", lambda: [(1, "eth0"), (2, "lo")])
     monkeypatch.setattr(launch.subprocess, "run", start)
     assert launch.launch(2, ["recipe.yaml"], threads=3) == 0
     [environment] = environments
-    assert (environment["NCCL_LAUNCH_ORDER_IMPLICIT"], environment["OMP_NUM_THREADS"]) == (found, "3")
+    assert (environment[name], environment["OMP_NUM_THREADS"]) == (found, "3")
 
 
 @pytest.mark.parametrize(("written", "printed"), [("no such thing", "no such thing\n"), (None, "")])

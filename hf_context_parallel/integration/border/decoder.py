@@ -137,7 +137,9 @@ class DecoderBorder(ModulePatch):
                     finally:
                         set_compiler(None)
                 self.handled = call.batch.handled
-                return call.gathered(output)
+                output = call.gathered(output)
+                call.failure_report.leave()
+                return output
             except BaseException as error:
                 call.group.exchange.interrupt()
                 call.failure_report.publish(error)
@@ -160,7 +162,7 @@ class _Call:
 
     def __init__(self, decoder: PreTrainedModel, given: dict[str, Any], group: CPGroup):
         self._decoder, self.group = decoder, group
-        self.failure_report = FailureReport(group.groups.same_batch)
+        self.failure_report = FailureReport(group.groups.same_batch, "the forward of a decoder")
         computes_loss = given.get("labels") is not None and decoder.get_output_embeddings() is not None
         given = {name: value for name, value in given.items() if value is not None and name not in OF_HEADS}
         call, masks = outer_call(), _take_masks(given)

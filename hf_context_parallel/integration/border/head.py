@@ -213,7 +213,7 @@ class OuterPatch(ModulePatch):
             ranks = self._border.cp.group.groups.same_batch
             if call.met_decoder or call.is_alone or ranks.size == 1:
                 raise
-            with FailureReport(ranks).opening():
+            with FailureReport(ranks, "a language-model head").opening():
                 if is_agreed(error):
                     raise
                 with collective(ranks):
