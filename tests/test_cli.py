@@ -85,7 +85,8 @@ def test_one_rank_of_a_script_prints_an_error_of_all(run, tmp_path):
     (tmp_path / "script.py").write_text(AGREED)
     start = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     result = run(*ACCELERATE, *start, str(tmp_path / "script.py"))
-    before, _, report = result.stdout.partition("Root Cause (first observed failure)")
+    before, _, report = result.stdout.partition("ChildFailedError:")
+    _, _, report = report.partition("Root Cause (first observed failure)")
     error = "ValueError: rank 0 of the group: input_ids is a int"
     assert before.count(error) == 1 and error in report
     assert "rank 1 ends by the same error" in before
