@@ -73,13 +73,17 @@ class Counts:
             whole = self.lost + (self.tokens or 0)
             parts.append(f"{self.cut:,} cut, which lose {self.lost:,} of {whole:,} tokens ({self.lost / whole:.1%})")
         sentences = ["; ".join(parts) + "."]
-        figures = {"rows": self.rows, "tokens": self.tokens, "targets": self.targets}
+        rows = [] if self.rows is None else [f"{self.rows:,} rows"]
+        figures = {"tokens": self.tokens, "targets": self.targets}
         known = [f"{number:,} {name}" for name, number in figures.items() if number is not None]
-        if known:
-            sentences.append(f"{'Until now' if self.growing else 'An epoch'} has {', '.join(known)}.")
+        of_epoch = rows if self.growing else rows + known
+        if of_epoch:
+            sentences.append(f"An epoch has {', '.join(of_epoch)}.")
+        if self.growing:
+            sentences.append(f"Read until now: {', '.join(known)}.")
         if self.cut:
             sentences.append("Raise data.max_length to lose less.")
-        text = " ".join([*sentences, *self.notes]).replace("Until now has", "Until now:")
+        text = " ".join([*sentences, *self.notes])
         return f"Warning: {text}" if dropped or self.cut else text
 
 

@@ -54,7 +54,7 @@ def test_streams_are_counted_while_they_are_read(packing, workers):
     assert (counts.documents, sum(counts.dropped.values())) == (12, 3)
     assert counts.tokens == sum(map(len, pieces)) == (105 if packing else 60)
     assert counts.targets == sum(len(piece) - 1 for piece in pieces)
-    assert "Until now: " in str(counts)
+    assert "Read until now: " in str(counts)
 
 
 def test_a_second_run_counts_from_the_cache(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_documents_with_images_are_counted_when_they_are_collated():
     to_image_documents(Dataset.from_dict({"text": ["abc", " "]}), section(images="drawn"), tally)
     assert "2 documents read; 1 dropped, without a text or a message. An epoch has 1 rows." in str(tally.counts())
     tally.add(documents=1, cut=1, lost=3, tokens=9, targets=2)
-    assert "1 cut, which lose 3 of 12 tokens (25.0%). Until now: 1 rows, 9 tokens, 2 targets" in str(tally.counts())
+    assert "(25.0%). An epoch has 1 rows. Read until now: 9 tokens, 2 targets." in str(tally.counts())
 
 
 def test_what_a_trainer_of_trl_makes_is_counted():
