@@ -21,7 +21,7 @@ SINCE_3_12 := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info 
 COVERAGE := $(if $(SINCE_3_12),--cov --cov-report=term:skip-covered)
 export COVERAGE_CORE := sysmon
 
-.PHONY: help test test-unit test-all test-newest test-oldest lint format demo fuzz audit .venv
+.PHONY: help test test-unit test-all test-newest test-oldest lint format demo fuzz soak drills audit .venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -66,6 +66,12 @@ demo: .venv  ## a small Qwen3 on two CPU processes beside the same on one
 
 fuzz: .venv  ## ten minutes of the property tests, with new random examples
 	$(BIN)/python -m tests.fuzz --minutes 10
+
+soak: .venv  ## 2,000 random steps on four ranks, each compared with one process
+	$(BIN)/python -m benchmarks.soak
+
+drills: .venv  ## runs that are killed at random moments, and resumed
+	$(BIN)/python -m benchmarks.drills
 
 # pip-audit lives by itself, so that what it brings is not among what it audits.
 audit: .venv  ## known advisories of the pinned dependencies, and a search of the source

@@ -31,8 +31,6 @@ PHASES = ("forward", "backward", "between steps", "saving")
 EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
 """Events between backward and forward."""
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
-MODULES = 20
-"""Modules of the model, nearly, through which backward passes."""
 FAMILY = {
     "DDP": {},
     "LoRA": {},
@@ -46,7 +44,7 @@ def run(rank: int, ranks: int, folder: str, store: str, family: str, kill: tuple
 
     Args:
         store: a file for the process group, of this launch alone.
-        kill: the phase in which the ranks are killed, a seed that says when, and what `measure_saves` found. None
+        kill: the phase in which the ranks are killed, a seed that says when, and what `measure` found. None
             trains to the end, and measures.
     """
     torch.set_num_threads(1)
@@ -65,10 +63,8 @@ def run(rank: int, ranks: int, folder: str, store: str, family: str, kill: tuple
     if kill is not None:
         trainer.add_callback(_Killer(trainer, *kill, rank, ranks, store))
     elif rank == 0:
-        measure_saves(trainer, Path(f"{store}.saves"))
+        measure(trainer, Path(f"{store}.measured"))
     trainer.train(resume_from_checkpoint=True)
-    if rank == 0:
-        Path(f"{store}.done").touch()
     dist.barrier()
     os._exit(0)
 
@@ -135,15 +131,47 @@ def watch_saves(
     trainer._save_checkpoint = watched
 
 
-def measure_saves(trainer: hcp.ContextParallelTrainer, path: Path) -> None:
-    """Write the seconds and the accesses to files of the last checkpoint into a file."""
-    found = {"events": 0, "seconds": 0.0}
+def watch_autograd(
+    trainer: hcp.ContextParallelTrainer,
+    begin: Callable[[], None],
+    forward: Callable[[], None],
+    backward: Callable[[], None],
+) -> None:
+    """Watch each training step, each tensor that its forward saves for backward, and each that backward takes.
+
+    Hooks of modules would change the way that some of them compute.
+    """
+    step = trainer.training_step
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        forward()
+        return tensor
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        backward()
+        return tensor
+
+    def watched(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        begin()
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return step(*arguments, **keywords)
+
+    trainer.training_step = watched
+
+
+def measure(trainer: hcp.ContextParallelTrainer, path: Path) -> None:
+    """Write into a file, of the last step the saved tensors, of the last checkpoint seconds and accesses to files."""
+    found = {"events": 0, "seconds": 0.0, "tensors": 0}
 
     def end(seconds: float) -> None:
         found["seconds"] = seconds
         path.write_text(json.dumps(found))
 
+    def saved() -> None:
+        found["tensors"] += 1
+
     watch_saves(trainer, lambda: None, lambda events: found.update(events=events), end)
+    watch_autograd(trainer, lambda: found.update(tensors=0), saved, lambda: None)
 
 
 class _Weights(TrainerCallback):
@@ -173,12 +201,12 @@ class _Killer(TrainerCallback):
         trainer: hcp.ContextParallelTrainer,
         phase: str,
         seed: int,
-        saving: dict[str, Any],
+        measured: dict[str, Any],
         rank: int,
         ranks: int,
         store: str,
     ):
-        self._trainer, self._phase, self._saving, self._store = trainer, phase, saving, store
+        self._trainer, self._phase, self._measured, self._store = trainer, phase, measured, store
         self._pids = [Path(f"{store}.pid{other}") for other in range(ranks)]
         self._draw = random.Random(seed)
         self._by_files = phase == "saving" and seed % 2 == 0
@@ -189,33 +217,30 @@ class _Killer(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         self._step = self._draw.randint(state.global_step + 1, min(state.global_step + 3, LAST_KILL))
-        if not self._is_victim:
-            return
-        if self._phase == "forward":
-            module = self._draw.choice(list(self._trainer.model.modules()))
-            module.register_forward_pre_hook(lambda *_: self._kill("forward") if self._in_step else None)
-        elif self._phase == "backward":
-            self._left = self._draw.randrange(MODULES)
-            for module in self._trainer.model.modules():
-                module.register_forward_hook(self._watch_backward)
+        if self._phase in ("forward", "backward"):
+            self._left = self._draw.randrange(self._measured["tensors"])
+            is_forward = self._phase == "forward"
+            nothing = lambda: None  # noqa: E731
+            watch_autograd(
+                self._trainer,
+                begin=nothing,
+                forward=self._pass if is_forward else nothing,
+                backward=nothing if is_forward else self._pass,
+            )
         elif self._phase == "between steps":
             setattr(self, self._draw.choice(EVENTS), self._between)
-        else:
+        elif self._is_victim:
             self._watch_saving()
 
     @property
     def _in_step(self) -> bool:
         return self._trainer.model.training and self._trainer.state.global_step + 1 >= self._step
 
-    def _watch_backward(self, module, inputs, output) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        if self._in_step and isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            tensor.register_hook(self._pass_backward)
-
-    def _pass_backward(self, gradient: torch.Tensor) -> None:
-        self._left -= 1
-        if self._left < 0:
-            self._kill("backward")
+    def _pass(self) -> None:
+        if self._in_step:
+            self._left -= 1
+            if self._left < 0:
+                self._kill(self._phase)
 
     def _between(self, args, state, control, **kwargs: Any) -> None:
         if state.global_step >= self._step - 1:
@@ -223,7 +248,7 @@ class _Killer(TrainerCallback):
 
     def _watch_saving(self) -> None:
         """Kill while a checkpoint is saved: at a random access to a file, or after a random time."""
-        number, share = self._draw.randrange(self._saving["events"]), self._draw.random()
+        number, share = self._draw.randrange(self._measured["events"]), self._draw.random()
 
         def begin() -> None:
             nonlocal share
@@ -231,7 +256,7 @@ class _Killer(TrainerCallback):
                 return
             self._armed = True
             if not self._by_files:
-                seconds, share = share * self._saving["seconds"], 0.7 * share
+                seconds, share = share * self._measured["seconds"], 0.7 * share
                 threading.Thread(target=self._kill_after, args=(seconds,), daemon=True).start()
 
         def count(events: int) -> None:
@@ -249,6 +274,8 @@ class _Killer(TrainerCallback):
             self._kill("saving")
 
     def _kill(self, phase: str) -> None:
+        if not self._is_victim:
+            return  # all ranks are watched alike
         self._armed = False
         Path(f"{self._store}.killed").write_text(phase)
         for path in self._pids:

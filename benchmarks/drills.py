@@ -66,7 +66,7 @@ class Drill:
         self._context.set_forkserver_preload([run.__module__])
         with tempfile.TemporaryDirectory() as folder:
             store = self._launch(Path(folder), None)
-            self._saving = json.loads(Path(f"{store}.saves").read_text())
+            self._measured = json.loads(Path(f"{store}.measured").read_text())
             self._expected = dict(weights_of(Path(folder)))
         assert set(self._expected) == set(range(1, STEPS + 1))
 
@@ -80,6 +80,7 @@ class Drill:
                     found = self._resumed(folder, phase, kills, seed, result, progress)
                 except RuntimeError as error:
                     progress.write(str(error))
+                    result.kills += 1
                     continue
                 if found[-1][0] == STEPS and all(self._expected.get(step) == bits for step, bits in found):
                     result.same += result.kills - begun
@@ -93,7 +94,7 @@ class Drill:
     ) -> list[tuple[int, str]]:
         """Kill and resume a run until it is near its end, and let it end. Return what `weights_of` reads."""
         while result.kills < kills and last_whole(folder) < LAST_KILL:
-            store = self._launch(folder, (phase, seed + result.kills, self._saving))
+            store = self._launch(folder, (phase, seed + result.kills, self._measured))
             if not Path(f"{store}.killed").exists():
                 break  # the moment did not come before the end
             result.kills += 1

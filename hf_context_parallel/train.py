@@ -29,6 +29,7 @@ from hf_context_parallel.recipe.processor import load_processor
 from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.recipe.report import write_report
 from hf_context_parallel.recipe.schema import Recipe, trl_classes
+from hf_context_parallel.trainer.checkpoints import replaced_whole
 from hf_context_parallel.trainer.mixin import ContextParallelTrainer
 
 
@@ -127,9 +128,9 @@ def run(path: Path, overrides: Sequence[str], dry_run: bool) -> None:
             trainer.save_model()
         counts = lines_of(trainer.callback_handler.callbacks)
         if trainer.is_world_process_zero():
-            print(
-                f"Report: {write_report(trainer.args.output_dir, f'Run of {path}', trainer.state.log_history, counts)}"
-            )
+            with replaced_whole(trainer.args.output_dir) as folder:
+                name = write_report(folder, f"Run of {path}", trainer.state.log_history, counts).name
+            print(f"Report: {Path(trainer.args.output_dir, name)}")
         return
     with tempfile.TemporaryDirectory() as folder:
         small, replaced = shrink(recipe, int(os.environ.get("WORLD_SIZE", 1)), folder)

@@ -244,3 +244,16 @@ def test_dynamic(run, tmp_path):
         assert all(all(ways.values()) for ways in result["never_slower"].values())
         for rates in result["tokens_per_second"].values():
             assert rates["ours"] <= rates["most"]
+
+
+@pytest.mark.exhaustive
+def test_drills(run):
+    """Assert that runs which were killed in each phase, with each way to hold weights, resume to the same bits."""
+    found = run("drills", "--kills", "1", "--others", "1")["drills"]
+    assert {(x["layout"], x["family"]) for x in found} == {
+        ("CP 2", "DDP"),
+        ("DP 2 x CP 2", "DDP"),
+        ("CP 2", "FSDP2"),
+        ("CP 2", "LoRA"),
+    }
+    assert all(x["same"] == x["kills"] == 1 for x in found)

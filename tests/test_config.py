@@ -39,6 +39,7 @@ def test_layers_have_their_own():
         ({"layout": "zigzak"}, "Did you mean 'zigzag'"),
         ({"comm_type": "ring"}, "comm_type='ring' is not one of 'p2p', 'all_gather', 'a2a'"),
         ({"check_batch": 1}, "check_batch=1"),
+        ({"on_save_error": "ignore"}, "on_save_error='ignore'"),
         ({"verify": "yes"}, "verify='yes'"),
         ({"tile_tokens": 0}, "tile_tokens=0 is not a number of tokens. Give an integer of 1 or more, or None"),
     ],

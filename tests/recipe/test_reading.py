@@ -20,6 +20,7 @@ def test_sections_become_typed_objects(minimal):
             "training.learning_rate=1e-4",
             "lora.r=4",
             "training.seed=7",
+            "training.resume_from_checkpoint=true",
         ],
     )
     assert recipe.context_parallel.size == 2
@@ -28,6 +29,7 @@ def test_sections_become_typed_objects(minimal):
     assert recipe.lora_config().r == 4 and recipe.lora_config().task_type == "CAUSAL_LM"
     arguments = recipe.training_arguments()
     assert (arguments.max_steps, arguments.learning_rate, arguments.seed) == (3, 1e-4, 7)
+    assert arguments.resume_from_checkpoint is True
 
 
 def test_overrides_win_and_remove(minimal):

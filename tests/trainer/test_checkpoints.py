@@ -195,9 +195,9 @@ def test_the_best_checkpoint_is_named_where_it_is_and_kept(on_ranks, tmp_path):
         assert found == (best, [f"{folder}/checkpoint-1", best, best, best], [NAME, "checkpoint-2"])
 
 
-def cannot_write(folder: str, settings: dict, how: str) -> tuple[str, list[str]]:
+def cannot_write(folder: str, settings: dict, how: str, **options) -> tuple[str, list[str]]:
     """Train, where the checkpoint of the second step is too large for the disk; return the error."""
-    trainer = make_trainer(2, folder, settings=settings, **SAVES)
+    trainer = make_trainer(2, folder, settings=settings, **SAVES, **options)
     save, free = trainer._save_checkpoint, shutil.disk_usage
 
     def limited(*args):
@@ -220,7 +220,7 @@ def cannot_write(folder: str, settings: dict, how: str) -> tuple[str, list[str]]
     except ValueError as error:
         message = str(error)
     dist.barrier()
-    return message, sorted(x.name for x in Path(folder).rglob("*") if x.is_dir())
+    return message, sorted(x.name for x in Path(folder).iterdir() if x.is_dir())
 
 
 @pytest.mark.parametrize("how", ["write", pytest.param("room", marks=pytest.mark.exhaustive)])
@@ -236,3 +236,30 @@ def test_a_run_goes_on_without_a_checkpoint_if_asked(on_ranks, tmp_path):
     for message, left in on_ranks(2, cannot_write, str(tmp_path), {"on_save_error": "continue"}, "write"):
         assert not message
         assert left == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def sharded_run_goes_on(folder: str, state_dict_type: str) -> tuple[list[str], list[int]]:
+    """Train with FSDP2 past a checkpoint that cannot be written, lose the last one, and resume if it is sharded."""
+    options = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict_type}}
+    message, left = cannot_write(folder, {"on_save_error": "continue"}, "write", **options)
+    assert not message
+    if state_dict_type == "FULL_STATE_DICT":
+        return left, [4]  # accelerate does not load it on several ranks
+    dist.barrier()
+    if dist.get_rank() == 0:
+        next(Path(folder, "checkpoint-4").rglob(".metadata")).unlink()
+    dist.barrier()
+    steps: list[int] = []
+    resumed = make_trainer(2, folder, **SAVES, **options)
+    resumed.add_callback(StepNumbers(steps))
+    resumed.train(resume_from_checkpoint=True)
+    return left, steps
+
+
+@pytest.mark.parametrize(
+    "state_dict_type", ["SHARDED_STATE_DICT", pytest.param("FULL_STATE_DICT", marks=pytest.mark.exhaustive)]
+)
+def test_sharded_models_too(on_ranks, tmp_path, state_dict_type):
+    for left, steps in on_ranks(2, sharded_run_goes_on, str(tmp_path), state_dict_type):
+        assert left == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+        assert steps == [4]
