@@ -77,6 +77,25 @@ class CpAccelerator(Accelerator):
         """
         return self.state.num_processes // (1 if self._counts_ranks else self.cp.size)
 
+    @contextmanager
+    def counting_ranks(self) -> Iterator[None]:
+        """Count each rank as a process in this block: to prepare, write and read what ranks hold parts of."""
+        before, self._counts_ranks = self._counts_ranks, True
+        try:
+            yield
+        finally:
+            self._counts_ranks = before
+
+    def save_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the states of what was prepared."""
+        with self.counting_ranks():
+            return super().save_state(*args, **kwargs)
+
+    def load_state(self, *args: Any, **kwargs: Any) -> None:
+        """Load the states of what was prepared."""
+        with self.counting_ranks():
+            super().load_state(*args, **kwargs)
+
     @property
     def process_index(self) -> int:
         """Number of this rank, or in `in_step()` of its CP group."""
@@ -137,11 +156,8 @@ class CpAccelerator(Accelerator):
 
     def _prepare_deepspeed(self, *args: Any) -> Any:
         """Prepare objects for DeepSpeed, whose settings count each rank and its samples."""
-        self._counts_ranks = True
-        try:
+        with self.counting_ranks():
             prepared = super()._prepare_deepspeed(*args)
-        finally:
-            self._counts_ranks = False
         for scheduler in prepared:
             if isinstance(scheduler, AcceleratedScheduler):
                 count_groups(scheduler, self)

@@ -189,9 +189,27 @@ class ContextParallelMixin:
         """Save a checkpoint, which is whole or not there."""
         with reported_failures(self.cp.groups.same_batch, f"saving after step {self.state.global_step}"):
             write = partial(super()._save_checkpoint, model, trial)
-            folder = self._saving.save(self._get_output_dir(trial), write)
+            with self.accelerator.counting_ranks():
+                folder = self._saving.save(self._get_output_dir(trial), write)
         if folder is not None and self.args.push_to_hub:
             self._push_from_checkpoint(folder)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model."""
+        with self.accelerator.counting_ranks():
+            super().save_model(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.accelerator.counting_ranks():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self.accelerator.counting_ranks():
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self.accelerator.counting_ranks():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the model. Where there is one, each of its files is replaced at once."""

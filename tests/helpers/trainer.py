@@ -97,7 +97,7 @@ def make_trainer(
         per_device_eval_batch_size=1,
         logging_steps=1,
         learning_rate=0.1,
-        optim="sgd",  # Adam would turn gradients that are rounding errors into full steps
+        optim=arguments.pop("optim", "sgd"),  # Adam would turn gradients that are rounding errors into full steps
         save_strategy=arguments.pop("save_strategy", "no"),
         report_to="none",
         disable_tqdm=True,
