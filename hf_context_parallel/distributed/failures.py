@@ -110,10 +110,11 @@ class FailureReport:
             message = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
             if self._process.watch is not None:
                 self._process.watch.paused = True
-            if self._group_key is not None:
-                self._process.published[self._group_key] = message
-                store.set(self._group_key, message)
-            store.set(self._key(self.block), message)
+            with suppress(RuntimeError):  # a store that is gone must not hide the error
+                if self._group_key is not None:
+                    self._process.published[self._group_key] = message
+                    store.set(self._group_key, message)
+                store.set(self._key(self.block), message)
         self.explain(error, self.block)
 
     @contextmanager

@@ -175,6 +175,7 @@ def _run_tasks(link: Connection) -> int:
             module, name, args, rank, ranks, store, port, timeout = link.recv()
         except EOFError:
             return 0
+        environment = dict(os.environ)
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ |= {key: str(value) for key, value in launched.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -193,6 +194,8 @@ def _run_tasks(link: Connection) -> int:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            os.environ.clear()  # accelerate writes settings of a run there
+            os.environ |= environment
             # DTensor caches results by mesh, and the groups of these meshes are gone now.
             clear_sharding_cache = getattr(dtensor_debug, "_clear_sharding_prop_cache", lambda: None)
             clear_sharding_cache()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from hf_context_parallel.compat import lookup
 from hf_context_parallel.recipe.errors import RecipeError, did_you_mean
 from hf_context_parallel.recipe.files import check_files
 from hf_context_parallel.recipe.model import BYTES, check_weights, load_config, load_tokenizer, suited
@@ -99,14 +99,19 @@ def check_training(recipe: Recipe) -> None:
 def _reports(given: str | list[str] | None) -> list[str]:
     """Describe what is wrong with the names in `report_to`."""
     names = [given] if isinstance(given, str) else given or []
+    module = "transformers.integrations.integration_utils"
+    known, available = (
+        lookup(module, name, "training.report_to")
+        for name in ("INTEGRATION_TO_CALLBACK", "get_available_reporting_integrations")
+    )
     found = []
     for name in names:
         if name in ("all", "none"):
             continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            hint = did_you_mean(name, ["none", *INTEGRATION_TO_CALLBACK])
+        if name not in known:
+            hint = did_you_mean(name, ["none", *known])
             found.append(f"training.report_to={name!r} is no integration of Transformers.{hint}")
-        elif name not in get_available_reporting_integrations():
+        elif name not in available():
             found.append(f"training.report_to={name!r} is not installed. Install it, or set training.report_to=none.")
     return found
 

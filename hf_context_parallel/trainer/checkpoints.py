@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from ..distributed.agreement import collective, of_first_rank
 from ..distributed.mesh import Ranks
 
 logger = logging.getLogger(__name__)
 
+TRAINER_STATE_NAME = "trainer_state.json"
+PREFIX_CHECKPOINT_DIR = "checkpoint"
+"""Names that Transformers gives."""
 SAVING = ".saving"
 """Folder within the folder of a run in which checkpoints are written."""
 WHOLE = ".whole"

@@ -16,7 +16,6 @@ from accelerate import ParallelismConfig
 from accelerate.utils import gather
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from ..config import ContextParallelConfig
 from ..context_parallel import ContextParallel
@@ -167,7 +166,7 @@ class ContextParallelMixin:
         Raises:
             ValueError: on every rank, if the checkpoint is not whole, or another run trains into `output_dir`.
         """
-        saves = self.args.save_strategy != SaveStrategy.NO
+        saves = self.args.save_strategy != "no"
         with noted("train()"), only_run_in(self.args.output_dir, world()) if saves else nullcontext():
             run_dir = Path(self._get_output_dir(trial))
             first_of_machine = self.args.local_process_index == 0
@@ -396,7 +395,8 @@ class ContextParallelMixin:
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise agreed_error(
                 "training ended after 0 steps, because the data set has given no batch. Look at what it yields, and "
-                "at what filters drop."
+                "at what filters drop.",
+                world(),
             )
         self._step_targets.check(gather, self.state.global_step, ended=True)
         self._tr_loss = gather(self._tr_loss).mean()

@@ -14,12 +14,20 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..compat import lookup
 from ..distributed.agreement import agreed_error, collective, of_first_rank
 from ..distributed.mesh import world
-from .checkpoints import SAVING, clear, flush, half_ones_of, publish, replaced_whole
+from .checkpoints import (
+    PREFIX_CHECKPOINT_DIR,
+    SAVING,
+    TRAINER_STATE_NAME,
+    clear,
+    flush,
+    half_ones_of,
+    publish,
+    replaced_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +92,8 @@ class CheckpointSaving:
             if self._is_first_of_machine:
                 shutil.rmtree(staged, ignore_errors=True)
             if self._on_error != CONTINUE:
-                raise agreed_error(f"{error} Make room, or train on without it: on_save_error='continue'.") from error
+                text = f"{error} Make room, or train on without it: on_save_error='continue'."
+                raise agreed_error(text, world()) from None
             if self._trainer.is_world_process_zero():
                 logger.warning("%s The run goes on without it.", error)
             return None
@@ -122,7 +131,7 @@ class CheckpointSaving:
                 except WRITE_ERRORS as error:
                     raise ValueError(self._described(final, error)) from error
         except ValueError as error:
-            raise _NotSaved(str(error)) from error
+            raise _NotSaved(str(error)) from None
 
     def _described(self, final: str, error: BaseException) -> str:
         try:
@@ -195,7 +204,8 @@ class CheckpointSaving:
         """Remove the checkpoints that are too many. Half ones of other programs do not count."""
         limit = self._trainer.args.save_total_limit
         if self._trainer.args.should_save and limit is not None and limit > 0:
-            rotate_checkpoints(
+            rotate = lookup("transformers.trainer_utils", "rotate_checkpoints", "save_total_limit")
+            rotate(
                 output_dir=run_dir,
                 save_total_limit=limit + len(half_ones_of(Path(run_dir))),
                 best_model_checkpoint=self._trainer.state.best_model_checkpoint,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data.batch import IGNORED
 from ..distributed.agreement import agreed_error
+from ..distributed.mesh import world
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,13 @@ def check_samples(samples: Any, collator: Any, model: torch.nn.Module) -> None:
             "to be learnt."
         )
         if type(collator).__module__.split(".")[0] in STOCK:
-            raise agreed_error(message)
+            raise agreed_error(message, world())
         logger.warning(message)
     if number and not learnt and number < MOST:
         raise agreed_error(
             f"all labels of the {number:,} samples of the data set are {IGNORED} behind the first token, so that "
-            "there is nothing to learn. Give labels to tokens that are to be predicted."
+            "there is nothing to learn. Give labels to tokens that are to be predicted.",
+            world(),
         )
 
 
@@ -151,5 +153,6 @@ class StepTargets:
         if not self._ever and self._without and (ended or self._without >= PATIENCE):
             raise agreed_error(
                 f"none of the first {self._without} steps had a target on any rank: all labels are {IGNORED}, so that "
-                "nothing was learnt. Look at the labels that the data collator makes."
+                "nothing was learnt. Look at the labels that the data collator makes.",
+                world(),
             )

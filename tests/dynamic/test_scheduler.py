@@ -220,7 +220,7 @@ def rerouted() -> list[tuple[int, list[int]]]:
     cp = hcp.ContextParallel(hcp.ContextParallelConfig(size=2, dynamic=True, max_tokens_per_rank=8))
     scheduler = Scheduler(cp, tiny_model("llama", "context_parallel"))
     first = 100 * cp.groups.data_rank
-    batches = [{"input_ids": torch.arange(n)[None] + first + n, "labels": torch.ones(1, n)} for n in (5, 16)]
+    batches = [{"input_ids": torch.arange(n)[None] + first + n, "labels": torch.ones(1, n).long()} for n in (5, 16)]
     return [(round.size, round.batch["input_ids"][0].tolist()) for round in scheduler.rounds(batches)]
 
 

@@ -69,7 +69,7 @@ def test_the_launcher_tells_of_a_process_without_last_words(monkeypatch, capfd, 
     def fail(arguments):
         raise failure
 
-    monkeypatch.setattr(launcher, "launch_command", fail)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
     monkeypatch.setattr(sys, "argv", ["launcher", "run.py"])
     monkeypatch.setenv(CAUSE, str(tmp_path / "cause"))
     if told:

@@ -203,8 +203,8 @@ def cannot_write(folder: str, settings: dict, how: str, **options) -> tuple[str,
     def limited(*args):
         if trainer.state.global_step != 2:
             return save(*args)
-        if how == "write":  # as a full disk, but only for files of this process
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        if how == "write":  # as a full disk, for files of this process; that of the store of the world is smaller
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
         else:
             shutil.disk_usage = lambda path: free(path)._replace(free=4096)
         try:
