@@ -21,7 +21,7 @@ import gc
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -304,8 +304,8 @@ def page(done: list[Step], held: list[list[Resources]], wrong: list[str], seed: 
 
     parts = [
         f"{len(done):,} steps on {RANKS} CPU ranks, float32, seed {seed}: the largest difference from one process "
-        f"with the same weights: of the loss, relative to it (allowed {LOSS:g}), and the norm of the gradient's, "
-        f"relative to its norm (allowed {GRADIENT:g}).",
+        f"with the same weights, of the loss (allowed {LOSS:g} of it) and of the gradient (its norm, of the gradient's; "
+        f"allowed {GRADIENT:g}).",
     ]
     for heading, key in (
         ("strategy", lambda step: step.comm_type),
@@ -324,6 +324,14 @@ def page(done: list[Step], held: list[list[Resources]], wrong: list[str], seed: 
     return "\n\n".join(parts)
 
 
+def lines(rows: Sequence[NamedTuple]) -> list[str]:
+    """Write rows as lines of comma-separated values, with their names in the first."""
+    return [
+        ",".join(rows[0]._fields),
+        *(",".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row) for row in rows),
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
@@ -339,8 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = faults(done, held)
     facts = report.machine()
     text = f"{page(done, held, wrong, options.seed)}\n\n{report.described(facts)}"
-    data = {"machine": facts, "steps": [step._asdict() for step in done], "faults": wrong}
-    data["held"] = [[mark._asdict() for mark in marks] for marks in held]
+    data = {"machine": facts, "faults": wrong, "steps": lines(done), "held": [lines(marks) for marks in held]}
     report.write(options.output, "soak", "Soak", text, data)
     return 1 if wrong else 0
 

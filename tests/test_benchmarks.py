@@ -257,3 +257,10 @@ def test_drills(run):
         ("CP 2", "LoRA"),
     }
     assert all(x["same"] == x["kills"] == 1 for x in found)
+
+
+@pytest.mark.exhaustive
+def test_soak(run):
+    """Assert that random steps equal one process, and that closed objects leave nothing."""
+    found = run("soak", "--steps", "60")
+    assert len(found["steps"]) == 61 and not found["faults"]
