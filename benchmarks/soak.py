@@ -304,8 +304,8 @@ def page(done: list[Step], held: list[list[Resources]], wrong: list[str], seed: 
 
     parts = [
         f"{len(done):,} steps on {RANKS} CPU ranks, float32, seed {seed}: the largest difference from one process "
-        f"with the same weights, of the loss (allowed {LOSS:g} of it) and of the gradient (its norm, of the gradient's; "
-        f"allowed {GRADIENT:g}).",
+        f"with the same weights, of the loss (allowed {LOSS:g}) and of the gradient (its norm, of the gradient's; "
+        f"allowed {GRADIENT:g}), each relative.",
     ]
     for heading, key in (
         ("strategy", lambda step: step.comm_type),
