@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,9 @@ from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.launch import launch, trusted
 from hf_context_parallel.recipe.preflight import check_recipe
 from hf_context_parallel.recipe.reading import load_recipe
+
+INTERRUPTED = 130
+"""Exit status of typer after Ctrl-C."""
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -176,3 +180,8 @@ def main() -> None:
         app()
     except RecipeError as error:
         sys.exit(str(error))
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # so that a loop of a shell around the command ends too
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        raise

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,14 @@ def test_the_example_of_a_loop_trains(run, tiny_folder):
     )
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("loss ") == len(files)
+
+
+@pytest.mark.exhaustive
+def test_an_interrupt_ends_the_loop_of_a_shell_too():
+    """Assert that the command dies of the signal. A shell goes on with its loop if it only exits with 130."""
+    code = (
+        "from unittest import mock; from hf_context_parallel import cli; "
+        "cli.app = mock.Mock(side_effect=SystemExit(130)); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGINT

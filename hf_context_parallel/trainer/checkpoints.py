@@ -27,7 +27,9 @@ WHOLE = ".whole"
 REPLACED = ".replaced"
 """End of the name of a whole checkpoint that one of the same step takes the place of."""
 TORCH_FILES = (".bin", ".pt", ".pth")
-SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
+SHARD = re.compile(r"(.*?)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+CARD = "README.md"
+"""File of a model that PEFT extends where there is one."""
 
 
 def flaw_of(folder: Path) -> str | None:
@@ -203,14 +205,16 @@ def _choose(run_dir: Path, wanted: str | bool | None, left: list[str]) -> str | 
 
 @contextmanager
 def replaced_whole(folder: str | Path) -> Iterator[str]:
-    """Yield an empty folder whose files then replace those in `folder`, each file at once, if the block succeeds.
+    """Yield a folder whose files then replace those in `folder`, each file at once, if the block succeeds.
 
-    Shards of an earlier model that has more of them go.
+    Shards of an earlier model of the same name that has more of them go.
     """
     folder = Path(folder)
     staged = folder / SAVING / "files"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
+    if (folder / CARD).is_file():
+        shutil.copy2(folder / CARD, staged / CARD)
     try:
         yield str(staged)
         flush(staged)
@@ -218,10 +222,11 @@ def replaced_whole(folder: str | Path) -> Iterator[str]:
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staged / file, folder / file)
-        if any(_has_weights(file) for file in files):
-            for old in folder.iterdir():
-                if SHARD.fullmatch(old.name) and Path(old.name) not in files:
-                    old.unlink()
+        written = {match[1] for file in files if (match := SHARD.fullmatch(file.name))}
+        for old in folder.iterdir():
+            match = SHARD.fullmatch(old.name)
+            if match and match[2] and match[1] in written and Path(old.name) not in files:
+                old.unlink()
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         with suppress(OSError):

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..distributed.agreement import agreed_error, gather_objects
+from ..distributed.agreement import agreed_error, gather_numbers, gather_objects
 from ..distributed.mesh import world
-from ..integration.checks.weights import non_finite
+from ..integration.checks.weights import non_finite, refuse_non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,15 @@ class LossWatch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Begin at the first step, with weights that are finite.
+
+        Raises:
+            ValueError: on every rank alike, naming parameters that are not finite on any rank.
+        """
         self._reset()
+        model = kwargs.get("model")
+        if model is not None:
+            refuse_non_finite(dict(model.named_parameters()), world())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,6 +78,17 @@ class LossWatch(TrainerCallback):
             event = torch.cuda.Event()
             event.record()
         self._sent = state.global_step, flag, event
+
+    def is_broken(self, model: torch.nn.Module) -> bool:
+        """Return whether the loss of the last step, or a weight after it, is not finite on any rank. All ranks ask."""
+        if self._sent is not None:
+            _, flag, event = self._sent
+            if event is not None:
+                event.synchronize()
+            if flag:
+                return True
+        mine = any(map(non_finite, model.parameters()))
+        return any(gather_numbers(world(), mine)[0])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

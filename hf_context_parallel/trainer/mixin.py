@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from ..data.accelerator import share_groups
 from ..data.ahead import moved
 from ..data.batch import IGNORED
 from ..data.collator import ContextParallelDataCollator
-from ..distributed.agreement import agreed_error, of_first_rank
+from ..distributed.agreement import agreed_error, collective, of_first_rank
 from ..distributed.failures import noted, reported_failures
 from ..distributed.mesh import mesh_of, world
 from ..distributed.process_groups import set_timeout_of_world
@@ -53,6 +54,8 @@ from .run_lock import only_run_in
 from .saving import CheckpointSaving
 from .step_state import StepState
 from .targets import StepTargets, check_samples
+
+logger = logging.getLogger(__name__)
 
 
 class ContextParallelMixin:
@@ -168,14 +171,17 @@ class ContextParallelMixin:
         """
         saves = self.args.save_strategy != "no"
         with noted("train()"), only_run_in(self.args.output_dir, world()) if saves else nullcontext():
-            run_dir = Path(self._get_output_dir(trial))
-            first_of_machine = self.args.local_process_index == 0
-            checkpoint = starting_point(run_dir, resume_from_checkpoint, world(), first_of_machine)
+            checkpoint: str | None = None
+            if saves or resume_from_checkpoint:
+                run_dir, first_of_machine = Path(self._get_output_dir(trial)), self.args.local_process_index == 0
+                checkpoint = starting_point(run_dir, resume_from_checkpoint, world(), first_of_machine)
             return super().train(checkpoint, trial, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, or none if the checkpoint is of the last step. Trainer would train for one more."""
         if self.state.global_step >= self.state.max_steps:
+            if self.is_world_process_zero():
+                logger.warning("nothing is left to train: step %d was the last", self.state.global_step)
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -185,7 +191,15 @@ class ContextParallelMixin:
         return self._saving.folder or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save a checkpoint, which is whole or not there."""
+        """Save a checkpoint, which is whole or not there. There is none of weights that are not finite.
+
+        With `nan_steps=None` they are saved too.
+        """
+        if self._loss_watch is not None and self._loss_watch.is_broken(self.model):
+            if self.is_world_process_zero():
+                step = self.state.global_step
+                logger.warning("no checkpoint of step %d is saved: its loss or its weights are NaN or infinite", step)
+            return
         with reported_failures(self.cp.groups.same_batch, f"saving after step {self.state.global_step}"):
             write = partial(super()._save_checkpoint, model, trial)
             with self.accelerator.counting_ranks():
@@ -359,10 +373,17 @@ class ContextParallelMixin:
         if not targets or any(labels is None for labels in targets):
             return None
         count = torch.stack([labels.ne(IGNORED).sum() for labels in targets]).sum().to(device)
-        self._step_targets.add(count)
+        if self.uses_stock_loss:
+            self._step_targets.add(count)
         if self.args.average_tokens_across_devices:
             return self.accelerator.gather(count).sum()
         return count
+
+    @property
+    def uses_stock_loss(self) -> bool:
+        """True if the loss is that of the model, which leaves labels of -100 out."""
+        package = self.compute_loss.__module__.split(".")[0]
+        return self.compute_loss_func is None and package in ("transformers", "trl")
 
     def _targets(self, batch: Any) -> torch.Tensor | None:
         """Return the targets of a batch, or None if it has none that can be counted."""
@@ -370,7 +391,8 @@ class ContextParallelMixin:
             return None
         labels, shifted = batch.get("labels"), batch.get("shift_labels")
         if shifted is None and isinstance(labels, torch.Tensor):
-            return labels[..., 1:] if self._loss_shifts_labels else labels
+            # Labels of rows have no token to shift by.
+            return labels[..., 1:] if self._loss_shifts_labels and labels.dim() > 1 else labels
         return shifted if isinstance(shifted, torch.Tensor) else None
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
@@ -443,7 +465,15 @@ class _SampleCheck(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs: Any):
-        check_samples(self._trainer.train_dataset, self._trainer.data_collator, self._trainer.model)
+        trainer = self._trainer
+        with collective(world()):
+            check_samples(
+                trainer.train_dataset,
+                trainer.data_collator,
+                trainer.model,
+                shifts=trainer._loss_shifts_labels,
+                stock_loss=trainer.uses_stock_loss,
+            )
 
 
 class _Verification(TrainerCallback):

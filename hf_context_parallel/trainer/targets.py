@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel
 
 from ..data.batch import IGNORED
 from ..distributed.agreement import agreed_error
@@ -29,43 +29,50 @@ Row = tuple[int, int, Callable[[], Sequence[int]]]
 """Numbers of tokens and of labels of a sample, and a function that reads its labels."""
 
 
-def check_samples(samples: Any, collator: Any, model: torch.nn.Module) -> None:
+def check_samples(
+    samples: Any, collator: Any, model: torch.nn.Module, shifts: bool = True, stock_loss: bool = True
+) -> None:
     """Refuse samples whose labels are longer or shorter than their tokens, and samples without any target.
 
     A collator of Transformers or TRL would pad short labels with -100, and let long ones run into the next sample.
-    Before another collator this is a warning, as it may use such labels. Read are lists and data sets of `datasets`,
-    whose samples need no computing. All ranks read the same.
+    Before another collator, or a loss of the user, this is a warning, as they may use such labels. Read are lists and
+    data sets of `datasets`, whose samples need no computing.
 
     Args:
         samples: the data set.
         collator: the collator of the samples.
         model: the model. Labels of models without a language-model head are not read.
+        shifts: True if the label of a token is predicted from the token before it, so that the first is not learnt.
+        stock_loss: True if the loss is that of the model.
 
     Raises:
-        ValueError: naming the first such sample, and their number.
+        ValueError: on this rank, naming the first such sample, and their number.
     """
-    if not _has_head(model):
+    if not _has_head(model) or isinstance(collator, DataCollatorForLanguageModeling):  # which makes the labels
         return
+    # That of a function, or of the class of an object.
+    refuses = stock_loss and str(getattr(collator, "__module__", "")).split(".")[0] in STOCK
+    complaint = ""
     number, wrong, first, learnt = 0, 0, "", False
     for number, (tokens, labels, read) in enumerate(islice(_rows(samples), MOST), start=1):
         if tokens != labels:
             wrong += 1
             first = first or f"sample {number - 1} of the data set has {tokens} input_ids and {labels} labels"
-        learnt = learnt or any(label != IGNORED for label in read()[1:])
+        learnt = learnt or any(label != IGNORED for label in read()[1 if shifts else 0 :])
     if wrong:
-        message = (
+        complaint = (
             f"{first}, and {wrong:,} of {number:,} samples are so. Give each token a label, {IGNORED} where it is not "
             "to be learnt."
         )
-        if type(collator).__module__.split(".")[0] in STOCK:
-            raise agreed_error(message, world())
-        logger.warning(message)
-    if number and not learnt and number < MOST:
-        raise agreed_error(
-            f"all labels of the {number:,} samples of the data set are {IGNORED} behind the first token, so that "
-            "there is nothing to learn. Give labels to tokens that are to be predicted.",
-            world(),
+    elif number and not learnt and number < MOST:
+        complaint = (
+            f"all labels of the {number:,} samples of the data set are {IGNORED}{' behind the first token' * shifts}, "
+            "so that there is nothing to learn. Give labels to tokens that are to be predicted."
         )
+    if complaint and refuses:
+        raise ValueError(complaint)
+    if complaint:
+        logger.warning(complaint)
 
 
 def _has_head(model: torch.nn.Module) -> bool:
@@ -80,7 +87,7 @@ def _rows(samples: Any) -> Iterator[Row]:
         for sample in samples:
             found = [sample.get(name) if isinstance(sample, Mapping) else None for name in ("input_ids", "labels")]
             tokens, labels = (x.tolist() if isinstance(x, torch.Tensor) else x for x in found)
-            if all(isinstance(x, Sequence) and all(isinstance(y, int) for y in x) for x in (tokens, labels)):
+            if all(isinstance(x, Sequence) and (not x or isinstance(x[0], int)) for x in (tokens, labels)):
                 yield len(tokens), len(labels), lambda labels=labels: labels
         return
     datasets = sys.modules.get("datasets")  # the Trainer does without it

@@ -98,6 +98,16 @@ def test_files_of_a_model_are_replaced_when_all_are_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
 
 
+def test_files_of_other_models_and_the_card_stay(tmp_path):
+    base = ["consolidated-00001-of-00001.safetensors", "model-00001-of-00001.safetensors", "README.md"]
+    for name in base:
+        (tmp_path / name).write_text("of the base")
+    with replaced_whole(tmp_path) as staged:
+        assert Path(staged, "README.md").read_text() == "of the base"
+        Path(staged, "adapter_model.safetensors").write_text("adapter")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_model.safetensors", *base}
+
+
 def test_a_second_run_into_a_folder_is_refused(tmp_path):
     """Assert that the lock is held while its process lives, that it is told, and that a process may take it twice."""
     ready, told = os.pipe()

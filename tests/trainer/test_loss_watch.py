@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_context_parallel.trainer.loss_watch import LossWatch
@@ -37,6 +40,36 @@ def run_with_broken_losses(folder, broken: list[int], rank: int, settings, **arg
     except ValueError as error:
         return str(error), max(begun)
     return "", max(begun)
+
+
+def saved_by_a_run_that_breaks(folder) -> tuple[str, list[str]]:
+    """Train with a checkpoint each step, whose weights become NaN after the second step, and resume with NaN weights.
+
+    Returns:
+        The error of the second run, and the checkpoints of the first.
+    """
+
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.lm_head.weight.data[0, 0] = float("nan")
+
+    trainer = make_trainer(2, folder, save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=3)
+    trainer.add_callback(Breaks())
+    with suppress(ValueError):
+        trainer.train()
+    dist.barrier()
+    try:
+        trainer.train()
+    except ValueError as error:
+        return str(error), sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+    raise AssertionError("a model with a weight that is NaN trains")
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_not_trained(on_ranks, tmp_path):
+    for message, left in on_ranks(2, saved_by_a_run_that_breaks, str(tmp_path)):
+        assert "more parameters hold NaN or infinite weights" in message
+        assert left == ["checkpoint-1"]
 
 
 NAN = "the loss is NaN or infinite since step 2, for 3 steps in a row"

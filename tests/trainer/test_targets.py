@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import (
     ByT5Tokenizer,
+    DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     TrainingArguments,
@@ -40,18 +41,19 @@ def masked_at_first(samples, calls=[]):  # noqa: B006
     return masked(samples) if len(calls) == 1 else default_data_collator(samples)
 
 
-def train(folder, data, collator=default_data_collator, steps=2):
+def train(folder, data, collator=default_data_collator, steps=2, loss=None, rows=2):
     args = TrainingArguments(
         folder,
         use_cpu=True,
         max_steps=steps,
         logging_steps=4,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=rows,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = ContextParallelTrainer(tiny_model("llama", "context_parallel"), args, collator, data)
+    model = tiny_model("llama", "context_parallel")
+    trainer = ContextParallelTrainer(model, args, collator, data, compute_loss_func=loss)
     trainer.train()
     return trainer.state.global_step
 
@@ -88,6 +90,26 @@ def test_a_batch_without_a_target_among_others_is_legal(tmp_path):
 def test_a_stream_without_a_sample_is_refused(tmp_path):
     with pytest.raises(ValueError, match="training ended after 0 steps, because the data set has given no batch"):
         train(tmp_path, Nothing())
+
+
+def test_short_labels_before_the_default_collator_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="sample 1 of the data set has 4 input_ids and 2 labels"):
+        train(tmp_path, SHORT)
+
+
+@pytest.mark.parametrize("kind", ["masked", "made by the collator", "of rows"])
+def test_labels_of_a_loss_or_a_collator_of_the_user_are_theirs(tmp_path, kind, caplog):
+    """Assert that labels train which the model's own loss could not learn from."""
+    if kind == "masked":
+        data, options = IGNORED, {"loss": lambda outputs, labels, **_: outputs.logits.float().mean()}
+    elif kind == "of rows":
+        data = [{"input_ids": [5, 6, 7, 8], "labels": 3}] * 40
+        options = {"loss": lambda outputs, labels, **_: outputs.logits[:, -1, labels].float().mean(), "rows": 1}
+    else:
+        data = [{"input_ids": [5, 6, 7, 8], "labels": [5]}] * 40
+        options = {"collator": DataCollatorForLanguageModeling(ByT5Tokenizer(), mlm=False), "rows": 1}
+    assert train(tmp_path, data, steps=12, **options) == 12
+    assert "no target" not in caplog.text
 
 
 def test_a_batch_that_is_a_list_is_refused(tmp_path):
