@@ -382,7 +382,7 @@ class ContextParallelMixin:
     @property
     def uses_stock_loss(self) -> bool:
         """True if the loss is that of the model, which leaves labels of -100 out."""
-        package = self.compute_loss.__module__.split(".")[0]
+        package = str(self.compute_loss.__module__).split(".")[0]
         return self.compute_loss_func is None and package in ("transformers", "trl")
 
     def _targets(self, batch: Any) -> torch.Tensor | None:
