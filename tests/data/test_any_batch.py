@@ -79,7 +79,7 @@ VALUES = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), st.booleans())
-@examples(300)
+@examples(150)
 def test_any_batch_is_read_or_refused(batch, has_ids):
     if has_ids:
         batch = {"input_ids": torch.arange(8).view(2, 4)} | batch

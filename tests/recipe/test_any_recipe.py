@@ -84,7 +84,7 @@ def outcome(path: Path, given_overrides: list[str]) -> None:
         assert "Traceback" not in text
 
 
-SLOW = settings(examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+SLOW = settings(examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @SLOW

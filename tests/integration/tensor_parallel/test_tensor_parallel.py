@@ -105,8 +105,8 @@ CASES = {
         {"collator": "packed", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
     ),
 }
-SIMPLER = {"padding", "sequence parallel"}
-"""Cases that the other ones contain."""
+SIMPLER = {"padding", "packing with accumulation", "sequence parallel"}
+"""Cases that the other one, or the tests of plain loops, contain."""
 
 
 @pytest.mark.parametrize(
