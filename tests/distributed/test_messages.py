@@ -105,7 +105,7 @@ def test_only_the_halo_of_a_window_travels(size, layout, causal):
         assert sum(log.bytes_sent(torch.float32) for _, log in watched) == halo * width * 4
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 12])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, pytest.param(12, marks=pytest.mark.exhaustive)])
 def test_buffers_alive_at_a_time(size):
     """Check that at most three key/value buffers are alive, and five shards' sums of gradients, for any ring size."""
     tokens = 16

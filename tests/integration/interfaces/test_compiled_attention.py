@@ -118,6 +118,7 @@ def backward_passes() -> tuple[float, str]:
     return worst, str(refusal.value)
 
 
+@pytest.mark.exhaustive
 def test_backward_runs_twice_and_says_when_it_cannot_run(on_ranks):
     for worst, message in on_ranks(2, backward_passes):
         assert worst < 1e-12
