@@ -1,4 +1,4 @@
-"""What the package never does with what it reads: SECURITY.md says so, and here its source is searched for it."""
+"""Search of the source for what SECURITY.md says that the package never does with what it reads."""
 
 from __future__ import annotations
 

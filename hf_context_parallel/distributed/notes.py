@@ -29,7 +29,7 @@ MOST_NAMED = 3
 
 @dataclass
 class Note:
-    """What a rank did last.
+    """Last act of a rank.
 
     Args:
         rank: the rank in the world.
@@ -74,7 +74,7 @@ class Note:
 
 
 class Notebook:
-    """What this rank does. Its own thread writes it, and the failure watch reads it."""
+    """Record of what this rank does. Its own thread writes it, and the failure watch reads it."""
 
     def __init__(self, rank: int) -> None:
         self.note = Note(rank, _machine(), os.getpid(), psutil.Process().create_time(), _log(), since=time.time())

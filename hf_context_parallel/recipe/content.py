@@ -35,22 +35,22 @@ def check_content(content: Any, form: str, column: str, where: str) -> None:
 def _fault(content: Any, form: str, is_label: bool) -> str | None:
     """Describe what is wrong with a content, or return None."""
     if form == "text":
-        return None if isinstance(content, str) else f"{shown(content)} in place of a text"
+        return None if isinstance(content, str) else f"{with_type(content)} in place of a text"
     if not isinstance(content, list):
-        return f"{shown(content)} in place of a list of {'messages' if form == 'chat' else 'token ids'}"
+        return f"{with_type(content)} in place of a list of {'messages' if form == 'chat' else 'token ids'}"
     if form == "chat":
         for number, message in enumerate(content, start=1):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                return f"message {number}, {shown(message)}, without a role"
+                return f"message {number}, {with_type(message)}, without a role"
         return None
     if not set(map(type, content)) <= {int}:
-        return f"{shown(next(x for x in content if type(x) is not int))} among its integers"
+        return f"{with_type(next(x for x in content if type(x) is not int))} among its integers"
     if content and not is_label and min(content) < 0:
         return f"the negative id {min(content)}"
     return None
 
 
-def shown(value: Any) -> str:
+def with_type(value: Any) -> str:
     """Write a value for an error message with its type, and a long one cut."""
     if value is None:
         return "a null"

@@ -19,7 +19,7 @@ from hf_context_parallel.data.batch import IGNORED
 from hf_context_parallel.recipe.errors import RecipeError
 
 KEPT, SHORT, UNLEARNT, EMPTY = range(4)
-"""What becomes of a document, as the column `FATE` says."""
+"""Fates of a document, as the column `FATE` says."""
 FATE, LOST, TOKENS, TARGETS = "fate", "lost", "tokens", "targets"
 """Columns of documents and rows: their fate, and numbers of tokens that are cut off, are left and are learnt."""
 WORDS = {

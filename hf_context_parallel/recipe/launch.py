@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from hf_context_parallel.distributed.last_words import CAUSE
 from hf_context_parallel.distributed.process_groups import LAUNCH_ORDER
 from hf_context_parallel.recipe.errors import RecipeError, without_secrets
-from hf_context_parallel.recipe.schema import PARALLEL_SIZES, Recipe
+from hf_context_parallel.recipe.schema import Recipe
 
 LAUNCHER = "hf_context_parallel.recipe.launcher"
 RUNNER = "hf_context_parallel.train"
@@ -87,8 +87,7 @@ def check_world(recipe: Recipe, training: TrainingArguments, arguments: Sequence
     if launched == group == training.world_size and (launched == size if exact else launched % size == 0):
         return
     wanted = size if exact else max(launched // size, 1) * size
-    source = " * ".join(f"distributed.{name}" for name in PARALLEL_SIZES if getattr(recipe.distributed, name, None))
-    needed = f"{source or 'context_parallel.size'} of the recipe"
+    needed = f"{recipe.source_of_processes} of the recipe"
     if not (training.use_cpu or torch.cuda.is_available()):
         # Without use_cpu, TrainingArguments looks for GPUs, and every process would train alone.
         arguments = [*(given for given in arguments if "use_cpu" not in given), "training.use_cpu=true"]

@@ -14,7 +14,7 @@ from hf_context_parallel.compat import lookup
 from hf_context_parallel.recipe.errors import RecipeError, did_you_mean
 from hf_context_parallel.recipe.files import check_files
 from hf_context_parallel.recipe.model import BYTES, check_weights, load_config, load_tokenizer, suited
-from hf_context_parallel.recipe.schema import PARALLEL_SIZES, Recipe
+from hf_context_parallel.recipe.schema import Recipe
 
 Rule = Callable[[Any], bool]
 
@@ -124,10 +124,9 @@ def check_processes(recipe: Recipe, processes: int) -> None:
     """
     size, exact = recipe.processes, recipe.distributed is not None
     if processes % size or (exact and processes != size):
-        names = [f"distributed.{name}" for name in PARALLEL_SIZES if getattr(recipe.distributed, name, None)]
         raise RecipeError(
             f"--nproc {processes} is {'not' if exact else 'no multiple of'} the {size} processes of "
-            f"{' * '.join(names) or 'context_parallel.size'}. Start {size}{'' if exact else ' or a multiple of it'}."
+            f"{recipe.source_of_processes}. Start {size}{'' if exact else ' or a multiple of it'}."
         )
     if recipe.training.use_cpu:
         return

@@ -350,6 +350,12 @@ class Recipe:
         return prod(map(self._parallel_size, PARALLEL_SIZES))
 
     @property
+    def source_of_processes(self) -> str:
+        """Keys whose product is `processes`."""
+        given = [f"distributed.{name}" for name in PARALLEL_SIZES if getattr(self.distributed, name, None)]
+        return " * ".join(given) or "context_parallel.size"
+
+    @property
     def tensor_ranks(self) -> int:
         """Number of ranks that share each layer."""
         return self._parallel_size("tp_size")

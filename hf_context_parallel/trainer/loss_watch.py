@@ -35,7 +35,7 @@ class LossWatch(TrainerCallback):
 
     def _reset(self) -> None:
         self._broken: torch.Tensor | None = None
-        """Whether a loss of the present step is not finite, on the device of the loss."""
+        """Flag for a loss of the present step that is not finite, on the device of the loss."""
         self._sent: tuple[int, torch.Tensor, Any] | None = None
         """Number of the step before, its flag on the host, and the event after which it is there."""
         self._since, self._row = 0, 0

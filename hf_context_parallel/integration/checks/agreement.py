@@ -33,7 +33,7 @@ REMEDIES = {
     MODE: "Call model.train(), or model.eval(), on all ranks of a CP group alike.",
     DTYPE: "Load the model with the same dtype on all ranks of a CP group: from_pretrained(..., dtype=...).",
 }
-"""What to do if the ranks have different models, by what differs."""
+"""Remedies for different models on the ranks, by what differs."""
 
 PLANNED = ("position_ids", "attention_mask", "cu_seq_lens_q")
 """Names of inputs that plans depend on, whose values are always compared."""
