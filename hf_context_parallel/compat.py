@@ -25,6 +25,23 @@ ATTENTION_NAME = "_attn_implementation_internal"
 """Attribute of a configuration that holds the name of its attention."""
 
 
+def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """List the configurations of the layers of a model, or its own alone where all layers have the same.
+
+    Transformers refuses to read a field of the model's configuration that differs between layers.
+    """
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def widest_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the layer with the widest queries: heads times dimensions of a head."""
+
+    def width(layer: PreTrainedConfig) -> int:
+        return (getattr(layer, "num_attention_heads", None) or 1) * (getattr(layer, "head_dim", None) or 1)
+
+    return max(layer_configs(config), key=width)
+
+
 def lookup(module: str, name: str, needed_by: str) -> Any:
     """Look up an undocumented name of another package.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from hf_context_parallel.recipe.dry_run import made_up_documents, shrink
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.images import ImageCollator, to_image_documents
 from hf_context_parallel.recipe.launch import check_world, trusted
-from hf_context_parallel.recipe.model import add_lora, load_model, load_reward, load_tokenizer
+from hf_context_parallel.recipe.model import add_lora, load_model, load_reward, load_tokenizer, with_a_name
 from hf_context_parallel.recipe.preflight import check_recipe
 from hf_context_parallel.recipe.processor import load_processor
 from hf_context_parallel.recipe.reading import load_recipe
@@ -60,9 +61,9 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
     def rows(split: str) -> datasets.Dataset | datasets.IterableDataset:
         tally = tallies[split] = Tally(shared=has_images)
         if dry_run:
-            documents = made_up_documents(recipe.data, tokenizer, recipe.trainer)
+            documents = made_up_documents(recipe.data, tokenizer, recipe.trl_columns)
         else:
-            documents = load_documents(recipe.data, split, recipe.trainer)
+            documents = load_documents(recipe.data, split, recipe.trl_columns)
         if has_images:
             return to_image_documents(documents, recipe.data, tally)
         return documents if recipe.trainer else to_rows(documents, recipe.data, tokenizer, tally)
@@ -102,9 +103,11 @@ def make_trainer(recipe: Recipe, arguments: Sequence[str], dry_run: bool = False
     else:
         if recipe.rewards:
             common["reward_funcs"] = [load_reward(name) for name in recipe.rewards]
+        refers = lora is None and recipe.model.name is None and getattr(training, "beta", 0) != 0
         try:
-            trainer = trl_classes(recipe.trainer)[0](**common, peft_config=lora)
-        except (ValueError, TypeError, KeyError) as error:
+            with with_a_name(model, training) if refers and recipe.distributed is None else nullcontext():
+                trainer = trl_classes(recipe.trainer)[0](**common, peft_config=lora)
+        except (ValueError, TypeError, KeyError, OSError) as error:
             raise RecipeError(
                 f"trainer: {recipe.trainer} refuses it ({type(error).__name__}: {error}). Correct the recipe."
             ) from error

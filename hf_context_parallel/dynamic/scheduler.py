@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..compat import widest_layer
 from ..config import refuse
 from ..context_parallel import ContextParallel
 from ..data.batch import CONSUMED, IGNORED, read_batch
@@ -245,14 +246,15 @@ def model_shape(model: torch.nn.Module) -> ModelShape:
     """
     module = transformers_model(model)
     config = module.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
+    widest = widest_layer(config)
+    heads = getattr(widest, "num_attention_heads", None) or 1
     hidden = getattr(config, "hidden_size", None) or 1
     return ModelShape(
         layers=getattr(config, "num_hidden_layers", None) or 1,
         heads=heads,
-        key_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        parameters=_met_by_a_token(module, config),
+        key_heads=getattr(widest, "num_key_value_heads", None) or heads,
+        head_dim=getattr(widest, "head_dim", None) or hidden // heads,
+        parameters=_met_by_a_token(module, widest),
         itemsize=next(module.parameters()).itemsize,
     )
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 
+from ..compat import widest_layer
+
 LINEAR = "linear_attention"
 """Kind of layers that mix tokens by a state. All other kinds than `full_attention` have a window."""
 
@@ -106,7 +108,7 @@ def facts_of_model(model: PreTrainedModel) -> ModelFacts:
         ValueError: if its layers are not found.
     """
     layers = layers_of(model)
-    text = model.config.get_text_config(decoder=True)
+    text = widest_layer(model.config.get_text_config(decoder=True))
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     latent = getattr(text, "kv_lora_rank", None) is not None  # keys of every query head are made from a latent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_context_parallel.data.batch import IGNORED
 from hf_context_parallel.recipe.errors import RecipeError
 
 COLUMNS = {"text": "text", "chat": "messages", "tokens": "input_ids"}
@@ -29,6 +30,19 @@ def check_content(content: Any, form: str, column: str, where: str) -> None:
         raise RecipeError(
             f"data: {where} has {wrong} in the column {column!r}. Correct or remove it, or name another column in "
             "data.column and its format in data.format."
+        )
+
+
+def check_lengths(ids: list[int], labels: list[int], where: str) -> None:
+    """Refuse a document with another number of labels than of token ids.
+
+    Raises:
+        RecipeError: naming the document and both numbers.
+    """
+    if len(ids) != len(labels):
+        raise RecipeError(
+            f"data: {where} has {len(ids)} input_ids and {len(labels)} labels. Give each token a label, {IGNORED} "
+            "where it is not to be learnt."
         )
 
 

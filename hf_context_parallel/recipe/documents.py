@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from hf_context_parallel.data.batch import IGNORED
-from hf_context_parallel.recipe.content import COLUMNS, LABELS, check_content
+from hf_context_parallel.recipe.content import COLUMNS, LABELS, check_content, check_lengths
 from hf_context_parallel.recipe.counts import (
     FATE,
     KEPT,
@@ -28,16 +28,17 @@ from hf_context_parallel.recipe.counts import (
 from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.files import check_files
 from hf_context_parallel.recipe.schema import DataSection
+from hf_context_parallel.recipe.trl_columns import TrlColumns
 
 ROWS = ("input_ids", LABELS)
 """Columns of the rows that a model trains on."""
 
 
-def load_documents(section: DataSection, split: str, trainer: str | None = None) -> Dataset | IterableDataset:
+def load_documents(section: DataSection, split: str, trl: TrlColumns | None = None) -> Dataset | IterableDataset:
     """Load the documents of a split by `datasets.load_dataset`.
 
     Args:
-        trainer: the trainer of TRL that names the columns, if one does.
+        trl: columns of the trainer of TRL, if there is one.
 
     Raises:
         RecipeError: if `load_dataset` cannot find or read them.
@@ -52,16 +53,16 @@ def load_documents(section: DataSection, split: str, trainer: str | None = None)
             **section.options,
         )
     except Exception as error:  # files, formats and networks raise exceptions of many kinds
-        raise _unreadable(section, error, trainer) from error
+        raise _unreadable(section, error, trl) from error
 
 
-def _unreadable(section: DataSection, error: Exception, trainer: str | None = None) -> RecipeError:
+def _unreadable(section: DataSection, error: Exception, trl: TrlColumns | None = None) -> RecipeError:
     """Make the error of data that cannot be read. It names the file and the line where these are found.
 
     Raises:
         RecipeError: with the file.
     """
-    check_files(section, trainer, seconds=math.inf)
+    check_files(section, trl, seconds=math.inf)
     return RecipeError(
         f"data.path: {section.path!r} cannot be loaded ({type(error).__name__}: {error}). Give a hub id or a folder "
         "that `load_dataset` reads."
@@ -224,11 +225,7 @@ def encode_documents(
     for ids, targets, where in zip(documents, labels or documents, wheres, strict=True):
         if labels is not None:
             check_content(targets, "tokens", LABELS, where)
-        if len(ids) != len(targets):
-            raise RecipeError(
-                f"data: {where} has {len(ids)} input_ids and {len(targets)} labels. Give each token a label, "
-                f"{IGNORED} where it is not to be learnt."
-            )
+        check_lengths(ids, targets, where)
         lost = 0 if cut is None else max(len(ids) - cut, 0)
         ids, targets = ids[:cut], targets[:cut]
         learnt = sum(label != IGNORED for label in targets[1:])

@@ -15,17 +15,17 @@ from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.images import draw_pages
 from hf_context_parallel.recipe.model import BYTES, load_config, load_tokenizer
 from hf_context_parallel.recipe.schema import BITSANDBYTES, DataSection, ModelSection, Recipe
+from hf_context_parallel.recipe.trl_columns import TrlColumns
 from hf_context_parallel.verification.types.tiny import UNSTATED, with_small_sizes
 
 MAX_LENGTH = 128
 """Most tokens of a row. A tiny model has more positions, and RoBERTa and similar types do not use all of them."""
 COLUMNS_OF = {
-    "sft": ("text",),
     "kto": ("prompt", "completion", "label"),
     "grpo": ("prompt",),
     "rloo": ("prompt",),
 }
-"""Columns of the data of trainers of TRL. The others have `prompt`, `chosen` and `rejected`."""
+"""Columns of the data of trainers of TRL other than `sft`. The rest have `prompt`, `chosen` and `rejected`."""
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -135,11 +135,15 @@ def full_configuration(model: ModelSection) -> PreTrainedConfig:
     return load_config(dataclasses.replace(model, name=None, tokenizer=BYTES, config=values))
 
 
-def made_up_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase, trainer: str | None = None) -> Dataset:
+def made_up_documents(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, trl: TrlColumns | None = None
+) -> Dataset:
     """Make a few documents of more than `MAX_LENGTH` tokens, in the format and the columns of the recipe."""
     text = "A dry run reads none of the recipe's data. " * 16
-    if trainer is not None:
-        columns = COLUMNS_OF.get(trainer, ("prompt", "chosen", "rejected"))
+    if trl is not None:
+        columns = (
+            (trl.text,) if trl.trainer == "sft" else COLUMNS_OF.get(trl.trainer, ("prompt", "chosen", "rejected"))
+        )
         return Dataset.from_list([{name: _entry(name, text, number) for name in columns} for number in range(32)])
     if section.format == "chat":
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE

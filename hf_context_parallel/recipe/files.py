@@ -19,9 +19,10 @@ import pyarrow.parquet
 from datasets import load_dataset
 from pyarrow import ArrowInvalid
 
-from hf_context_parallel.recipe.content import COLUMNS, LABELS, check_content
+from hf_context_parallel.recipe.content import COLUMNS, LABELS, check_content, check_lengths
 from hf_context_parallel.recipe.errors import RecipeError, did_you_mean
 from hf_context_parallel.recipe.schema import DRAWN, DataSection
+from hf_context_parallel.recipe.trl_columns import TrlColumns
 
 FOLDERS = ("imagefolder", "audiofolder", "videofolder", "webdataset")
 BUILDERS = ("text", "json", "csv", "parquet", "arrow", "xml", *FOLDERS)
@@ -33,26 +34,15 @@ SECONDS = 1.0
 BLOCK = 1 << 20
 LARGEST_ARRAY = 8 * BLOCK
 """Size in bytes of the largest file that is read whole, because it is one JSON value."""
-COLUMNS_OF = {
-    "sft": ("messages", "text", "prompt", "input_ids"),
-    "dpo": ("chosen",),
-    "orpo": ("chosen",),
-    "cpo": ("chosen",),
-    "reward": ("chosen", "chosen_input_ids", "chosen_ids"),
-    "kto": ("completion",),
-    "grpo": ("prompt",),
-    "rloo": ("prompt",),
-}
-"""Columns of which the data of a trainer of TRL has at least one."""
 
 
-def check_files(section: DataSection, trainer: str | None = None, seconds: float = SECONDS) -> None:
+def check_files(section: DataSection, trl: TrlColumns | None = None, seconds: float = SECONDS) -> None:
     """Refuse data files of this machine that are missing, empty or malformed, or lack what the recipe names.
 
     Nothing is downloaded, and what is not on this machine is not checked.
 
     Args:
-        trainer: the trainer of TRL, which finds its columns itself.
+        trl: columns of the trainer of TRL, if there is one; those of the section are not used then.
         seconds: time after which reading ends. All files are read whole if it is infinite.
 
     Raises:
@@ -69,7 +59,7 @@ def check_files(section: DataSection, trainer: str | None = None, seconds: float
         if not any(sizes) or (section.path == "json" and not all(sizes)):
             raise RecipeError(f"data.data_files: {paths[sizes.index(0)]} is empty. Fill it or leave it out.")
         for path in paths:
-            _check_file(path, section, trainer, end)
+            _check_file(path, section, trl, end)
 
 
 def _check_options(section: DataSection) -> None:
@@ -154,7 +144,7 @@ def _check_splits(section: DataSection, splits: list[str]) -> None:
                 )
 
 
-def _check_file(path: Path, section: DataSection, trainer: str | None, end: float) -> None:
+def _check_file(path: Path, section: DataSection, trl: TrlColumns | None, end: float) -> None:
     """Check the beginning of a file, as far as its format is known."""
     try:
         with path.open("rb") as file:
@@ -165,33 +155,28 @@ def _check_file(path: Path, section: DataSection, trainer: str | None, end: floa
         return  # compressed
     if section.path == "json":
         if "field" not in section.options:
-            _check_json(path, section, trainer, end)
+            _check_json(path, section, trl, end)
     elif section.path == "text":
-        _check_columns(["text"], path, section, trainer)
+        _check_columns(["text"], path, section, trl)
         if "encoding_errors" not in section.options:
             _check_encoding(path, section.options.get("encoding", "utf-8"), end)
     elif section.path == "csv":
         if not {"names", "header", "column_names"} & section.options.keys():
             mark = section.options.get("sep") or section.options.get("delimiter") or ","
             with path.open(encoding=section.options.get("encoding", "utf-8"), errors="replace", newline="") as text:
-                _check_columns(next(csv.reader(text, delimiter=mark), []), path, section, trainer)
+                _check_columns(next(csv.reader(text, delimiter=mark), []), path, section, trl)
     elif section.path == "parquet":
         try:
             names = pyarrow.parquet.read_schema(path).names
         except (ArrowInvalid, OSError) as error:
             raise RecipeError(f"data.data_files: {path} is no Parquet file ({error}). Correct data.path.") from error
-        _check_columns(names, path, section, trainer)
+        _check_columns(names, path, section, trl)
 
 
-def _check_columns(names: list[str], path: Path | str, section: DataSection, trainer: str | None) -> None:
+def _check_columns(names: list[str], path: Path | str, section: DataSection, trl: TrlColumns | None) -> None:
     """Refuse a file that lacks a column of the recipe."""
-    if trainer is not None:
-        wanted = COLUMNS_OF[trainer]
-        if not {*wanted} & {*names}:
-            raise RecipeError(
-                f"data: {path} has the columns {', '.join(names)}, and trainer={trainer!r} needs "
-                f"{' or '.join(wanted)}. Rename a column."
-            )
+    if trl is not None:
+        trl.check_names(names, str(path))
         return
     columns = {"data.column": section.column or COLUMNS[section.format]}
     if section.images not in (None, DRAWN):
@@ -219,14 +204,14 @@ def _not_encoded(path: Path, line: int, error: UnicodeDecodeError) -> RecipeErro
     )
 
 
-def _check_json(path: Path, section: DataSection, trainer: str | None, end: float) -> None:
+def _check_json(path: Path, section: DataSection, trl: TrlColumns | None, end: float) -> None:
     first = True
     for where, document in _json_documents(path, section.options.get("encoding", "utf-8"), end):
         if not isinstance(document, dict):
             raise RecipeError(f'data.data_files: {where} is no object, such as {{"text": "..."}}. Correct it.')
-        if trainer is not None:
-            _check_columns([*document], where, section, trainer)
-            return
+        if trl is not None:
+            trl.check_document(document, where)
+            continue
         column = section.column or COLUMNS[section.format]
         if first or column not in document:
             _check_columns([*document], where, section, None)
@@ -234,6 +219,7 @@ def _check_json(path: Path, section: DataSection, trainer: str | None, end: floa
         check_content(document[column], section.format, column, where)
         if section.format == "tokens" and document.get(LABELS) is not None:
             check_content(document[LABELS], "tokens", LABELS, where)
+            check_lengths(document[column], document[LABELS], where)
 
 
 def _json_documents(path: Path, encoding: str, end: float) -> Iterator[tuple[str, Any]]:

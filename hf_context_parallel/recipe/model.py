@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -26,8 +29,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 
+from hf_context_parallel.compat import layer_configs
 from hf_context_parallel.config import LAYER_TYPES, ContextParallelConfig
 from hf_context_parallel.integration.checks.model import check_config
 from hf_context_parallel.integration.model_registry import CHECKED_AS, REFUSED, is_decided, known_decoders
@@ -202,7 +207,8 @@ def suited(
             f"model.config.vocab_size={text.vocab_size} is less than the {tokens} tokens of the tokenizer. Raise "
             "it, or name another tokenizer."
         )
-    _check_sizes(text)
+    for layer in layer_configs(text):
+        _check_sizes(layer)
     if context_parallel is None:
         return
     try:
@@ -279,6 +285,26 @@ def _with_random_weights(config: PreTrainedConfig, options: dict[str, Any], auto
     # Transformers shards and quantises a model only while loading it.
     options |= {"state_dict": model.state_dict(), "dtype": model.dtype, **while_loading}
     return type(model).from_pretrained(None, config=model.config, **options)  # a composite model's text model
+
+
+@contextmanager
+def with_a_name(model: PreTrainedModel, training: TrainingArguments) -> Iterator[None]:
+    """Give a model with random weights a name in this block: that of a folder, of which TRL loads a reference model.
+
+    All processes of the run enter it.
+    """
+    # The first rank alone saves. In a dry run each process has an output folder of its own.
+    [folder] = broadcast_object_list([str(Path(training.output_dir) / ".reference")])
+    model.save_pretrained(folder)
+    training.distributed_state.wait_for_everyone()
+    model.config.name_or_path = folder
+    try:
+        yield
+        training.distributed_state.wait_for_everyone()
+    finally:
+        model.config.name_or_path = ""
+        if training.process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_reward(name: str) -> Any:

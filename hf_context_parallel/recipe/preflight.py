@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def check_recipe(recipe: Recipe, processes: int | None = None, dry_run: bool = F
     Raises:
         RecipeError: with what is wrong, and how to correct it.
     """
-    check_training(recipe)
+    check_training(recipe, processes or int(os.environ.get("WORLD_SIZE", 1)))
     if processes is not None and not dry_run:
         check_processes(recipe, processes)
     if recipe.lora is not None:
@@ -69,12 +70,12 @@ def check_recipe(recipe: Recipe, processes: int | None = None, dry_run: bool = F
     if dry_run:
         return
     check_model(recipe)
-    check_files(recipe.data, recipe.trainer)
+    check_files(recipe.data, recipe.trl_columns)
     check_output(recipe)
 
 
-def check_training(recipe: Recipe) -> None:
-    """Refuse values of the section `training` that no run can have. All are listed.
+def check_training(recipe: Recipe, processes: int) -> None:
+    """Refuse values of the section `training` that no run on so many processes can have. All are listed.
 
     Raises:
         RecipeError: naming the keys, the values, and what they must be.
@@ -88,7 +89,7 @@ def check_training(recipe: Recipe) -> None:
     wrong += _reports(given.get("report_to"))
     if wrong:
         raise RecipeError("\n".join(wrong))
-    arguments = recipe.training_arguments(starts=False)
+    arguments = recipe.training_arguments(checked_for=processes)
     if arguments.eval_strategy != "no" and recipe.data.eval_split is None:
         raise RecipeError(
             f"training.eval_strategy={str(arguments.eval_strategy.value)!r} has nothing to evaluate on. Name a split "

@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, BitsAndBytesConfig, DistributedConfig, 
 from hf_context_parallel.config import ContextParallelConfig
 
 from .errors import RecipeError, did_you_mean
+from .trl_columns import TEXT, TrlColumns
 
 TRAINERS = {
     "sft": "SFT",
@@ -376,11 +377,12 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(f"distributed: {error}. Correct the section 'distributed'.") from error
 
-    def training_arguments(self, starts: bool = True) -> TrainingArguments:
+    def training_arguments(self, checked_for: int | None = None) -> TrainingArguments:
         """Build the `TrainingArguments`, which starts the process group of a launched run.
 
         Args:
-            starts: False to check the values alone: no group starts, no device is used, no variable is set.
+            checked_for: a number of processes, to check the values for it alone: no group starts, no device is used,
+                no variable is set.
 
         Raises:
             RecipeError: if `TrainingArguments` refuses a value.
@@ -393,20 +395,28 @@ class Recipe:
             given = {"max_length": self.data.max_length, **({"packing": True} if self.data.packing else {})}
             keywords = {name: value for name, value in given.items() if name in known} | keywords
         made, before = arguments_of(self.trainer), dict(os.environ)
-        if not starts:
-            made = type(made.__name__, (made,), {"_setup_devices": property(lambda _: torch.device("cpu"))})
+        if checked_for is not None:
+            replaced = {"_setup_devices": torch.device("cpu"), "world_size": checked_for}
+            made = type(made.__name__, (made,), {name: property(lambda _, x=x: x) for name, x in replaced.items()})
             keywords["use_cpu"] = True
         try:
             with warnings.catch_warnings():
-                if not starts:
+                if checked_for is not None:
                     warnings.simplefilter("ignore")  # they come again when the run starts
                 return made(**keywords)
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"training: {error}. Correct the section 'training'.") from error
         finally:
-            if not starts:
+            if checked_for is not None:
                 os.environ.clear()
                 os.environ.update(before)
+
+    @property
+    def trl_columns(self) -> TrlColumns | None:
+        """The columns of the data that the trainer of TRL reads, or None without one."""
+        if self.trainer is None:
+            return None
+        return TrlColumns(self.trainer, getattr(self.training, "dataset_text_field", None) or TEXT)
 
     @classmethod
     def for_trainer(cls, trainer: str | None) -> type[Recipe]:

@@ -125,7 +125,8 @@ def _compare_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Differ
             records = Whole(model, batch).run()
             differences += Sharded(model, batch, records).run()
             if len(batch.pieces) == 1:  # Transformers may let packed documents see each other
-                differences += compare_model(model, cp, batch)
+                epsilon = max((each.epsilon for calls in records.values() for each in calls), default=0.0)
+                differences += compare_model(model, cp, batch, epsilon)
         except ValueError as error:  # some models refuse packed rows, or padding
             refusal = error
     if not differences:

@@ -28,7 +28,7 @@ COARSE = 1e-4
 """Epsilon of a dtype above which rounding may route tokens to other experts."""
 
 
-def compare_model(model: torch.nn.Module, cp: ContextParallel, batch: Batch) -> list[Difference]:
+def compare_model(model: torch.nn.Module, cp: ContextParallel, batch: Batch, epsilon: float) -> list[Difference]:
     """Compare the Transformers models inside a module: their loss, and the gradient of their embeddings.
 
     Models whose parameters are sharded are compared by their loss alone. Models with experts are compared in float32
@@ -37,13 +37,14 @@ def compare_model(model: torch.nn.Module, cp: ContextParallel, batch: Batch) -> 
     Args:
         model: the model, which `parallelize` has prepared.
         batch: a batch of whole rows.
+        epsilon: the coarsest epsilon that its layers compute with.
     """
-    return [difference for inner in outermost_models(model) for difference in _compare(inner, cp, batch)]
+    return [difference for inner in outermost_models(model) for difference in _compare(inner, cp, batch, epsilon)]
 
 
-def _compare(model: PreTrainedModel, cp: ContextParallel, batch: Batch) -> Iterator[Difference]:
+def _compare(model: PreTrainedModel, cp: ContextParallel, batch: Batch, epsilon: float) -> Iterator[Difference]:
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    epsilon = torch.finfo(dtype).eps
+    epsilon = max(epsilon, torch.finfo(dtype).eps)
     if epsilon > COARSE and any(ROUTED.fullmatch(type(part).__name__) for part in model.modules()):
         return
     graded = not any(isinstance(parameter, DTensor) for parameter in model.parameters())

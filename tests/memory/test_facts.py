@@ -3,7 +3,10 @@
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
+from hf_context_parallel.compat import layer_configs
 from hf_context_parallel.memory.facts import facts_of
+from hf_context_parallel.verification.types.tiny import tiny_config
+from tests.helpers.models import needs_the_tables_version
 
 TINY = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 10}
@@ -46,6 +49,13 @@ def test_layers_by_kind():
     types = ["linear_attention", "linear_attention", "full_attention"]
     hybrid = facts_of(AutoConfig.for_model("qwen3_next", **sizes, **mixture, layer_types=types))
     assert (hybrid.linear_layers, hybrid.full_layers) == (2, 1)
+
+
+@needs_the_tables_version
+def test_layers_of_several_widths_count_as_the_widest():
+    config = tiny_config("dots3_note_text")
+    heads = {layer.num_attention_heads for layer in layer_configs(config)}
+    assert len(heads) > 1 and facts_of(config).heads == max(heads)
 
 
 def test_layers_under_another_name():

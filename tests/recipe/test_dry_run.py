@@ -22,7 +22,7 @@ EXACT = [
     for model_type, finding in known_states().items()
     if finding["state"] != "refused" and model_type in causal_lm_classes()
 ]
-SAMPLE = ["phi3", "glm4", "llama4", "qwen3_5_moe", "emu3", "gpt2", "whisper", "ministral"]
+SAMPLE = ["phi3", "glm4", "llama4", "qwen3_5_moe", "emu3", "gpt2", "whisper", "ministral", "dots3_note_text"]
 SHARDED = {"demo_experts_cpu", "demo_hsdp_cpu"}
 
 
@@ -75,7 +75,7 @@ def test_dry_runs_are_of_tiny_models(minimal, types):
         with torch.device("meta"):
             model = load_model(small.model, ByT5Tokenizer())
         text = model.config.get_text_config()
-        assert model.num_parameters() < 200_000, model_type
+        assert model.num_parameters() < 500_000, model_type
         assert text.vocab_size == len(ByT5Tokenizer()), model_type
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             assert (getattr(text, token, None) or 0) < text.vocab_size, model_type

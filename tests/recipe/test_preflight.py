@@ -93,6 +93,59 @@ def test_ids_that_are_none_are_refused(recipe, row, said):
     assert said in refusal(recipe, "data.format=tokens")
 
 
+@pytest.mark.parametrize("trainer", ["grpo", "rloo"])
+def test_completions_are_counted_over_all_processes(recipe, trainer):
+    (recipe.parent / "data.jsonl").write_text('{"prompt": "a"}')
+    arguments = [f"trainer={trainer}", "rewards=[a:b]", "training.per_device_train_batch_size=1"]
+    arguments += ["training.num_generations=2", "training.gradient_accumulation_steps=1"]
+    check_recipe(load_recipe(recipe, arguments), 2)
+    said = refusal(recipe, *arguments, "context_parallel.size=1", processes=1)
+    assert "must be divisible by num_generations" in said
+
+
+def test_labels_are_as_many_as_ids(recipe):
+    (recipe.parent / "data.jsonl").write_text('{"input_ids": [1, 2, 3], "labels": [1, 2]}')
+    for how in ("data.format=tokens", "trainer=sft"):
+        assert "data.jsonl has 3 input_ids and 2 labels. Give each token a label" in refusal(recipe, how)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "row", "said"),
+    [
+        ("sft", {"body": "a"}, "has the columns body, and trainer='sft' needs messages or conversations or prompt"),
+        ("sft", {"text": None}, "line 2 of {file} has a null in the column 'text'"),
+        ("sft", {"text": 5}, "line 2 of {file} has 5 (int) in place of a text in the column 'text'"),
+        ("sft", {"messages": [{"content": "a"}]}, "has message 1, {{'content': 'a'}} (dict), without a role"),
+        ("sft", {"input_ids": [1.5]}, "has 1.5 (float) among its integers in the column 'input_ids'"),
+        ("sft", {"input_ids": [1], "labels": ["1"]}, "has '1' (str) among its integers in the column 'labels'"),
+        ("dpo", {"chosen": "a", "rejected": 3}, "has 3 (int) in place of a text in the column 'rejected'"),
+        ("kto", {"prompt": "a"}, "trainer='kto' needs completion or chosen"),
+        ("grpo", {"prompt": ["a"]}, "has message 1, 'a' (str), without a role in the column 'prompt'"),
+    ],
+)
+def test_documents_of_trl_are_looked_at(recipe, trainer, row, said):
+    good = {"sft": {"text": "a"}, "dpo": {"chosen": "a", "rejected": "b"}, "kto": {"completion": "a"}}
+    file = recipe.parent / "data.jsonl"
+    file.write_text("\n".join(json.dumps(x) for x in (good.get(trainer, {"prompt": "a"}), row)))
+    rewards = ["rewards=[a:b]"] if trainer == "grpo" else []
+    assert said.format(file=file) in refusal(recipe, f"trainer={trainer}", *rewards)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "row"),
+    [
+        (["trainer=sft"], {"conversations": [{"from": "user", "value": "a"}]}),
+        (["trainer=sft"], {"messages": [{"role": "user", "content": "a"}], "text": None}),
+        (["trainer=sft"], {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}),
+        (["trainer=sft", "training.dataset_text_field=body"], {"body": "a"}),
+        (["trainer=kto"], {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    ],
+)
+def test_columns_that_trl_reads_pass(recipe, overrides, row):
+    (recipe.parent / "data.jsonl").write_text(json.dumps(row))
+    check_recipe(load_recipe(recipe, overrides), 2)
+
+
 def test_chats_need_roles(recipe):
     (recipe.parent / "data.jsonl").write_text('{"messages": [{"content": "a"}]}')
     assert "has message 1, {'content': 'a'} (dict), without a role" in refusal(recipe, "data.format=chat")

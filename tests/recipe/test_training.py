@@ -1,7 +1,9 @@
-"""Training of the recipes for large machines: one step of their dry runs on two ranks."""
+"""Training on two ranks: one step of the dry runs of recipes for large machines, and of recipes of TRL's trainers."""
 
+import json
 import math
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,6 +15,27 @@ from hf_context_parallel.recipe.reading import load_recipe
 from hf_context_parallel.train import make_trainer
 from tests.helpers.recipe import RECIPES
 
+TRL = {
+    "sft": {"text": "a text"},
+    "dpo": {"prompt": "a question", "chosen": " good", "rejected": " not so"},
+    "orpo": {"prompt": "a question", "chosen": " good", "rejected": " not so"},
+    "cpo": {"prompt": "a question", "chosen": " good", "rejected": " not so"},
+    "reward": {"chosen": "a good answer", "rejected": "another"},
+    "kto": {"prompt": "a question", "chosen": " good", "rejected": " not so"},
+    "grpo": {"prompt": "a question"},
+    "rloo": {"prompt": "a question"},
+}
+"""A document of the data of each trainer of TRL."""
+TINY = """
+model:
+  type: qwen3
+  tokenizer: bytes
+  config: {vocab_size: 384, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
+    num_key_value_heads: 1, head_dim: 16}
+data: {path: json, data_files: FOLDER/data.jsonl, max_length: 32}
+training: {output_dir: FOLDER, use_cpu: true, max_steps: 1, logging_steps: 1, save_strategy: "no", report_to: none}
+context_parallel: {size: 2}
+"""
 LARGE = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.endswith("_cpu"))
 
 
@@ -35,3 +58,27 @@ def test_recipes_for_large_machines_train_a_step_when_shrunk(on_ranks, name, tmp
     assert math.isfinite(logged["loss"]) and 0 < logged["grad_norm"] < math.inf
     assert quantised == ("qlora" in name)
     assert sharded == bool(load_recipe(RECIPES / f"{name}.yaml").training.fsdp)
+
+
+def trained_with_trl(path: Path, overrides: list[str]) -> dict:
+    """Train one step of a recipe of a trainer of TRL, and return what was logged."""
+    trainer = make_trainer(load_recipe(path, overrides), [])
+    trainer.train()
+    AcceleratorState._reset_state()
+    return trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize(
+    "trainer", [name if name == "grpo" else pytest.param(name, marks=pytest.mark.exhaustive) for name in TRL]
+)
+def test_a_recipe_of_trl_trains_a_step(on_ranks, trainer, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TINY.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(TRL[trainer])}\n" * 8)
+    overrides = [f"trainer={trainer}"]
+    if trainer in ("grpo", "rloo"):
+        overrides += ["rewards=[tests.helpers.recipe:length]", "training.num_generations=2"]
+        overrides += ["training.max_completion_length=4", "training.per_device_train_batch_size=2"]
+    first, second = on_ranks(2, trained_with_trl, path, overrides)
+    assert first["loss"] == second["loss"] and math.isfinite(first["loss"])
+    assert first["grad_norm"] == second["grad_norm"] > 0

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, Qwen3Config, TrainerCallback
 
 import hf_context_parallel as hcp
 from hf_context_parallel.attention.kernels.reference import ReferenceKernel
@@ -131,7 +131,14 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
     return torch.compile(model, backend="aot_eager")
 
 
+def autocast(model: torch.nn.Module) -> torch.nn.Module:
+    """Let a model compute in bfloat16, as accelerate does."""
+    model.forward = torch.autocast("cpu", BFLOAT16)(model.forward)
+    return model
+
+
 WRAPPERS = {
+    "autocast": autocast,
     "LoRA": lora,
     "DDP": DistributedDataParallel,
     "DDP of LoRA with checkpointing": checkpointed,
@@ -169,6 +176,22 @@ def test_wrapped_models_pass_and_train_as_if_nothing_had_been(on_ranks, wrapper,
     for compared, same in on_ranks(2, wrapped_steps, wrapper, model_type):
         assert compared == (15 if "FSDP2" in wrapper else 16)  # gradients of sharded models are not compared
         assert same and all(same)
+
+
+def differences_of_a_classifier() -> list:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen3Config(**sizes, **heads, pad_token_id=0, num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="context_parallel")
+    return hcp.verify(autocast(model), context())
+
+
+def test_autocast_is_not_taken_for_a_fault(on_ranks):
+    """Logits of bfloat16 and weights of float32: rounding is that of bfloat16."""
+    [first, _] = on_ranks(2, differences_of_a_classifier)
+    [loss] = [each for each in first if each.layer == "the whole model" and each.tensor == "loss"]
+    assert 1e3 * torch.finfo(FLOAT32).eps < loss.found < loss.bound < 0.1
 
 
 # Errors name the wrong layer

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ...compat import tensor_parallel_size
+from ...compat import layer_configs, tensor_parallel_size
 from ...cp_group import CPGroup
 from ...distributed.mesh import mesh_of
 from ..model_registry import CHECKED_AS, known_tensor_parallel, transformers_model
@@ -76,8 +78,8 @@ def _check_heads(model: PreTrainedModel, tp_size: int) -> None:
     if not any(style == "colwise" and names[module].endswith(KEYS) for module, style in styles.items()):
         return
     config = model.config.get_text_config()
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, field, None)
+    for layer, field in product(layer_configs(config), ("num_attention_heads", "num_key_value_heads")):
+        heads = getattr(layer, field, None)
         if isinstance(heads, int) and heads % tp_size:
             raise ValueError(
                 f"tp_size={tp_size} does not divide {field}={heads} of {type(config).__name__}, and a rank of tensor "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from ...compat import tree_leaves
+from ...compat import layer_configs, tree_leaves
 from ...context_parallel import ContextParallel
 from ...integration.model_registry import transformers_model
 from ...integration.tensor_parallel.sequence_parallel import Shares
@@ -94,7 +94,7 @@ def make_batches(model: torch.nn.Module, cp: ContextParallel) -> list[Batch]:
 def _lengths(model: PreTrainedModel, cp: ContextParallel) -> tuple[int, int]:
     """Compute two lengths of rows: one that gives every rank tokens, and twice the longest window up to `LONGEST`."""
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in WINDOWS]
+    windows = [getattr(layer, name, None) for layer in layer_configs(config) for name in WINDOWS]
     doubled = [2 * window for window in windows if isinstance(window, int) and 0 < 2 * window <= LONGEST]
     # Multiples of this need no padding, neither by a layout nor by sequence parallelism.
     step = 2 * cp.size * (cp.groups.tensor.size if cp.config.sequence_parallel else 1)

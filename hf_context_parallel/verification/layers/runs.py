@@ -180,7 +180,7 @@ class Whole(_Watch):
             first = run_alone(module, args, kwargs, hidden, self._shape, weigh)
         x = None if hidden is None else take(args, kwargs, hidden)
         tensors = [*first.values()] if x is None else [*first.values(), x]
-        record.epsilon = max([0.0, *(torch.finfo(tensor.dtype).eps for tensor in tensors)])
+        record.epsilon = max([0.0, *map(_epsilon, tensors)])
         if x is not None and (is_layer or module in self.resharded):
             # On a shard this module runs the same code, but its input may differ in the last bit.
             signs = self.batch.draw(x, self._piece).sign()
@@ -295,6 +295,14 @@ class Sharded(_Watch):
 
 def _is_routed(module: torch.nn.Module) -> bool:
     return any(ROUTED.fullmatch(type(part).__name__) for part in module.modules())
+
+
+def _epsilon(tensor: torch.Tensor) -> float:
+    """Return the epsilon of a tensor's dtype, or that of autocast where it is on and coarser."""
+    kind, epsilon = tensor.device.type, torch.finfo(tensor.dtype).eps
+    if torch.is_autocast_enabled(kind):  # a sum of float32 may hide what bfloat16 has computed
+        epsilon = max(epsilon, torch.finfo(torch.get_autocast_dtype(kind)).eps)
+    return epsilon
 
 
 def _by_token(found: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
