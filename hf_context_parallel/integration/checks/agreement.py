@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ...compat import tree_leaves
 from ...cp_group import CPGroup
 from ...data.batch import SHARD
+from ...distributed.agreement import collective
 from ...distributed.host import at_hand, on_host
 from .weights import (
     compare_all,
@@ -55,9 +57,16 @@ def check_weights(model: torch.nn.Module, compared: Mapping[str, torch.nn.Parame
     """
     if not compared:
         return
+    # Ranks that share layers wait for each other too, and one of their CP groups may find what others do not.
+    with collective(group.groups.same_batch) if group.groups.same_batch.size > group.groups.size else nullcontext():
+        _check_weights(model, compared, group)
+    group.compared.add(model)
+
+
+def _check_weights(model: torch.nn.Module, compared: Mapping[str, torch.nn.Parameter], group: CPGroup) -> None:
+    """Refuse the model on the ranks of the group."""
     if model not in group.compared:
         compare_all(compared_parameters(model), group.groups)
-        group.compared.add(model)
         return
     differ, broken = weights_differ(compared, group.groups)
     if broken:
@@ -70,9 +79,7 @@ def check_weights(model: torch.nn.Module, compared: Mapping[str, torch.nn.Parame
 
 def sampled(model: torch.nn.Module, group: CPGroup) -> dict[str, torch.nn.Parameter]:
     """Return the parameters that the ranks compare for each batch; none where they are not to be compared."""
-    groups = group.groups
-    # With tensor parallelism, ranks hold different parts of the weights.
-    if not group.config.check_batch or groups.size == 1 or groups.same_batch.size > groups.size:
+    if not group.config.check_batch or group.groups.size == 1:
         return {}
     return sampled_parameters(model)
 

@@ -29,7 +29,7 @@ CHUNK = 1 << 21
 NAMED = 3
 """Number of parameters that an error names."""
 NONE = torch.iinfo(torch.int64).min
-"""Checksum of a parameter that is not whole on a rank."""
+"""Checksum of a parameter of which a rank holds nothing."""
 
 Items = TypeVar("Items", torch.Tensor, Sequence[str])
 
@@ -55,8 +55,9 @@ def sampled_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def weights_differ(parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks) -> tuple[bool, bool]:
     """Compare a sample of the elements of parameters between ranks. All ranks get the same answer.
 
-    Every rank must call this, with the same number of parameters. Parameters that are not whole on this rank are left
-    out: DTensors and other subclasses of tensors, the empty parameters of ZeRO-3 in DeepSpeed, and those on `meta`.
+    Every rank must call this, with the same number of parameters. Of a DTensor, ranks that hold the same part are
+    compared. Left out are other subclasses of tensors, the empty parameters of ZeRO-3 in DeepSpeed, and those on
+    `meta`.
 
     Returns:
         Whether elements differ by more than rounding, and whether an element is not finite on any rank.
@@ -69,18 +70,19 @@ def weights_differ(parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks) -
     extremes[:2].masked_fill_(~(present & finite), float("-inf"))
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=ranks.group)
     most, least = extremes[0], -extremes[1]
+    same, most, least = most[:, :1] == least[:, :1], most[:, 1:], least[:, 1:]
     largest = torch.maximum(most.abs(), least.abs()).where(most.isfinite(), 0).amax(dim=1, keepdim=True)
     rounding = [_rounding(parameter) for parameter in parameters.values()]
-    apart = (most - least > largest * largest.new_tensor(rounding)[:, None]).any()
+    apart = (same & (most - least > largest * largest.new_tensor(rounding)[:, None])).any()
     differ, broken = torch.stack([apart, extremes[2].any()]).tolist()
     return differ, broken
 
 
 def compare_all(parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks) -> None:
-    """Compare whole parameters between ranks: their bits by checksums, and where these differ their values.
+    """Compare parameters between ranks: their bits by checksums, and where these differ their values.
 
-    Every rank must call this, with parameters of the same names, shapes and dtypes. Those that `weights_differ` leaves
-    out are left out here too.
+    Every rank must call this, with parameters of the same names, shapes and dtypes. It compares those that
+    `weights_differ` compares.
 
     Raises:
         ValueError: on every rank alike, if a parameter differs by more than rounding or is not finite.
@@ -89,9 +91,11 @@ def compare_all(parameters: Mapping[str, torch.nn.Parameter], ranks: Ranks) -> N
         return
     sums, broken = (torch.stack(x) for x in zip(*(_checksum(p, ranks.device) for p in parameters.values())))
     inverse = torch.where(sums == NONE, NONE, ~sums)
-    most = torch.stack([sums, inverse, broken.to(torch.int64)])
+    parts = sums.new_tensor([_part(parameter) for parameter in parameters.values()])
+    most = torch.stack([sums, inverse, broken.to(torch.int64), parts, -parts])
     dist.all_reduce(most, dist.ReduceOp.MAX, group=ranks.group)
-    differs, broken = torch.stack([(most[0] != ~most[1]) & (most[0] != NONE), most[2] > 0]).tolist()
+    same = most[3] == -most[4]
+    differs, broken = torch.stack([same & (most[0] != ~most[1]) & (most[0] != NONE), most[2] > 0]).tolist()
     refuse_non_finite({name: p for (name, p), wrong in zip(parameters.items(), broken) if wrong}, ranks)
     names = [name for name, wrong in zip(parameters, differs) if wrong]
     for name in names:
@@ -134,11 +138,12 @@ def refuse_difference(name: str, parameter: torch.nn.Parameter, ranks: Ranks, sh
     Raises:
         ValueError: on every rank alike, naming the parameter, the rank and an element.
     """
-    [present] = gather_numbers(ranks, _is_whole(parameter))
-    if not all(present):
+    weights = _held(parameter)
+    present, parts = gather_numbers(ranks, weights is not None, _part(parameter))
+    if weights is None or not all(present) or len(set(parts)) > 1:
         return
     furthest, largest, start = torch.zeros(4, dtype=torch.float64), 0.0, 0
-    for chunk in _chunks(parameter.data):
+    for chunk in _chunks(weights):
         mine = chunk.to(ranks.device, torch.float64)
         theirs = mine.clone()
         dist.broadcast(theirs, group=ranks.group, group_src=0)
@@ -154,9 +159,10 @@ def refuse_difference(name: str, parameter: torch.nn.Parameter, ranks: Ranks, sh
     bound = _rounding(parameter) * float(found[:, 4].max())
     for rank, (difference, place, first, other, _) in enumerate(found.tolist()):
         if difference > bound:
-            index = [int(i) for i in torch.unravel_index(torch.tensor(int(place)), parameter.shape)]
+            index = [int(i) for i in torch.unravel_index(torch.tensor(int(place)), weights.shape)]
+            place = f"{name}{index}{' of its shard' if parts[0] else ''}"
             raise different_weights(
-                f"{name}{index} is {first:g} on rank 0 and {other:g} on rank {rank}"
+                f"{place} is {first:g} on rank 0 and {other:g} on rank {rank}"
                 f"{f' ({share} parameters have other bits)' if share else ''}",
                 ranks,
             )
@@ -174,17 +180,31 @@ def different_weights(what: str, ranks: Ranks) -> ValueError:
 
 def non_finite(parameter: torch.Tensor) -> int:
     """Count the elements that are NaN or infinite. Of a DTensor those of this rank count."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    plain = local.data
-    if type(plain) is not torch.Tensor or plain.is_meta or not plain.is_floating_point():
+    weights = _held(parameter)
+    if weights is None or not weights.is_floating_point():
         return 0
-    return sum(int((~chunk.float().isfinite()).sum()) for chunk in _chunks(plain))
+    return sum(int((~chunk.float().isfinite()).sum()) for chunk in _chunks(weights))
 
 
-def _is_whole(parameter: torch.nn.Parameter) -> bool:
-    """Return whether this rank holds a parameter as a plain tensor."""
+def _held(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Return what this rank holds of a parameter, or None if that is no plain tensor with elements."""
     weights = parameter.data
-    return type(weights) is torch.Tensor and not weights.is_meta and not weights.is_complex() and weights.numel() > 0
+    if isinstance(weights, DTensor):
+        weights = weights.to_local()
+    plain = type(weights) is torch.Tensor and not weights.is_meta and not weights.is_complex()
+    return weights if plain and weights.numel() > 0 else None
+
+
+def _part(parameter: torch.Tensor) -> int:
+    """Return the number of the part of a parameter that this rank holds, or 0 if it holds all of it."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    part = 0
+    mesh, place = parameter.device_mesh, parameter.device_mesh.get_coordinate() or ()
+    for size, mine, placement in zip(mesh.shape, place, parameter.placements):
+        if not placement.is_replicate():
+            part = part * size + mine + 1
+    return part
 
 
 def _rounding(parameter: torch.nn.Parameter) -> float:
@@ -217,13 +237,13 @@ def _checksum(parameter: torch.nn.Parameter, device: torch.device) -> tuple[torc
     Both are computed where the parameter lies, and nobody waits for them.
 
     Returns:
-        An int64 that is `NONE` for a parameter that is not whole, and a bool.
+        An int64 that is `NONE` for a parameter of which this rank holds nothing, and a bool.
     """
     total = torch.full((), NONE, dtype=torch.int64, device=device)
     broken = torch.zeros((), dtype=torch.bool, device=device)
-    if not _is_whole(parameter):
+    weights = _held(parameter)
+    if weights is None:
         return total, broken
-    weights = parameter.data
     total, size = torch.zeros((), dtype=torch.int64, device=weights.device), weights.element_size()
     suspect = torch.zeros((), dtype=torch.bool, device=weights.device)
     for chunk in _chunks(weights):
@@ -243,17 +263,21 @@ _STEP = 6364136223846793005
 
 
 def _sample(parameter: torch.nn.Parameter, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return elements of the last row of a parameter, `[ELEMENTS]` in float64, and a mask of those that exist."""
-    sample = torch.zeros(ELEMENTS, dtype=torch.float64, device=device)
+    """Return the part of a parameter that is held and elements of its last row, and a mask of those that exist.
+
+    Both are of shape `[1 + ELEMENTS]`, the first in float64.
+    """
+    sample = torch.zeros(1 + ELEMENTS, dtype=torch.float64, device=device)
+    sample[0] = _part(parameter)
     count = 0
-    if _is_whole(parameter):
-        weights = parameter.data
+    weights = _held(parameter)
+    if weights is not None:
         while weights.dim() > 1:  # so that no whole weight is copied, whatever its strides and dtype
             weights = weights[-1]
         elements = _spread(weights.reshape(-1), ELEMENTS)
         count = len(elements)
-        sample[:count] = elements.to(device, torch.float64)
-    return sample, torch.arange(ELEMENTS, device=device) < count
+        sample[1 : 1 + count] = elements.to(device, torch.float64)
+    return sample, torch.arange(1 + ELEMENTS, device=device) <= count
 
 
 def _spread(items: Items, most: int) -> Items:

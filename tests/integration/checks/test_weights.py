@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 
+import hf_context_parallel as hcp
 from hf_context_parallel.integration.checks import weights
 from tests.helpers.models import context, labelled, tiny_model
+from tests.helpers.tensor_parallel import saved, tensor_parallel_model
 
 
 def steps_of_a_loop(summed: bool, check_batch: bool) -> list[str]:
@@ -150,3 +154,53 @@ def test_models_of_other_seeds_are_refused(on_ranks, trained, drawn):
     for message in on_ranks(2, message_of_weights, trained, drawn):
         assert message.startswith("the ranks of the group have different weights")
     assert on_ranks(2, message_of_weights, trained, []) == ["entered", "entered"]
+
+
+def messages_of_sharded_weights(folder, change: tuple[int, float] | None, **sizes) -> list[str]:
+    """Outcomes of two batches for a model that Transformers has sharded.
+
+    Args:
+        change: before each batch, a rank and the value of the first or the last element of its shard of `SHARDED`.
+    """
+    model = tensor_parallel_model(folder, dtype=torch.float32, **(sizes or BOTH))
+    cp, outcomes = hcp.ContextParallel(hcp.ContextParallelConfig(size=2), hcp.mesh_of(model)), []
+    for element in (0, -1):
+        if change is not None and change[0] == dist.get_rank():
+            model.get_parameter(SHARDED).data.to_local().view(-1)[element] = change[1]
+        try:
+            with cp.shard(labelled(2, 24), model):
+                outcomes.append("entered")
+        except ValueError as refusal:
+            outcomes.append(str(refusal))
+    return outcomes
+
+
+BOTH = {"tp_size": 2, "dp_replicate_size": 2}
+SHARDED = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_shards_of_tensor_parallelism_are_compared(on_ranks, tmp_path):
+    """Ranks 0 and 2 hold one half of a weight, and ranks 1 and 3 the other."""
+    folder = saved(tmp_path, "llama")
+    assert on_ranks(4, messages_of_sharded_weights, folder, None) == [["entered"] * 2] * 4
+    for value, said in (
+        (3.0, f"{SHARDED}[0, 0] of its shard is "),
+        (float("nan"), f"{SHARDED} (1 elements on rank 1)"),
+    ):
+        found = on_ranks(4, messages_of_sharded_weights, folder, (3, value))
+        assert all(messages == found[0] for messages in found)
+        assert said in found[0][0]
+        assert all("and 3 on rank 1" in message or "holds NaN" in message for message in found[0])
+
+
+def test_shards_of_fsdp_are_finite(on_ranks, tmp_path):
+    folder = saved(tmp_path, "llama")
+    for value in (3.0, float("nan")):  # no two ranks hold the same part
+        found = on_ranks(2, of_fsdp, folder, (1, value))
+        assert found[0] == found[1]
+        said = [message.startswith(f"{SHARDED} (") and "holds NaN" in message for message in found[0]]
+        assert said == [math.isnan(value)] * 2
+
+
+def of_fsdp(folder, change: tuple[int, float]) -> list[str]:
+    return messages_of_sharded_weights(folder, change, fsdp_size=2)
