@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from hf_context_parallel import cli, train
@@ -196,6 +199,22 @@ def test_recipes_of_several_dimensions_equal_one_process(run, tmp_path, name):
     result = run(*COMMAND, "compare", f"recipes/{name}_cpu.yaml", *changes, *processes)
     assert result.returncode == 0, result.stdout
     assert "The losses are the same" in result.stdout
+
+
+@pytest.mark.exhaustive
+def test_a_run_of_deepspeed_resumes_to_the_same_bits(run, tmp_path):
+    pytest.importorskip("deepspeed", reason="it comes with `pip install -e '.[deepspeed]'`")
+    changes = ["data.max_length=512", "training.max_steps=4", "training.save_strategy=steps", "training.save_steps=2"]
+    weights = []
+    for folder in (tmp_path / "whole", tmp_path / "resumed"):
+        arguments = [*changes, f"training.output_dir={folder}", "training.resume_from_checkpoint=true"]
+        result = run(*COMMAND, "train", "recipes/demo_zero_offload_cpu.yaml", *arguments)
+        assert result.returncode == 0, result.stdout
+        weights.append(load_file(folder / "checkpoint-4" / "model.safetensors"))
+        if folder.name == "whole":
+            shutil.copytree(folder / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    whole, resumed = weights
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.fixture

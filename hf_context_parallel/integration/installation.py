@@ -13,6 +13,7 @@ from .active_batch import ActiveBatch, active_batch, carrying
 from .mixers.native import NativePatch
 from .mixers.recognise import is_native, mixers
 from .mixers.whole_sequences import WholePatch
+from .model_registry import decoder_of
 from .patches.loss import install_balancing_loss
 from .patches.module_patch import BatchPatch, ModulePatch, patch_of
 from .patches.rope import RopePatch, follows_length
@@ -60,19 +61,6 @@ def _install_always(model: PreTrainedModel, group: CPGroup) -> None:
     outermost.replace(model)
     if (decoder := decoder_of(model)) is not model:
         outermost.replace(decoder)
-
-
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the module that holds all layers that mix tokens: the text decoder, or the encoder of an encoder."""
-    decoder = model.get_decoder()
-    if decoder is not model and decoder is not None:
-        return decoder
-    if model.base_model is not model:
-        return model.base_model
-    # The prefix of a few classes names no module of theirs.
-    embeddings = model.get_input_embeddings()
-    inside = (child for child in model.children() if isinstance(child, PreTrainedModel))
-    return next((decoder_of(child) for child in inside if child.get_input_embeddings() is embeddings), model)
 
 
 def carry_batches(model: torch.nn.Module) -> bool:

@@ -225,12 +225,26 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     """Return the number of positions that a model has learned embeddings of, or None."""
     # A vision tower inside the decoder has learned positions too, but fewer of them.
     least = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
-    for name, module in model.get_decoder().named_modules():
+    for name, module in decoder_of(model).named_modules():
         is_of_positions = isinstance(module, torch.nn.Embedding) and LEARNED_POSITIONS.fullmatch(name)
         if is_of_positions and module.num_embeddings >= least:
             before_first = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
             return module.num_embeddings - before_first
     return None
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the module that holds all layers that mix tokens: the text decoder, or the encoder of an encoder."""
+    decoder = model.get_decoder()
+    # That of ModernBERT and of its kin is a layer of the head.
+    if decoder is not model and isinstance(decoder, PreTrainedModel):
+        return decoder
+    if model.base_model is not model:
+        return model.base_model
+    # The prefix of a few classes names no module of theirs.
+    embeddings = model.get_input_embeddings()
+    inside = (child for child in model.children() if isinstance(child, PreTrainedModel))
+    return next((decoder_of(child) for child in inside if child.get_input_embeddings() is embeddings), model)
 
 
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:

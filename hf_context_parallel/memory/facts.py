@@ -150,7 +150,9 @@ def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     Raises:
         ValueError: if there is none.
     """
-    lists = [x for x in (model.get_decoder() or model).modules() if isinstance(x, torch.nn.ModuleList)]
+    decoder = model.get_decoder()  # that of ModernBERT is a layer of the head
+    root = decoder if isinstance(decoder, PreTrainedModel) else model
+    lists = [x for x in root.modules() if isinstance(x, torch.nn.ModuleList)]
     layers = max((x for x in lists if all(isinstance(y, GradientCheckpointingLayer) for y in x)), key=len, default=())
     if not len(layers):
         raise ValueError(

@@ -28,6 +28,8 @@ REPLACED = ".replaced"
 """End of the name of a whole checkpoint that one of the same step takes the place of."""
 TORCH_FILES = (".bin", ".pt", ".pth")
 SHARD = re.compile(r"(.*?)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+LATEST = "latest"
+"""File of DeepSpeed that names the folder of its last state."""
 CARD = "README.md"
 """File of a model that PEFT extends where there is one."""
 
@@ -80,6 +82,9 @@ def _flaw_of_file(file: Path) -> str | None:
         named = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(name for name in named if not (file.parent / name).is_file())
         return f"names {missing[0]}, which is missing" if missing else None
+    if file.name == LATEST:
+        tag = file.read_text(encoding="utf-8").strip()
+        return None if tag and (file.parent / tag).is_dir() else f"names {tag!r}, which is missing"
     if file.suffix == ".distcp" and not (file.parent / ".metadata").is_file():
         return "has no .metadata beside it"
     if file.suffix in TORCH_FILES:

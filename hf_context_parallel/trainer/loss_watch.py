@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..distributed.agreement import agreed_error, gather_numbers, gather_objects
 from ..distributed.mesh import world
-from ..integration.checks.weights import non_finite, refuse_non_finite
+from ..integration.checks.weights import non_finite, numbers_of, refuse_non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,11 @@ class LossWatch(TrainerCallback):
 
     Args:
         steps: the number of steps.
+        explain: a function that raises an error of its own if it knows why the loss is not finite. All ranks call it.
     """
 
-    def __init__(self, steps: int):
-        self._steps = steps
+    def __init__(self, steps: int, explain: Callable[[], None]):
+        self._steps, self._explain = steps, explain
         self._reset()
 
     def _reset(self) -> None:
@@ -56,7 +58,7 @@ class LossWatch(TrainerCallback):
         self._reset()
         model = kwargs.get("model")
         if model is not None:
-            refuse_non_finite(dict(model.named_parameters()), world())
+            refuse_non_finite(numbers_of(model), world())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,7 +89,7 @@ class LossWatch(TrainerCallback):
                 event.synchronize()
             if flag:
                 return True
-        mine = any(map(non_finite, model.parameters()))
+        mine = any(map(non_finite, numbers_of(model).values()))
         return any(gather_numbers(world(), mine)[0])
 
     def on_train_end(
@@ -111,6 +113,7 @@ class LossWatch(TrainerCallback):
         self._since = self._since if self._row else step
         self._row += 1
         if self._row >= self._steps:
+            self._explain()
             raise agreed_error(
                 f"the loss is NaN or infinite since step {self._since}, for {self._row} steps in a row, so nothing is "
                 f"learnt. {_state_of(model)} Look at the learning rate ({args.learning_rate:g}), at the dtype "
@@ -123,7 +126,7 @@ class LossWatch(TrainerCallback):
 
 def _state_of(model: torch.nn.Module | None) -> str:
     """Say which parameters are not finite on any rank, as a sentence. Every rank must call this."""
-    named = list(model.named_parameters()) if model is not None else []
+    named = list(numbers_of(model).items()) if model is not None else []
     mine = {name: count for name, parameter in named if (count := non_finite(parameter))}
     found = dict.fromkeys(name for each in gather_objects(mine, world()) for name in each)
     if not found:

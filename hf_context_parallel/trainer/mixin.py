@@ -107,8 +107,10 @@ class ContextParallelMixin:
         self.add_callback(_SampleCheck(self))
         self._watch = StepWatch(self.args.device)
         self.add_callback(self._watch)
-        self._loss_watch = LossWatch(self._config.nan_steps) if self._config.nan_steps else None
-        if self._loss_watch is not None:
+        self._loss_watch = None
+        if self._config.nan_steps:
+            # The mean over no target is NaN.
+            self._loss_watch = LossWatch(self._config.nan_steps, lambda: self._check_targets(ended=True))
             self.add_callback(self._loss_watch)
         self._scheduler: Scheduler | None = None
         if self._config.dynamic:
@@ -420,14 +422,17 @@ class ContextParallelMixin:
                 "at what filters drop.",
                 world(),
             )
-        self._step_targets.check(gather, self.state.global_step, ended=True)
+        self._check_targets(ended=True)
         self._tr_loss = gather(self._tr_loss).mean()
         return super()._finalize_training(*args, **kwargs)
+
+    def _check_targets(self, ended: bool = False) -> None:
+        self._step_targets.check(gather, self.state.global_step, ended)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._step_state.all_log = True
         if self.state.global_step == 1 or self.control.should_log:
-            self._step_targets.check(gather, self.state.global_step)
+            self._check_targets()
         try:
             with noted(f"logs, evaluation and saving after step {self.state.global_step}"):
                 super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -26,7 +26,7 @@ from ..distributed.mesh import world
 from ..integration.border.parallelize import decoders_of, parallelize
 from ..integration.checks.peft import check_adapters, uses_prefix
 from ..integration.checks.proofs import keep_proof
-from ..integration.checks.weights import refuse_non_finite
+from ..integration.checks.weights import numbers_of, refuse_non_finite
 from ..integration.model_registry import outermost_models, transformers_model
 from ..integration.patches.rope import follows_length
 from ..integration.switches import allow_unchecked_models, several_tiles
@@ -77,7 +77,7 @@ def verify(model: torch.nn.Module, cp: ContextParallel) -> list[Difference]:
     error = _first_error(differences)
     [differs] = gather_numbers(world(), error is not None)
     if any(differs):  # which NaN in the weights explains
-        refuse_non_finite(dict(model.named_parameters()), world())
+        refuse_non_finite(numbers_of(model), world())
     with collective(world()):
         if error is not None:
             raise error

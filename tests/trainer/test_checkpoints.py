@@ -74,6 +74,14 @@ def test_a_checkpoint_of_fsdp_needs_its_metadata(tmp_path):
     assert flaw_of(folder) is None
 
 
+def test_a_checkpoint_of_deepspeed_needs_its_state(tmp_path):
+    folder = make_checkpoint(tmp_path / "checkpoint-4")
+    (folder / "latest").write_text("global_step4")
+    assert "names 'global_step4', which is missing" in flaw_of(folder)
+    (folder / "global_step4").mkdir()
+    assert flaw_of(folder) is None
+
+
 def test_a_checkpoint_that_was_whole_when_its_run_was_killed_gets_its_place(tmp_path):
     before = make_checkpoint(tmp_path / "checkpoint-3", step=3)
     (before / "of_an_earlier_run").touch()

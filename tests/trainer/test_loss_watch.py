@@ -103,7 +103,7 @@ def test_a_run_goes_on(on_ranks, tmp_path, broken, settings):
 
 
 def test_the_end_of_a_run_warns_of_a_broken_loss(caplog):
-    watch, state = LossWatch(3), TrainerState(global_step=1)
+    watch, state = LossWatch(3, lambda: None), TrainerState(global_step=1)
     watch.see(torch.tensor(float("inf")))
     watch.on_step_end(None, state, TrainerControl())
     with caplog.at_level(logging.WARNING):

@@ -12,7 +12,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_context_parallel import ContextParallelTrainer
+from hf_context_parallel import ContextParallelConfig, ContextParallelTrainer
 from tests.helpers.models import tiny_model
 
 GOOD = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 40
@@ -41,7 +41,7 @@ def masked_at_first(samples, calls=[]):  # noqa: B006
     return masked(samples) if len(calls) == 1 else default_data_collator(samples)
 
 
-def train(folder, data, collator=default_data_collator, steps=2, loss=None, rows=2):
+def train(folder, data, collator=default_data_collator, steps=2, loss=None, rows=2, settings=None):
     args = TrainingArguments(
         folder,
         use_cpu=True,
@@ -53,7 +53,7 @@ def train(folder, data, collator=default_data_collator, steps=2, loss=None, rows
         disable_tqdm=True,
     )
     model = tiny_model("llama", "context_parallel")
-    trainer = ContextParallelTrainer(model, args, collator, data, compute_loss_func=loss)
+    trainer = ContextParallelTrainer(model, args, collator, data, compute_loss_func=loss, context_parallel=settings)
     trainer.train()
     return trainer.state.global_step
 
@@ -76,10 +76,13 @@ def test_data_that_cannot_be_learnt_is_refused_before_the_first_step(tmp_path, d
         train(tmp_path, Dataset.from_list(data) if as_table else data, collator)
 
 
-@pytest.mark.parametrize(("steps", "first"), [(2, 2), pytest.param(20, 12, marks=pytest.mark.exhaustive)])
-def test_training_ends_if_no_step_has_a_target(tmp_path, steps, first, caplog):
+@pytest.mark.parametrize(
+    ("steps", "nan_steps", "first"), [(2, 3, 2), (20, 3, 4), pytest.param(20, None, 12, marks=pytest.mark.exhaustive)]
+)
+def test_training_ends_if_no_step_has_a_target(tmp_path, steps, nan_steps, first, caplog):
+    """The loss of a step without a target is NaN, which is read one step late."""
     with pytest.raises(ValueError, match=f"none of the first {first} steps had a target on any rank"):
-        train(tmp_path, GOOD, masked, steps)
+        train(tmp_path, GOOD, masked, steps, settings=ContextParallelConfig(nan_steps=nan_steps))
     assert "Step 1 and the 0 before it had no target" in caplog.text
 
 

@@ -25,7 +25,7 @@ from ...distributed.failures import FailureReport
 from ...distributed.host import Twin, on_host
 from ..checks.media import explained
 from ..checks.model import has_forward_of, stock_class
-from ..installation import decoder_of
+from ..model_registry import decoder_of
 from ..outer_call import OuterCall, in_call, outer_call
 from ..patches.module_patch import ModulePatch, by_name, has_hooks
 from .deferred_logits import DeferredLogits, Tokens

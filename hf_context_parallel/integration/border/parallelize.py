@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from ...compat import attention_name
 from ..checks.model import check_decoder, stock_class
 from ..checks.peft import check_loss_of_tuners
-from ..installation import decoder_of, install
-from ..model_registry import NAME, models_inside, outermost_models
+from ..installation import install
+from ..model_registry import NAME, decoder_of, models_inside, outermost_models
 from ..patches.module_patch import patch_of
 from ..tensor_parallel.checks import check_parallelism
 from ..towers.shared import share_towers

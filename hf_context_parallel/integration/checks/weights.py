@@ -34,14 +34,23 @@ NONE = torch.iinfo(torch.int64).min
 Items = TypeVar("Items", torch.Tensor, Sequence[str])
 
 
+def numbers_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of a model by name, without those of bitsandbytes that pack numbers of four bits.
+
+    For FSDP these have a floating dtype, in which their bits may look like NaN.
+    """
+    packed = {module.weight for module in model.modules() if hasattr(module, "quant_state")}
+    return {name: parameter for name, parameter in model.named_parameters() if parameter not in packed}
+
+
 def compared_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters of a model by name.
+    """Return the parameters of a model that ranks compare, by name.
 
     There are none where FSDP1 wraps a module, since each rank then holds its own part.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return {}
-    return dict(model.named_parameters())
+    return numbers_of(model)
 
 
 def sampled_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ..model_registry import MAKES_POSITIONS, SHORT_CONVOLUTIONS, WHOLE_MODELS, is_called, sees_whole
+from ..model_registry import MAKES_POSITIONS, SHORT_CONVOLUTIONS, WHOLE_MODELS, decoder_of, is_called, sees_whole
 from .token_functions import CONVOLUTION, SCANS, token_functions
 
 
@@ -22,8 +22,7 @@ def is_native(module: torch.nn.Module) -> bool:
 def mixers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the modules that mix tokens by other means than the attention interface. None is inside another."""
     if isinstance(model, PreTrainedModel):
-        decoder = model.get_decoder()
-        decoder = model.base_model if decoder is model or decoder is None else decoder
+        decoder = decoder_of(model)
         if not WHOLE_MODELS.isdisjoint((model.config.model_type, decoder.config.model_type)):
             return [decoder]
     found: list[torch.nn.Module] = []

@@ -21,6 +21,7 @@ from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from ...distributed.mesh import Ranks
 from ..active_batch import ActiveBatch
+from ..model_registry import decoder_of
 from ..patches.module_patch import BatchPatch
 from .plan_styles import styles_of
 from .replicated import SUMMED, SumGradients, summed_gradients
@@ -175,7 +176,7 @@ def parts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str]]:
         ValueError: naming the module of the model, or the entry of its plan, that does not fit.
     """
     styles = styles_of(model)
-    decoder = model.base_model if model.get_decoder() is model else model.get_decoder()
+    decoder = decoder_of(model)
     layers, norms = [], []
     for name, child in decoder.named_children():
         if isinstance(child, torch.nn.ModuleList) and all(isinstance(x, GradientCheckpointingLayer) for x in child):
