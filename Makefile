@@ -8,7 +8,7 @@ TORCH_INDEX_URL ?=
 
 BIN := .venv/bin
 # Two processes run the tests, a file at a time: each starts up to four ranks, which a core or two keep busy.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+IN_PARALLEL := -n 2 --dist loadfile
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 # The oldest versions that setup.cfg admits, as pip takes them.
@@ -29,14 +29,14 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
 test: lint  ## lint, all tests but the exhaustive ones, and the lines that they reached
-	$(PYTEST) tests -m "not exhaustive and not versions" $(COVERAGE)
+	$(BIN)/pytest tests $(IN_PARALLEL) -m "not exhaustive and not versions" $(COVERAGE)
 
 test-unit: .venv  ## the tests that start no processes, the first case of each: within a minute
 	QUICK_TESTS=1 $(BIN)/pytest tests -m "not distributed and not cuda and not exhaustive and not versions"
 
 test-all: lint  ## lint and all tests, those with DeepSpeed too
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,deepspeed]'
-	$(PYTEST) tests
+	$(BIN)/pytest tests $(IN_PARALLEL)
 
 # Torch alone stays that of constraints.txt: where no index of CPU builds is named, a newer one brings gigabytes of CUDA.
 test-newest:  ## a sample of all tests, with the newest versions that the package index serves
@@ -44,7 +44,7 @@ test-newest:  ## a sample of all tests, with the newest versions that the packag
 	.venv-newest/bin/python -m pip install $(TORCH_INDEX) $(TORCH)
 	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager $(TORCH) -e '.[test]'
 	.venv-newest/bin/python -m pip freeze | grep -E '^(accelerate|datasets|peft|torch|transformers)=='
-	.venv-newest/bin/pytest -n 2 --dist loadfile $(OF_VERSIONS) -m "not exhaustive"
+	.venv-newest/bin/pytest $(IN_PARALLEL) $(OF_VERSIONS) -m "not exhaustive"
 
 # NumPy's oldest has no build for a Python newer than 3.12.
 test-oldest:  ## the same sample, with the oldest versions that setup.cfg admits
@@ -52,7 +52,7 @@ test-oldest:  ## the same sample, with the oldest versions that setup.cfg admits
 	.venv-oldest/bin/python -m pip install $(TORCH_INDEX) $(filter torch==%,$(OLDEST))
 	.venv-oldest/bin/python -m pip install $(OLDEST) -e '.[test]'
 	.venv-oldest/bin/python -m pip freeze | grep -E '^(accelerate|datasets|peft|torch|transformers)=='
-	.venv-oldest/bin/pytest -n 2 --dist loadfile $(OF_VERSIONS) -m "not exhaustive"
+	.venv-oldest/bin/pytest $(IN_PARALLEL) $(OF_VERSIONS) -m "not exhaustive"
 
 lint: .venv  ## what ruff and mypy say
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from hf_context_parallel.recipe.errors import RecipeError
 from hf_context_parallel.recipe.images import draw_pages
 from hf_context_parallel.recipe.model import BYTES, load_config, load_tokenizer
 from hf_context_parallel.recipe.schema import BITSANDBYTES, DataSection, ModelSection, Recipe
-from hf_context_parallel.recipe.trl_columns import TrlColumns
+from hf_context_parallel.recipe.trl_columns import PAIRS, TrlColumns
 from hf_context_parallel.verification.types.tiny import UNSTATED, with_small_sizes
 
 MAX_LENGTH = 128
@@ -25,7 +25,7 @@ COLUMNS_OF = {
     "grpo": ("prompt",),
     "rloo": ("prompt",),
 }
-"""Columns of the data of trainers of TRL other than `sft`. The rest have `prompt`, `chosen` and `rejected`."""
+"""Columns of the data of trainers of TRL other than `sft`. The rest have `PAIRS`."""
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -141,9 +141,7 @@ def made_up_documents(
     """Make a few documents of more than `MAX_LENGTH` tokens, in the format and the columns of the recipe."""
     text = "A dry run reads none of the recipe's data. " * 16
     if trl is not None:
-        columns = (
-            (trl.text,) if trl.trainer == "sft" else COLUMNS_OF.get(trl.trainer, ("prompt", "chosen", "rejected"))
-        )
+        columns = {"sft": (trl.text,), **COLUMNS_OF}.get(trl.trainer, PAIRS)
         return Dataset.from_list([{name: _entry(name, text, number) for name in columns} for number in range(32)])
     if section.format == "chat":
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE

@@ -11,8 +11,18 @@ from hf_context_parallel.recipe.errors import RecipeError
 
 TEXT = "text"
 """Column of the texts of `sft`. `training.dataset_text_field` names another."""
-ONE_OF = {
-    "sft": ("messages", "conversations", "prompt", "input_ids"),
+PAIRS = ("prompt", "chosen", "rejected")
+READ = {
+    "dpo": PAIRS,
+    "orpo": PAIRS,
+    "cpo": PAIRS,
+    "reward": (*PAIRS, "chosen_input_ids", "rejected_input_ids", "chosen_ids", "rejected_ids"),
+    "kto": (*PAIRS, "completion"),
+    "grpo": ("prompt",),
+    "rloo": ("prompt",),
+}
+"""Columns that trainers read."""
+NEEDED = {
     "dpo": ("chosen",),
     "orpo": ("chosen",),
     "cpo": ("chosen",),
@@ -21,11 +31,9 @@ ONE_OF = {
     "grpo": ("prompt",),
     "rloo": ("prompt",),
 }
-"""Columns of which the data of a trainer have at least one, beside the texts of `sft`."""
-EITHER = ("prompt", "completion", "chosen", "rejected")
-"""Columns that hold a text or a chat."""
-TOKENS = ("input_ids", "chosen_input_ids", "rejected_input_ids", "chosen_ids", "rejected_ids")
-"""Columns that hold token ids."""
+"""Columns of which the data have at least one."""
+OF_SFT = (("input_ids", LABELS), ("prompt", "completion"), ("messages",), ("conversations",))
+"""Columns that `sft` reads in place of a text: the first of these of which a document has the first column."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,17 @@ class TrlColumns:
     text: str = TEXT
 
     @property
-    def one_of(self) -> tuple[str, ...]:
+    def needed(self) -> tuple[str, ...]:
         """The columns of which the data have at least one."""
-        return (*ONE_OF[self.trainer], *([self.text] if self.trainer == "sft" else []))
+        if self.trainer == "sft":
+            return ("messages", "conversations", self.text, "prompt", "input_ids")
+        return NEEDED[self.trainer]
+
+    def read_of(self, document: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the columns that the trainer reads of a document."""
+        if self.trainer == "sft":
+            return next((columns for columns in OF_SFT if columns[0] in document), (self.text,))
+        return READ[self.trainer]
 
     def check_names(self, names: list[str], where: str) -> None:
         """Refuse columns of which the trainer can read none.
@@ -51,10 +67,10 @@ class TrlColumns:
         Raises:
             RecipeError: naming the file or the line, its columns, and those that are needed.
         """
-        if not {*self.one_of} & {*names}:
+        if not {*self.needed} & {*names}:
             raise RecipeError(
                 f"data: {where} has the columns {', '.join(names)}, and trainer={self.trainer!r} needs "
-                f"{' or '.join(self.one_of)}. Rename a column."
+                f"{' or '.join(self.needed)}. Rename a column."
             )
 
     def check_document(self, document: Mapping[str, Any], where: str) -> None:
@@ -64,19 +80,21 @@ class TrlColumns:
             RecipeError: naming the document and the wrong value.
         """
         given = {name: value for name, value in document.items() if value is not None}
-        if not {*self.one_of} & {*given}:
+        if not {*self.needed} & {*given}:
             self.check_names([*document], where)
-            name = next(name for name in self.one_of if name in document)
+            name = next(name for name in self.needed if name in document)
             raise RecipeError(f"data: {where} has a null in the column {name!r}. Correct or remove it.")
-        for name, value in given.items():
-            if name == self.text and self.trainer == "sft":
-                check_content(value, "text", name, where)
-            elif name in TOKENS:
-                check_content(value, "tokens", name, where)
-            elif name == "messages" or name in EITHER:
-                chat = name == "messages" or isinstance(value, list)
-                check_content(value, "chat" if chat else "text", name, where)
-        ids, labels = given.get("input_ids"), given.get(LABELS)
-        if self.trainer == "sft" and ids is not None and labels is not None:
-            check_content(labels, "tokens", LABELS, where)
-            check_lengths(ids, labels, where)
+        read = self.read_of(given)
+        for name in read:
+            if name in given and name != "conversations":  # which have keys of their own
+                check_content(given[name], self._form(name, given[name]), name, where)
+        if {"input_ids", LABELS} <= {*read} & {*given}:
+            check_lengths(given["input_ids"], given[LABELS], where)
+
+    def _form(self, column: str, content: Any) -> str:
+        """Return the format that a column has: a text or a chat where it may be either."""
+        if column.endswith("_ids") or column == LABELS:
+            return "tokens"
+        if column == "messages" or (isinstance(content, list) and (self.trainer != "sft" or column != self.text)):
+            return "chat"
+        return "text"

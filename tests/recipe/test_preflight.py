@@ -112,7 +112,7 @@ def test_labels_are_as_many_as_ids(recipe):
 @pytest.mark.parametrize(
     ("trainer", "row", "said"),
     [
-        ("sft", {"body": "a"}, "has the columns body, and trainer='sft' needs messages or conversations or prompt"),
+        ("sft", {"body": "a"}, "has the columns body, and trainer='sft' needs messages or conversations or text"),
         ("sft", {"text": None}, "line 2 of {file} has a null in the column 'text'"),
         ("sft", {"text": 5}, "line 2 of {file} has 5 (int) in place of a text in the column 'text'"),
         ("sft", {"messages": [{"content": "a"}]}, "has message 1, {{'content': 'a'}} (dict), without a role"),
@@ -138,7 +138,9 @@ def test_documents_of_trl_are_looked_at(recipe, trainer, row, said):
         (["trainer=sft"], {"messages": [{"role": "user", "content": "a"}], "text": None}),
         (["trainer=sft"], {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}),
         (["trainer=sft", "training.dataset_text_field=body"], {"body": "a"}),
+        (["trainer=sft"], {"messages": [{"role": "user", "content": "a"}], "text": 5, "completion": 1}),
         (["trainer=kto"], {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        (["trainer=dpo"], {"chosen": "b", "rejected": "c", "completion": 5, "input_ids": "unread"}),
     ],
 )
 def test_columns_that_trl_reads_pass(recipe, overrides, row):
