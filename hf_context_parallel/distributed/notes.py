@@ -6,11 +6,13 @@ every few seconds. All ranks note the same things in the same order, so the rank
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import re
 import socket
-import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -171,18 +173,34 @@ def _status(note: Note) -> str | None:
 
 def _place(thread: int) -> tuple[str, bool]:
     """Return where a thread is, in code of the user if it is called by such code, and whether it waits for ranks."""
-    innermost = frame = sys._current_frames().get(thread)
-    waits, found = False, None
-    while frame is not None:
-        file = frame.f_code.co_filename
-        waits = waits or f"torch{os.sep}distributed{os.sep}" in file or file.endswith(_OF_MESSAGES)
-        if found is None and not file.startswith(_installed()):
-            found = frame
-        frame = frame.f_back
-    found = found or innermost
-    return (f"{found.f_code.co_filename}:{found.f_lineno} in {found.f_code.co_name}" if found else ""), waits
+    frames = _frames(thread)
+    waits = any(f"torch{os.sep}distributed{os.sep}" in file or file.endswith(_OF_MESSAGES) for file, _, _ in frames)
+    found = next((frame for frame in frames if not frame[0].startswith(_installed())), frames[0] if frames else None)
+    return (f"{found[0]}:{found[1]} in {found[2]}" if found else ""), waits
 
 
+def _frames(thread: int) -> list[tuple[str, str, str]]:
+    """List file, line and function of the innermost 100 frames of a thread, the innermost first.
+
+    `faulthandler` reads them at once and makes no object. The frames of `sys._current_frames` are objects of a thread
+    that runs on: to make them may collect garbage, whose finalizers let that thread go on, and Python 3.11 then writes
+    to frames that are gone.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            text = file.read().decode("ascii", "replace")
+    except OSError:  # no room for a temporary file
+        return []
+    threads = _THREAD.split(text)  # what is before the first, then a number and the lines of each
+    lines = {int(number, 16): lines for number, lines in zip(threads[1::2], threads[2::2])}
+    return _FRAME.findall(lines.get(thread, ""))
+
+
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+) .*\n", re.MULTILINE)
+_FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$', re.MULTILINE)
+"""Lines of `faulthandler`."""
 _OF_MESSAGES = (f"distributed{os.sep}shared_memory.py", f"distributed{os.sep}messages.py")
 
 

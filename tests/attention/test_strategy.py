@@ -94,11 +94,11 @@ def test_gathering_takes_two_calls_and_merges_nothing(case):
         queries = [row for call in gathered.calls for start, stop in call.queries for row in range(start, stop)]
         bands = len({call.band for call in gathered.calls})
         gaps = any(len(document) > 1 for row in mask.rows for document in row)
-        if not (gaps and mask.pattern.sliding_window):
-            assert len(queries) == len(set(queries))
         if mask.pattern.sliding_window is None:
             assert len(gathered.calls) <= 2
-        assert len(gathered.calls) <= 2 * max(1, bands)
+        if not (gaps and mask.pattern.sliding_window):  # padding inside moves the window of what follows
+            assert len(queries) == len(set(queries))
+            assert len(gathered.calls) <= 2 * max(1, bands)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, exhaustive(torch.float64)])
