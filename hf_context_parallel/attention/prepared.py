@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..distributed.buffers import new_buffer
-from ..distributed.messages import Message
+from ..distributed.messages import Exchange, Message, new_landing
 from ..distributed.rows import Rows, cut
 from ..planning.plan import Plan, Transfer
 from ..planning.portions import portions_of
@@ -21,9 +21,11 @@ class Parcels:
 
     Args:
         transfers: the messages, as the plan describes them, in the order in which they are posted.
+        rank: this rank. Messages to itself are copied.
     """
 
-    def __init__(self, transfers: Sequence[Transfer]):
+    def __init__(self, transfers: Sequence[Transfer], rank: int):
+        self._rank = rank
         self.peers = [transfer.peer for transfer in transfers]
         self.rows = [Rows.of_runs(transfer.rows) for transfer in transfers]
         self._sizes = [len(rows) for rows in self.rows]
@@ -33,12 +35,14 @@ class Parcels:
         """Messages to send: views of the buffer where their rows are one run."""
         return [(peer, rows.of(buffer) if run is None else cut(buffer, run)) for peer, run, rows in self._parcels]
 
-    def apart(self, like: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Allocate memory for messages that arrive, with rows like those of a buffer."""
-        if not self.peers:
-            return ()
-        memory = new_buffer(like, sum(self._sizes), *like.shape[1:])
-        return (memory,) if len(self.peers) == 1 else memory.split_with_sizes(self._sizes)
+    def apart(self, exchange: Exchange, like: torch.Tensor) -> list[torch.Tensor]:
+        """Make a tensor for each message that arrives, with rows like those of a buffer."""
+        return [
+            new_buffer(like, size, *like.shape[1:])
+            if peer == self._rank
+            else new_landing(exchange, like, size, *like.shape[1:])
+            for peer, size in zip(self.peers, self._sizes)
+        ]
 
 
 class Arrivals:
@@ -46,9 +50,11 @@ class Arrivals:
 
     Args:
         transfers: the messages, in the order in which they are posted.
+        rank: this rank. Messages to itself are copied.
     """
 
-    def __init__(self, transfers: Sequence[Transfer]):
+    def __init__(self, transfers: Sequence[Transfer], rank: int):
+        self._is_one = len(transfers) == 1 and transfers[0].peer != rank
         scattered = [transfer.rows for transfer in transfers if len(transfer.rows) > 1]
         self._apart = Rows.of_runs([run for rows in scattered for run in rows]) if scattered else None
         self._landings: list[tuple[int, slice, bool]] = []
@@ -60,11 +66,29 @@ class Arrivals:
             self._landings.append((transfer.peer, slice(start, stop), lands_apart))
             offset += transfer.tokens if lands_apart else 0
 
-    def landings(self, buffer: torch.Tensor) -> tuple[list[Message], torch.Tensor | None]:
-        """Return where each message lands: rows of the buffer, or rows of a second tensor, which is returned too."""
-        apart = buffer if self._apart is None else new_buffer(buffer, len(self._apart), *buffer.shape[1:])
-        found = [(peer, cut(apart if aside else buffer, rows)) for peer, rows, aside in self._landings]
-        return found, None if self._apart is None else apart
+    def landings(
+        self, exchange: Exchange, like: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, list[Message], torch.Tensor | None]:
+        """Make a buffer of `tokens` rows like those of a tensor, and a second one for messages that land apart.
+
+        Either is one of `new_landing` if one message fills it.
+
+        Returns:
+            The buffer, where each message lands, and the second buffer or None.
+        """
+
+        def made(rows: int, is_filled_by_one: bool) -> torch.Tensor:
+            shape = rows, *like.shape[1:]
+            return new_landing(exchange, like, *shape) if is_filled_by_one else new_buffer(like, *shape)
+
+        if self._apart is None:
+            buffer, apart = made(tokens, self._is_one and self._landings[0][1] == slice(0, tokens)), None
+        else:
+            buffer, apart = made(tokens, False), made(len(self._apart), self._is_one)
+        found = [
+            (peer, cut(buffer if apart is None or not aside else apart, rows)) for peer, rows, aside in self._landings
+        ]
+        return buffer, found, apart
 
     def rows(self) -> list[Rows]:
         """All rows whose numbers are kept."""
@@ -157,12 +181,12 @@ def _prepared(plan: Plan) -> PreparedPlan:
             number=number,
             tokens=step.tokens,
             calls=step.calls,
-            receives=Arrivals(step.receives),
-            forwards=Parcels(step.forwards),
-            direct_sends=Parcels(step.direct_sends),
+            receives=Arrivals(step.receives, plan.rank),
+            forwards=Parcels(step.forwards, plan.rank),
+            direct_sends=Parcels(step.direct_sends, plan.rank),
             is_empty=not (step.tokens or step.forwards or step.direct_sends),
             keys=Places(portions_of([call.key_runs for call in step.calls], step.tokens)),
-            sums=_sum_messages(step.grad_sends, joined, step.grad_returns),
+            sums=_sum_messages(plan.rank, step.grad_sends, joined, step.grad_returns),
         )
         for number, (step, joined) in enumerate(zip(plan.steps, [*after, ()]))
     ]
@@ -176,5 +200,5 @@ def _prepared(plan: Plan) -> PreparedPlan:
     )
 
 
-def _sum_messages(*transfers: Sequence[Transfer]) -> SumMessages | None:
-    return SumMessages(*map(Parcels, transfers)) if any(transfers) else None
+def _sum_messages(rank: int, *transfers: Sequence[Transfer]) -> SumMessages | None:
+    return SumMessages(*(Parcels(each, rank) for each in transfers)) if any(transfers) else None

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..distributed.buffers import new_buffer
-from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype, in_flight
+from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype, in_flight, new_message
 from ..distributed.rows import Rows
 from ..distributed.side_stream import GradientStream
 from ..planning.plan import Plan
@@ -98,7 +98,8 @@ class _Attention(torch.autograd.Function):
         ctx.is_exchanged = shared is None or record is None
         with _without_autocast(query):
             query = query.contiguous()
-            key_value = torch.cat([key, value], dim=-1)  # so that a transfer takes one message instead of two
+            # A transfer takes one message instead of two.
+            key_value = _packed(key, value, means.exchange if shared is None and means.plan.travels else None)
             if record is not None and record.is_kept:
                 output, lse = record.kept()
                 ctx.save_for_backward(query, key_value, sinks, output, lse)
@@ -160,6 +161,15 @@ def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def _packed(key: torch.Tensor, value: torch.Tensor, exchange: Exchange | None) -> torch.Tensor:
+    """Join keys and values, `[T, H_kv, D + D_v]`, in memory for messages unless the exchange is None."""
+    if exchange is None:
+        return torch.cat([key, value], dim=-1)
+    packed = new_message(exchange, key, *key.shape[:2], key.shape[2] + value.shape[2])
+    torch.cat([key, value], dim=-1, out=packed)
+    return packed
+
+
 def _forward(
     query: torch.Tensor,
     key_value: torch.Tensor,
@@ -215,7 +225,7 @@ def _backward(
             if number and not step.tokens:
                 sums.follow(step, None)
                 continue
-            grad_keys = _KeySums(step, key_value, key_dim, plan.travels)
+            grad_keys = _KeySums(step, key_value, key_dim, plan.travels, exchange)
             for index, call in enumerate(step.calls):
                 key, value = _split(keys, key_dim)
                 arguments = grad_output, query, key, value, output, lse, call, scores.of(number, index)
@@ -261,7 +271,7 @@ class _TravellingSums:
             return
         self._number = number
         with self._stream, span("backward", "send sums", number):
-            joined, returned = messages.joined.apart(own), messages.returned.apart(own)
+            joined, returned = messages.joined.apart(exchange, own), messages.returned.apart(exchange, own)
             receives = [*zip(messages.joined.peers, joined), *zip(messages.returned.peers, returned)]
             sends = [] if self._leaving is None else messages.sends.taken(self._leaving)
             pending = _post(exchange, self._plan, sends, receives)
@@ -301,7 +311,7 @@ def _exchanged(
     hold scattered rows, these land in a fourth one. Around this generator `enumerate` would keep one more, since it
     frees an item only when it has the next one.
     """
-    held, shape = own, own.shape[1:]
+    held = own
     for step, upcoming in plan.steps:
         if upcoming is None:
             yield step, held
@@ -312,8 +322,7 @@ def _exchanged(
             continue
         number = step.number
         with span(direction, "send", number):
-            arriving = new_buffer(own, upcoming.tokens, *shape)
-            landings, apart = upcoming.receives.landings(arriving)
+            arriving, landings, apart = upcoming.receives.landings(exchange, own, upcoming.tokens)
             sends = upcoming.forwards.taken(held) + upcoming.direct_sends.taken(own)
             pending = _post(exchange, plan, sends, landings)
             del sends, landings  # else they would keep keys alive when buffers of later steps are allocated
@@ -362,11 +371,14 @@ class _KeySums:
 
     Args:
         like: keys/values of any step.
+        travels: True if keys of any step travel.
+        exchange: the exchange that sends the sums of steps whose keys are those of other ranks.
     """
 
-    def __init__(self, step: PreparedStep, like: torch.Tensor, key_dim: int, travels: bool):
+    def __init__(self, step: PreparedStep, like: torch.Tensor, key_dim: int, travels: bool, exchange: Exchange):
         self._places, self._tokens, self._like, self._key_dim = step.keys, step.tokens, like, key_dim
         self._adds = travels or step.keys.most > 1
+        self._exchange = exchange if step.sums is not None and step.sums.sends.peers else None
         self._total: torch.Tensor | None = None
         self._sums: list[Sum] = []
 
@@ -387,5 +399,9 @@ class _KeySums:
         return self._allocate(accumulation_dtype(self._like.dtype)) if self._total is None else self._total
 
     def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
-        total = new_buffer(self._like, self._tokens, *self._like.shape[1:], dtype=dtype)
+        shape = self._tokens, *self._like.shape[1:]
+        if self._exchange is None:
+            total = new_buffer(self._like, *shape, dtype=dtype)
+        else:
+            total = new_message(self._exchange, self._like, *shape, dtype=dtype)
         return total if self._places.complete else total.zero_()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils import dlpack
 
 from .agreement import gather_numbers
+from .buffers import new_buffer
 from .leases import CLOSED
 from .mesh import Ranks
 
@@ -38,7 +39,10 @@ class Pending:
         self._buffers = buffers
 
     def wait(self) -> None:
-        """Wait until received tensors can be read and sent tensors overwritten (on CUDA: by the current stream)."""
+        """Wait until received tensors can be read and sent tensors overwritten (on CUDA: by the current stream).
+
+        Tensors made by `new_message` are never overwritten.
+        """
         for work in self._works:
             work.wait()
         self._works = self._buffers = ()
@@ -51,6 +55,15 @@ class Exchange(Protocol):
     """
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending: ...
+
+
+@runtime_checkable
+class SharesMemory(Protocol):
+    """Exchange whose messages can be made, and read, in memory that ranks share."""
+
+    def lend(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Make a tensor with unspecified values that is sent without a copy, or return None."""
+        ...
 
 
 @runtime_checkable
@@ -154,7 +167,7 @@ class CheckedExchange:
     """
 
     def __init__(self, exchange: Exchange, size: int):
-        self._exchange = exchange
+        self.carrier = exchange
         self._sent, self._received = [0] * size, [0] * size
         self._left: list[Pending] = []
         self.interrupted = False
@@ -170,11 +183,11 @@ class CheckedExchange:
         for counts, messages in ((self._sent, sends), (self._received, receives)):
             for peer, _ in messages:
                 counts[peer] += 1
-        return self._exchange.post(sends, receives)
+        return self.carrier.post(sends, receives)
 
     def close(self) -> None:
         """Send nothing any more, and end the connections of shared memory."""
-        exchange, self._exchange = self._exchange, ClosedExchange()
+        exchange, self.carrier = self.carrier, ClosedExchange()
         self._left.clear()
         if isinstance(exchange, Closable):
             exchange.close()
@@ -235,15 +248,68 @@ class in_flight:
         return pending
 
     def _interrupt(self) -> None:
-        exchange = self.exchange
-        while isinstance(exchange, (Subset, in_flight)):
-            exchange = exchange.exchange
+        exchange = _checked(self.exchange)
         if isinstance(exchange, CheckedExchange):
             exchange.interrupt(self._posted)
             return
         for pending in self._posted:
             with suppress(Exception):  # the error of the block is raised
                 pending.wait()
+
+
+def _checked(exchange: Exchange) -> Exchange:
+    """Exchange of the whole group, behind those of a block and of a subgroup."""
+    while isinstance(exchange, (Subset, in_flight)):
+        exchange = exchange.exchange
+    return exchange
+
+
+def _sharing(exchange: Exchange, like: torch.Tensor) -> SharesMemory | None:
+    """Exchange that carries the messages, if it shares memory for tensors on the device of `like`."""
+    if not like.is_cpu:
+        return None
+    carrier = _checked(exchange)
+    if isinstance(carrier, CheckedExchange):
+        carrier = carrier.carrier
+    return carrier if isinstance(carrier, SharesMemory) else None
+
+
+def shares_memory(exchange: Exchange, like: torch.Tensor) -> bool:
+    """Return True if messages like a tensor may lie in memory that ranks share."""
+    return _sharing(exchange, like) is not None
+
+
+def new_message(exchange: Exchange, like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Make a tensor with unspecified values, of which runs of rows are sent.
+
+    It is filled before the first of them is posted, and never written again, even when that has been waited for: other
+    ranks may read it where it lies.
+
+    Args:
+        exchange: the exchange that sends them.
+        like: tensor whose device it is on.
+        dtype: its dtype; that of `like` unless given.
+    """
+    dtype = like.dtype if dtype is None else dtype
+    sharing = _sharing(exchange, like)
+    lent = None if sharing is None else sharing.lend(shape, dtype)
+    return new_buffer(like, *shape, dtype=dtype) if lent is None else lent
+
+
+def new_landing(exchange: Exchange, like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Make a tensor for one message that `exchange` receives, which is read and never written.
+
+    It has no memory until that is waited for, if it can lie where the sender has made the message. So it has no views
+    until then.
+
+    Args:
+        like: tensor whose device and dtype it has.
+    """
+    if not shares_memory(exchange, like):
+        return new_buffer(like, *shape)
+    landing = like.new_empty(shape)
+    landing.untyped_storage().resize_(0)
+    return landing
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,26 +1,26 @@
 """Messages between ranks of one machine through shared memory, for tensors on the CPU.
 
 Gloo sends such messages through TCP: cores copy them in pieces into the kernel and out of it, and threads of gloo wake
-up for each piece. Here the sender copies a tensor once into memory that both ranks have mapped, and the receiver
-copies it out once.
+up for each piece. Here messages lie in memory of the sender that other ranks have mapped (`OwnBlocks`). A tensor made
+there (`new_message`) is sent without a copy, and any other is copied there once. The receiver copies a message out, or
+reads it where it lies if its tensor has no memory of its own (`new_landing`).
 
-Each pair of ranks has a Unix socket for control packets, which also carries the descriptors of memory files. These are
-made by `memfd_create`: they need no space in /dev/shm, and no name that a dead rank would leave behind. Packets say
-that memory is filled or free. Flags in the shared memory could say so too, but a socket blocks in the kernel, orders
-the accesses of two cores to memory, and ends when the peer dies.
+Each pair of ranks has a Unix socket for control packets, which also carries the descriptors of memory files. Packets
+say that memory holds a message, or has been read. Flags in the shared memory could say so too, but a socket blocks in
+the kernel, orders the accesses of two cores to memory, and ends when the peer dies.
 
-- Posting waits for no peer, since two ranks that post to each other could wait forever. If no memory of the pair is
-  free, more is made. Packets that a socket has no room for are queued by the sender.
+- Posting waits for no peer, since two ranks that post to each other could wait forever. If no memory is free, more is
+  made. Packets that a socket has no room for are queued by the sender.
 - A waiting rank polls all its sockets, takes in what has arrived on any of them, and sends what is queued. So it holds
   up no rank but by its own messages.
-- Memory is free again when the receiver has copied the message out of it. `IdleBlocks` bounds what is kept for later.
+- The receiver says that it has read a message when it has copied it, or when no tensor lies in it any more. It says
+  the latter with its next message or wait, since tensors may be freed at any moment, by any thread.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import secrets
 import select
@@ -34,25 +34,27 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet, finalize
 
 import torch
 import torch.distributed as dist
 
 from .agreement import gather_numbers
-from .buffers import IdleBlocks, capacity_for
+from .buffers import PAGE
 from .mesh import Ranks
 from .messages import Exchange, GroupExchange, Message, Pending, Work
 from .process_groups import timeout_of_world
+from .shared_blocks import Block, OwnBlocks, bytes_of, has_no_memory, lease, leave, map_file
 
 logger = logging.getLogger(__name__)
 
-MESSAGE, RECEIVED, RELEASED = range(3)
-"""Kinds of packets: memory holds a message, memory is free again, and memory is not used any more."""
-PACKET = struct.Struct("<4q")
-"""Control packet: its kind, the number of the sender's memory, the bytes of the message, and the bytes of the memory
-if it is new to the receiver, else 0. The descriptor of new memory comes along."""
+MESSAGE, READ, RELEASED = range(3)
+"""Kinds of packets: a block holds a message, a message of a block has been read, and a block is not used any more."""
+PACKET = struct.Struct("<5q")
+"""Control packet: its kind, the number of the block among those of the rank that made it, where in it the message
+begins, the bytes of the message, and the bytes of the block if it is new to the receiver, else 0. The descriptor of a
+new block comes along."""
 HELLO = struct.Struct("<16sq")
 """First packet of a connection: the secret of the rank that is called, and the calling rank."""
 LONGEST_POLL = 3600.0
@@ -88,7 +90,8 @@ class SharedMemoryExchange:
     """
 
     def __init__(self, sockets: dict[int, socket.socket], group: Exchange, timeout: timedelta):
-        self._links = {rank: _Link(rank, connection) for rank, connection in sockets.items()}
+        self._own = OwnBlocks(set(sockets))
+        self._links = {rank: _Link(rank, connection, self._own) for rank, connection in sockets.items()}
         self._group = group
         self._timeout = timeout.total_seconds()
         _open_sockets.update(sockets.values())
@@ -100,10 +103,16 @@ class SharedMemoryExchange:
             return self._group.post(sends, receives)
         for peer, tensor in sends:
             self._links[peer].send(tensor)
+        for unused in self._own.release():
+            for rank in unused.mapped_by:
+                self._links[rank].forget(unused.number)
         queued = {peer for peer, _ in sends if self._links[peer].queue}
         works: list[Work] = [_Departure(self, self._links[peer]) for peer in queued]
         works += [_Arrival(self, self._links[peer], self._links[peer].expect(), tensor) for peer, tensor in receives]
         return Pending(works)
+
+    def lend(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        return self._own.lend(shape, dtype)
 
     def progress(self, link: _Link, deadline: float) -> None:
         """Wait until something arrives from any rank, or a socket has room for what is queued.
@@ -152,7 +161,7 @@ class _Departure:
 
 @dataclass(frozen=True)
 class _Arrival:
-    """Message of a rank by its number, which is copied to `tensor` as soon as that is waited for."""
+    """Message of a rank by its number, for `tensor`."""
 
     exchange: SharedMemoryExchange
     link: _Link
@@ -168,52 +177,49 @@ class _Arrival:
         self.link.receive(self.number, self.tensor)
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """Memory file that two ranks have mapped. Its sender counts the files, and `number` is this one's."""
+class _Message(NamedTuple):
+    """Message that has arrived: the number and the memory of its block, and where it lies there."""
 
-    number: int
-    content: torch.Tensor
-
-    @classmethod
-    def of(cls, number: int, descriptor: int, size: int) -> _Memory:
-        with torch.inference_mode(False):  # so that memory which evaluation made serves training
-            return cls(number, torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8))
+    block: int
+    memory: torch.Tensor
+    start: int
+    size: int
 
 
 class _Link:
-    """Connection to another rank of the group, with the memory through which messages go both ways."""
+    """Connection to another rank of the group.
 
-    def __init__(self, rank: int, connection: socket.socket):
-        self.rank, self.socket = rank, connection
+    Args:
+        own: the memory from which this rank sends messages, to this and to other ranks.
+    """
+
+    def __init__(self, rank: int, connection: socket.socket, own: OwnBlocks):
+        self.rank, self.socket, self._own = rank, connection, own
         self.queue: deque[tuple[bytes, int | None]] = deque()
         """Packets and descriptors that the socket had no room for."""
-        self.arrived: dict[int, tuple[_Memory, int]] = {}
-        """Memory and bytes of messages that have arrived and were not waited for, by their number."""
+        self.arrived: dict[int, _Message] = {}
+        """Messages that have arrived and were not waited for, by their number."""
         self.ended = False
         """True if the peer has closed the connection, and all that it sent has been read."""
-        self._expected = self._read = self._made = 0
-        self._idle: IdleBlocks[_Memory] = IdleBlocks()
-        self._sent: dict[int, _Memory] = {}
-        self._mapped: dict[int, _Memory] = {}
+        self._expected = self._taken_in = 0
+        self._mapped: dict[int, torch.Tensor] = {}
+        """Memory of the peer's blocks."""
+        self._left: deque[int] = deque()
+        """Blocks of messages in which no tensor lies any more, about which the peer was not told."""
 
     def send(self, tensor: torch.Tensor) -> None:
         self.read()  # memory may be free again
-        source = _bytes_of(tensor)
-        memory = self._idle.take(len(source))
-        made, descriptor = 0, None
-        if memory is None:
-            made = capacity_for(len(source))
-            descriptor = os.memfd_create("hf_context_parallel")
-            os.ftruncate(descriptor, made)
-            memory = _Memory.of(self._made, descriptor, made)
-            self._made += 1
-        memory.content[: len(source)].copy_(source)
-        self._sent[memory.number] = memory
-        self._write(PACKET.pack(MESSAGE, memory.number, len(source), made), descriptor)
-        for unused in self._idle.release():
-            self._write(PACKET.pack(RELEASED, unused.number, 0, 0))
+        block, start = self._own.holding(tensor)
+        descriptor, made = block.descriptor_for(self.rank), 0
+        if descriptor is not None:
+            made = len(block.memory)
+        block.unread += 1
+        self._write(PACKET.pack(MESSAGE, block.number, start, tensor.nbytes, made), descriptor)
         self.refuse_if_ended()
+
+    def forget(self, block: int) -> None:
+        """Tell the peer that a block is not used any more."""
+        self._write(PACKET.pack(RELEASED, block, 0, 0, 0))
 
     def expect(self) -> int:
         """Number of the next message that is to be received."""
@@ -221,20 +227,27 @@ class _Link:
         return self._expected - 1
 
     def receive(self, number: int, tensor: torch.Tensor) -> None:
-        """Copy a message that has arrived to `tensor`, and tell its sender that the memory is free.
+        """Take a message that has arrived: copy it to `tensor`, or put `tensor` where it lies.
 
         Raises:
             RuntimeError: if the message has another size.
         """
-        memory, size = self.arrived.pop(number)
-        target = _bytes_of(tensor)
-        if size != len(target):
-            raise RuntimeError(f"rank {self.rank} of the group sent {size} bytes where {len(target)} were expected")
-        target.copy_(memory.content[:size])
-        self._write(PACKET.pack(RECEIVED, memory.number, 0, 0))
+        block, memory, start, size = self.arrived.pop(number)
+        if size != tensor.nbytes:
+            raise RuntimeError(f"rank {self.rank} of the group sent {size} bytes where {tensor.nbytes} were expected")
+        if has_no_memory(tensor):
+            storage = lease(memory, start, size, lambda: self._left.append(block))
+            tensor.set_(storage, 0, tensor.shape, tensor.stride())
+            return
+        bytes_of(tensor).copy_(memory[start : start + size])
+        self._write(PACKET.pack(READ, block, 0, 0, 0))
 
     def read(self) -> None:
-        """Take in all that has arrived, without waiting."""
+        """Take in all that has arrived, without waiting, and say what has been read."""
+        while self._left:
+            block = self._left.popleft()
+            leave(self._mapped[block])
+            self._write(PACKET.pack(READ, block, 0, 0, 0))
         while not self.ended:
             try:
                 packet, descriptors, _, _ = socket.recv_fds(self.socket, PACKET.size, 1, socket.MSG_CMSG_CLOEXEC)
@@ -248,20 +261,19 @@ class _Link:
                 self.ended = True
 
     def _take_in(self, packet: bytes, descriptors: list[int]) -> None:
-        kind, number, size, made = PACKET.unpack(packet)
-        if kind == RECEIVED:
-            memory = self._sent.pop(number)
-            self._idle.put(len(memory.content), memory)
+        kind, number, start, size, made = PACKET.unpack(packet)
+        if kind == READ:
+            self._own.was_read(number)
         elif kind == RELEASED:
             del self._mapped[number]
         else:
             if made and not descriptors:  # the kernel drops them then
                 raise OSError(errno.EMFILE, "a message cannot be received, since this process has too many open files")
             for descriptor in descriptors:
-                self._mapped[number] = _Memory.of(number, descriptor, made)
+                self._mapped[number] = map_file(descriptor, made, for_writing=False)
                 os.close(descriptor)
-            self.arrived[self._read] = self._mapped[number], size
-            self._read += 1
+            self.arrived[self._taken_in] = _Message(number, self._mapped[number], start, size)
+            self._taken_in += 1
 
     def flush(self) -> None:
         """Send what is queued, as far as the socket has room for it."""
@@ -299,11 +311,6 @@ class _Link:
         """
         if self.ended:
             raise dist.DistNetworkError(f"rank {self.rank} of the group closed its connection: it failed or ended")
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """View the bytes of a contiguous tensor."""
-    return tensor.detach().view(-1).view(torch.uint8)
 
 
 _open_sockets: WeakSet[socket.socket] = WeakSet()
@@ -368,7 +375,7 @@ def _listen(size: int) -> socket.socket | None:
         listener.setblocking(False)
         listener.bind(f"\0hf_context_parallel/{secrets.token_hex(16)}")
         listener.listen(size)
-        os.close(os.memfd_create("hf_context_parallel"))  # sandboxes may forbid it
+        Block(0, PAGE, set())  # sandboxes may forbid it
     except OSError:
         return None
     return listener

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
 
 from .buffers import new_buffer
-from .messages import Exchange, Message, in_flight
+from .messages import Exchange, Message, in_flight, new_landing, new_message, shares_memory
 from .rows import Rows
 
 Dealt = Sequence[range]
@@ -77,11 +77,12 @@ class TokenExchange:
             dealt: the heads that each rank gets, for each tensor.
         """
         travelling = [x if self.tokens is None else self.tokens.of(x) for x in tensors]
-        sent = _by_heads(travelling, self.counts[self.rank], _groups(_hashable(dealt), self.rank))
-        for index, group, block in sent.blocks:
+        groups = _groups(_hashable(dealt), self.rank)
+        sent = _ByHeads(partial(_sent, self._exchange), travelling, self.counts[self.rank], groups)
+        for index, group, block in sent.blocks():
             block.copy_(_of_ranks(travelling[index], group.shares[index], group.ranks))
         own = [shares[self.rank] for shares in dealt]
-        received = _by_tokens(tensors, self._other_counts, list(map(len, own)))
+        received = _ByTokens(partial(_received, self._exchange), tensors, self._other_counts, list(map(len, own)))
         with in_flight(self._exchange) as exchange:
             pending = exchange.post(sent.messages, received.messages)
             make = torch.Tensor.new_empty if sum(self.counts) == self.whole else torch.Tensor.new_zeros
@@ -90,7 +91,7 @@ class TokenExchange:
                 Rows.move(_heads(x, share), None, result, self.places[self.rank])
             del travelling, x  # which may be copies
             pending.wait()
-        for result, block in zip(results, received.blocks):
+        for result, block in zip(results, received.blocks()):
             Rows.move(block, None, result, self._elsewhere)
         return results
 
@@ -106,7 +107,8 @@ class TokenExchange:
             totals: H of each tensor.
         """
         sends = self._sent_tokens(tensors)
-        received = _by_heads(tensors, self.counts[self.rank], _groups(_hashable(dealt), self.rank))
+        groups = _groups(_hashable(dealt), self.rank)
+        received = _ByHeads(partial(_received, self._exchange), tensors, self.counts[self.rank], groups)
         once = [sum(map(len, shares)) == total for shares, total in zip(dealt, totals)]
         with in_flight(self._exchange) as exchange:
             pending = exchange.post(sends, received.messages)
@@ -118,7 +120,7 @@ class TokenExchange:
                 place = _heads(result, shares[self.rank])
                 Rows.move(x, self.places[self.rank], place, self.tokens, add=not single)
             pending.wait()
-        for index, group, block in received.blocks:
+        for index, group, block in received.blocks():
             result, share = results[index], group.shares[index]
             if once[index] and self.tokens is None:
                 _of_ranks(result, share, group.ranks).copy_(block)
@@ -130,11 +132,12 @@ class TokenExchange:
         return results
 
     def _sent_tokens(self, tensors: Sequence[torch.Tensor]) -> list[Message]:
-        """Make the messages with the tokens of the other ranks. Those of a single tensor are copied once at most."""
-        if len(tensors) == 1:
+        """Make the messages with the tokens of the other ranks. They are copied once at most."""
+        if len(tensors) == 1 and not shares_memory(self._exchange, tensors[0]):
             return _messages(self._other_counts, self._elsewhere.of(tensors[0]).flatten())
-        sent = _by_tokens(tensors, self._other_counts, [x.shape[1] for x in tensors])
-        for x, block in zip(tensors, sent.blocks):
+        heads = [x.shape[1] for x in tensors]
+        sent = _ByTokens(partial(_sent, self._exchange), tensors, self._other_counts, heads)
+        for x, block in zip(tensors, sent.blocks()):
             Rows.move(x, self._elsewhere, block, None)
         return sent.messages
 
@@ -207,68 +210,91 @@ def _groups(dealt: tuple[tuple[range, ...], ...], without: int) -> list[_Group]:
     return groups
 
 
-class _ByHeads(NamedTuple):
-    """Messages with the same tokens and different heads.
+Make = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""Function of a tensor, a number of elements, and the number of messages that have them. It returns flat memory like
+the tensor."""
 
-    `blocks` holds views `[ranks, tokens, heads, D]` of the memory of the messages, with the index of the tensor.
+
+def _sent(exchange: Exchange, like: torch.Tensor, size: int, messages: int) -> torch.Tensor:
+    return new_message(exchange, like, size)
+
+
+def _received(exchange: Exchange, like: torch.Tensor, size: int, messages: int) -> torch.Tensor:
+    return new_landing(exchange, like, size) if messages == 1 else new_buffer(like, size)
+
+
+class _ByHeads:
+    """Messages with the same tokens and different heads: one for each rank of the groups, with its heads.
+
+    Args:
+        like: tensors `[tokens, H, D]`, of which the messages have parts.
+        tokens: number of their tokens.
     """
 
-    messages: list[Message]
-    blocks: list[tuple[int, _Group, torch.Tensor]]
-
-
-def _by_heads(like: Sequence[torch.Tensor], tokens: int, groups: Sequence[_Group]) -> _ByHeads:
-    """Allocate a message for each rank of the groups, with its heads of each tensor."""
-    messages: list[Message] = []
-    blocks = []
-    for alike in _alike(like):
-        widths = [sum(len(group.shares[index]) * like[index].shape[2] for index in alike) for group in groups]
-        sizes = [tokens * width for group, width in zip(groups, widths) for _ in range(group.ranks)]
-        memory, start = new_buffer(like[alike[0]], sum(sizes)), 0
+    def __init__(self, make: Make, like: Sequence[torch.Tensor], tokens: int, groups: Sequence[_Group]):
+        self.messages: list[Message] = []
+        self._places: list[tuple[int, _Group, torch.Tensor, _View]] = []
         peers = [group.first + number for group in groups for number in range(group.ranks)]
-        messages += [message for message in zip(peers, memory.split_with_sizes(sizes)) if message[1].numel()]
-        for group, width in zip(groups, widths):
-            offset = start
-            for index in alike:
-                heads, dim = len(group.shares[index]), like[index].shape[2]
-                shape, stride = (group.ranks, tokens, heads, dim), (tokens * width, width, dim, 1)
-                blocks.append((index, group, memory.as_strided(shape, stride, offset)))
-                offset += heads * dim
-            start += group.ranks * tokens * width
-    return _ByHeads(messages, blocks)
+        for alike in _alike(like):
+            widths = [sum(len(group.shares[index]) * like[index].shape[2] for index in alike) for group in groups]
+            sizes = [tokens * width for group, width in zip(groups, widths) for _ in range(group.ranks)]
+            memory, start = make(like[alike[0]], sum(sizes), len(sizes)), 0
+            self.messages += _cut(peers, memory, sizes)
+            for group, width in zip(groups, widths):
+                offset = start
+                for index in alike:
+                    heads, dim = len(group.shares[index]), like[index].shape[2]
+                    view = (group.ranks, tokens, heads, dim), (tokens * width, width, dim, 1), offset
+                    self._places.append((index, group, memory, view))
+                    offset += heads * dim
+                start += group.ranks * tokens * width
+
+    def blocks(self) -> list[tuple[int, _Group, torch.Tensor]]:
+        """View the memory of the messages by ranks, `[ranks, tokens, heads, D]`, with the index of the tensor."""
+        return [(index, group, memory.as_strided(*view)) for index, group, memory, view in self._places]
 
 
-class _ByTokens(NamedTuple):
+class _ByTokens:
     """Messages with the same heads and different tokens.
 
-    `blocks` holds a view `[tokens, heads, D]` of their memory for each tensor, with the tokens of all messages.
+    Args:
+        like: tensors, of which the messages have parts.
+        counts: number of tokens in the message of each rank.
+        heads: number of heads of each tensor.
     """
 
-    messages: list[Message]
-    blocks: list[torch.Tensor]
+    def __init__(self, make: Make, like: Sequence[torch.Tensor], counts: dict[int, int], heads: Sequence[int]):
+        self.messages: list[Message] = []
+        self._places: dict[int, tuple[torch.Tensor, _View]] = {}
+        for alike in _alike(like):
+            sizes = [heads[index] * like[index].shape[2] for index in alike]
+            width, total, offset = sum(sizes), sum(counts.values()), 0
+            memory = make(like[alike[0]], total * width, len(counts))
+            self.messages += _messages(counts, memory)
+            for index, size in zip(alike, sizes):
+                dim = like[index].shape[2]
+                self._places[index] = memory, ((total, heads[index], dim), (width, dim, 1), offset)
+                offset += size
+
+    def blocks(self) -> list[torch.Tensor]:
+        """View the memory of the messages, `[tokens, heads, D]` for each tensor, with the tokens of all messages."""
+        return [memory.as_strided(*view) for memory, view in map(self._places.__getitem__, range(len(self._places)))]
 
 
-def _by_tokens(like: Sequence[torch.Tensor], counts: dict[int, int], heads: Sequence[int]) -> _ByTokens:
-    """Allocate a message for each rank of `counts`, with that many tokens of each tensor."""
-    messages: list[Message] = []
-    blocks: dict[int, torch.Tensor] = {}
-    for alike in _alike(like):
-        sizes = [heads[index] * like[index].shape[2] for index in alike]
-        width, total, offset = sum(sizes), sum(counts.values()), 0
-        memory = new_buffer(like[alike[0]], total * width)
-        messages += _messages(counts, memory)
-        for index, size in zip(alike, sizes):
-            dim = like[index].shape[2]
-            blocks[index] = memory.as_strided((total, heads[index], dim), (width, dim, 1), offset)
-            offset += size
-    return _ByTokens(messages, [blocks[index] for index in range(len(like))])
+_View = tuple[Sequence[int], Sequence[int], int]
+"""Shape, strides and offset."""
 
 
 def _messages(counts: dict[int, int], memory: torch.Tensor) -> list[Message]:
-    """Cut flat memory into messages with that many tokens from or to each rank. Empty ones are left out."""
-    width = len(memory) // max(1, sum(counts.values()))
-    parts = zip(counts, memory.split_with_sizes([count * width for count in counts.values()]))
-    return [(rank, part) for rank, part in parts if part.numel()]
+    """Cut flat memory into messages with that many tokens from or to each rank."""
+    width = memory.numel() // max(1, sum(counts.values()))
+    return _cut(counts, memory, [count * width for count in counts.values()])
+
+
+def _cut(peers: Collection[int], memory: torch.Tensor, sizes: Sequence[int]) -> list[Message]:
+    """Cut flat memory into a message for each rank. Empty ones are left out. A single one is the memory itself."""
+    parts = (memory,) if len(sizes) == 1 else memory.split_with_sizes(sizes)
+    return [(peer, part) for peer, part in zip(peers, parts) if part.numel()]
 
 
 def _alike(tensors: Sequence[torch.Tensor]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
 from hf_context_parallel.planning.plan import build_gathering_plan
 from tests.helpers.examples import examples
 from tests.helpers.ring import HOW, MASKS, SHAPES, check, on_rank, some_sinks, tensors
-from tests.helpers.simulated import Log, cases, run
+from tests.helpers.simulated import Log, SharingExchange, SimulatedExchange, cases, run
 
 
 def exhaustive(*values):
@@ -73,15 +73,31 @@ def test_another_kernel(way, kernel):
     check(zigzag(mask.length, 4), mask, tensors(mask), kernel, way=WAYS[way](4))
 
 
+@pytest.mark.parametrize("size, together", [(2, 1), exhaustive(3, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("way", ["p2p", *WAYS])
+@pytest.mark.parametrize("name", MASKS)
+def test_memory_that_ranks_share(name, way, size, together):
+    """Check that what was sent is never written again, by the sender or by a receiver that reads it where it lies."""
+    mask, way = MASKS[name], (WAYS | {"p2p": lambda size: ("p2p", 1)})[way](size)
+    check(zigzag(mask.length, size), mask, tensors(mask), way=way, together=together, exchange=SharingExchange)
+
+
 @examples(40)
-@given(cases(), st.sampled_from(sorted(WAYS)), st.integers(1, 3), st.integers(1, 3), st.data())
-def test_anything(case, way, key_heads, group, data):
+@given(
+    cases(),
+    st.sampled_from(sorted(WAYS)),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([SimulatedExchange, SharingExchange]),
+    st.data(),
+)
+def test_anything(case, way, key_heads, group, exchange, data):
     layout, mask = case
     size = layout.size
     inner = data.draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
     way = (way, {"all_gather": 1, "a2a": size, "a2a+p2p": inner}[way])
     heads = key_heads * group * -(-way[1] // (key_heads * group))
-    check(layout, mask, tensors(mask, heads=heads, key_heads=key_heads), way=way)
+    check(layout, mask, tensors(mask, heads=heads, key_heads=key_heads), way=way, exchange=exchange)
 
 
 @given(cases())

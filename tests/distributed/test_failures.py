@@ -231,7 +231,7 @@ def timeouts_of(folder, seconds: int) -> list[float]:
     trainer = make_trainer(2, folder, ddp_timeout=seconds)
     groups = (dist.group.WORLD, trainer.cp.groups.group)
     timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
-    return [*timeouts, trainer.cp.exchange._exchange._timeout]
+    return [*timeouts, trainer.cp.exchange.carrier._timeout]
 
 
 def test_ddp_timeout_holds_on_cpus(on_ranks, tmp_path):

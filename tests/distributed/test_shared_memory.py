@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import random
@@ -15,10 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_context_parallel.distributed import shared_memory
+from hf_context_parallel.distributed import shared_blocks, shared_memory
 from hf_context_parallel.distributed.buffers import PATIENCE
 from hf_context_parallel.distributed.mesh import world
-from hf_context_parallel.distributed.messages import GroupExchange
+from hf_context_parallel.distributed.messages import GroupExchange, new_landing, new_message
+from hf_context_parallel.distributed.shared_blocks import OwnBlocks, has_no_memory
 from hf_context_parallel.distributed.shared_memory import SharedMemoryExchange, make_exchange
 from tests.helpers.models import context
 
@@ -39,36 +41,57 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
-def random_rounds(rounds: int) -> int:
+def random_rounds(rounds: int) -> tuple[int, int, int]:
     """Exchange random messages with all other ranks, and wait for them in random order, often some rounds later.
 
+    Some are sent from memory that the exchange lends, and some are read where they lie. Both are held for some rounds.
+
     Returns:
-        The number of messages that arrived.
+        The number of messages that arrived, of those sent from lent memory, and of those read where they lie.
     """
     exchange, mine = make_exchange(world()), dist.get_rank()
     assert isinstance(exchange, SharedMemoryExchange)
     others, own = [rank for rank in range(dist.get_world_size()) if rank != mine], random.Random(mine)
-    waiting, arrived = [], 0
+    waiting, arrived, lent, landed, held = [], 0, 0, 0, []
+
+    def sent(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        memory = exchange.lend([len(tensor)], tensor.dtype) if own.random() < 0.5 else None
+        if memory is None:
+            return tensor, False
+        held.append((memory.copy_(tensor), tensor))
+        return memory, True
 
     def messages(number: int, sender: int, receiver: int) -> list[torch.Tensor]:
         count = random.Random(repr((number, sender, receiver))).choice([0, 0, 1, 1, 2, 5])
         return [payload(number, sender, receiver, index) for index in range(count)]
 
     for number in range(rounds):
-        sends = [(peer, tensor) for peer in others for tensor in messages(number, mine, peer)]
+        made = [(peer, *sent(tensor)) for peer in others for tensor in messages(number, mine, peer)]
+        sends = [(peer, tensor) for peer, tensor, _ in made]
+        ordinary = [tensor for _, tensor, is_lent in made if not is_lent]
+        lent += sum(is_lent for _, _, is_lent in made)
         expected = [(peer, tensor) for peer in others for tensor in messages(number, peer, mine)]
-        receives = [(peer, torch.ones_like(tensor)) for peer, tensor in expected]
+        receives = [
+            (peer, torch.ones_like(tensor) if own.random() < 0.5 else new_landing(exchange, tensor, len(tensor)))
+            for peer, tensor in expected
+        ]
         posts = [(sends, receives)] if own.random() < 0.5 else own.sample([(sends, []), ([], receives)], 2)
-        waiting += [(exchange.post(*post), *post, expected if post[1] else []) for post in posts]
+        waiting += [
+            (exchange.post(*post), ordinary if post[0] else [], post[1], expected if post[1] else []) for post in posts
+        ]
         own.shuffle(waiting)
         while waiting and (number + 1 == rounds or own.random() < 0.6):
-            pending, sent, received, truth = waiting.pop()
+            pending, posted, received, truth = waiting.pop()
+            in_place = [has_no_memory(tensor) for _, tensor in received] if truth else []
             pending.wait()
-            for _, tensor in sent:
+            for tensor in posted:
                 tensor.fill_(0)
             assert all(same(tensor, right) for (_, tensor), (_, right) in zip(received, truth))
-            arrived += len(truth)
-    return arrived
+            held += [(tensor, right) for (_, tensor), (_, right), kept in zip(received, truth, in_place) if kept]
+            arrived, landed = arrived + len(truth), landed + sum(in_place)
+        while len(held) > 20 or (held and number + 1 == rounds):
+            assert same(*held.pop(own.randrange(len(held))))
+    return arrived, lent, landed
 
 
 @pytest.mark.parametrize(
@@ -76,7 +99,8 @@ def random_rounds(rounds: int) -> int:
     [(2, 150), (3, 60), (4, 60), *(pytest.param(size, 2000, marks=pytest.mark.exhaustive) for size in (2, 3, 4))],
 )
 def test_random_messages_arrive_as_they_were_sent(on_ranks, size, rounds):
-    assert min(on_ranks(size, random_rounds, rounds)) > rounds * (size - 1)
+    for arrived, lent, landed in on_ranks(size, random_rounds, rounds):
+        assert arrived > rounds * (size - 1) and lent > arrived / 20 and landed > arrived / 4
 
 
 def memory_files(sizes: list[list[int]]) -> tuple[int, int]:
@@ -91,8 +115,7 @@ def memory_files(sizes: list[list[int]]) -> tuple[int, int]:
         receives = [(peer, torch.empty_like(tensor)) for _, tensor in sends]
         exchange.post(sends, receives).wait()
         assert all((tensor == (number + 1 - peer) % 251).all() for _, tensor in receives)
-    (link,) = exchange._links.values()
-    return link._made, len(link._sent) + len(link._idle._blocks)
+    return exchange._own._made, len(exchange._own._blocks)
 
 
 def test_memory_is_used_again(on_ranks):
@@ -105,6 +128,87 @@ def test_memory_is_used_again(on_ranks):
 def test_memory_that_is_far_too_large_is_released(on_ranks):
     for made, left in on_ranks(2, memory_files, [[2**24] * 3] + [[1000]] * (PATIENCE + 10)):
         assert made >= 4 and left <= 2
+
+
+def resident_of_others() -> int:
+    """Bytes of the memory of other ranks that is resident in this process."""
+    found, of_others = 0, False
+    with open("/proc/self/smaps", encoding="utf-8") as maps:
+        for line in maps:
+            name, value = line.split()[:2]
+            if "-" in name:
+                of_others = value == "r--s" and "/memfd:hf_context_parallel" in line
+            elif name == "Rss:" and of_others:
+                found += 1024 * int(value)
+    return found
+
+
+def layers(count: int) -> tuple[int, int, int, int]:
+    """Send tensors in lent memory forth, and again when all were sent, as layers do in forward and backward.
+
+    Returns:
+        The memory files that were made, those that are open, the places where messages were read, and the most bytes
+        of the other rank's memory that were resident here.
+    """
+    exchange, peer = make_exchange(world()), 1 - dist.get_rank()
+    like, saved, addresses, resident = torch.empty(0), [], set(), resident_of_others()
+    for number in range(count):
+        keys = new_message(exchange, like, 300, 400).fill_(number + peer)
+        saved.append(keys)
+    for number in [*range(count), *reversed(range(count))]:
+        received = new_landing(exchange, like, 100, 400)
+        exchange.post([(peer, saved[number][100:200])], [(peer, received)]).wait()
+        assert (received == number + 1 - peer).all() and received.is_contiguous()
+        addresses.add(received.data_ptr())
+    most = resident_of_others() - resident
+    open_files = sum(block.is_open for block in exchange._own._blocks.values())
+    dist.barrier()
+    saved.clear()
+    del keys, received
+    for _ in range(3 * count):  # in memory that the layers had
+        keys = new_message(exchange, like, 300, 400).fill_(7)
+        exchange.post([(peer, keys)], [(peer, new_landing(exchange, like, 300, 400))]).wait()
+    return exchange._own._made, open_files, len(addresses), most
+
+
+def test_layers_send_without_a_copy_what_they_save(on_ranks):
+    """Check also that what the layers of another rank have saved does not add up in the memory of this one."""
+    for made, open_files, places, most in on_ranks(2, layers, 10):
+        assert made <= 13 and open_files == 0 and places == 10
+        assert 100 * 400 * 4 <= most <= 3 * 100 * 400 * 4
+
+
+def holding(rounds: int) -> bool:
+    """Hold what the first round brought while memory is used again in many others."""
+    exchange, peer = make_exchange(world()), 1 - dist.get_rank()
+    like, held = torch.empty(0), []
+    for number in range(rounds):
+        keys = new_message(exchange, like, 50_000).fill_(number)
+        received = new_landing(exchange, like, 50_000)
+        exchange.post([(peer, keys)], [(peer, received)]).wait()
+        held += [keys, received] if number == 0 else []
+    dist.barrier()
+    return exchange._own._made <= 5 and all((tensor == 0).all() for tensor in held)
+
+
+def test_memory_is_not_used_again_while_a_tensor_of_any_rank_lies_in_it(on_ranks):
+    assert on_ranks(2, holding, 2 * PATIENCE) == [True, True]
+
+
+def test_few_files_are_open(monkeypatch):
+    """Check that tensors get ordinary memory when many files wait for ranks that have not mapped them."""
+    monkeypatch.setattr(shared_blocks, "MOST_OPEN", 3)
+    blocks, before = OwnBlocks([1, 2]), len(os.listdir("/proc/self/fd"))
+    lent = [blocks.lend([100_000], torch.float32) for _ in range(5)]
+    assert [tensor is None for tensor in lent] == [False, False, False, True, True]
+    assert blocks.lend([10], torch.float32) is None  # it is copied in less time
+    for rank in (1, 2):
+        os.close(blocks.holding(lent[0])[0].descriptor_for(rank))
+    assert blocks.holding(lent[0])[0].descriptor_for(1) is None
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert blocks.lend([100_000], torch.float32) is not None
+    del lent, blocks
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def flood(count: int) -> bool:
@@ -234,7 +338,23 @@ def test_memory_of_evaluation_serves_training(beside):
             sent, received = torch.full((2, 1000), number + 5.0), torch.empty(2, 1000)
             exchange.post([(1, sent)], [(1, received)]).wait()
         assert (received == number + 6).all()
-    assert exchange._links[1]._made == 1
+    assert exchange._own._made == 1
+
+
+def test_a_message_that_is_read_where_it_lies_cannot_be_written(beside):
+    """Check that a process which tries ends, rather than change what the sender has saved."""
+
+    def child(exchange: SharedMemoryExchange) -> None:
+        received = new_landing(exchange, torch.empty(0), 100_000)
+        exchange.post([], [(0, received)]).wait()
+        faulthandler.disable()  # this error is expected
+        received.add_(1)
+
+    exchange, process = beside(child)
+    keys = new_message(exchange, torch.empty(0), 100_000).fill_(1)
+    exchange.post([(1, keys)], [])
+    assert os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT).si_status == signal.SIGSEGV
+    assert (keys == 1).all()
 
 
 def test_waiting_ends_with_the_timeout_of_the_process_group(beside):
@@ -277,7 +397,7 @@ def test_all_ranks_share_memory_or_none(on_ranks, odd, step):
 
 
 def sockets_left() -> list[int]:
-    """Number of sockets and memory files of messages, before a context, while it is used, and when it is dropped."""
+    """Count sockets, memory files and mappings of messages: before a context, while it is used, when it is dropped."""
     gc.collect()
     counts = [in_use()]
     cp, q = context(), torch.randn(1, 2, 8, 4)
@@ -296,7 +416,8 @@ def in_use() -> int:
         with suppress(FileNotFoundError):  # that of the listing itself
             link = os.readlink(f"/proc/self/fd/{name}")
             found += kinds.get(link) == socket.SOCK_SEQPACKET or link.startswith("/memfd:hf_context_parallel")
-    return found
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        return found + sum("/memfd:hf_context_parallel" in line for line in maps)
 
 
 def test_sockets_and_memory_go_with_their_group(on_ranks):

@@ -8,7 +8,7 @@ from hf_context_parallel.attention.kernels.registry import choose_kernel
 from hf_context_parallel.attention.scores import Scores
 from hf_context_parallel.attention.strategy import build_strategy
 from hf_context_parallel.planning.mask import Mask, Pattern, whole_rows
-from tests.helpers.simulated import allowed, cut, dense_attention, padded, run
+from tests.helpers.simulated import SimulatedExchange, allowed, cut, dense_attention, padded, run
 
 SCALE = 0.3
 PLAIN = Scores(SCALE)
@@ -64,13 +64,17 @@ def on_rank(
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x, **how):
+def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x, exchange=SimulatedExchange, **how):
     """Run all ranks of a group, and gather output and gradients of query, key and value to whole rows.
 
     Gradients of sinks are summed over ranks.
     """
     kernel = choose_kernel(kernel, "cpu")
-    shards = run(layout.size, lambda exchange: on_rank(exchange, layout, mask, whole, kernel, prepare, **how))
+
+    def work(mine):
+        return on_rank(mine, layout, mask, whole, kernel, prepare, **how)
+
+    shards = run(layout.size, work, exchange=exchange)
     results = []
     for index, like in enumerate((whole[3], *whole[:3])):
         result = torch.full_like(like, float("nan"))
@@ -83,10 +87,21 @@ def ring(layout, mask, whole, kernel="cpu", prepare=lambda x: x, **how):
 NAMES = ("output", "dq", "dk", "dv", "dsinks")
 
 
-def check(layout, mask, whole, kernel="cpu", prepare=lambda x: x, kept=None, way=("p2p", 1), together=1, **how):
+def check(
+    layout,
+    mask,
+    whole,
+    kernel="cpu",
+    prepare=lambda x: x,
+    kept=None,
+    way=("p2p", 1),
+    together=1,
+    exchange=SimulatedExchange,
+    **how,
+):
     """Assert that the ranks compute the same as dense attention."""
     expected = dense(mask, *whole, **how, kept=kept)
-    found = ring(layout, mask, whole, kernel, prepare, way=way, together=together, **how)
+    found = ring(layout, mask, whole, kernel, prepare, exchange, way=way, together=together, **how)
     for name, got, truth in zip(NAMES, found, expected):
         torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_context_parallel.attention.kernels.base import Kernel
 from hf_context_parallel.compat import tree_leaves
 from hf_context_parallel.distributed.messages import Message as Buffer
+from hf_context_parallel.distributed.shared_blocks import has_no_memory
 from hf_context_parallel.planning.intervals import intersection
 from hf_context_parallel.planning.layout import FIXED_LAYOUTS, Layout
 from hf_context_parallel.planning.mask import Mask, Pattern, from_attention_mask, from_cu_seqlens
@@ -92,16 +93,57 @@ class SimulatedExchange:
             assert peer != self.rank, "a rank talks to itself"
             assert tensor.numel() and tensor.is_contiguous(), "a message is empty or not contiguous"
         for _, tensor in receives:
-            tensor.fill_(float("nan"))
+            if not has_no_memory(tensor):
+                tensor.fill_(float("nan"))
         return SimulatedPending(
             self._network,
             outgoing=[(self._label(self.rank, peer), tensor, Message.of(tensor)) for peer, tensor in sends],
             incoming=[(self._label(peer, self.rank), tensor) for peer, tensor in receives],
         )
 
+    def check(self) -> None:
+        """Assert what holds when a rank is done."""
+
     def _label(self, sender: int, receiver: int) -> Label:
         self._posted[sender, receiver] += 1
         return sender, receiver, self._posted[sender, receiver] - 1
+
+
+class SharingExchange(SimulatedExchange):
+    """Simulated exchange that shares memory, as that of ranks of one machine.
+
+    Lent memory is NaN until it is written. `check` finds what was sent from lent memory, or lies in a receive buffer
+    that had no memory, and was changed since.
+    """
+
+    def __init__(self, network: Network, rank: int):
+        super().__init__(network, rank)
+        self._lent: dict[int, torch.Tensor] = {}
+        """Tensors by the address of their memory."""
+        self._landings: list[torch.Tensor] = []
+        self._constant: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Tensors that must not change, with the bytes that they held."""
+
+    def lend(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        lent = torch.full(tuple(shape), float("nan"), dtype=dtype)
+        self._lent[lent.untyped_storage().data_ptr()] = lent
+        return lent
+
+    def post(self, sends: Sequence[Buffer], receives: Sequence[Buffer]) -> SimulatedPending:
+        self.check()
+        for _, tensor in sends:
+            if tensor.untyped_storage().data_ptr() in self._lent:
+                self._constant.append((tensor, Message.of(tensor).content))
+        self._landings += [tensor for _, tensor in receives if has_no_memory(tensor)]
+        return super().post(sends, receives)
+
+    def check(self) -> None:
+        """Assert that no tensor has changed which must not."""
+        landed = [tensor for tensor in self._landings if not has_no_memory(tensor)]
+        self._landings = [tensor for tensor in self._landings if has_no_memory(tensor)]
+        for tensor, content in self._constant:
+            assert content.equal(tensor.view(torch.uint8)), "memory of a message was changed when it had been sent"
+        self._constant += [(tensor, Message.of(tensor).content) for tensor in landed]
 
 
 class SimulatedPending:
@@ -116,17 +158,26 @@ class SimulatedPending:
         for label, tensor in self._incoming:
             message = self._network.receive(label)
             assert (message.shape, message.dtype) == (tensor.shape, tensor.dtype), "a receive does not fit its send"
-            tensor.view(torch.uint8).copy_(message.content)
+            if has_no_memory(tensor):
+                tensor.set_(message.content.untyped_storage(), 0, tensor.shape, tensor.stride())
+            else:
+                tensor.view(torch.uint8).copy_(message.content)
         self._outgoing = self._incoming = ()
 
 
-def run(size: int, function: Callable[[SimulatedExchange], Any], patience: float = 120.0) -> list:
+def run(
+    size: int,
+    function: Callable[[SimulatedExchange], Any],
+    patience: float = 120.0,
+    exchange: type[SimulatedExchange] = SimulatedExchange,
+) -> list:
     """Call `function(exchange)` on each rank of a simulated group, whose ranks are threads.
 
     Args:
         size: the number of ranks.
         function: a function of the rank's exchange.
         patience: the timeout in seconds.
+        exchange: class of the exchanges.
 
     Returns:
         The result of each rank.
@@ -141,7 +192,9 @@ def run(size: int, function: Callable[[SimulatedExchange], Any], patience: float
 
     def work(rank: int) -> None:
         try:
-            results[rank] = function(SimulatedExchange(network, rank))
+            mine = exchange(network, rank)
+            results[rank] = function(mine)
+            mine.check()
         except BaseException as error:  # pytest.fail() raises a BaseException
             errors.append(error)
             network.fail()

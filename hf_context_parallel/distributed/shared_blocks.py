@@ -1,0 +1,200 @@
+"""Memory of messages that several processes of a machine map, in files made by `memfd_create`.
+
+Such files need no space in /dev/shm, and have no name that a dead process would leave behind. They are closed as soon
+as all that need them have mapped them, since a process may have few open files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
+from math import prod
+from typing import Any
+from weakref import finalize
+
+import torch
+
+from .buffers import SMALL, IdleBlocks, capacity_for
+
+MOST_OPEN = 128
+"""Files that are kept open for ranks that have not mapped them. With more, no memory is lent."""
+
+
+class Block:
+    """Memory file that this rank writes, and other ranks read.
+
+    Args:
+        number: its number among the blocks of this rank.
+        capacity: its bytes.
+        readers: the other ranks of the group.
+
+    Attributes:
+        memory: its content, as bytes.
+        mapped_by: the ranks that have mapped it.
+        is_lent: True if a tensor of this rank lies in it.
+        unread: number of messages that were sent from it and have not been read.
+
+    Raises:
+        OSError: if the system makes no such file, or cannot map it.
+    """
+
+    def __init__(self, number: int, capacity: int, readers: Collection[int]):
+        self.number, self._readers = number, readers
+        self.mapped_by: set[int] = set()
+        self.is_lent, self.unread = False, 0
+        self._descriptor = os.memfd_create("hf_context_parallel")
+        self._closing = finalize(self, os.close, self._descriptor)
+        os.ftruncate(self._descriptor, capacity)
+        self.memory = map_file(self._descriptor, capacity, for_writing=True)
+
+    @property
+    def is_open(self) -> bool:
+        """True if ranks are left that have not mapped it."""
+        return self._closing.alive
+
+    @property
+    def is_free(self) -> bool:
+        return not self.is_lent and not self.unread
+
+    def descriptor_for(self, rank: int) -> int | None:
+        """Descriptor for a rank to map the block, to be closed by the caller. None if that rank has mapped it."""
+        if rank in self.mapped_by:
+            return None
+        if len(self.mapped_by) + 1 < len(self._readers):
+            descriptor = os.dup(self._descriptor)
+        else:
+            self._closing.detach()
+            descriptor = self._descriptor
+        self.mapped_by.add(rank)
+        return descriptor
+
+
+class OwnBlocks:
+    """Memory from which this rank sends messages to the ranks of a group.
+
+    A block is used again when no tensor lies in it, and all messages from it have been read. `IdleBlocks` bounds what
+    is kept for that.
+    """
+
+    def __init__(self, readers: Collection[int]):
+        self._readers = readers
+        self._made = 0
+        self._blocks: dict[int, Block] = {}
+        """All blocks by their number."""
+        self._at: dict[int, Block] = {}
+        """The same by the address of their memory."""
+        self._idle: IdleBlocks[Block] = IdleBlocks()
+        self._returned: deque[Block] = deque()
+        """Blocks that no tensor lies in any more. Any thread may add to them at any moment."""
+
+    def lend(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Make a tensor with unspecified values in a block of its own.
+
+        It is None for few bytes, which are copied in less time, and if `MOST_OPEN` files are open.
+        """
+        size = prod(shape) * dtype.itemsize
+        if size < SMALL or sum(block.is_open for block in self._blocks.values()) >= MOST_OPEN:
+            return None
+        block = self._take(size)
+        block.is_lent = True
+        storage = lease(block.memory, 0, size, lambda: self._returned.append(block))
+        return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)  # which is no view, as reshaped it would be
+
+    def holding(self, tensor: torch.Tensor) -> tuple[Block, int]:
+        """Find the block that a contiguous tensor lies in, and where it begins. Any other tensor is copied to one."""
+        block = self._at.get(tensor.untyped_storage().data_ptr())
+        if block is not None and block.is_lent:
+            return block, int(tensor.storage_offset()) * tensor.itemsize
+        block = self._take(tensor.nbytes)
+        block.memory[: tensor.nbytes].copy_(bytes_of(tensor))
+        return block, 0
+
+    def was_read(self, number: int) -> None:
+        """Take in that a message of a block has been read."""
+        block = self._blocks[number]
+        block.unread -= 1
+        self._put_if_free(block)
+
+    def release(self) -> list[Block]:
+        """Forget blocks that have not been used for long, and return them."""
+        released = self._idle.release()
+        for block in released:
+            del self._blocks[block.number], self._at[block.memory.data_ptr()]
+        return released
+
+    def _take(self, size: int) -> Block:
+        while self._returned:
+            block = self._returned.popleft()
+            block.is_lent = False
+            self._put_if_free(block)
+        found = self._idle.take(size)
+        if found is None:
+            found = Block(self._made, capacity_for(size), self._readers)
+            self._made += 1
+            self._blocks[found.number] = self._at[found.memory.data_ptr()] = found
+        return found
+
+    def _put_if_free(self, block: Block) -> None:
+        if block.is_free:
+            self._idle.put(len(block.memory), block)
+
+
+def lease(memory: torch.Tensor, start: int, size: int, ended: Callable[[], object]) -> torch.UntypedStorage:
+    """Make a storage of a part of some bytes, which calls `ended` when no tensor has it any more.
+
+    The storage has the memory of an array, which lives as long as it. The finalizer of this array runs in any thread.
+    """
+    part = memory.numpy()[start : start + size]
+    finalize(part, ended).atexit = False
+    return torch.from_numpy(part).untyped_storage()
+
+
+def has_no_memory(tensor: torch.Tensor) -> bool:
+    """Return True if a tensor has elements, but no memory for them; see `new_landing`."""
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """View the bytes of a contiguous tensor."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def map_file(descriptor: int, size: int, for_writing: bool) -> torch.Tensor:
+    """Map a file into memory, as bytes. Writing to memory that is mapped for reading ends the process.
+
+    `mmap.mmap` of Python would keep a descriptor of its own open.
+
+    Raises:
+        OSError: if the system refuses it.
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if for_writing else 0)
+    address = _libc().mmap(None, size, protection, mmap.MAP_SHARED, descriptor, 0)
+    if address == ctypes.c_void_p(-1).value:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{size} bytes for a message cannot be mapped: {os.strerror(error)}")
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    finalize(memory, _libc().munmap, address, size).atexit = False
+    with torch.inference_mode(False):  # so that memory which evaluation made serves training
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def leave(memory: torch.Tensor) -> None:
+    """Let the resident memory of this process have no part of a mapped file until it is read again.
+
+    The file may hold what its rank saves for backward, and counts there. Here that of all layers would add up.
+    """
+    _libc().madvise(memory.data_ptr(), len(memory), mmap.MADV_DONTNEED)
+
+
+@cache
+def _libc() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return library
