@@ -11,7 +11,7 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 from weakref import finalize
@@ -101,7 +101,7 @@ class OwnBlocks:
             return None
         block = self._take(size)
         block.is_lent = True
-        storage = lease(block.memory, 0, size, lambda: self._returned.append(block))
+        storage = lease(block.memory, 0, size, partial(self._returned.append, block))
         return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)  # which is no view, as reshaped it would be
 
     def holding(self, tensor: torch.Tensor) -> tuple[Block, int]:

@@ -33,7 +33,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakSet, finalize
 
@@ -236,7 +236,7 @@ class _Link:
         if size != tensor.nbytes:
             raise RuntimeError(f"rank {self.rank} of the group sent {size} bytes where {tensor.nbytes} were expected")
         if has_no_memory(tensor):
-            storage = lease(memory, start, size, lambda: self._left.append(block))
+            storage = lease(memory, start, size, partial(self._left.append, block))
             tensor.set_(storage, 0, tensor.shape, tensor.stride())
             return
         bytes_of(tensor).copy_(memory[start : start + size])

@@ -325,19 +325,22 @@ def test_messages_to_a_rank_that_is_gone_end_with_an_error(beside):
 
 
 def echo(exchange: SharedMemoryExchange) -> None:
-    received = torch.empty(2, 1000)
     for _ in range(2):
+        received = new_landing(exchange, torch.empty(0), 2, 50_000)
         exchange.post([], [(0, received)]).wait()
         exchange.post([(0, received + 1)], []).wait()
 
 
 def test_memory_of_evaluation_serves_training(beside):
     exchange, _ = beside(echo)
+    like = torch.empty(0)
     for number, mode in enumerate((torch.inference_mode, torch.enable_grad)):
         with mode():
-            sent, received = torch.full((2, 1000), number + 5.0), torch.empty(2, 1000)
+            sent = new_message(exchange, like, 2, 50_000).fill_(number + 5.0)
+            received = new_landing(exchange, like, 2, 50_000)
             exchange.post([(1, sent)], [(1, received)]).wait()
-        assert (received == number + 6).all()
+        assert (received == number + 6).all() and received.is_inference() == (mode is torch.inference_mode)
+        del sent
     assert exchange._own._made == 1
 
 
