@@ -183,7 +183,7 @@ class _Layer:
         self.idle = self.idle_messages = 0.0
         if pooled:
             self.idle = WIDE * tokens * (3 * shape.heads * shape.query_dim + 2 * shape.key_value_numbers)
-            # Messages lie in shared memory, of which both ranks have a part in their own: what leaves, what arrives.
+            # Memory of messages is used again when they have been read, so it also holds what left and arrived before.
             self.messages += 2 * keys * _owners(job.cp, tokens * shape.key_value_numbers, job)
             self.idle_messages = self.messages
             self.mlp += self.idle
