@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -30,7 +30,7 @@ class Block:
     Args:
         number: its number among the blocks of this rank.
         capacity: its bytes.
-        readers: the other ranks of the group.
+        readers: the ranks that may read it.
 
     Attributes:
         memory: its content, as bytes.
@@ -42,8 +42,8 @@ class Block:
         OSError: if the system makes no such file, or cannot map it.
     """
 
-    def __init__(self, number: int, capacity: int, readers: Collection[int]):
-        self.number, self._readers = number, readers
+    def __init__(self, number: int, capacity: int, readers: frozenset[int]):
+        self.number, self.readers = number, readers
         self.mapped_by: set[int] = set()
         self.is_lent, self.unread = False, 0
         self._descriptor = os.memfd_create("hf_context_parallel")
@@ -64,7 +64,7 @@ class Block:
         """Descriptor for a rank to map the block, to be closed by the caller. None if that rank has mapped it."""
         if rank in self.mapped_by:
             return None
-        if len(self.mapped_by) + 1 < len(self._readers):
+        if len(self.mapped_by) + 1 < len(self.readers):
             descriptor = os.dup(self._descriptor)
         else:
             self._closing.detach()
@@ -77,17 +77,19 @@ class OwnBlocks:
     """Memory from which this rank sends messages to the ranks of a group.
 
     A block is used again when no tensor lies in it, and all messages from it have been read. `IdleBlocks` bounds what
-    is kept for that.
+    is kept for that. Any rank may read memory that is lent. Copies for a rank have blocks that it alone reads, so that
+    few blocks are resident in the memory of each rank.
     """
 
-    def __init__(self, readers: Collection[int]):
-        self._readers = readers
+    def __init__(self, readers: Iterable[int]):
+        self._readers = frozenset(readers)
         self._made = 0
         self._blocks: dict[int, Block] = {}
         """All blocks by their number."""
         self._at: dict[int, Block] = {}
         """The same by the address of their memory."""
-        self._idle: IdleBlocks[Block] = IdleBlocks()
+        self._idle: defaultdict[frozenset[int], IdleBlocks[Block]] = defaultdict(IdleBlocks)
+        """Blocks that are free, by their readers."""
         self._returned: deque[Block] = deque()
         """Blocks that no tensor lies in any more. Any thread may add to them at any moment."""
 
@@ -99,17 +101,21 @@ class OwnBlocks:
         size = prod(shape) * dtype.itemsize
         if size < SMALL or sum(block.is_open for block in self._blocks.values()) >= MOST_OPEN:
             return None
-        block = self._take(size)
+        block = self._take(size, self._readers)
         block.is_lent = True
         storage = lease(block.memory, 0, size, partial(self._returned.append, block))
         return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)  # which is no view, as reshaped it would be
 
-    def holding(self, tensor: torch.Tensor) -> tuple[Block, int]:
-        """Find the block that a contiguous tensor lies in, and where it begins. Any other tensor is copied to one."""
+    def holding(self, tensor: torch.Tensor, reader: int) -> tuple[Block, int]:
+        """Find the block that a contiguous tensor lies in, and where it begins. Any other tensor is copied to one.
+
+        Args:
+            reader: the rank that reads it.
+        """
         block = self._at.get(tensor.untyped_storage().data_ptr())
         if block is not None and block.is_lent:
             return block, int(tensor.storage_offset()) * tensor.itemsize
-        block = self._take(tensor.nbytes)
+        block = self._take(tensor.nbytes, frozenset([reader]))
         block.memory[: tensor.nbytes].copy_(bytes_of(tensor))
         return block, 0
 
@@ -121,26 +127,26 @@ class OwnBlocks:
 
     def release(self) -> list[Block]:
         """Forget blocks that have not been used for long, and return them."""
-        released = self._idle.release()
+        released = [block for idle in self._idle.values() for block in idle.release()]
         for block in released:
             del self._blocks[block.number], self._at[block.memory.data_ptr()]
         return released
 
-    def _take(self, size: int) -> Block:
+    def _take(self, size: int, readers: frozenset[int]) -> Block:
         while self._returned:
             block = self._returned.popleft()
             block.is_lent = False
             self._put_if_free(block)
-        found = self._idle.take(size)
+        found = self._idle[readers].take(size)
         if found is None:
-            found = Block(self._made, capacity_for(size), self._readers)
+            found = Block(self._made, capacity_for(size), readers)
             self._made += 1
             self._blocks[found.number] = self._at[found.memory.data_ptr()] = found
         return found
 
     def _put_if_free(self, block: Block) -> None:
         if block.is_free:
-            self._idle.put(len(block.memory), block)
+            self._idle[block.readers].put(len(block.memory), block)
 
 
 def lease(memory: torch.Tensor, start: int, size: int, ended: Callable[[], object]) -> torch.UntypedStorage:

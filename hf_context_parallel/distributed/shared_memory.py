@@ -90,7 +90,7 @@ class SharedMemoryExchange:
     """
 
     def __init__(self, sockets: dict[int, socket.socket], group: Exchange, timeout: timedelta):
-        self._own = OwnBlocks(set(sockets))
+        self._own = OwnBlocks(sockets)
         self._links = {rank: _Link(rank, connection, self._own) for rank, connection in sockets.items()}
         self._group = group
         self._timeout = timeout.total_seconds()
@@ -209,7 +209,7 @@ class _Link:
 
     def send(self, tensor: torch.Tensor) -> None:
         self.read()  # memory may be free again
-        block, start = self._own.holding(tensor)
+        block, start = self._own.holding(tensor, self.rank)
         descriptor, made = block.descriptor_for(self.rank), 0
         if descriptor is not None:
             made = len(block.memory)
@@ -375,7 +375,7 @@ def _listen(size: int) -> socket.socket | None:
         listener.setblocking(False)
         listener.bind(f"\0hf_context_parallel/{secrets.token_hex(16)}")
         listener.listen(size)
-        Block(0, PAGE, set())  # sandboxes may forbid it
+        Block(0, PAGE, frozenset())  # sandboxes may forbid it
     except OSError:
         return None
     return listener

@@ -203,8 +203,8 @@ def test_few_files_are_open(monkeypatch):
     assert [tensor is None for tensor in lent] == [False, False, False, True, True]
     assert blocks.lend([10], torch.float32) is None  # it is copied in less time
     for rank in (1, 2):
-        os.close(blocks.holding(lent[0])[0].descriptor_for(rank))
-    assert blocks.holding(lent[0])[0].descriptor_for(1) is None
+        os.close(blocks.holding(lent[0], 1)[0].descriptor_for(rank))
+    assert blocks.holding(lent[0], 1)[0].descriptor_for(1) is None
     assert len(os.listdir("/proc/self/fd")) == before + 2
     assert blocks.lend([100_000], torch.float32) is not None
     del lent, blocks
@@ -325,7 +325,7 @@ def test_messages_to_a_rank_that_is_gone_end_with_an_error(beside):
 
 
 def echo(exchange: SharedMemoryExchange) -> None:
-    for _ in range(2):
+    for _ in range(8):
         received = new_landing(exchange, torch.empty(0), 2, 50_000)
         exchange.post([], [(0, received)]).wait()
         exchange.post([(0, received + 1)], []).wait()
@@ -334,14 +334,15 @@ def echo(exchange: SharedMemoryExchange) -> None:
 def test_memory_of_evaluation_serves_training(beside):
     exchange, _ = beside(echo)
     like = torch.empty(0)
-    for number, mode in enumerate((torch.inference_mode, torch.enable_grad)):
+    for number in range(8):
+        mode = torch.inference_mode if number % 2 else torch.enable_grad
         with mode():
             sent = new_message(exchange, like, 2, 50_000).fill_(number + 5.0)
             received = new_landing(exchange, like, 2, 50_000)
             exchange.post([(1, sent)], [(1, received)]).wait()
         assert (received == number + 6).all() and received.is_inference() == (mode is torch.inference_mode)
         del sent
-    assert exchange._own._made == 1
+    assert exchange._own._made <= 2  # the other rank says later that it has read the one before
 
 
 def test_a_message_that_is_read_where_it_lies_cannot_be_written(beside):
