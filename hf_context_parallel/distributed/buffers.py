@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Generic, TypeVar
 from weakref import finalize
@@ -49,14 +50,17 @@ class IdleBlocks(Generic[Block]):
         self._blocks.append((capacity, self._requests, block))
 
     def take(self, size: int) -> Block | None:
-        """Take the smallest block that holds `size` bytes. It is None if there is none, or if all are far larger."""
+        """Take the smallest block that holds `size` bytes. It is None if there is none, or if all are far larger.
+
+        Of blocks of a size the one that became idle last is taken, so that others grow old and are released.
+        """
         self._requests += 1
         fitting = [
-            (capacity, index)
+            (capacity, -index)
             for index, (capacity, _, _) in enumerate(self._blocks)
             if size <= capacity <= EXCESS * capacity_for(size)
         ]
-        return self._blocks.pop(min(fitting)[1])[2] if fitting else None
+        return self._blocks.pop(-min(fitting)[1])[2] if fitting else None
 
     def release(self) -> list[Block]:
         """Forget the blocks that have waited too long, and return them."""
@@ -80,11 +84,7 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Make a tensor with unspecified values.
-
-        Its storage has the memory of an array that lives as long as any tensor has the storage: the tensor, its views,
-        or what autograd saved. The finalizer of this array gives the memory back.
-        """
+        """Make a tensor with unspecified values, whose memory is given back when no tensor has it any more."""
         size = prod(shape) * dtype.itemsize
         with self._lock:
             while self._returned:
@@ -93,10 +93,23 @@ class BufferPool:
             found = self._idle.take(size)
             self._idle.release()
         memory = torch.empty(capacity_for(size), dtype=torch.uint8) if found is None else found
-        lease = memory.numpy()[:size]
-        finalize(lease, self._returned.append, memory).atexit = False
-        storage = torch.from_numpy(lease).untyped_storage()
-        return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)  # which is no view, as reshaped it would be
+        return lying_in(lease(memory, 0, size, partial(self._returned.append, memory)), shape, dtype)
+
+
+def lease(memory: torch.Tensor, start: int, size: int, ended: Callable[[], object]) -> torch.UntypedStorage:
+    """Make a storage of a part of some bytes, which calls `ended` when nothing has it any more, in any thread.
+
+    It has the memory of an array that lives as long as anything has it: a tensor, its views, or what autograd saved.
+    The finalizer of this array makes the call.
+    """
+    part = memory.numpy()[start : start + size]
+    finalize(part, ended).atexit = False
+    return torch.from_numpy(part).untyped_storage()
+
+
+def lying_in(storage: torch.UntypedStorage, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Make a contiguous tensor of a whole storage. It is no view, as a tensor that is reshaped would be."""
+    return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)
 
 
 _pool = BufferPool()

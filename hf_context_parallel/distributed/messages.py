@@ -43,7 +43,9 @@ class Pending:
 
         Tensors made by `new_message` are never overwritten.
         """
-        for work in self._works:
+        works = self._works
+        for done, work in enumerate(works):
+            self._works = works[done:]  # what is left if an error or a signal ends the wait
             work.wait()
         self._works = self._buffers = ()
 

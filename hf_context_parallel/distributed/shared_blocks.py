@@ -1,7 +1,7 @@
 """Memory of messages that several processes of a machine map, in files made by `memfd_create`.
 
 Such files need no space in /dev/shm, and have no name that a dead process would leave behind. They are closed as soon
-as all that need them have mapped them, since a process may have few open files.
+as all ranks that may read them have mapped them, since a process may have few open files.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import ctypes
 import mmap
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from math import prod
 from typing import Any
-from weakref import finalize
+from weakref import WeakSet, finalize
 
 import torch
 
-from .buffers import SMALL, IdleBlocks, capacity_for
+from .buffers import SMALL, IdleBlocks, capacity_for, lease, lying_in
 
 MOST_OPEN = 128
-"""Files that are kept open for ranks that have not mapped them. With more, no memory is lent."""
+"""Files of a process that are kept open for ranks that have not mapped them. With more, no memory is lent."""
 
 
 class Block:
@@ -35,7 +35,7 @@ class Block:
     Attributes:
         memory: its content, as bytes.
         mapped_by: the ranks that have mapped it.
-        is_lent: True if a tensor of this rank lies in it.
+        is_lent: True if a tensor of this rank may lie in it.
         unread: number of messages that were sent from it and have not been read.
 
     Raises:
@@ -48,13 +48,9 @@ class Block:
         self.is_lent, self.unread = False, 0
         self._descriptor = os.memfd_create("hf_context_parallel")
         self._closing = finalize(self, os.close, self._descriptor)
+        _open_blocks.add(self)
         os.ftruncate(self._descriptor, capacity)
         self.memory = map_file(self._descriptor, capacity, for_writing=True)
-
-    @property
-    def is_open(self) -> bool:
-        """True if ranks are left that have not mapped it."""
-        return self._closing.alive
 
     @property
     def is_free(self) -> bool:
@@ -68,9 +64,14 @@ class Block:
             descriptor = os.dup(self._descriptor)
         else:
             self._closing.detach()
+            _open_blocks.discard(self)
             descriptor = self._descriptor
         self.mapped_by.add(rank)
         return descriptor
+
+
+_open_blocks: WeakSet[Block] = WeakSet()
+"""Blocks of this process whose file is open."""
 
 
 class OwnBlocks:
@@ -96,15 +97,17 @@ class OwnBlocks:
     def lend(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
         """Make a tensor with unspecified values in a block of its own.
 
-        It is None for few bytes, which are copied in less time, and if `MOST_OPEN` files are open.
+        It is None for few bytes, which are copied in less time, and if no more files can be open.
         """
         size = prod(shape) * dtype.itemsize
-        if size < SMALL or sum(block.is_open for block in self._blocks.values()) >= MOST_OPEN:
+        if size < SMALL or len(_open_blocks) >= MOST_OPEN:
             return None
-        block = self._take(size, self._readers)
+        try:
+            block = self._take(size, self._readers)
+        except OSError:  # ordinary memory serves too
+            return None
         block.is_lent = True
-        storage = lease(block.memory, 0, size, partial(self._returned.append, block))
-        return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)  # which is no view, as reshaped it would be
+        return lying_in(lease(block.memory, 0, size, partial(self._returned.append, block)), shape, dtype)
 
     def holding(self, tensor: torch.Tensor, reader: int) -> tuple[Block, int]:
         """Find the block that a contiguous tensor lies in, and where it begins. Any other tensor is copied to one.
@@ -147,16 +150,6 @@ class OwnBlocks:
     def _put_if_free(self, block: Block) -> None:
         if block.is_free:
             self._idle[block.readers].put(len(block.memory), block)
-
-
-def lease(memory: torch.Tensor, start: int, size: int, ended: Callable[[], object]) -> torch.UntypedStorage:
-    """Make a storage of a part of some bytes, which calls `ended` when no tensor has it any more.
-
-    The storage has the memory of an array, which lives as long as it. The finalizer of this array runs in any thread.
-    """
-    part = memory.numpy()[start : start + size]
-    finalize(part, ended).atexit = False
-    return torch.from_numpy(part).untyped_storage()
 
 
 def has_no_memory(tensor: torch.Tensor) -> bool:

@@ -41,11 +41,11 @@ import torch
 import torch.distributed as dist
 
 from .agreement import gather_numbers
-from .buffers import PAGE
+from .buffers import PAGE, lease
 from .mesh import Ranks
 from .messages import Exchange, GroupExchange, Message, Pending, Work
 from .process_groups import timeout_of_world
-from .shared_blocks import Block, OwnBlocks, bytes_of, has_no_memory, lease, leave, map_file
+from .shared_blocks import Block, OwnBlocks, bytes_of, has_no_memory, leave, map_file
 
 logger = logging.getLogger(__name__)
 
@@ -232,22 +232,30 @@ class _Link:
         Raises:
             RuntimeError: if the message has another size.
         """
-        block, memory, start, size = self.arrived.pop(number)
+        block, memory, start, size = self.arrived[number]
         if size != tensor.nbytes:
             raise RuntimeError(f"rank {self.rank} of the group sent {size} bytes where {tensor.nbytes} were expected")
         if has_no_memory(tensor):
             storage = lease(memory, start, size, partial(self._left.append, block))
-            tensor.set_(storage, 0, tensor.shape, tensor.stride())
+            with torch.inference_mode(
+                tensor.is_inference()
+            ):  # a step that ended by an error may have had another mode
+                tensor.set_(storage, 0, tensor.shape, tensor.stride())
+            del self.arrived[number]
             return
         bytes_of(tensor).copy_(memory[start : start + size])
+        del self.arrived[number]
         self._write(PACKET.pack(READ, block, 0, 0, 0))
 
     def read(self) -> None:
-        """Take in all that has arrived, without waiting, and say what has been read."""
+        """Say what has been read, and take in all that has arrived, without waiting."""
         while self._left:
             block = self._left.popleft()
             leave(self._mapped[block])
             self._write(PACKET.pack(READ, block, 0, 0, 0))
+        self._take_in_all()
+
+    def _take_in_all(self) -> None:
         while not self.ended:
             try:
                 packet, descriptors, _, _ = socket.recv_fds(self.socket, PACKET.size, 1, socket.MSG_CMSG_CLOEXEC)
@@ -298,7 +306,7 @@ class _Link:
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError):
-            self.read()  # up to the end of what it sent
+            self._take_in_all()  # up to the end of what it sent
         if descriptor is not None:
             os.close(descriptor)
         return True

@@ -26,7 +26,7 @@ from ..distributed.mesh import world
 from ..integration.border.parallelize import decoders_of, parallelize
 from ..integration.checks.peft import check_adapters, uses_prefix
 from ..integration.checks.proofs import keep_proof
-from ..integration.checks.weights import numbers_of, refuse_non_finite
+from ..integration.checks.weights import numbers_of, packing_modules, refuse_non_finite
 from ..integration.model_registry import outermost_models, transformers_model
 from ..integration.patches.rope import follows_length
 from ..integration.switches import allow_unchecked_models, several_tiles
@@ -159,6 +159,8 @@ def _untouched(model: torch.nn.Module) -> Iterator[None]:
     # Dynamo would compile the model with the hooks of this comparison.
     compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     model.eval()
+    for module in packing_modules(model):
+        module.training = True  # in evaluation they are packed anew on some CPUs, and stay rounded
     try:
         with torch.random.fork_rng(devices), compiler:
             yield

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def layers(count: int) -> tuple[int, int, int, int]:
         assert (received == number + 1 - peer).all() and received.is_contiguous()
         addresses.add(received.data_ptr())
     most = resident_of_others() - resident
-    open_files = sum(block.is_open for block in exchange._own._blocks.values())
+    open_files = len(shared_blocks._open_blocks & set(exchange._own._blocks.values()))
     dist.barrier()
     saved.clear()
     del keys, received
@@ -198,6 +199,8 @@ def test_memory_is_not_used_again_while_a_tensor_of_any_rank_lies_in_it(on_ranks
 def test_few_files_are_open(monkeypatch):
     """Check that tensors get ordinary memory when many files wait for ranks that have not mapped them."""
     monkeypatch.setattr(shared_blocks, "MOST_OPEN", 3)
+    gc.collect()
+    monkeypatch.setattr(shared_blocks, "_open_blocks", WeakSet())
     blocks, before = OwnBlocks([1, 2]), len(os.listdir("/proc/self/fd"))
     lent = [blocks.lend([100_000], torch.float32) for _ in range(5)]
     assert [tensor is None for tensor in lent] == [False, False, False, True, True]
@@ -207,6 +210,9 @@ def test_few_files_are_open(monkeypatch):
     assert blocks.holding(lent[0], 1)[0].descriptor_for(1) is None
     assert len(os.listdir("/proc/self/fd")) == before + 2
     assert blocks.lend([100_000], torch.float32) is not None
+    monkeypatch.setattr(shared_blocks, "MOST_OPEN", 100)
+    monkeypatch.setattr(os, "memfd_create", lambda name: os.open("/nowhere", os.O_RDONLY))
+    assert blocks.lend([1_000_000], torch.float32) is None
     del lent, blocks
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -322,6 +328,43 @@ def test_messages_to_a_rank_that_is_gone_end_with_an_error(beside):
         with pytest.raises(dist.DistNetworkError, match="rank 1 of the group closed its connection"):
             posted.wait() if posted is pending[-1] else posted.post([(1, torch.zeros(1))], [])
     assert queued and len(os.listdir("/proc/self/fd")) <= files - queued // 2
+
+
+def dies_in_a_flood(exchange: SharedMemoryExchange) -> None:
+    """Send messages that are held where they lie, and end without taking any."""
+    for _ in range(40):
+        exchange.post([(0, torch.ones(40_000))], [])
+    os.read(go[0], 1)
+
+
+go = os.pipe()
+
+
+@pytest.mark.parametrize("floods", [False, True])
+def test_messages_that_are_left_when_their_sender_is_gone(beside, floods):
+    """Check that the error names the rank, where it is to be told that many were read, and packets are queued."""
+    exchange, process = beside(dies_in_a_flood)
+    held = []
+    for _ in range(40):
+        held.append(new_landing(exchange, torch.empty(0), 40_000))
+        exchange.post([], [(1, held[-1])]).wait()
+    pending = [exchange.post([(1, torch.zeros(1))], []) for _ in range(1500 if floods else 0)]
+    os.write(go[1], b"x")
+    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    assert all((tensor == 1).all() for tensor in held)
+    held.clear()
+    with pytest.raises(dist.DistNetworkError, match="rank 1 of the group closed its connection"):
+        pending[-1].wait() if floods else exchange.post([(1, torch.zeros(1))], [])
+
+
+def test_a_message_of_evaluation_may_be_waited_for_later(beside):
+    """Check it outside inference mode, as when ranks settle after an error."""
+    exchange, _ = beside(lambda exchange: exchange.post([(0, torch.ones(40_000))], []).wait())
+    with torch.inference_mode():
+        received = new_landing(exchange, torch.empty(0), 40_000)
+        pending = exchange.post([], [(1, received)])
+    pending.wait()
+    assert (received == 1).all()
 
 
 def echo(exchange: SharedMemoryExchange) -> None:

@@ -40,7 +40,11 @@ class PretendedDevice(ExitStack):
     def has(self, *values: object) -> bool:
         """Return whether any tensor among these values lies on the device."""
         tensors = [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
-        return any(x.numel() and x.untyped_storage().data_ptr() in self._storages for x in tensors)
+        return any(x.numel() and self._lies_here(x.untyped_storage().data_ptr()) for x in tensors)
+
+    def _lies_here(self, address: int) -> bool:
+        found = self._storages.get(address)
+        return found is not None and found.data_ptr() == address  # else it has given up its memory, as landings do
 
     def note(self, name: str) -> None:
         """Take note of a read."""
@@ -89,6 +93,6 @@ class _Operators(TorchDispatchMode):
         if on_device and (name in OPERATORS or by_boolean):
             self._device.note(name)
         result = function(*args, **(kwargs or {}))
-        if on_device:
+        if on_device or name == "set_":  # a message that arrived lies where its sender has it
             self._device.put(*(x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)))
         return result

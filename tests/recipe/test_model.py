@@ -35,7 +35,7 @@ def test_a_quantised_model_is_trained_by_its_adapters(minimal):
     quantised = [weight for weight in model.parameters() if weight.dtype == torch.uint8]
     assert len(quantised) == 7 * model.config.num_hidden_layers
     tokens = torch.arange(9)[None]
-    model(input_ids=tokens, labels=tokens).loss.backward()
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
     assert all((weight.grad is not None) == ("lora" in name) for name, weight in model.named_parameters())
 
 

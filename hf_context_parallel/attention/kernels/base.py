@@ -17,7 +17,8 @@ class Kernel(ABC):
     """Kernel that computes attention of query ranges to key ranges on one device.
 
     Tensors have tokens first: query `[T, H, D]`, key `[K, H_kv, D]`, value `[K, H_kv, D_v]`, where H_kv divides H.
-    The last dimension has stride 1. No range is empty.
+    The last dimension has stride 1. No range is empty. A kernel writes to none of them: other ranks may read them, and
+    on CPUs keys of other ranks are mapped for reading only.
     """
 
     name: str

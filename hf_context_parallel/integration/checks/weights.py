@@ -34,13 +34,18 @@ NONE = torch.iinfo(torch.int64).min
 Items = TypeVar("Items", torch.Tensor, Sequence[str])
 
 
+def packing_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """List the linear layers of bitsandbytes whose weights pack numbers of four bits."""
+    # `hasattr` would take microseconds of each module that lacks it, for each batch.
+    return [module for module in model.modules() if "quant_state" in vars(module)]
+
+
 def numbers_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return the parameters of a model by name, without those of bitsandbytes that pack numbers of four bits.
 
     For FSDP these have a floating dtype, in which their bits may look like NaN.
     """
-    # `hasattr` would take microseconds of each module that lacks it, for each batch.
-    packed = {module.weight for module in model.modules() if "quant_state" in vars(module)}
+    packed = {module.weight for module in packing_modules(model)}
     return {name: parameter for name, parameter in model.named_parameters() if parameter not in packed}
 
 
