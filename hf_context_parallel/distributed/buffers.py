@@ -50,17 +50,14 @@ class IdleBlocks(Generic[Block]):
         self._blocks.append((capacity, self._requests, block))
 
     def take(self, size: int) -> Block | None:
-        """Take the smallest block that holds `size` bytes. It is None if there is none, or if all are far larger.
-
-        Of blocks of a size the one that became idle last is taken, so that others grow old and are released.
-        """
+        """Take the smallest block that holds `size` bytes. It is None if there is none, or if all are far larger."""
         self._requests += 1
         fitting = [
-            (capacity, -index)
+            (capacity, index)
             for index, (capacity, _, _) in enumerate(self._blocks)
             if size <= capacity <= EXCESS * capacity_for(size)
         ]
-        return self._blocks.pop(-min(fitting)[1])[2] if fitting else None
+        return self._blocks.pop(min(fitting)[1])[2] if fitting else None
 
     def release(self) -> list[Block]:
         """Forget the blocks that have waited too long, and return them."""
