@@ -6,13 +6,12 @@ every few seconds. All ranks note the same things in the same order, so the rank
 
 from __future__ import annotations
 
-import faulthandler
+import gc
 import json
 import os
-import re
 import socket
+import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -182,25 +181,25 @@ def _place(thread: int) -> tuple[str, bool]:
 def _frames(thread: int) -> list[tuple[str, str, str]]:
     """List file, line and function of the innermost 100 frames of a thread, the innermost first.
 
-    `faulthandler` reads them at once and makes no object. The frames of `sys._current_frames` are objects of a thread
-    that runs on: to make them may collect garbage, whose finalizers let that thread go on, and Python 3.11 then writes
-    to frames that are gone.
+    That thread gets no turn meanwhile. Making frames may collect garbage, whose finalizers would give it
+    one, and Python 3.11 then writes to frames that are gone. `faulthandler` reads threads without the lock under which
+    others begin, and ends the process if it meets one that has just begun.
     """
+    collects, interval = gc.isenabled(), sys.getswitchinterval()
+    gc.disable()
+    sys.setswitchinterval(60.0)
     try:
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            text = file.read().decode("ascii", "replace")
-    except OSError:  # no room for a temporary file
-        return []
-    threads = _THREAD.split(text)  # what is before the first, then a number and the lines of each
-    lines = {int(number, 16): lines for number, lines in zip(threads[1::2], threads[2::2])}
-    return _FRAME.findall(lines.get(thread, ""))
+        frame, found = sys._current_frames().get(thread), []
+        while frame is not None and len(found) < 100:
+            found.append((frame.f_code.co_filename, str(frame.f_lineno), frame.f_code.co_name))
+            frame = frame.f_back
+        return found
+    finally:
+        sys.setswitchinterval(interval)
+        if collects:
+            gc.enable()
 
 
-_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+) .*\n", re.MULTILINE)
-_FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$', re.MULTILINE)
-"""Lines of `faulthandler`."""
 _OF_MESSAGES = (f"distributed{os.sep}shared_memory.py", f"distributed{os.sep}messages.py")
 
 
