@@ -189,7 +189,8 @@ def _frames(thread: int) -> list[tuple[str, str, str]]:
     gc.disable()
     sys.setswitchinterval(60.0)
     try:
-        frame, found = sys._current_frames().get(thread), []
+        frame = sys._current_frames().get(thread)
+        found: list[tuple[str, str, str]] = []
         while frame is not None and len(found) < 100:
             found.append((frame.f_code.co_filename, str(frame.f_lineno), frame.f_code.co_name))
             frame = frame.f_back
