@@ -181,13 +181,12 @@ def _place(thread: int) -> tuple[str, bool]:
 def _frames(thread: int) -> list[tuple[str, str, str]]:
     """List file, line and function of the innermost 100 frames of a thread, the innermost first.
 
-    That thread gets no turn meanwhile. Making frames may collect garbage, whose finalizers would give it
-    one, and Python 3.11 then writes to frames that are gone. `faulthandler` reads threads without the lock under which
-    others begin, and ends the process if it meets one that has just begun.
+    No garbage is collected meanwhile. Making a frame may begin that, finalizers may then give the thread a turn, and
+    Python 3.11 would write to frames that are gone. `faulthandler` makes none, but does not take the lock that is held
+    while threads begin, and ends the process if it meets one that has just begun.
     """
-    collects, interval = gc.isenabled(), sys.getswitchinterval()
+    collects = gc.isenabled()
     gc.disable()
-    sys.setswitchinterval(60.0)
     try:
         frame = sys._current_frames().get(thread)
         found: list[tuple[str, str, str]] = []
@@ -196,7 +195,6 @@ def _frames(thread: int) -> list[tuple[str, str, str]]:
             frame = frame.f_back
         return found
     finally:
-        sys.setswitchinterval(interval)
         if collects:
             gc.enable()
 

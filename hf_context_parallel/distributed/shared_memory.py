@@ -237,9 +237,8 @@ class _Link:
             raise RuntimeError(f"rank {self.rank} of the group sent {size} bytes where {tensor.nbytes} were expected")
         if has_no_memory(tensor):
             storage = lease(memory, start, size, partial(self._left.append, block))
-            with torch.inference_mode(
-                tensor.is_inference()
-            ):  # a step that ended by an error may have had another mode
+            # A step that ended by an error may have had another mode than the one that waits.
+            with torch.inference_mode(tensor.is_inference()):
                 tensor.set_(storage, 0, tensor.shape, tensor.stride())
             del self.arrived[number]
             return

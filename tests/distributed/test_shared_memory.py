@@ -330,20 +330,17 @@ def test_messages_to_a_rank_that_is_gone_end_with_an_error(beside):
     assert queued and len(os.listdir("/proc/self/fd")) <= files - queued // 2
 
 
-def dies_in_a_flood(exchange: SharedMemoryExchange) -> None:
-    """Send messages that are held where they lie, and end without taking any."""
-    for _ in range(40):
-        exchange.post([(0, torch.ones(40_000))], [])
-    os.read(go[0], 1)
-
-
-go = os.pipe()
-
-
 @pytest.mark.parametrize("floods", [False, True])
 def test_messages_that_are_left_when_their_sender_is_gone(beside, floods):
     """Check that the error names the rank, where it is to be told that many were read, and packets are queued."""
-    exchange, process = beside(dies_in_a_flood)
+
+    def child(exchange: SharedMemoryExchange) -> None:
+        for _ in range(40):
+            exchange.post([(0, torch.ones(40_000))], [])
+        os.read(go[0], 1)  # it ends without taking any
+
+    go = os.pipe()
+    exchange, process = beside(child)
     held = []
     for _ in range(40):
         held.append(new_landing(exchange, torch.empty(0), 40_000))
@@ -368,14 +365,31 @@ def test_a_message_of_evaluation_may_be_waited_for_later(beside):
 
 
 def echo(exchange: SharedMemoryExchange) -> None:
-    for _ in range(8):
-        received = new_landing(exchange, torch.empty(0), 2, 50_000)
+    received = torch.empty(2, 1000)
+    for _ in range(2):
         exchange.post([], [(0, received)]).wait()
         exchange.post([(0, received + 1)], []).wait()
 
 
 def test_memory_of_evaluation_serves_training(beside):
     exchange, _ = beside(echo)
+    for number, mode in enumerate((torch.inference_mode, torch.enable_grad)):
+        with mode():
+            sent, received = torch.full((2, 1000), number + 5.0), torch.empty(2, 1000)
+            exchange.post([(1, sent)], [(1, received)]).wait()
+        assert (received == number + 6).all()
+    assert exchange._own._made == 1
+
+
+def echo_in_place(exchange: SharedMemoryExchange) -> None:
+    for _ in range(8):
+        received = new_landing(exchange, torch.empty(0), 2, 50_000)
+        exchange.post([], [(0, received)]).wait()
+        exchange.post([(0, received + 1)], []).wait()
+
+
+def test_memory_that_evaluation_was_lent_serves_training(beside):
+    exchange, _ = beside(echo_in_place)
     like = torch.empty(0)
     for number in range(8):
         mode = torch.inference_mode if number % 2 else torch.enable_grad
