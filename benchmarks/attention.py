@@ -152,7 +152,7 @@ def ours(comm_type: str) -> Callable[[Layer], Run]:
         query, key, value = (tensor.transpose(0, 1) for tensor in layer.whole[:3])
         machine = machine_of(torch.device("cpu"), size, os.cpu_count())
         choice = choose(settings(size, comm_type), comm_type, layout, layer.mask, Shape.of(query, key, value), machine)
-        strategy = build_strategy(comm_type, choice.inner, layout, layer.mask, rank, choice.together)
+        strategy = build_strategy(comm_type, choice.inner, layout, layer.mask, rank, choice.together, choice.groups)
         inputs = [tensor[layout.positions(rank)].requires_grad_() for tensor in layer.whole[:3]]
         grad_output = layer.whole[3][layout.positions(rank)]
         how = {"exchange": exchange_of(layer.group), "kernel": layer.kernel, "scores": layer.scores}

@@ -63,6 +63,10 @@ class ContextParallelConfig:
             `"off"`: nowhere.
             `"device"`: on the device.
             `"host"`: in pinned memory of the host, copied while kernels run.
+        head_groups: number of groups of key heads, with the query heads that read them, whose attention is computed
+            one after another. Keys of other ranks, sums of gradients, exchanged heads and what kernels allocate exist
+            for one group at a time. Where heads are exchanged, each rank has as many key heads of every group, so
+            there may be fewer groups. None takes as few as bring attention of a layer below 4 GiB.
         check_batch: True to compare a checksum of each batch, and of some weights of the model, between the ranks of a
             CP group before the model runs, and to look for tokens outside of the vocabulary. Other local checks and
             the exchange of their outcome are always on.
@@ -101,6 +105,7 @@ class ContextParallelConfig:
     layout: str = "auto"
     kernel: str = "auto"
     attention_checkpoints: str = "auto"
+    head_groups: int | None = None
     check_batch: bool = True
     verify: bool = True
     nan_steps: int | None = 3
@@ -139,6 +144,8 @@ class ContextParallelConfig:
                 raise ValueError(
                     f"{field}={tokens!r} is not a number of tokens. Give an integer of 1 or more, or None."
                 )
+        if self.head_groups is not None and not _is_count(self.head_groups):
+            raise ValueError(f"head_groups={self.head_groups!r} is not a number of groups. Give 1 or more, or None.")
         if self.nan_steps is not None and not _is_count(self.nan_steps):
             raise ValueError(f"nan_steps={self.nan_steps!r} is not a number of steps. Give 1 or more, or None.")
         most = self.max_tokens_per_rank

@@ -156,6 +156,8 @@ def test_attention_is_exact(on_ranks, ranks, case):
         ((3, 1), (12, 5), {}),
         ((6, 3), (5, 12), {"layout": "contiguous"}),
         ((4, 4), (24, 16), {}),  # as in multi-head latent attention
+        ((6, 3), (8, 8), {"comm_type": "p2p", "head_groups": 2}),
+        ((12, 6), (8, 8), {"comm_type": "a2a", "head_groups": 2}),
     ],
 )
 def test_attention_is_exact_for_other_heads_layouts_and_kernels(on_ranks, heads, dims, options):

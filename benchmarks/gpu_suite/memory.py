@@ -32,14 +32,18 @@ def run(options: Namespace) -> Iterator[dict[str, Any]]:
             mask = Mask(length, whole_rows(1, length))
             for comm_type in ("p2p", "all_gather"):
                 together = chosen(mask, RANKS, kernel, device) if comm_type == "p2p" else 1
-                yield peak(Layer(mask, "one document", comm_type, RANKS, together=together), kernel, device)
+                for groups in (1, 4):
+                    layer = Layer(mask, "one document", comm_type, RANKS, together=together, groups=groups)
+                    yield peak(layer, kernel, device)
 
 
 def peak(layer: Layer, kernel: Kernel, device: torch.device) -> dict[str, Any]:
     """Measure the rank that needs most by the estimate."""
     shape = Shape(HEADS, KEY_HEADS, DIM, DIM, DTYPES[device.type])
     layout, machine = zigzag(layer.mask.length, RANKS), machine_of(device, RANKS, None, kernel.name)
-    found = shares(layer.comm_type, 1, layout, counts_of(layout, layer.mask), shape, machine, layer.together)
+    found = shares(
+        layer.comm_type, 1, layout, counts_of(layout, layer.mask), shape, machine, layer.together, layer.groups
+    )
     estimates = [share.peak for share in found]
     rank = estimates.index(max(estimates))
     layer = replace(layer, rank=rank)

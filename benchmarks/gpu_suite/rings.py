@@ -48,6 +48,7 @@ class Layer:
     inner: int = 1
     rank: int = 0
     together: int = 1
+    groups: int = 1
 
     @property
     def tokens(self) -> int:
@@ -56,7 +57,8 @@ class Layer:
 
     def __str__(self) -> str:
         steps = f", {self.together} owners a step" if self.together > 1 else ""
-        return f"{self.comm_type} {self.ranks} x {self.tokens}, {self.of}, rank {self.rank}{steps}"
+        groups = f", {self.groups} groups of heads" if self.groups > 1 else ""
+        return f"{self.comm_type} {self.ranks} x {self.tokens}, {self.of}, rank {self.rank}{steps}{groups}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def long_layers(kernel: Kernel, device: torch.device) -> Iterator[Layer]:
             yield Layer(mask, "one document", "p2p", ranks, rank=rank, together=together)
         if together > 1 and tokens == 16_384:
             yield Layer(mask, "one document", "p2p", ranks, rank=ranks - 1)
+        if tokens == 32_768:
+            yield Layer(mask, "one document", "p2p", ranks, rank=ranks - 1, together=together, groups=4)
         yield Layer(mask, "one document", "all_gather", ranks)
         yield Layer(mask, "one document", "a2a", ranks, ranks)
 
@@ -125,7 +129,9 @@ def packed_layers(scale: int) -> Iterator[Layer]:
 def work_of(layer: Layer, kernel: Kernel, device: torch.device) -> Work:
     """Make the tensors of a layer, and the layer. Backward runs in the thread that calls it."""
     layout = zigzag(layer.mask.length, layer.ranks)
-    strategy = build_strategy(layer.comm_type, layer.inner, layout, layer.mask, layer.rank, layer.together)
+    strategy = build_strategy(
+        layer.comm_type, layer.inner, layout, layer.mask, layer.rank, layer.together, layer.groups
+    )
     *inputs, grad = tensors(strategy.tokens, device)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     stock = torch.randn(1 << (28 if device.type == "cuda" else 14), device=device, dtype=grad.dtype)

@@ -20,7 +20,7 @@ from ..planning.layout import Layout
 from ..planning.machine import Machine, attention_flops
 from ..planning.mask import Mask
 from ..planning.workload import Workload, workload
-from .peak_memory import peak_of_backward
+from .peak_memory import number_of_groups, peak_of_backward, results_of_groups, shape_of_group
 from .ring_steps import Ring, merged_bytes, owners_a_step
 from .strategy import Shape, bytes_of_heads, bytes_of_keys
 from .ulysses import SharedHeads
@@ -29,19 +29,29 @@ CLOSE = 1.03
 """Estimates of time that differ by less than this factor are taken as equal, and memory decides."""
 
 
-class Choice(NamedTuple):
-    """Strategy of a layer.
+class Candidate(NamedTuple):
+    """Strategy that a layer could have.
 
     Args:
         comm_type: name of the strategy.
         inner: number of ranks in its subgroups.
         together: number of owners whose keys its ring computes with at each step.
-        reason: reason for the choice.
+        groups: number of groups of heads that are computed one after another.
     """
 
     comm_type: str
     inner: int
     together: int = 1
+    groups: int = 1
+
+
+class Choice(NamedTuple):
+    """Strategy of a layer, and the reason for it; see `Candidate` for the other fields."""
+
+    comm_type: str
+    inner: int
+    together: int = 1
+    groups: int = 1
     reason: str = ""
 
 
@@ -91,13 +101,15 @@ def choose(
     That is the fastest one that needs at most `free` bytes. Of those that are nearly as fast, it is the one that needs
     the least memory. If none fits, it is the one that needs the least of all.
     """
-    counts = counts_of(layout, mask)
-    if comm_type != "auto":
-        inner = inner_size(config, comm_type, shape)
-        return Choice(comm_type, inner, _together(comm_type, inner, layout.size, counts, shape, machine))
-    if layout.size == 1:
-        return Choice("p2p", 1, 1, "one rank")
-    found = estimates(config, layout, counts, shape, machine)
+    counts, most = counts_of(layout, mask), len(mask.rows) * max(layout.local_lengths)
+    if comm_type != "auto" or layout.size == 1:
+        name = "p2p" if comm_type == "auto" else comm_type
+        only = candidate(config, name, inner_size(config, name, shape), layout.size, most, counts, shape, machine)
+        return Choice(*only, "one rank" if comm_type == "auto" else "")
+    found = estimates(config, layout, most, counts, shape, machine)
+    if config.head_groups is None and all(estimated.peak > free for estimated in found.values()):
+        smallest = replace(config, head_groups=shape.key_heads)
+        found |= estimates(smallest, layout, most, counts, shape, machine)
     fitting = [candidate for candidate in found if found[candidate].peak <= free]
     least = min((found[candidate].total for candidate in fitting), default=0.0)
     close = [candidate for candidate in fitting if found[candidate].total <= CLOSE * least]
@@ -115,15 +127,35 @@ def counts_of(layout: Layout, mask: Mask) -> Counts:
 
 
 def estimates(
-    config: ContextParallelConfig, layout: Layout, counts: Counts, shape: Shape, machine: Machine
-) -> dict[tuple[str, int, int], Estimate]:
-    """Estimate all candidates: by name, ranks of a subgroup, and owners at each step of the ring."""
-    found: dict[tuple[str, int, int], Estimate] = {}
-    for name, inner in candidates(config, shape):
-        together = _together(name, inner, layout.size, counts, shape, machine)
-        counted = shares(name, inner, layout, counts, shape, machine, together)
-        found[name, inner, together] = estimate(counted, shape, machine)
+    config: ContextParallelConfig, layout: Layout, most: int, counts: Counts, shape: Shape, machine: Machine
+) -> dict[Candidate, Estimate]:
+    """Estimate all candidates.
+
+    Args:
+        most: tokens of the rank that holds most, with those of no document.
+    """
+    found = {}
+    for way in candidates(config, shape):
+        one = candidate(config, *way, layout.size, most, counts, shape, machine)
+        counted = shares(*way, layout, counts, shape, machine, one.together, one.groups)
+        found[one] = estimate(counted, shape, machine)
     return found
+
+
+def candidate(
+    config: ContextParallelConfig,
+    comm_type: str,
+    inner: int,
+    size: int,
+    most: int,
+    counts: Counts,
+    shape: Shape,
+    machine: Machine,
+) -> Candidate:
+    """Complete a strategy of `size` ranks by its groups of heads, and the owners at each step of its ring."""
+    groups = number_of_groups(config.head_groups, shape, machine.kernel, comm_type, size, inner, most)
+    together = _together(comm_type, inner, size, counts, shape_of_group(shape, inner, groups), machine)
+    return Candidate(comm_type, inner, together, groups)
 
 
 def _together(comm_type: str, inner: int, size: int, counts: Counts, shape: Shape, machine: Machine) -> int:
@@ -137,9 +169,7 @@ def _together(comm_type: str, inner: int, size: int, counts: Counts, shape: Shap
     return owners_a_step(ring, shape._replace(heads=heads, key_heads=key_heads), machine)
 
 
-def _reason(
-    best: tuple[str, int, int], found: dict[tuple[str, int, int], Estimate], free: float, here: Workload
-) -> str:
+def _reason(best: Candidate, found: dict[Candidate, Estimate], free: float, here: Workload) -> str:
     """Describe the estimates, beginning with those of the best candidate."""
     listed = ", ".join(
         f"{_named(candidate)} {found[candidate].total * 1e3:.3g} ms and {found[candidate].peak / 2**30:.3g} GiB"
@@ -165,10 +195,11 @@ def candidates(config: ContextParallelConfig, shape: Shape) -> list[tuple[str, i
     return found + [("a2a+p2p", n) for n in inner if 1 < n < size and n <= shape.heads]
 
 
-def _named(candidate: tuple[str, int, int]) -> str:
-    comm_type, inner, together = candidate
-    name = f"{comm_type} of {inner}" if comm_type == "a2a+p2p" else comm_type
-    return name if together == 1 else f"{name} with {together} owners a step"
+def _named(one: Candidate) -> str:
+    name = f"{one.comm_type} of {one.inner}" if one.comm_type == "a2a+p2p" else one.comm_type
+    further = (one.together, "owners a step"), (one.groups, "groups of heads")
+    listed = " and ".join(f"{count} {what}" for count, what in further if count > 1)
+    return f"{name} with {listed}" if listed else name
 
 
 class Traffic(NamedTuple):
@@ -210,6 +241,18 @@ class Share(NamedTuple):
         """Bytes that the rank sends in all."""
         return self.hidden.bytes + self.shown.bytes
 
+    def in_groups(self, groups: int, results: int) -> Share:
+        """Share of a rank that computes groups of heads, and holds further bytes for the results of all of them."""
+        traffic = (part._replace(messages=groups * part.messages) for part in (self.hidden, self.shown))
+        hidden, shown = traffic
+        return self._replace(
+            calls=groups * self.calls,
+            hidden=hidden,
+            shown=shown,
+            peak=self.peak + results,
+            copied=self.copied + 4 * results,
+        )
+
     def seconds(self, shape: Shape, machine: Machine) -> Estimate:
         """Estimate the time and memory of this share on a machine."""
         flops = attention_flops(self.work, 1, shape.query_dim, shape.value_dim)
@@ -241,6 +284,7 @@ def shares(
     shape: Shape,
     machine: Machine,
     together: int = 1,
+    groups: int = 1,
 ) -> list[Share]:
     """Work and traffic of each rank.
 
@@ -249,9 +293,27 @@ def shares(
     Args:
         counts: the workloads; see `counts_of`.
         together: owners at each step of a ring.
+        groups: groups of heads.
     """
+    one = shape_of_group(shape, inner, groups)
     if inner > 1:
-        return _shares_of_heads(inner, layout.size, counts, shape, machine, together)
+        found = _shares_of_heads(inner, layout.size, counts, shape, one, machine, together)
+    else:
+        found = _shares_of_tokens(comm_type, layout, counts, shape, one, machine, together)
+    if groups == 1:
+        return found
+    results = [results_of_groups(shape, tokens, groups) for tokens in counts(1).tokens]
+    return [share.in_groups(groups, more) for share, more in zip(found, results)]
+
+
+def _shares_of_tokens(
+    comm_type: str, layout: Layout, counts: Counts, shape: Shape, one: Shape, machine: Machine, together: int
+) -> list[Share]:
+    """Work and traffic of each rank if each computes the queries of its tokens.
+
+    Args:
+        one: shape of a group of heads, by which memory is counted.
+    """
     here = counts(1)
     crosses, most = layout.size > machine.node, max(here.tokens)
     outside = max(0, layout.size - machine.node) / max(1, layout.size - 1)  # share of a rank's group on other nodes
@@ -259,7 +321,7 @@ def shares(
     for rank in range(layout.size):
         read, owners = here.read[rank], here.owners[rank]
         work, own_tokens = here.pairs[rank] * shape.heads, here.tokens[rank]
-        call = shape, machine.kernel, own_tokens
+        call = one, machine.kernel, own_tokens
         if comm_type == "all_gather":
             traffic = _split(sum(bytes_of_keys(shape, shape.key_heads, read, read)), outside, 3 * owners)
             own = own_tokens * shape.key_value_numbers * shape.dtype.itemsize
@@ -278,7 +340,7 @@ def shares(
 
 
 def _shares_of_heads(
-    inner: int, size: int, counts: Counts, shape: Shape, machine: Machine, together: int
+    inner: int, size: int, counts: Counts, shape: Shape, one: Shape, machine: Machine, together: int
 ) -> list[Share]:
     """Work and traffic of each rank if subgroups exchange heads."""
     here, outer = counts(1), counts(inner)
@@ -294,8 +356,11 @@ def _shares_of_heads(
         crosses = size > machine.node
         ring = ring_of_keys(work, calls, read, read, outer.merged[group], here_shape, crosses, together)
         tokens, most = outer.tokens[group], together * max(outer.tokens)
-        peak = _peak_of_ring(here_shape, machine.kernel, tokens, read, most, outer.documents[group])
-        peak += tokens * heads * shape.value_dim * shape.dtype.itemsize  # the gradients of outputs, exchanged
+        of_group = (
+            here_shape if one == shape else one._replace(heads=one.heads // inner, key_heads=one.key_heads // inner)
+        )
+        peak = _peak_of_ring(of_group, machine.kernel, tokens, read, most, outer.documents[group])
+        peak += tokens * of_group.heads * shape.value_dim * shape.dtype.itemsize  # gradients of outputs, exchanged
         found.append(ring._replace(copied=ring.copied + copied, shown=exchanged, peak=peak))
     return found
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ..distributed.messages import Exchange
+from .heads import heads_of_groups
 from .kernels.base import Kernel
-from .ring import planned_attention
+from .ring import HeadGroup, planned_attention
 from .scores import Scores
 from .strategy import Strategy
 
@@ -59,12 +60,15 @@ def attention(
         raise ValueError(f"{refusal}.")
     # All ranks have the same seed, so the rank is mixed in to make their dropout differ.
     scores = scores.of(strategy.rank)
-    how: dict[str, Any] = {"kernel": kernel, "sinks": sinks}
+    heads = heads_of_groups(query.shape[1], key.shape[1], strategy.inner, strategy.groups)
+    groups = [HeadGroup(*each) for each in heads]
+    how: dict[str, Any] = {"kernel": kernel, "sinks": sinks, "groups": groups}
     parts = []
     if strategy.plan is not None:
-        shared = strategy.shared_heads(exchange, query.shape[1], key.shape[1], query.device)
         how |= {"scores": scores, "exchange": strategy.outer(exchange)}
-        parts.append(planned_attention(query, key, value, plan=strategy.plan, shared=shared, **how))
+        shared = [strategy.shared_heads(exchange, len(own), len(keys), query.device) for own, keys in heads]
+        of_plan = [group._replace(shared=exchanged) for group, exchanged in zip(groups, shared)]
+        parts.append(planned_attention(query, key, value, plan=strategy.plan, **{**how, "groups": of_plan}))
     if strategy.own is not None:
         how |= {"scores": scores.of("own"), "exchange": exchange}
         parts.append(planned_attention(query, key, value, plan=strategy.own, **how))

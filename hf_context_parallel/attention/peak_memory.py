@@ -12,8 +12,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..distributed.messages import accumulation_dtype
+from .heads import heads_of_groups, most_groups
 from .kernels.varlen import MOST_EXPANDED
+from .ring_steps import most_owners
 from .strategy import Shape
+
+MOST_BYTES = 2**32
+"""Bytes at the peak of a layer's attention from which its heads are computed in groups."""
 
 
 class Temporaries(NamedTuple):
@@ -73,3 +78,79 @@ def peak_of_backward(
     returned = size * (queries * query + keys * key_value)
     most = max(temporary, later * key_value * total)
     return most + returned + held * key_value * size + (sums * key_value + queries * query) * total
+
+
+def peak_of_document(
+    shape: Shape,
+    kernel: str,
+    comm_type: str,
+    ranks: int,
+    inner: int,
+    tokens: int,
+    groups: int = 1,
+    again: bool = False,
+) -> float:
+    """Estimate the bytes of a layer at the peak of its backward, for one document that all ranks share equally.
+
+    Args:
+        shape: heads, head dims and dtype of the layer on a rank, before heads are exchanged.
+        comm_type: name of the strategy.
+        inner: number of ranks that exchange heads.
+        tokens: tokens of a rank.
+        groups: number of groups of heads.
+        again: True if what backward needs is exchanged in backward, and the rank's own is there too.
+    """
+    size, peak = shape.dtype.itemsize, results_of_groups(shape, tokens, groups)
+    shape = shape_of_group(shape, inner, groups)
+    others = (ranks - 1) * tokens
+    if ranks > 1 and comm_type == "all_gather":
+        whole = tokens + others
+        return peak + peak_of_backward(shape, kernel, tokens, whole, 1, tokens + whole, tokens + whole, others)
+    if inner > 1:
+        heads, key_heads = -(-shape.heads // inner), -(-shape.key_heads // inner)
+        shape = shape._replace(heads=heads, key_heads=key_heads)
+        tokens *= inner
+        exchanged = heads * shape.value_dim  # the gradients of outputs
+        if again:
+            exchanged += heads * (shape.query_dim + shape.value_dim) + shape.key_value_numbers
+        peak += tokens * exchanged * size
+    if inner == ranks:  # one call computes all, so nothing is summed: there is what it returns and allocates
+        sums = tokens * shape.heads * shape.query_dim * accumulation_dtype(shape.dtype).itemsize
+        joined = tokens * shape.key_value_numbers * size  # gradients of keys and of values
+        return peak + peak_of_backward(shape, kernel, tokens, tokens, 1, tokens, 0, 0) - sums + joined
+    arriving = tokens * most_owners(ranks // inner - 1, tokens, shape)
+    held = sums = tokens + 2 * arriving
+    return peak + peak_of_backward(shape, kernel, tokens, tokens, 1, held, sums, arriving)
+
+
+def results_of_groups(shape: Shape, tokens: int, groups: int) -> int:
+    """Bytes of the gradients of all heads, which those of a group are written to. One group needs none."""
+    numbers = shape.heads * shape.query_dim + shape.key_value_numbers
+    return tokens * numbers * shape.dtype.itemsize if groups > 1 else 0
+
+
+def shape_of_group(shape: Shape, inner: int, groups: int) -> Shape:
+    """Shape of the heads of the largest group."""
+    found = heads_of_groups(shape.heads, shape.key_heads, inner, groups)
+    heads, key_heads = max(found, key=lambda group: len(group[0]))
+    return shape._replace(heads=len(heads), key_heads=len(key_heads))
+
+
+def number_of_groups(
+    asked: int | None, shape: Shape, kernel: str, comm_type: str, ranks: int, inner: int, tokens: int
+) -> int:
+    """Choose the number of groups of heads: as many as are asked for, or the fewest with which attention is small.
+
+    Bytes are counted as for one document, so the number depends on nothing that differs between ranks.
+
+    Args:
+        asked: `head_groups` of the settings.
+        tokens: tokens of the rank that has most.
+    """
+    most = most_groups(shape.key_heads, inner)
+    if asked is not None:
+        return min(asked, most)
+    for groups in range(1, most):
+        if peak_of_document(shape, kernel, comm_type, ranks, inner, tokens, groups) <= MOST_BYTES:
+            return groups
+    return most

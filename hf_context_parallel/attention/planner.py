@@ -84,13 +84,13 @@ class Planner:
             self._layers[layer] = self._layers.pop(layer, None)
         while len(self._layers) > ALIKE:
             del self._layers[next(iter(self._layers))]
-        comm_type, inner, together, _ = self.choice(layer, layout, mask)
+        comm_type, inner, together, groups, _ = self.choice(layer, layout, mask)
 
         def make() -> Strategy:
-            made = build_strategy(comm_type, inner, layout, mask, self.rank, together)
+            made = build_strategy(comm_type, inner, layout, mask, self.rank, together, groups)
             return with_padding(made, layout, mask) if layer.padding else made
 
-        return self._strategies.get((comm_type, inner, together, layout, mask, layer.padding), make)
+        return self._strategies.get((comm_type, inner, together, groups, layout, mask, layer.padding), make)
 
     def plan(self, layout: Layout, rows: tuple[tuple[Document, ...], ...]) -> None:
         """Make the strategies of a batch for all layers that were met.

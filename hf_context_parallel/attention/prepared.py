@@ -15,6 +15,12 @@ from ..planning.portions import portions_of
 from ..planning.tiles import Segments
 from .totals import Places
 
+LONG = 5000
+"""Mean number of keys of a query from which buffers on the CPU are made anew in each layer.
+
+That takes time for each token, and kernels take time for each pair. So the longer a document is, the less does it
+matter, while what is kept for the next layer adds to the memory of all else."""
+
 
 class Parcels:
     """Messages, and the rows of a buffer that each of them holds.
@@ -151,6 +157,7 @@ class PreparedPlan:
         queries: rows of the queries that each call computes, calls of all steps in order.
         travels: True if keys travel between ranks or within this rank.
         sends_itself: True if a message goes from this rank to itself.
+        keeps_buffers: False if buffers of a CPU are not worth keeping for the next layer.
     """
 
     rank: int
@@ -158,6 +165,7 @@ class PreparedPlan:
     queries: Places
     travels: bool
     sends_itself: bool
+    keeps_buffers: bool
 
     @property
     def nbytes(self) -> int:
@@ -197,6 +205,7 @@ def _prepared(plan: Plan) -> PreparedPlan:
         queries=Places(portions_of(calls, plan.tokens)),
         travels=any(step.grad_sends or step.grad_returns for step in plan.steps),
         sends_itself=any(t.peer == plan.rank for step in plan.steps for t in (*step.receives, *step.grad_returns)),
+        keeps_buffers=plan.pairs < LONG * plan.tokens,
     )
 
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..distributed.buffers import new_buffer
+from ..distributed.buffers import keeping, new_buffer
 from ..distributed.messages import Exchange, Message, Pending, accumulation_dtype, in_flight, new_message
 from ..distributed.rows import Rows
 from ..distributed.side_stream import GradientStream
 from ..planning.plan import Plan
+from .heads import heads_of, with_heads
 from .kernels.base import Kernel
 from .prepared import PreparedPlan, PreparedStep, SumMessages, prepared
 from .profiling import span
@@ -38,6 +39,24 @@ class Means(NamedTuple):
     scores: Scores
 
 
+class HeadGroup(NamedTuple):
+    """Heads of a layer that are computed together.
+
+    Args:
+        heads, key_heads: query heads, and the key heads that they read.
+        shared: exchange of these heads in a subgroup, or None.
+    """
+
+    heads: range
+    key_heads: range
+    shared: SharedHeads | None = None
+
+    @property
+    def computed(self) -> range:
+        """Query heads that this rank computes."""
+        return self.heads if self.shared is None else self.heads[self.shared.mine.start : self.shared.mine.stop]
+
+
 def planned_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -47,8 +66,8 @@ def planned_attention(
     exchange: Exchange,
     kernel: Kernel,
     scores: Scores,
+    groups: Sequence[HeadGroup],
     sinks: torch.Tensor | None = None,
-    shared: SharedHeads | None = None,
 ) -> torch.Tensor:
     """Compute attention of this rank's queries to the keys that the plan lists, on all ranks.
 
@@ -56,8 +75,9 @@ def planned_attention(
         query: `[T, H, D]`, the tokens of this rank, numbered as in the plan.
         key, value: `[T, H_kv, D]` and `[T, H_kv, D_v]`, of the same dtype. H_kv divides H.
         scores: rule for scores. Its seed differs between ranks.
+        groups: all heads of the layer, in the groups that are computed one after another. They are the same on all
+            ranks. If heads are exchanged in a subgroup, the plan numbers the tokens of the subgroup that travel.
         sinks: `[H]`, one more score for each head, with a value of 0 (learnable, `s_aux`).
-        shared: exchange of heads in a subgroup. The plan then numbers the tokens of the subgroup that travel.
 
     Returns:
         `[T, H, D_v]` in the dtype of `query`; 0 for tokens that are in no call of the plan.
@@ -65,15 +85,15 @@ def planned_attention(
     means = Means(prepared(plan), exchange, kernel, scores)
     record, checkpointed = None, active_pass()
     if checkpointed is not None:
-        described = query.device.type, query.dtype, *(tuple(x.shape) for x in (query, key, value))
+        described = query.device.type, query.dtype, *(tuple(x.shape) for x in (query, key, value)), len(groups)
         record = checkpointed.next((*described, sinks is None, scores._replace(seed=0)), means)
         means = record.means  # with the seed of the first pass
-    output: torch.Tensor = _Attention.apply(query, key, value, sinks, means, shared, record)
+    output: torch.Tensor = _Attention.apply(query, key, value, sinks, means, tuple(groups), record)
     return output
 
 
 class _Attention(torch.autograd.Function):
-    """Attention with gradients.
+    """Attention with gradients, one group of heads after another.
 
     If heads are exchanged, backward needs queries, keys/values and output of the heads of this rank, which are saved.
     With a record, those of the tokens of this rank are saved, since a replay exchanges nothing. They are exchanged in
@@ -88,67 +108,155 @@ class _Attention(torch.autograd.Function):
         value: torch.Tensor,
         sinks: torch.Tensor | None,
         means: Means,
-        shared: SharedHeads | None,
+        groups: tuple[HeadGroup, ...],
         record: Record | None,
     ) -> torch.Tensor:
-        key_dim = key.shape[-1]
-        heads = slice(None) if shared is None else slice(shared.mine.start, shared.mine.stop)
         # Backward may run in a thread of autograd, where the active batch cannot be looked up. So it is all kept here.
-        ctx.means, ctx.shared, ctx.heads, ctx.key_dim = means, shared, heads, key_dim
-        ctx.is_exchanged = shared is None or record is None
-        with _without_autocast(query):
+        ctx.means, ctx.groups, ctx.key_dim = means, groups, key.shape[-1]
+        exchanges = groups[0].shared is not None
+        ctx.exchanges_again = exchanges and record is not None
+        with _without_autocast(query), keeping(means.plan.keeps_buffers):
             query = query.contiguous()
-            # A transfer takes one message instead of two.
-            key_value = _packed(key, value, means.exchange if shared is None and means.plan.travels else None)
+            sending = means.exchange if means.plan.travels and not exchanges else None
+            inputs = [
+                (heads_of(query, heads), _packed(heads_of(key, keys), heads_of(value, keys), sending))
+                for heads, keys, _ in groups
+            ]
+            exchanged: list[_Computed] = []
             if record is not None and record.is_kept:
-                output, lse = record.kept()
-                ctx.save_for_backward(query, key_value, sinks, output, lse)
-                return output
-            inputs = query, key_value
-            if shared is not None:
-                with span("forward", "to heads"):
-                    query, key_value = shared.to_heads(query, key_value)
-            output, lse = _forward(query, key_value, key_dim, *means)
-            if sinks is not None:
-                lse = add_sinks(output, lse, sinks[heads])
-            result = output = _as(output, query.dtype)
-            if shared is not None:
-                with span("forward", "to tokens"):
-                    result = shared.output_to_tokens(output)
-        if record is not None:
-            record.keep(result, lse)
-        if ctx.is_exchanged:
-            ctx.save_for_backward(query, key_value, sinks, output, lse)
-        else:
-            ctx.save_for_backward(*inputs, sinks, result, lse)
+                result, lse = record.kept()
+                lses = list(lse.split_with_sizes([len(group.computed) for group in groups], 1))
+            else:
+                keeps = exchanges and record is None
+                result, lses, exchanged = _forward_of_groups(inputs, sinks, ctx.key_dim, means, groups, keeps)
+                if record is not None:
+                    record.keep(result, lses[0] if len(groups) == 1 else torch.cat(lses, 1))
+        saved = exchanged or [
+            _Computed(*given, heads_of(result, group.heads), lse) for given, lse, group in zip(inputs, lses, groups)
+        ]
+        ctx.save_for_backward(sinks, *(tensor for tensors in saved for tensor in tensors))
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key_value, sinks, output, lse = ctx.saved_tensors
-        shared, grad_sinks = ctx.shared, None
-        with _without_autocast(grad_output):
+        sinks, *saved = ctx.saved_tensors
+        grad_query: torch.Tensor | None = None
+        grad_key_value: torch.Tensor | None = None
+        grad_sinks = None if sinks is None else torch.zeros_like(sinks)
+        heads, key_heads = ctx.groups[-1].heads.stop, ctx.groups[-1].key_heads.stop
+        with _without_autocast(grad_output), keeping(ctx.means.plan.keeps_buffers):
             grad_output = grad_output.contiguous()
-            if shared is not None:
-                with span("backward", "to heads"):
-                    if ctx.is_exchanged:
-                        grad_output = shared.output_to_heads(grad_output)
-                    else:
-                        grad_output, output, query, key_value = shared.all_to_heads(
-                            grad_output, output, query, key_value
-                        )
-            arguments = grad_output, query, key_value, output, lse, ctx.key_dim
-            grad_query, grad_key_value = _backward(*arguments, *ctx.means)
-            del arguments
-            if sinks is not None:
-                grad_sinks = torch.zeros_like(sinks)
-                grad_sinks[ctx.heads] = sinks_gradient(grad_output, output, lse, sinks[ctx.heads])
-            if shared is not None:
-                grad_key_value = _as(grad_key_value, shared.gradient_dtype(key_value.dtype, grad_key_value.dtype))
-                with span("backward", "to tokens"):
-                    grad_query, grad_key_value = shared.to_tokens(grad_query, grad_key_value)
-        return grad_query, *_split(_as(grad_key_value, key_value.dtype), ctx.key_dim), grad_sinks, None, None, None
+            for number, group in enumerate(ctx.groups):
+                of_rows, of_keys = _backward_of_group(
+                    heads_of(grad_output, group.heads),
+                    _Computed(*saved[4 * number : 4 * number + 4]),
+                    sinks,
+                    grad_sinks,
+                    ctx.key_dim,
+                    _means_of_group(ctx.means, number, ctx.groups),
+                    group,
+                    ctx.exchanges_again,
+                )
+                grad_query = with_heads(grad_query, of_rows, group.heads, heads)
+                grad_key_value = with_heads(grad_key_value, of_keys, group.key_heads, key_heads)
+                del of_rows, of_keys
+        assert grad_key_value is not None  # there is at least one group
+        return grad_query, *_split(grad_key_value, ctx.key_dim), grad_sinks, None, None, None
+
+
+class _Computed(NamedTuple):
+    """What a group was computed with, and its output and LSE: what backward needs."""
+
+    query: torch.Tensor
+    key_value: torch.Tensor
+    output: torch.Tensor
+    lse: torch.Tensor
+
+
+def _means_of_group(means: Means, number: int, groups: Sequence[HeadGroup]) -> Means:
+    """Means of a group of heads, which has a seed of its own."""
+    return means if len(groups) == 1 else means._replace(scores=means.scores.of("heads", number))
+
+
+def _forward_of_groups(
+    inputs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    sinks: torch.Tensor | None,
+    key_dim: int,
+    means: Means,
+    groups: Sequence[HeadGroup],
+    keeps: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[_Computed]]:
+    """Compute the output of all heads.
+
+    Args:
+        inputs: queries and keys/values of each group.
+        keeps: True to return what was computed after heads were exchanged.
+
+    Returns:
+        The output `[T, H, D_v]`; for each group the LSE of the heads of this rank; and what was asked for.
+    """
+    result: torch.Tensor | None = None
+    lses, exchanged = [], []
+    for number, (group, (query, key_value)) in enumerate(zip(groups, inputs)):
+        dtype, shared = query.dtype, group.shared
+        if shared is not None:
+            with span("forward", "to heads"):
+                query, key_value = shared.to_heads(query, key_value)
+        output, lse = _forward(query, key_value, key_dim, *_means_of_group(means, number, groups))
+        if sinks is not None:
+            lse = add_sinks(output, lse, _of(sinks, group.computed))
+        part = output = _as(output, dtype)
+        if shared is None:
+            part = output.contiguous()  # as models take it, which else would copy what is saved
+        else:
+            with span("forward", "to tokens"):
+                part = shared.output_to_tokens(output)
+        result = with_heads(result, part, group.heads, groups[-1].heads.stop)
+        lses.append(lse)
+        if keeps:
+            exchanged.append(_Computed(query, key_value, output, lse))
+        del query, key_value, output, part  # before those of the next group are made
+    assert result is not None  # there is at least one group
+    return result, lses, exchanged
+
+
+def _backward_of_group(
+    grad_output: torch.Tensor,
+    computed: _Computed,
+    sinks: torch.Tensor | None,
+    grad_sinks: torch.Tensor | None,
+    key_dim: int,
+    means: Means,
+    group: HeadGroup,
+    exchanges_again: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the gradients of a group's queries and keys/values, and write those of the sinks of this rank's heads.
+
+    Args:
+        exchanges_again: True if queries, keys/values and output are those of the tokens of this rank, and heads are
+            exchanged.
+    """
+    (query, key_value, output, lse), shared, dtype = computed, group.shared, computed.key_value.dtype
+    if shared is not None:
+        with span("backward", "to heads"):
+            if exchanges_again:
+                grad_output, output, query, key_value = shared.all_to_heads(grad_output, output, query, key_value)
+            else:
+                grad_output = shared.output_to_heads(grad_output)
+    grad_query, grad_key_value = _backward(grad_output, query, key_value, output, lse, key_dim, *means)
+    if sinks is not None and grad_sinks is not None:
+        _of(grad_sinks, group.computed).copy_(sinks_gradient(grad_output, output, lse, _of(sinks, group.computed)))
+    if shared is not None:
+        del grad_output, output, query, key_value  # those of this rank's heads
+        grad_key_value = _as(grad_key_value, shared.gradient_dtype(dtype, grad_key_value.dtype))
+        with span("backward", "to tokens"):
+            grad_query, grad_key_value = shared.to_tokens(grad_query, grad_key_value)
+    return grad_query, _as(grad_key_value, dtype)
+
+
+def _of(sinks: torch.Tensor, heads: range) -> torch.Tensor:
+    return sinks[heads.start : heads.stop]
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:

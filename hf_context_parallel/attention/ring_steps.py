@@ -42,17 +42,19 @@ def owners_a_step(ring: Ring, shape: Shape, machine: Machine) -> int:
     others = ring.ranks - 1
     if others < 2 or not ring.read:
         return 1
-    fitting = [count for count in range(1, others + 1) if _further_bytes(count, ring, shape) <= MOST_BYTES]
+    fitting = range(1, 1 + most_owners(others, ring.read / others, shape))
     return min(fitting, key=lambda count: (_seconds(count, ring, shape, machine), count))
 
 
-def _further_bytes(count: int, ring: Ring, shape: Shape) -> float:
-    """Bytes that a rank holds with the keys of `count` owners, beyond those with one.
+def most_owners(others: int, tokens: float, shape: Shape) -> int:
+    """Number of owners whose buffers are not too large, of `others` with so many tokens each.
 
-    There are the keys of a step and of the next, and the sums of a step, of the step before and those that arrive.
+    For each further owner there are the keys of a step and of the next, and the sums of a step, of the step before and
+    those that arrive.
     """
     size, total = shape.dtype.itemsize, accumulation_dtype(shape.dtype).itemsize
-    return (count - 1) / (ring.ranks - 1) * ring.read * shape.key_value_numbers * (2 * size + 3 * total)
+    further = tokens * shape.key_value_numbers * (2 * size + 3 * total)
+    return min(others, 1 + int(MOST_BYTES // further))
 
 
 def _seconds(count: int, ring: Ring, shape: Shape, machine: Machine) -> float:

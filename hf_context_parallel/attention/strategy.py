@@ -69,6 +69,7 @@ class Strategy:
         padding: plan for the queries of padding, which read the tokens of their row, if their outputs are wanted.
         exchanged: tokens that travel from each rank of the subgroup, as rows of that rank.
         places: the same tokens as rows of the plan.
+        groups: number of groups of heads that are computed one after another. The same on all ranks.
     """
 
     comm_type: str
@@ -80,6 +81,7 @@ class Strategy:
     padding: Plan | None = None
     exchanged: tuple[Rows, ...] = ()
     places: tuple[Rows, ...] = ()
+    groups: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -179,23 +181,26 @@ def with_padding(strategy: Strategy, layout: Layout, mask: Mask) -> Strategy:
     return strategy if pair is None else replace(strategy, padding=build_plan(layout, pair[0], strategy.rank, pair[1]))
 
 
-def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank: int, together: int = 1) -> Strategy:
+def build_strategy(
+    comm_type: str, inner: int, layout: Layout, mask: Mask, rank: int, together: int = 1, groups: int = 1
+) -> Strategy:
     """Make the part of `rank` in computing `mask` by the strategy `comm_type`.
 
     Args:
         inner: number of ranks of a subgroup, which exchange heads. It divides the size of the layout. It is 1 for p2p
             and all_gather.
         together: number of owners whose keys a ring computes with at each step. It is the same on all ranks.
+        groups: number of groups of heads that are computed one after another. It is the same on all ranks.
     """
     tokens = len(mask.rows) * layout.local_length(rank)
     if comm_type == "all_gather":
-        return Strategy(comm_type, rank, 1, tokens, build_gathering_plan(layout, mask, rank))
+        return Strategy(comm_type, rank, 1, tokens, build_gathering_plan(layout, mask, rank), groups=groups)
     if inner == 1:
-        return Strategy(comm_type, rank, 1, tokens, build_plan(layout, mask, rank, together=together))
+        return Strategy(comm_type, rank, 1, tokens, build_plan(layout, mask, rank, together=together), groups=groups)
     apart, exchanged = _split(layout, mask)
     own: Plan | None = build_own_plan(layout, apart, rank)
     if not any(exchanged.rows):
-        return Strategy(comm_type, rank, inner, tokens, None, own)
+        return Strategy(comm_type, rank, inner, tokens, None, own, groups=groups)
     own = own if own is not None and own.pairs else None
     merged, first = layout.merged(inner), rank - rank % inner
     whole = merged.positions(rank // inner)
@@ -207,7 +212,7 @@ def build_strategy(comm_type: str, inner: int, layout: Layout, mask: Mask, rank:
         moving.append(Rows(travels.flatten().nonzero().flatten()))
         places.append(Rows((rows + torch.searchsorted(whole, positions))[travels]))
     plan = build_plan(merged, exchanged, rank // inner, together=together)
-    return Strategy(comm_type, rank, inner, tokens, plan, own, None, tuple(moving), tuple(places))
+    return Strategy(comm_type, rank, inner, tokens, plan, own, None, tuple(moving), tuple(places), groups)
 
 
 def _split(layout: Layout, mask: Mask) -> tuple[Mask, Mask]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from typing import Generic, TypeVar
@@ -112,6 +113,30 @@ def lying_in(storage: torch.UntypedStorage, shape: Sequence[int], dtype: torch.d
 _pool = BufferPool()
 
 
+class _Keeping(threading.local):
+    """Whether memory of the buffers that a thread makes is kept."""
+
+    on = True
+
+
+_keeping = _Keeping()
+
+
+def is_kept() -> bool:
+    """Return True if memory of buffers that this thread makes now is kept for others."""
+    return _keeping.on
+
+
+@contextmanager
+def keeping(on: bool) -> Iterator[None]:
+    """Keep the memory of buffers that this thread makes in a block, or give it back to the system with each buffer."""
+    before, _keeping.on = _keeping.on, on
+    try:
+        yield
+    finally:
+        _keeping.on = before
+
+
 def new_buffer(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Make a tensor with unspecified values on the device of `like`, that is used for a short time in every layer.
 
@@ -121,6 +146,6 @@ def new_buffer(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None
         dtype: its dtype; that of `like` unless given.
     """
     dtype = like.dtype if dtype is None else dtype
-    if like.is_cpu and prod(shape) * dtype.itemsize >= SMALL:
+    if like.is_cpu and _keeping.on and prod(shape) * dtype.itemsize >= SMALL:
         return _pool.empty(shape, dtype)
     return like.new_empty(shape) if dtype == like.dtype else like.new_empty(shape, dtype=dtype)

@@ -18,10 +18,14 @@ from weakref import WeakSet, finalize
 
 import torch
 
-from .buffers import SMALL, IdleBlocks, capacity_for, lease, lying_in
+from .buffers import SMALL, IdleBlocks, capacity_for, is_kept, lease, lying_in
 
 MOST_OPEN = 128
 """Files of a process that are kept open for ranks that have not mapped them. With more, no memory is lent."""
+
+
+MADV_REMOVE = 9
+"""Advice of madvise(2) that frees the memory behind a mapped file."""
 
 
 class Block:
@@ -37,6 +41,7 @@ class Block:
         mapped_by: the ranks that have mapped it.
         is_lent: True if a tensor of this rank may lie in it.
         unread: number of messages that were sent from it and have not been read.
+        is_kept: True if it keeps its memory while it is free.
 
     Raises:
         OSError: if the system makes no such file, or cannot map it.
@@ -45,7 +50,7 @@ class Block:
     def __init__(self, number: int, capacity: int, readers: frozenset[int]):
         self.number, self.readers = number, readers
         self.mapped_by: set[int] = set()
-        self.is_lent, self.unread = False, 0
+        self.is_lent, self.unread, self.is_kept = False, 0, True
         self._descriptor = os.memfd_create("hf_context_parallel")
         self._closing = finalize(self, os.close, self._descriptor)
         _open_blocks.add(self)
@@ -145,10 +150,13 @@ class OwnBlocks:
             found = Block(self._made, capacity_for(size), readers)
             self._made += 1
             self._blocks[found.number] = self._at[found.memory.data_ptr()] = found
+        found.is_kept = is_kept()
         return found
 
     def _put_if_free(self, block: Block) -> None:
         if block.is_free:
+            if not block.is_kept:
+                empty(block.memory)
             self._idle[block.readers].put(len(block.memory), block)
 
 
@@ -187,6 +195,11 @@ def leave(memory: torch.Tensor) -> None:
     The file may hold what its rank saves for backward, and counts there. Here that of all layers would add up.
     """
     _libc().madvise(memory.data_ptr(), len(memory), mmap.MADV_DONTNEED)
+
+
+def empty(memory: torch.Tensor) -> None:
+    """Give the memory of a mapped file back to the system, in all processes. It is zeros from then on."""
+    _libc().madvise(memory.data_ptr(), len(memory), MADV_REMOVE)
 
 
 @cache

@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 
 from .agreement import gather_numbers
-from .buffers import PAGE, lease
+from .buffers import PAGE, is_kept, lease
 from .mesh import Ranks
 from .messages import Exchange, GroupExchange, Message, Pending, Work
 from .process_groups import timeout_of_world
@@ -243,6 +243,8 @@ class _Link:
             del self.arrived[number]
             return
         bytes_of(tensor).copy_(memory[start : start + size])
+        if not is_kept():
+            leave(memory)
         del self.arrived[number]
         self._write(PACKET.pack(READ, block, 0, 0, 0))
 

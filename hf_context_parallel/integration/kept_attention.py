@@ -119,6 +119,7 @@ def job_of(model: PreTrainedModel, group: CPGroup, tokens: int, device: torch.de
         a2a_size=config.a2a_size or math.gcd(facts.key_heads, group.size),
         kernel=kernel_here(config.kernel) if kind == "cuda" else "cpu",
         tile_tokens=config.tile_tokens,
+        head_groups=config.head_groups,
         loss_chunk_tokens=config.loss_chunk_tokens,
     )
     return job, weights

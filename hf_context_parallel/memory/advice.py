@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from ..attention.heads import most_groups
 from .job import Job
 from .parts import Parts, parts_of
 
@@ -84,6 +85,9 @@ def _changes(job: Job, ranks: int) -> Iterator[tuple[str, Job]]:
     for place in ("host", "off"):
         if job.keeps_attention and job.attention_checkpoints != place:
             yield f"attention_checkpoints={place!r}", replace(job, attention_checkpoints=place)
+    most = most_groups(job.shape.key_heads, job.inner)
+    if job.groups < most and not job.is_alone:
+        yield f"head_groups={most}", replace(job, head_groups=most)
     if job.mlp_tokens > TILE:
         yield f"tile_tokens={TILE}", replace(job, tile_tokens=TILE)
     if ranks % (2 * job.cp) == 0:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..attention.peak_memory import number_of_groups
 from ..attention.strategy import Shape
 from .facts import ModelFacts
 
@@ -38,6 +39,8 @@ class Job:
         tile_tokens: tokens that an MLP treats at a time; None for all.
         loss_chunk_tokens: tokens whose logits are made at a time; None for `LOGITS` logits.
         optimizer: one of `OPTIMIZER_STATES`.
+        head_groups: number of groups of heads whose attention is computed one after another. None for the number that
+            is chosen by length (`attention/peak_memory.py`).
         accumulates: True if gradients of earlier batches are held while a batch is computed.
         sharded: True if a group of one rank shards its batch too. Without, it runs the attention of Transformers,
             which is not kept.
@@ -62,6 +65,7 @@ class Job:
     tile_tokens: int | None = None
     loss_chunk_tokens: int | None = None
     optimizer: str = "adamw"
+    head_groups: int | None = None
     accumulates: bool = False
     sharded: bool = False
 
@@ -89,6 +93,17 @@ class Job:
     def keeps_attention(self) -> bool:
         """True if outputs of attention are kept with checkpointing."""
         return self.checkpointing and self.attention_checkpoints != "off" and not self.is_alone
+
+    @property
+    def inner(self) -> int:
+        """Ranks that exchange heads."""
+        return {"a2a": self.cp, "a2a+p2p": min(self.cp, self.a2a_size)}.get(self.comm_type, 1)
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads whose attention is computed one after another."""
+        strategy = self.comm_type, self.cp, self.inner, self.rank_tokens
+        return 1 if self.is_alone else number_of_groups(self.head_groups, self.shape, self.kernel, *strategy)
 
     @property
     def shape(self) -> Shape:

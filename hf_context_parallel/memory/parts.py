@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from ..attention.peak_memory import peak_of_backward
-from ..attention.ring_steps import MOST_BYTES
-from ..attention.strategy import Shape
+from ..attention.peak_memory import peak_of_backward, peak_of_document
+from ..attention.prepared import LONG
+from ..attention.ring_steps import most_owners
 from ..distributed.messages import accumulation_dtype
 from .job import OPTIMIZER_STATES, Job
 
@@ -141,8 +141,8 @@ def parts_of(job: Job) -> Parts:
 class _Layer:
     """Working set of one layer, beyond what is kept of it from forward until backward.
 
-    On the CPU, ranks that share sequences copy tiles to buffers, which are held for the next layer
-    (`distributed/buffers.py`). So these are there in all phases.
+    On the CPU, ranks that share sequences copy tiles to buffers. Where rows are not long, these are held for the next
+    layer (`distributed/buffers.py`), and so are there in all phases.
 
     Attributes:
         saved: bytes that the layer saves for backward, without checkpointing.
@@ -159,10 +159,9 @@ class _Layer:
         keys = tokens * shape.key_value_numbers * size
         width = facts.intermediate * facts.active_experts / job.tp
         inner, tile = (count * width * size for count in (tokens, job.mlp_tokens))
-        pooled = job.kernel == "cpu" and not job.is_alone
+        pooled = job.kernel == "cpu" and not job.is_alone and job.tokens < 2 * LONG  # taken as one causal row
         self.output = value + tokens * shape.heads * WIDE
-        # The kernel of the CPU has heads first, and the output projection saves a copy with tokens first.
-        in_attention = query + keys + self.output + pooled * value
+        in_attention = query + keys + self.output
         # A norm saves its input in float32, the normed states if its weight is trained, and its result. On tiles it
         # saves its input and its result, and the input of the first one is that of the layer.
         norm = wide + hidden * (1 + (facts.lora_parameters is None))
@@ -184,7 +183,7 @@ class _Layer:
         if pooled:
             self.idle = WIDE * tokens * (3 * shape.heads * shape.query_dim + 2 * shape.key_value_numbers)
             # Memory of messages is used again when they have been read, so it also holds what left and arrived before.
-            self.messages += 2 * keys * _owners(job.cp, tokens * shape.key_value_numbers, job)
+            self.messages += 2 * keys * most_owners(job.cp - 1, tokens, shape)
             self.idle_messages = self.messages
             self.mlp += self.idle
         kept = (hidden if size == WIDE and not job.is_tiled else 0) if job.checkpointing else self.saved
@@ -236,37 +235,10 @@ def _loss(job: Job, hidden: float) -> float:
 
 def _peak_of_attention(job: Job, cp: int) -> float:
     """Bytes of attention at the peak of its backward, beyond its inputs, on one of `cp` ranks."""
-    shape, tokens, size = job.shape, job.rank_tokens, job.dtype.itemsize
-    others = (cp - 1) * tokens
-    if cp > 1 and job.comm_type == "all_gather":
-        whole = tokens + others
-        return peak_of_backward(shape, job.kernel, tokens, whole, 1, tokens + whole, tokens + whole, others)
-    inner = {"a2a": cp, "a2a+p2p": min(cp, job.a2a_size)}.get(job.comm_type, 1)
-    gradients = 0
-    if inner > 1:
-        heads, key_heads = -(-shape.heads // inner), -(-shape.key_heads // inner)
-        shape = Shape(heads, key_heads, shape.query_dim, shape.value_dim, shape.dtype)
-        tokens *= inner
-        exchanged = heads * shape.value_dim  # the gradients of outputs
-        if job.keeps_attention:  # what backward needs is exchanged in backward, and the rank's own is there too
-            exchanged += heads * (shape.query_dim + shape.value_dim) + shape.key_value_numbers
-        gradients = tokens * exchanged * size
-    if inner == cp:  # one call computes all, so nothing is summed: there is what it returns and allocates
-        kernel = "" if job.is_alone and job.kernel == "cpu" else job.kernel  # Transformers' copies nothing on the CPU
+    shape, tokens = job.shape, job.rank_tokens
+    if job.is_alone:  # one call, whose results are the gradients. That of the CPU copies nothing
+        kernel = "" if job.kernel == "cpu" else job.kernel
         sums = tokens * shape.heads * shape.query_dim * accumulation_dtype(job.dtype).itemsize
-        joined = 0 if job.is_alone else tokens * shape.key_value_numbers * size  # gradients of keys and of values
-        return peak_of_backward(shape, kernel, tokens, tokens, 1, tokens, 0, 0) - sums + joined + gradients
-    arriving = tokens * _owners(cp // inner, tokens * shape.key_value_numbers, job)
-    held = sums = tokens + 2 * arriving
-    return peak_of_backward(shape, job.kernel, tokens, tokens, 1, held, sums, arriving) + gradients
-
-
-def _owners(ranks: int, numbers: float, job: Job) -> int:
-    """Count the owners of keys in a step of a ring, at most: as many as the rule of `attention/ring_steps.py` admits.
-
-    Args:
-        ranks: ranks of the ring.
-        numbers: numbers of the keys/values of an owner.
-    """
-    further = numbers * (2 * job.dtype.itemsize + 3 * accumulation_dtype(job.dtype).itemsize)
-    return min(ranks - 1, 1 + int(MOST_BYTES // further))
+        return peak_of_backward(shape, kernel, tokens, tokens, 1, tokens, 0, 0) - sums
+    inner = min(cp, job.inner)
+    return peak_of_document(shape, job.kernel, job.comm_type, cp, inner, tokens, job.groups, job.keeps_attention)

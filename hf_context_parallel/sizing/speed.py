@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..attention.auto_strategy import NOTHING, Counts, Share, Traffic, counts_of, estimate, shares
+from ..attention.peak_memory import number_of_groups
 from ..attention.strategy import Shape, bytes_of_keys
 from ..memory.facts import ModelFacts
 from ..planning.layout import zigzag
@@ -254,7 +255,9 @@ def _of_layer(layer: Attention, mesh: Mesh, kept: bool, length: int, rows: int, 
     shape = layer.shape._replace(heads=layer.shape.heads // mesh.tp, key_heads=layer.shape.key_heads // mesh.tp)
     here = replace(machine, node=max(1, machine.node // mesh.tp))  # TP ranks are neighbours
     counts, layout = _counts(layer.pattern, length, rows, mesh.cp), zigzag(length, mesh.cp)
-    found = shares(mesh.comm_type, mesh.inner, layout, counts, shape, here)
+    tokens = rows * max(layout.local_lengths)
+    groups = number_of_groups(None, shape, here.kernel, mesh.comm_type, mesh.cp, mesh.inner, tokens)
+    found = shares(mesh.comm_type, mesh.inner, layout, counts, shape, here, groups=groups)
     again = [_again(share, shape, mesh.inner, kept) for share in found]
     both = estimate(found, shape, here)
     more = max(_forward(share, shape, here) for share in again)

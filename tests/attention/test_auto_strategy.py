@@ -17,6 +17,7 @@ from hf_context_parallel.attention.auto_strategy import (
     inner_size,
     shares,
 )
+from hf_context_parallel.attention.peak_memory import MOST_BYTES
 from hf_context_parallel.attention.strategy import Shape, build_strategy
 from hf_context_parallel.config import ContextParallelConfig
 from hf_context_parallel.distributed.token_exchange import deal_heads
@@ -70,7 +71,42 @@ def test_auto_follows_the_mask_and_the_topology():
     assert choice.comm_type == "a2a" and "mean work" in choice.reason and "p2p" in choice.reason
     window = Mask(length, whole_rows(1, length), Pattern(sliding_window=1024))
     assert chosen(window, shape).comm_type in ("p2p", "all_gather")
-    assert chosen(one, shape, size=1) == ("p2p", 1, 1, "one rank")
+    assert chosen(one, shape, size=1) == ("p2p", 1, 1, 1, "one rank")
+
+
+def test_heads_are_grouped_where_attention_is_large():
+    shape = Shape(32, 8, 128, 128, torch.bfloat16)
+    for tokens in (16_384, 65_536, 262_144, 1_048_576):
+        for comm_type in ("p2p", "all_gather", "a2a"):
+            config = ContextParallelConfig(size=4, comm_type=comm_type)
+            mask = Mask(4 * tokens, whole_rows(1, 4 * tokens))
+            layout = zigzag(mask.length, 4)
+            choice = choose(config, comm_type, layout, mask, shape, MACHINE)
+            most = 2 if comm_type == "a2a" else 8
+
+            def peak(groups, comm_type=comm_type, layout=layout, mask=mask, choice=choice):
+                way = comm_type, choice.inner, layout, counts_of(layout, mask), shape, MACHINE
+                return estimate(shares(*way, choice.together, groups), shape, MACHINE).peak
+
+            assert 1 <= choice.groups <= most
+            assert choice.groups == 1 or peak(choice.groups) < peak(1)
+            if comm_type != "a2a":  # whose one call the strategy counts as one of several
+                assert choice.groups == most or peak(choice.groups) <= MOST_BYTES
+                assert choice.groups == 1 or peak(1) > MOST_BYTES
+            asked = choose(replace(config, head_groups=3), comm_type, layout, mask, shape, MACHINE)
+            assert asked.groups == min(3, most)
+
+
+def test_groups_of_heads_add_messages_and_calls():
+    mask, shape = Mask(4096, whole_rows(1, 4096)), Shape(8, 4, 64, 64, torch.bfloat16)
+    layout = zigzag(mask.length, 4)
+    for way in (("p2p", 1), ("all_gather", 1), ("a2a", 4), ("a2a+p2p", 2)):
+        one, two = (shares(*way, layout, counts_of(layout, mask), shape, MACHINE, 1, groups) for groups in (1, 2))
+        for whole, grouped in zip(one, two):
+            times = 1 if way[0] == "a2a" and way[1] == 4 else 2
+            assert (grouped.work, grouped.bytes) == (whole.work, whole.bytes)
+            assert grouped.calls == 2 * whole.calls and grouped.shown.messages == 2 * whole.shown.messages
+            assert grouped.peak < whole.peak if times == 2 else grouped.peak > whole.peak
 
 
 def test_keys_go_to_one_rank_each_unless_told():
@@ -83,7 +119,8 @@ def test_keys_go_to_one_rank_each_unless_told():
 def all_estimates(mask, shape, size=4):
     layout = zigzag(mask.length, size)
     config = ContextParallelConfig(size=size, comm_type="auto")
-    return estimates(config, layout, counts_of(layout, mask), shape, MACHINE)
+    most = len(mask.rows) * max(layout.local_lengths)
+    return estimates(config, layout, most, counts_of(layout, mask), shape, MACHINE)
 
 
 def peaks(mask, shape, size=4, machine=MACHINE):
@@ -143,7 +180,7 @@ def test_auto_takes_the_least_memory_of_what_is_nearly_as_fast():
     shape = Shape(16, 1, 256, 256, torch.bfloat16)
     found = all_estimates(mask, shape)
     fastest = min(found, key=lambda way: found[way].total)
-    best = chosen(mask, shape)[:3]
+    best = chosen(mask, shape)[:4]
     assert best != fastest and found[best].total < CLOSE * found[fastest].total
     close = [way for way in found if found[way].total <= CLOSE * found[fastest].total]
     assert found[best].peak == min(found[way].peak for way in close)
@@ -154,8 +191,19 @@ def test_auto_takes_what_fits():
     shape = Shape(2, 2, 64, 64, torch.float32)
     found = all_estimates(mask, shape)
     fastest, least = (min(found, key=key) for key in (lambda way: found[way].total, lambda way: found[way].peak))
-    assert chosen(mask, shape, free=found[fastest].peak)[:3] == fastest != least
+    assert chosen(mask, shape, free=found[fastest].peak)[:4] == fastest != least
     choice = chosen(mask, shape, free=found[fastest].peak - 1)
-    assert found[choice[:3]].peak < found[fastest].peak and "NONE FITS" not in choice.reason
+    assert found[choice[:4]].peak < found[fastest].peak and "NONE FITS" not in choice.reason
     choice = chosen(mask, shape, free=1)
-    assert choice[:3] == least and "NONE FITS" in choice.reason
+    assert choice[:4] == least and "NONE FITS" in choice.reason
+
+
+def test_auto_groups_heads_where_nothing_else_fits():
+    mask = Mask(4096, whole_rows(1, 4096))
+    shape = Shape(2, 2, 64, 64, torch.float32)
+    whole = min(estimated.peak for way, estimated in all_estimates(mask, shape).items() if way.inner == 1)
+    assert chosen(mask, shape, free=whole, a2a_size=1).groups == 1
+    grouped = chosen(mask, shape, free=whole - 1, a2a_size=1)
+    assert grouped.groups == 2 and "2 groups of heads" in grouped.reason and "NONE FITS" not in grouped.reason
+    told = chosen(mask, shape, free=whole - 1, a2a_size=1, head_groups=1)
+    assert told.groups == 1 and "NONE FITS" in told.reason

@@ -24,6 +24,8 @@ WAYS = {
     "all_gather": {"comm_type": "all_gather"},
     "a2a": {"comm_type": "a2a"},
     "a2a+p2p": {"comm_type": "a2a+p2p", "a2a_size": 2},
+    "p2p in groups": {"comm_type": "p2p", "head_groups": 2},
+    "a2a+p2p in groups": {"comm_type": "a2a+p2p", "a2a_size": 2, "head_groups": 2},
 }
 PACKED = {
     "input_ids": tokens(1, 37),
@@ -33,6 +35,7 @@ PACKED = {
 }
 MODELS = {
     "grouped heads": ("qwen3", {}, None),
+    "equal heads": ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 4}, None),
     "three heads": ("qwen3", {"num_attention_heads": 3, "num_key_value_heads": 1}, None),
     "windows": ("gemma3_text", {}, None),
     "sinks": ("gpt_oss", {}, None),
@@ -75,6 +78,7 @@ QUICK = [
     case
     for case in CASES
     if (case[2:] == KEEPING[0] and (case[1] == "p2p" or case[0] in ("sinks", "three heads")))
+    or (case[2:] == KEEPING[0] and case[0] == "equal heads" and case[1].endswith("in groups"))
     or (case[2:] == KEEPING[1] and case[0] == "packed")
 ]
 
@@ -85,7 +89,7 @@ QUICK = [
 )
 def test_kept_attention_is_exact(on_ranks, name, way, kind, place):
     settings = WAYS[way] | {"attention_checkpoints": place}
-    ranks = 4 if way == "a2a+p2p" else 3 if way != "a2a" else 2
+    ranks = 4 if way.startswith("a2a+p2p") else 3 if way != "a2a" else 2
     assert max(on_ranks(ranks, worst_error, KINDS[kind], name, settings)) < 1e-7
 
 
@@ -120,8 +124,8 @@ def counting(cp: hcp.ContextParallel, counts: Counter) -> Iterator[None]:
 
 def counted(reentrant: bool | None, settings: dict, batch: dict | None = None) -> Counter:
     """Count what a step computes and sends on this rank. Without `reentrant`, no layer is computed again."""
-    cp, counts = context(**settings), Counter()
-    model = hcp.parallelize(model_with("causal", "qwen3", "context_parallel").train(), cp)
+    cp, counts, heads = context(**settings), Counter(), MODELS["equal heads"][1]
+    model = hcp.parallelize(model_with("causal", "qwen3", "context_parallel", **heads).train(), cp)
     if reentrant is not None:
         checkpointed(model, reentrant)
     with counting(cp, counts):
@@ -149,7 +153,7 @@ def test_a_step_computes_and_sends_what_it_does_without_checkpointing(on_ranks, 
             assert again[rank]["forward"] == 2 * plain[rank]["forward"] > 0
             assert again[rank]["messages"] > plain[rank]["messages"] > 0
         sent = [sum(counts["bytes"] for counts in ranks) for ranks in (plain, kept, again)]
-        assert sent[0] == sent[1] < sent[2] if way in ("p2p", "all_gather") else sent[0] < sent[1] <= sent[2]
+        assert sent[0] == sent[1] < sent[2] if not way.startswith("a2a") else sent[0] < sent[1] <= sent[2]
 
 
 def gradients(model: torch.nn.Module, *batches: dict, times: int = 1) -> list[torch.Tensor]:

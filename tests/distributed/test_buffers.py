@@ -16,6 +16,8 @@ from hf_context_parallel.distributed.buffers import (
     BufferPool,
     IdleBlocks,
     capacity_for,
+    is_kept,
+    keeping,
     new_buffer,
 )
 
@@ -117,6 +119,23 @@ def test_buffers_are_tensors_of_their_mode(mode):
     assert buffer.data_ptr() == address and not buffer.is_inference() and not buffer._is_view()
     assert buffer.is_contiguous() and buffer.shape == SHAPE and buffer.dtype == torch.bfloat16
     (torch.ones(64, dtype=torch.bfloat16, requires_grad=True) * buffer).sum().backward()
+
+
+def test_memory_that_is_not_kept_is_that_of_the_allocator():
+    like, others = torch.empty(0), []
+
+    def is_of_the_pool() -> bool:
+        return not new_buffer(like, SMALL).untyped_storage().resizable()
+
+    with keeping(False):
+        assert not is_of_the_pool() and not is_kept()
+        thread = threading.Thread(target=lambda: others.append(is_of_the_pool()))  # such as one of autograd
+        thread.start()
+        thread.join()
+        with keeping(True):
+            assert is_of_the_pool()
+        assert not is_of_the_pool()
+    assert is_of_the_pool() and is_kept() and others == [True]
 
 
 def test_small_buffers_and_those_of_devices_are_left_to_their_allocators():

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from weakref import WeakSet
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hf_context_parallel.distributed import shared_blocks, shared_memory
-from hf_context_parallel.distributed.buffers import PATIENCE
+from hf_context_parallel.distributed.buffers import PATIENCE, keeping
 from hf_context_parallel.distributed.mesh import world
 from hf_context_parallel.distributed.messages import GroupExchange, new_landing, new_message
 from hf_context_parallel.distributed.shared_blocks import OwnBlocks, has_no_memory
@@ -177,6 +178,47 @@ def test_layers_send_without_a_copy_what_they_save(on_ranks):
     for made, open_files, places, most in on_ranks(2, layers, 10):
         assert made <= 13 and open_files == 0 and places == 10
         assert 100 * 400 * 4 <= most <= 3 * 100 * 400 * 4
+
+
+def resident_files() -> int:
+    """Bytes of memory files of any rank that are resident in this process."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.split("RssShmem:")[1].split()[0])
+
+
+def resident_after_messages(kept: bool, size: int) -> list[int]:
+    """Exchange numbers in lent memory, in memory that is copied, and with a tensor that is copied out.
+
+    Returns:
+        Bytes of files that are resident beside those before: while a message is there, and when it is gone.
+    """
+    exchange, peer, found = make_exchange(world()), 1 - dist.get_rank(), []
+    like, before = torch.empty(0), resident_files()
+    for number in range(6):
+        with keeping(kept):
+            lends, copies = number % 2 == 0, number % 3 == 0
+            sent = (new_message(exchange, like, size) if lends else torch.empty(size)).fill_(number + peer)
+            received = torch.empty(size) if copies else new_landing(exchange, like, size)
+            exchange.post([(peer, sent)], [(peer, received)]).wait()
+            assert (received == number + 1 - peer).all()
+            found.append(resident_files() - before)
+            del sent, received
+        dist.barrier()
+        # What was read is said, and heard, with the next message.
+        for _ in range(2):
+            exchange.post([(peer, torch.ones(1))], [(peer, torch.empty(1))]).wait()
+            dist.barrier()
+        found.append(resident_files() - before)
+    return found
+
+
+def test_memory_that_is_not_kept_is_given_back(on_ranks):
+    size = 2**20
+    for found in on_ranks(2, resident_after_messages, False, size):
+        assert min(found[2 * number] for number in (1, 2, 4, 5)) >= 4 * size  # where a tensor lies in what was sent
+        assert max(found[1::2]) < size
+    for found in on_ranks(2, resident_after_messages, True, size):
+        assert min(found[1::2]) >= 4 * size
 
 
 def holding(rounds: int) -> bool:

@@ -52,12 +52,13 @@ def on_rank(
     sinks=None,
     way=("p2p", 1),
     together=1,
+    groups=1,
 ):
     """Compute output and gradients of query, key, value (and sinks) on one rank."""
     query, key, value, grad = (prepare(share(layout, exchange.rank, x)) for x in whole)
     inputs = [query, key, value, *([] if sinks is None else [sinks])]
     leaves = [x.detach().requires_grad_() for x in inputs]
-    strategy = build_strategy(*way, layout, mask, exchange.rank, together)
+    strategy = build_strategy(*way, layout, mask, exchange.rank, together, groups)
     how = {"exchange": exchange, "kernel": kernel, "scores": scores, "sinks": None if sinks is None else leaves[3]}
     output = attention(*leaves[:3], strategy=strategy, **how)
     output.backward(grad)
@@ -96,12 +97,13 @@ def check(
     kept=None,
     way=("p2p", 1),
     together=1,
+    groups=1,
     exchange=SimulatedExchange,
     **how,
 ):
     """Assert that the ranks compute the same as dense attention."""
     expected = dense(mask, *whole, **how, kept=kept)
-    found = ring(layout, mask, whole, kernel, prepare, exchange, way=way, together=together, **how)
+    found = ring(layout, mask, whole, kernel, prepare, exchange, way=way, together=together, groups=groups, **how)
     for name, got, truth in zip(NAMES, found, expected):
         torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_context_parallel.attention.peak_memory import peak_of_backward
+from hf_context_parallel.attention.prepared import LONG
 from hf_context_parallel.memory.facts import ModelFacts
 from hf_context_parallel.memory.job import Job
 from hf_context_parallel.memory.parts import Phase, parts_of
@@ -101,10 +102,18 @@ def test_buffers_of_the_cpu_are_there_in_all_phases():
     ring, alone = parts_of(cpu), parts_of(replace(cpu, tokens=T, cp=1, sharded=False))
     copies = 3 * QUERY + 2 * KEYS
     assert ring.phases["loss"].layer == copies
-    assert ring.phases["mlp of the last layer"].layer == alone.phases["mlp of the last layer"].layer + VALUE + copies
+    assert ring.phases["mlp of the last layer"].layer == alone.phases["mlp of the last layer"].layer + copies
     assert len({phase.messages for phase in list(ring.phases.values())[:-1]}) == 1
     on_gpu = parts_of(replace(cpu, kernel="")).phases["attention of the first layer"]
     assert ring.phases["loss"].messages == on_gpu.messages + 2 * KEYS
+
+
+def test_buffers_of_the_cpu_are_gone_between_layers_of_long_rows():
+    ring = parts_of(replace(JOB, tokens=2 * LONG, cp=4, kernel="cpu"))
+    alone = parts_of(replace(JOB, tokens=LONG // 2, kernel="cpu", sharded=False))
+    for name in ("loss", "mlp of the last layer", "mlp of the first layer"):
+        assert ring.phases[name] == alone.phases[name]
+    assert ring.phases["attention of the last layer"].messages > 0
 
 
 def test_messages():
@@ -120,10 +129,37 @@ def test_messages():
         return peak_of_backward(JOB.shape, "torch", tokens, tokens, 1, held, held, arriving) - one_call
 
     assert ring.messages == of_ring(T, 3)
-    wide = parts_of(replace(JOB, tokens=2**24, cp=4)).phases["attention of the last layer"].messages
+    long = replace(JOB, tokens=2**24, cp=4, head_groups=1)
+    wide = parts_of(long).phases["attention of the last layer"].messages
     assert wide == of_ring(2**22, 1)  # more owners a step would take more than 1 GiB
     gathered = parts_of(replace(JOB, tokens=4 * T, cp=4, comm_type="all_gather"))
     assert gathered.phases["attention of the last layer"].messages > ring.messages
+
+
+def test_groups_of_heads():
+    long, name = replace(JOB, tokens=2**24, cp=4), "attention of the last layer"
+    whole, grouped = (parts_of(replace(long, head_groups=groups)).phases[name] for groups in (1, 2))
+    tokens, numbers = 2**22, 4 * 16 + 2 * 32
+    one = JOB.shape._replace(heads=2, key_heads=1)
+    of_group = peak_of_backward(one, "torch", tokens, tokens, 1, 3 * tokens, 3 * tokens, tokens)
+    # The gradients of all heads join what a group needs.
+    working = peak_of_backward(JOB.shape, "torch", tokens, tokens, 1, 3 * tokens, 3 * tokens, tokens)
+    assert whole.total - grouped.total == working - of_group - tokens * numbers * 4
+    assert parts_of(long).phases[name] == grouped  # which is chosen
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather"])
+def test_ranks_go_as_much_further_as_there_are_of_them(comm_type, tp):
+    """Check that, of a long sequence, attention is at no peak of a step, whatever else is left out."""
+    facts = replace(FACTS, heads=32, key_heads=8, query_dim=128, value_dim=128, hidden=4096, intermediate=14_336)
+    for tile, place in ((None, "off"), (None, "device"), (4096, "device"), (4096, "host")):
+        job = Job(facts, 2**18, tp=tp, sharded=True, tile_tokens=tile, attention_checkpoints=place)
+        job = replace(job, comm_type=comm_type, offload=place == "host")
+        alone = parts_of(job)
+        for cp in (2, 4, 8):
+            shared = parts_of(replace(job, tokens=cp * job.tokens, cp=cp))
+            assert shared.peak == alone.peak and shared.total == alone.total
 
 
 @pytest.mark.parametrize(
