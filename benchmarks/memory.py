@@ -8,10 +8,12 @@
 weights, gradients, states, activations, buffers, and what libraries take for themselves. The C library is told to
 return blocks of 64 KiB and more when they are freed, so memory that is free counts no more.
 
-**Peak**: two steps of a small Llama in float32 with AdamW, one option added at a time, for groups of 1, 2 and 4 ranks.
+**Peak**: a step of a small Llama in float32 with AdamW, one option added at a time, for groups of 1, 2 and 4 ranks.
 A group of one rank runs the attention of Transformers, or ours where attention is kept.
 
 **Longest**: the longest sequence whose peak is within a budget for each rank, by bisection.
+
+**Heads**: attention alone, forward and backward, with its heads in groups that are computed one after another.
 
 **Time**: a step with kept attention beside one without, both with gradient checkpointing, in turns.
 
@@ -42,6 +44,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedConfig
 
 import hf_context_parallel as hcp
+from hf_context_parallel.attention.prepared import LONG
 from hf_context_parallel.distributed import buffers
 from hf_context_parallel.distributed.worker_pool import WorkerPool
 from hf_context_parallel.integration.switches import sharded_on_one_rank
@@ -52,7 +55,7 @@ from hf_context_parallel.planning.machine import attention_flops
 from hf_context_parallel.trainer.memory import PeakMemory
 
 from . import report
-from .turns import in_turns
+from .turns import in_turns, timed
 
 TIMEOUT = 900
 MIB, GB = 2**20, 1e9
@@ -62,10 +65,14 @@ OFF = 0.10
 """Largest difference of a peak from its count."""
 SIZES = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 8, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 256, "max_position_embeddings": 2**20}
-LONG = {**SIZES, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 32}
+NARROW = {**SIZES, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 32}
 """Model whose work is attention, for the time of steps: 4 heads of 32, and little else."""
 LLAMA = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 2**20}
+WARM_TOKENS = 512
+"""Tokens of a step that makes the states of the optimizer, before the one that is measured."""
+HEADS, HEAD_DIM, GROUPS = 8, 64, (1, 2, 4, 8)
+"""Heads of the layer whose heads are grouped, each with a key head of its own, and the numbers of groups."""
 LORA_RANK = 16
 GPU_JOB = {"dtype": torch.bfloat16, "kernel": "torch"}
 AIM_TOKENS, AIM_BYTES = 500_000, 80 * GB
@@ -138,8 +145,8 @@ def model_of(sizes: dict[str, int], option: Option, **settings: Any) -> LlamaFor
     return hcp.parallelize(model, hcp.ContextParallel(config))
 
 
-def stepper(model: torch.nn.Module, tokens: int) -> Callable[[], float]:
-    """Return a function that takes a step of AdamW on one row, and returns its seconds.
+def stepper(model: torch.nn.Module, tokens: int) -> Callable[..., float]:
+    """Return a function that takes a step of AdamW on one row, or on its first tokens, and returns its seconds.
 
     Ranks average their gradients in place. DDP would hold them once more.
     """
@@ -148,9 +155,9 @@ def stepper(model: torch.nn.Module, tokens: int) -> Callable[[], float]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
 
-    def step() -> float:
-        begin = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+    def step(first: int = tokens) -> float:
+        begin, row = time.perf_counter(), ids[:, :first]
+        model(input_ids=row, labels=row).loss.backward()
         if dist.is_initialized():
             for parameter in trained:
                 dist.all_reduce(parameter.grad)
@@ -163,7 +170,7 @@ def stepper(model: torch.nn.Module, tokens: int) -> Callable[[], float]:
 
 
 def peak(option: Option, tokens: int) -> tuple[float, float]:
-    """Measure the bytes of a rank at the peak of two steps, and the seconds of the second."""
+    """Measure the bytes of a rank at the peak of a step, and its seconds."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     stepper(model_of({**SIZES, "num_hidden_layers": 1}, option), 512)()  # what libraries load once
@@ -172,38 +179,51 @@ def peak(option: Option, tokens: int) -> tuple[float, float]:
     watch = PeakMemory(torch.device("cpu"))
     watch.start()
     step = stepper(model_of(SIZES, option), tokens)
-    seconds = [step() for _ in range(2)]
-    return watch.peak() * 2**30, seconds[-1]
+    step(WARM_TOKENS)
+    seconds = step()
+    return watch.peak() * 2**30, seconds
 
 
-def peak_on(pool: WorkerPool, ranks: int, option: Option, tokens: int) -> tuple[float, float]:
-    """Measure the bytes of the rank that needs most, and the seconds of the slowest."""
-    found = pool(ranks, peak, option, tokens)
+def peak_on(ranks: int, option: Option, tokens: int) -> tuple[float, float]:
+    """Measure the bytes of the rank that needs most, and the seconds of the slowest.
+
+    Processes that have measured before hold memory of it, which would be used again and not count.
+    """
+    found = on_ranks(ranks, peak, option, tokens)
     return max(high for high, _ in found), max(seconds for _, seconds in found)
 
 
-def peaks(pool: WorkerPool, ranks: list[int], options: list[Option], lengths: list[int]) -> Iterator[dict[str, Any]]:
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run a function on new processes, and return the results."""
+    pool = WorkerPool(ranks, TIMEOUT)
+    try:
+        return pool(ranks, function, *arguments)
+    finally:
+        pool.close()
+
+
+def peaks(ranks: list[int], options: list[Option], lengths: list[int]) -> Iterator[dict[str, Any]]:
     """Measure all peaks, each beside its count."""
     facts = facts_of(LlamaConfig(**SIZES))
     for number in ranks:
         for option in options:
             for tokens in lengths:
-                found, _ = peak_on(pool, number, option, tokens)
+                found, _ = peak_on(number, option, tokens)
                 parts = parts_of(job_of(facts, tokens, number, option))
                 case = {"ranks": number, "option": option.name, "tokens": tokens, "bytes": found}
                 yield case | {"counted": parts.total, "phase": parts.peak}
 
 
-def longest(pool: WorkerPool, ranks: int, option: Option, budget: float, tries: int) -> dict[str, Any]:
+def longest(ranks: int, option: Option, budget: float, tries: int) -> dict[str, Any]:
     """Find the longest sequence within a budget for each rank, and its tokens per second.
 
-    Bisection begins with a fifth less and a tenth more than the count says, and ends after `tries` runs.
+    Bisection begins with a tenth less and a twentieth more than the count says, and ends after `tries` runs.
     """
     guess = longest_counted(facts_of(LlamaConfig(**SIZES)), ranks, option, budget)
-    low, high, rate = int(0.8 * guess), int(1.1 * guess), 0.0
+    low, high, rate = int(0.9 * guess), int(1.05 * guess), 0.0
     for _ in range(tries):
         middle = (low + high) // 2
-        found, seconds = peak_on(pool, ranks, option, middle)
+        found, seconds = peak_on(ranks, option, middle)
         if found <= budget:
             low, rate = middle, middle / seconds
         else:
@@ -226,15 +246,45 @@ def times(tokens: int, rounds: int) -> dict[str, Any]:
     """Measure the seconds of steps with kept attention and without, in turns, and count the work of attention."""
     torch.set_num_threads(1)
     with sharded_on_one_rank():
-        steps = {option.name: stepper(model_of(LONG, option), tokens) for option in (CHECKPOINTS, KEEPS)}
+        steps = {option.name: stepper(model_of(NARROW, option), tokens) for option in (CHECKPOINTS, KEEPS)}
         for step in steps.values():
             step()
         seconds = in_turns(steps, rounds)
-    facts = facts_of(LlamaConfig(**LONG))
+    facts = facts_of(LlamaConfig(**NARROW))
     pairs = tokens * (tokens + 1) // 2
     attention = facts.layers * attention_flops(pairs, facts.heads, facts.query_dim, facts.value_dim)
     share = attention / (attention + 2 * tokens * facts.parameters)
     return {"tokens": tokens, "seconds": seconds, "attention": share}
+
+
+def groups_of_heads(tokens: int, rounds: int) -> dict[str, tuple[float, list[float]]]:
+    """Measure attention in each number of groups: the bytes that it adds at its peak, and the seconds of some runs."""
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    size, high = dist.get_world_size(), {}
+    runs = {str(groups): attention_of(groups, tokens // size) for groups in GROUPS}
+    for groups, run in runs.items():
+        run()
+        gc.collect()
+        watch = PeakMemory(torch.device("cpu"))
+        watch.start()
+        run()
+        high[groups] = watch.peak() * 2**30
+    seconds = in_turns({groups: timed(run, dist.barrier, dist.barrier) for groups, run in runs.items()}, rounds)
+    return {groups: (high[groups], seconds[groups]) for groups in runs}
+
+
+def attention_of(groups: int, tokens: int) -> Callable[[], None]:
+    """Return a function that runs attention of this rank's tokens forward and backward."""
+    config = hcp.ContextParallelConfig(size=dist.get_world_size(), comm_type="p2p", head_groups=groups)
+    cp, random = hcp.ContextParallel(config), torch.Generator().manual_seed(dist.get_rank())
+    inputs = [torch.randn(1, HEADS, tokens, HEAD_DIM, generator=random).requires_grad_() for _ in range(3)]
+
+    def run() -> None:
+        output = cp.attention(*inputs)
+        torch.autograd.grad(output, inputs, output.detach())
+
+    return run
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -332,13 +382,16 @@ def projected() -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", choices=("peak", "longest", "time", "gpu"), help="one of the measurements alone")
+    parser.add_argument(
+        "--only", choices=("peak", "longest", "heads", "time", "gpu"), help="one of the measurements alone"
+    )
     parser.add_argument("--ranks", type=report.comma_separated(int), default=[1, 2, 4])
     parser.add_argument("--tokens", type=report.comma_separated(int), default=[2048, 4096, 8192])
-    parser.add_argument("--budget", type=float, default=64, help="MiB of a rank")
+    parser.add_argument("--budget", type=float, default=128, help="MiB of a rank")
     parser.add_argument("--tries", type=int, default=5, help="runs of a bisection")
-    parser.add_argument("--time-tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--heads-tokens", type=int, default=12_288)
+    parser.add_argument("--time-tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--gpu-tokens", type=report.comma_separated(int), default=[32_768, 65_536])
     parser.add_argument("--aim-tokens", type=int, default=AIM_TOKENS)
     parser.add_argument("--output", type=Path, default=report.RESULTS)
@@ -367,16 +420,21 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
         data["gpu"] = {option.name: slopes(option, options.gpu_tokens, (2, 4), device) for option in ways}
     else:
-        pool = WorkerPool(max(options.ranks), TIMEOUT)
         if wanted("peak"):
-            data["peaks"] = list(peaks(pool, options.ranks, there, options.tokens))
+            data["peaks"] = list(peaks(options.ranks, there, options.tokens))
         if wanted("longest"):
             budget = options.budget * MIB
             ways = [option for option in there if option.checkpointing]
             cases = [(ranks, option) for option in ways for ranks in options.ranks]
-            data["longest"] = [longest(pool, *case, budget, options.tries) for case in cases]
+            data["longest"] = [longest(*case, budget, options.tries) for case in cases]
             data["budget"] = budget
-        pool.close()
+        if wanted("heads"):
+            found = on_ranks(2, groups_of_heads, options.heads_tokens, options.rounds)
+            data["heads"] = {
+                "tokens": options.heads_tokens,
+                "bytes": {groups: max(rank[groups][0] for rank in found) for groups in found[0]},
+                "seconds": {groups: seconds for groups, (_, seconds) in found[0].items()},
+            }
         if wanted("time") and KEEPS.is_there:
             data["time"] = times(options.time_tokens, options.rounds)
     if wanted("gpu"):
@@ -413,6 +471,8 @@ def write(options: argparse.Namespace, data: dict[str, Any]) -> int:
         plot(data["peaks"]).savefig(options.output / "memory.png", dpi=120)
     if "longest" in data:
         sections.append(longest_section(data))
+    if "heads" in data:
+        sections.append(heads_section(data["heads"]))
     if "time" in data:
         sections.append(time_section(data["time"]))
     if "gpu" in data:
@@ -442,32 +502,36 @@ def counted_text() -> str:
     )
 
 
-def bytes_by_token(data: dict[str, Any], ranks: int, option: str) -> float | None:
-    """Return the bytes of a rank for each further token of a sequence, between the two longest peaks."""
-    found = [x for x in data.get("peaks", ()) if (x["ranks"], x["option"]) == (ranks, option)]
-    if len(found) < 2:
-        return None
-    less, more = sorted(found, key=lambda x: x["tokens"])[-2:]
-    return (more["bytes"] - less["bytes"]) / (more["tokens"] - less["tokens"])
-
-
 def longest_section(data: dict[str, Any]) -> str:
     alone = {x["option"]: x for x in data["longest"] if x["ranks"] == min(y["ranks"] for y in data["longest"])}
     rows = []
     for x in data["longest"]:
         one = alone[x["option"]]
         share = f"{x['tokens'] / one['tokens'] * one['ranks'] / x['ranks']:.3f}" if one["tokens"] else "-"
-        by_token, of_one = (bytes_by_token(data, y["ranks"], y["option"]) for y in (x, one))
-        slope = f"{of_one / by_token * one['ranks'] / x['ranks']:.3f}" if by_token and of_one else "-"
-        cells = [x["ranks"], x["option"], f"{x['tokens']:,}", f"{x['counted']:,}", share, slope]
-        rows.append([*cells, f"{x['rate']:,.0f}"])
-    headers = ["ranks", "options", "longest", "counted", "of N times one rank", "by bytes a token", "tokens/s"]
+        rows.append([x["ranks"], x["option"], f"{x['tokens']:,}", f"{x['counted']:,}", share, f"{x['rate']:,.0f}"])
+    headers = ["ranks", "options", "longest", "counted", "of N times one rank", "tokens/s"]
     text = (
         f"## Longest sequence in {data['budget'] / MIB:.0f} MiB a rank\n\nThe aim is 0.95 of N times that of one "
-        "rank. So small a budget has much that no length divides: weights, states, and what libraries take. The "
-        "column by bytes a token leaves that out: it compares the slopes between the two longest peaks above. On the "
-        "CPU our attention holds copies of queries, keys and outputs in buffers. The attention of "
-        "Transformers, which one rank runs unless attention is kept, holds none, and a GPU has none at the peak."
+        "rank. Part of the budget is divided by no length: weights, states of the optimizer, and what libraries "
+        "take, of which groups of several ranks need some MiB more. Rows of "
+        f"{2 * LONG:,} tokens and more leave no buffers of attention in memory between layers; shorter ones do, on "
+        "CPUs."
+    )
+    return text + "\n\n" + report.table(headers, rows)
+
+
+def heads_section(found: dict[str, Any]) -> str:
+    rows = []
+    for groups, seconds in found["seconds"].items():
+        ratios = [this / one for this, one in zip(seconds, next(iter(found["seconds"].values())))]
+        ratio, (low, high) = median(ratios), interval(ratios)
+        size = found["bytes"][groups] / MIB
+        rows.append([groups, f"{size:.1f}", f"{median(seconds):.3f}", f"{ratio:.3f} ({low:.3f} to {high:.3f})"])
+    headers = ["groups", "MiB a rank", "s", "of one group's time"]
+    text = (
+        f"## Groups of heads\n\nAttention alone, forward and backward, {found['tokens']:,} tokens on 2 ranks, p2p, "
+        f"{HEADS} heads of {HEAD_DIM} with a key head each, float32; the median of "
+        f"{len(ratios)} rounds. Measured is what it adds to its queries, keys and values, with its results."
     )
     return text + "\n\n" + report.table(headers, rows)
 

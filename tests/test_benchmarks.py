@@ -41,7 +41,7 @@ def test_border(run):
 def test_memory(run, tmp_path):
     """Assert that the numbers are there, and that lengths which need little are not far off."""
     small = ("--ranks", "1,2", "--tokens", "512,1024", "--budget", "64", "--tries", "1", "--time-tokens", "128")
-    results = run("memory", *small, "--rounds", "2")
+    results = run("memory", *small, "--rounds", "2", "--heads-tokens", "512")
     assert (tmp_path / "memory.png").stat().st_size
     assert {x["ranks"] for x in results["peaks"]} == {x["ranks"] for x in results["longest"]} == {1, 2}
     assert all(x["bytes"] == pytest.approx(x["counted"], rel=0.1) for x in results["peaks"])
