@@ -367,14 +367,15 @@ def at_the_aim(tokens: int, device: torch.device) -> dict[str, Any]:
 
 
 def projected() -> list[dict[str, Any]]:
-    """Count the longest sequence of Llama-3.1-8B with LoRA on one GPU of 80 GB, by option."""
+    """Count the longest sequence of Llama-3.1-8B with LoRA on GPUs of 80 GB, by option."""
     facts = facts_of(LlamaConfig(**LLAMA), LORA_RANK)
     found = []
     for option in ON_GPU:
         tokens = longest_counted(facts, 1, option, AIM_BYTES, **GPU_JOB)
         parts = parts_of(job_of(facts, tokens, 1, option, **GPU_JOB))
         gib = {part: value / 2**30 for part, value in vars(parts.at_peak).items()}
-        case = {"option": option.name, "tokens": tokens, "phase": parts.peak}
+        many = {ranks: longest_counted(facts, ranks, option, AIM_BYTES, **GPU_JOB) for ranks in (2, 4, 8)}
+        case = {"option": option.name, "tokens": tokens, "phase": parts.peak, "ranks": many}
         found.append(case | {"gib": gib, "host": parts.host / 2**30})
     return found
 
@@ -571,14 +572,15 @@ def projected_section(found: list[dict[str, Any]]) -> str:
             x["phase"],
             ", ".join(f"{part} {value:.1f}" for part, value in x["gib"].items() if value >= 0.05),
             f"{x['host']:.1f}",
+            ", ".join(f"{tokens / int(ranks) / x['tokens']:.2f}" for ranks, tokens in x["ranks"].items()),
         ]
         for x in found
     ]
-    headers = ["options", "longest", "peak", "GiB by part", "GiB of the host"]
+    headers = ["options", "longest", "peak", "GiB by part", "GiB of the host", "2, 4, 8 ranks, of N times"]
     return (
         "## Llama-3.1-8B with LoRA on one GPU of 80 GB, **projected**\n\nNot measured: counted by `parts_of` in "
-        f"bfloat16, adapters of rank {LORA_RANK}, AdamW. The aim is {AIM_TOKENS:,} tokens.\n\n"
-        + report.table(headers, rows)
+        f"bfloat16, adapters of rank {LORA_RANK}, AdamW. The aim is {AIM_TOKENS:,} tokens. The last column is the longest "
+        "sequence of a ring (p2p) over N times that of one GPU.\n\n" + report.table(headers, rows)
     )
 
 
