@@ -579,8 +579,8 @@ def projected_section(found: list[dict[str, Any]]) -> str:
     headers = ["options", "longest", "peak", "GiB by part", "GiB of the host", "2, 4, 8 ranks, of N times"]
     return (
         "## Llama-3.1-8B with LoRA on one GPU of 80 GB, **projected**\n\nNot measured: counted by `parts_of` in "
-        f"bfloat16, adapters of rank {LORA_RANK}, AdamW. The aim is {AIM_TOKENS:,} tokens. The last column is the longest "
-        "sequence of a ring (p2p) over N times that of one GPU.\n\n" + report.table(headers, rows)
+        f"bfloat16, adapters of rank {LORA_RANK}, AdamW. The aim is {AIM_TOKENS:,} tokens. The last column is "
+        "the longest sequence of a ring (p2p) over N times that of one GPU.\n\n" + report.table(headers, rows)
     )
 
 
