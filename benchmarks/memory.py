@@ -52,6 +52,7 @@ from hf_context_parallel.memory.facts import ModelFacts, facts_of
 from hf_context_parallel.memory.job import Job
 from hf_context_parallel.memory.parts import parts_of
 from hf_context_parallel.planning.machine import attention_flops
+from hf_context_parallel.sizing.speed import model_flops, work_of
 from hf_context_parallel.trainer.memory import PeakMemory
 
 from . import report
@@ -505,18 +506,36 @@ def counted_text() -> str:
 
 def longest_section(data: dict[str, Any]) -> str:
     alone = {x["option"]: x for x in data["longest"] if x["ranks"] == min(y["ranks"] for y in data["longest"])}
-    rows = []
+    work, rows = work_of(facts_of(LlamaConfig(**SIZES)), torch.float32), []
+
+    def speed(x: dict[str, Any]) -> float:
+        """Operations of the model a second and core."""
+        return model_flops(work, x["tokens"]) / x["tokens"] * x["rate"] / min(x["ranks"], data["machine"]["cores"])
+
     for x in data["longest"]:
-        one = alone[x["option"]]
-        share = f"{x['tokens'] / one['tokens'] * one['ranks'] / x['ranks']:.3f}" if one["tokens"] else "-"
-        rows.append([x["ranks"], x["option"], f"{x['tokens']:,}", f"{x['counted']:,}", share, f"{x['rate']:,.0f}"])
-    headers = ["ranks", "options", "longest", "counted", "of N times one rank", "tokens/s"]
+        one, cells = alone[x["option"]], [x["ranks"], x["option"], f"{x['tokens']:,}", f"{x['counted']:,}"]
+        if x["tokens"] and one["tokens"]:
+            cells.append(f"{x['tokens'] / one['tokens'] * one['ranks'] / x['ranks']:.3f}")
+            cells += [f"{x['rate']:,.0f}", f"{speed(x) / 1e9:.1f}", f"{speed(x) / speed(one):.2f}"]
+        rows.append(cells + ["-"] * (8 - len(cells)))
+    headers = [
+        "ranks",
+        "options",
+        "longest",
+        "counted",
+        "of N times one rank",
+        "tokens/s",
+        "GFLOP/s a core",
+        "of one's",
+    ]
     text = (
         f"## Longest sequence in {data['budget'] / MIB:.0f} MiB a rank\n\nThe aim is 0.95 of N times that of one "
         "rank. Part of the budget is divided by no length: weights, states of the optimizer, and what libraries "
         "take, of which groups of several ranks need some MiB more. Rows of "
         f"{2 * LONG:,} tokens and more leave no buffers of attention in memory between layers; shorter ones do, on "
-        "CPUs."
+        "CPUs.\n\nMegatron-LM publishes 2 and 4 times the length at CP 2 and 4, at 0.92 and 0.78 of the FLOP/s "
+        "(`plan --megatron-table`). The last column is ours: FLOP/s of the model for each core that computes. Attention "
+        "that is computed again does not count."
     )
     return text + "\n\n" + report.table(headers, rows)
 
