@@ -534,8 +534,8 @@ def longest_section(data: dict[str, Any]) -> str:
         "take, of which groups of several ranks need some MiB more. Rows of "
         f"{2 * LONG:,} tokens and more leave no buffers of attention in memory between layers; shorter ones do, on "
         "CPUs.\n\nMegatron-LM publishes 2 and 4 times the length at CP 2 and 4, at 0.92 and 0.78 of the FLOP/s "
-        "(`plan --megatron-table`). The last column is ours: FLOP/s of the model for each core that computes. Attention "
-        "that is computed again does not count."
+        "(`plan --megatron-table`). The last column is ours: FLOP/s of the model for each core that computes. "
+        "Attention that is computed again does not count."
     )
     return text + "\n\n" + report.table(headers, rows)
 
