@@ -5,8 +5,8 @@
     python -m benchmarks.memory --device cuda    # on one GPU: Llama-3.1-8B with LoRA
 
 **Counted** on the CPU is the resident memory of a process at its peak (`VmHWM`) above that before the model was made:
-weights, gradients, states, activations, buffers, and what libraries take for themselves. The C library is told to
-return blocks of 64 KiB and more when they are freed, so memory that is free counts no more.
+weights, gradients, states, activations, and buffers. What libraries take once is there before. The C library is told
+to return blocks of 64 KiB and more when they are freed, so memory that is free counts no more.
 
 **Peak**: a step of a small Llama in float32 with AdamW, one option added at a time, for groups of 1, 2 and 4 ranks.
 A group of one rank runs the attention of Transformers, or ours where attention is kept.
@@ -70,8 +70,9 @@ NARROW = {**SIZES, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layer
 """Model whose work is attention, for the time of steps: 4 heads of 32, and little else."""
 LLAMA = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 2**20}
-WARM_TOKENS = 512
-"""Tokens of a step that makes the states of the optimizer, before the one that is measured."""
+WARM_TOKENS = 2048
+"""Tokens of the steps before the one that is measured. In a first one, of another model, libraries take what they take
+once, and in a second one the optimizer makes its states."""
 HEADS, HEAD_DIM, GROUPS = 8, 64, (1, 2, 4, 8)
 """Heads of the layer whose heads are grouped, each with a key head of its own, and the numbers of groups."""
 LORA_RANK = 16
@@ -174,7 +175,7 @@ def peak(option: Option, tokens: int) -> tuple[float, float]:
     """Measure the bytes of a rank at the peak of a step, and its seconds."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    stepper(model_of({**SIZES, "num_hidden_layers": 1}, option), 512)()  # what libraries load once
+    stepper(model_of(SIZES, option), WARM_TOKENS)()  # what libraries take once
     buffers._pool = buffers.BufferPool()  # what earlier runs have left in it would not count
     gc.collect()
     watch = PeakMemory(torch.device("cpu"))
@@ -499,8 +500,8 @@ def write(options: argparse.Namespace, data: dict[str, Any]) -> int:
 def counted_text() -> str:
     return (
         "Measured on the CPU is the resident memory of a process at its peak, above that before the model was made: "
-        "weights, gradients, states, activations, buffers, messages, and what libraries take. Blocks that are freed "
-        "are returned at once."
+        "weights, gradients, states, activations, buffers, messages. What libraries take once is there before. Blocks "
+        "that are freed are returned at once."
     )
 
 
@@ -530,10 +531,9 @@ def longest_section(data: dict[str, Any]) -> str:
     ]
     text = (
         f"## Longest sequence in {data['budget'] / MIB:.0f} MiB a rank\n\nThe aim is 0.95 of N times that of one "
-        "rank. Part of the budget is divided by no length: weights, states of the optimizer, and what libraries "
-        "take, of which groups of several ranks need some MiB more. Rows of "
-        f"{2 * LONG:,} tokens and more leave no buffers of attention in memory between layers; shorter ones do, on "
-        "CPUs.\n\nMegatron-LM publishes 2 and 4 times the length at CP 2 and 4, at 0.92 and 0.78 of the FLOP/s "
+        "rank. Part of the budget is divided by no length: weights, states of the optimizer, and objects of Python. "
+        f"Rows of {2 * LONG:,} tokens and more leave no buffers of attention in memory between layers; others do "
+        "on CPUs.\n\nMegatron-LM publishes 2 and 4 times the length at CP 2 and 4, at 0.92 and 0.78 of the FLOP/s "
         "(`plan --megatron-table`). The last column is ours: FLOP/s of the model for each core that computes. "
         "Attention that is computed again does not count."
     )
