@@ -440,8 +440,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             }
         if wanted("time") and KEEPS.is_there:
             data["time"] = times(options.time_tokens, options.rounds)
-    if wanted("gpu"):
-        data["projected"] = projected()
+    data["projected"] = projected()
     return data
 
 
