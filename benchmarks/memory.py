@@ -376,8 +376,12 @@ def projected() -> list[dict[str, Any]]:
         tokens = longest_counted(facts, 1, option, AIM_BYTES, **GPU_JOB)
         parts = parts_of(job_of(facts, tokens, 1, option, **GPU_JOB))
         gib = {part: value / 2**30 for part, value in vars(parts.at_peak).items()}
-        many = {ranks: longest_counted(facts, ranks, option, AIM_BYTES, **GPU_JOB) for ranks in (2, 4, 8)}
-        case = {"option": option.name, "tokens": tokens, "phase": parts.peak, "ranks": many}
+        many = {
+            groups: {n: longest_counted(facts, n, option, AIM_BYTES, head_groups=groups, **GPU_JOB) for n in (2, 4, 8)}
+            for groups in (1, None)
+        }
+        case = {"option": option.name, "tokens": tokens, "phase": parts.peak}
+        case |= {"one group": many[1], "groups": many[None]}
         found.append(case | {"gib": gib, "host": parts.host / 2**30})
     return found
 
@@ -590,15 +594,19 @@ def projected_section(found: list[dict[str, Any]]) -> str:
             x["phase"],
             ", ".join(f"{part} {value:.1f}" for part, value in x["gib"].items() if value >= 0.05),
             f"{x['host']:.1f}",
-            ", ".join(f"{tokens / int(ranks) / x['tokens']:.2f}" for ranks, tokens in x["ranks"].items()),
+            *(
+                ", ".join(f"{tokens / int(ranks) / x['tokens']:.2f}" for ranks, tokens in x[way].items())
+                for way in ("one group", "groups")
+            ),
         ]
         for x in found
     ]
-    headers = ["options", "longest", "peak", "GiB by part", "GiB of the host", "2, 4, 8 ranks, of N times"]
+    headers = ["options", "longest", "peak", "GiB by part", "GiB of the host", "one group", "groups of heads"]
     return (
         "## Llama-3.1-8B with LoRA on one GPU of 80 GB, **projected**\n\nNot measured: counted by `parts_of` in "
-        f"bfloat16, adapters of rank {LORA_RANK}, AdamW. The aim is {AIM_TOKENS:,} tokens. The last column is "
-        "the longest sequence of a ring (p2p) over N times that of one GPU.\n\n" + report.table(headers, rows)
+        f"bfloat16, adapters of rank {LORA_RANK}, AdamW. The aim is {AIM_TOKENS:,} tokens. The last columns are "
+        "the longest sequences of rings (p2p) of 2, 4 and 8 GPUs, over as many times that of one, with all heads of a "
+        "layer in one group, and in groups.\n\n" + report.table(headers, rows)
     )
 
 
