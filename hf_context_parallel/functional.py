@@ -16,6 +16,7 @@ from .planning.layout import Layout
 from .planning.mask import layer_type
 
 
+@torch.compiler.disable  # compiled code calls it as it is: ranks talk to each other
 def attention(
     group: CPGroup,
     q: torch.Tensor,

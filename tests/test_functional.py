@@ -165,6 +165,27 @@ def test_attention_is_exact_for_other_heads_layouts_and_kernels(on_ranks, heads,
         assert max(on_ranks(3, largest_error, case, heads, dims, options)) < 1e-10
 
 
+def differences_compiled(groups: int) -> list[float]:
+    """Compare attention of compiled code, output and gradients, with that of code that is not."""
+    cp, found = context(comm_type="p2p", head_groups=groups), []
+    whole = torch.randn(3, 1, 4, 24, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def twice(*qkv):
+        return cp.attention(*qkv) * 2
+
+    for run in (twice, torch.compile(twice, backend="eager")):
+        leaves = [x[:, :, cp.positions(24)].clone().requires_grad_() for x in whole]
+        output = run(*leaves)
+        output.pow(2).sum().backward()
+        found.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    return [(a - b).abs().max().item() for a, b in zip(*found)]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_compiled_code_may_call_attention(on_ranks, groups):
+    assert max(map(max, on_ranks(2, differences_compiled, groups))) == 0
+
+
 def default_scale_error() -> float:
     cp = context()
     q, k, v = torch.randn(3, 1, 2, 6, 4, generator=torch.Generator().manual_seed(0))
