@@ -152,6 +152,7 @@ def with_offloading_of_trl(wrapper: str | None, checkpointing: bool, settings: d
     [
         (None, False, {}),
         (None, True, {"tile_tokens": 4}),
+        (None, False, {"comm_type": "p2p", "head_groups": 2}),
         pytest.param("FSDP2", False, {}, marks=pytest.mark.exhaustive),
         ("FSDP2", True, {}),
     ],
