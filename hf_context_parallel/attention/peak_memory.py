@@ -141,7 +141,8 @@ def number_of_groups(
 ) -> int:
     """Choose the number of groups of heads: as many as are asked for, or the fewest with which attention is small.
 
-    Bytes are counted as for one document, so the number depends on nothing that differs between ranks.
+    Bytes are counted as for one document whose attention is kept under checkpointing, so the number depends on nothing
+    that differs between ranks or passes.
 
     Args:
         asked: `head_groups` of the settings.
@@ -151,6 +152,6 @@ def number_of_groups(
     if asked is not None:
         return min(asked, most)
     for groups in range(1, most):
-        if peak_of_document(shape, kernel, comm_type, ranks, inner, tokens, groups) <= MOST_BYTES:
+        if peak_of_document(shape, kernel, comm_type, ranks, inner, tokens, groups, again=True) <= MOST_BYTES:
             return groups
     return most

@@ -21,17 +21,18 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 WAYS = {"p2p": 1, "all_gather": 1, "a2a": 4, "a2a+p2p": 2}
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("comm_type", WAYS)
-def test_slow_messages_are_waited_for(comm_type):
+def test_slow_messages_are_waited_for(comm_type, groups):
     """Delay messages for far longer than kernels take, so that memory used or freed too early changes the results."""
     mask = Mask(1024, whole_rows(1, 1024))
-    layout, whole = zigzag(mask.length, 4), tensors(mask, dtype=torch.float32)
+    layout, whole = zigzag(mask.length, 4), tensors(mask, heads=16, key_heads=8, dtype=torch.float32)
     on_device = [x.cuda() for x in whole]
 
     def work(rank, exchange):
         exchange.rank = rank
         kernel = choose_kernel("reference", "cuda")
-        return on_rank(exchange, layout, mask, on_device, kernel, way=(comm_type, WAYS[comm_type]))
+        return on_rank(exchange, layout, mask, on_device, kernel, way=(comm_type, WAYS[comm_type]), groups=groups)
 
     shards = ThreadGroup(4, delay=20_000_000).run(work)
     for index, truth in enumerate(dense(mask, *whole)):
