@@ -121,7 +121,10 @@ class Tiles:
             leaves[place] = None
         del args, kwargs
         parts, records = [], _Records()
-        for tile in zip(*(tensor.flatten(0, 1).tensor_split(count) for tensor in whole)):
+        sizes = _sizes(shape[0] * shape[1], count)
+        # Backward of `split_with_sizes` joins the gradients of the tiles at once. That of `tensor_split` makes a whole
+        # tensor for each tile, and adds all of them.
+        for tile in zip(*(tensor.flatten(0, 1).split_with_sizes(sizes) for tensor in whole)):
             if torch.is_grad_enabled():
                 output = checkpoint(of_tile, *tile, use_reentrant=False, preserve_rng_state=module.training)
             else:
@@ -211,13 +214,19 @@ def _joined(module: torch.nn.Module, parts: Sequence[Any], shape: tuple[int, int
     return tree_unflatten([_joined_leaf(module, pieces, shape) for pieces in zip(*leaves)], forms[0])
 
 
+def _sizes(tokens: int, count: int) -> list[int]:
+    """Tokens of each tile. They differ by one at most."""
+    least, more = divmod(tokens, count)
+    return [least + (number < more) for number in range(count)]
+
+
 def _joined_leaf(module: torch.nn.Module, pieces: Sequence[Any], shape: tuple[int, int]) -> Any:
     """Join tensors `[1, T, ...]` of tiles to `[B, S, ...]`, or tensors `[T, ...]` to `[B * S, ...]`."""
     if not isinstance(pieces[0], torch.Tensor):
         return pieces[0]
-    tiles = [len(tile) for tile in torch.arange(shape[0] * shape[1]).tensor_split(len(pieces))]
+    tiles = _sizes(shape[0] * shape[1], len(pieces))
     if [tuple(piece.shape[:2]) for piece in pieces] == [(1, tile) for tile in tiles]:
-        return torch.cat(list(pieces), dim=1)[0].unflatten(0, shape)
+        return torch.cat(list(pieces), dim=1).squeeze(0).unflatten(0, shape)
     if [piece.shape[:1] for piece in pieces] == [(tile,) for tile in tiles]:
         return torch.cat(list(pieces))
     raise ValueError(
