@@ -23,9 +23,14 @@ WIDE = 4
 NORM_BACKWARD, HALF_NORM_BACKWARD = 5, 12
 """Memory that Llama's norm needs in backward, in multiples of its input, beyond its input and the gradient of its
 result; and the same for an input of 16 bits. Counted are the tensors that PyTorch allocates."""
-JOINED = 5
+JOINED = 4
 """Hidden states that are there at once where modules run on tiles: outputs of an MLP or a norm, and gradients of
 their inputs, in pieces and joined. It is fitted to the peaks of `benchmarks/memory.py`."""
+OF_TILE = 18 * 2**10
+"""Bytes of the host that a module takes for each tile until backward: a state of random numbers, and Python objects.
+They are fitted to the same peaks."""
+TILED_MODULES = 3
+"""Modules of a layer that run on tiles: two norms and an MLP."""
 IN_FLIGHT = 2
 """Layers whose offloaded tensors are on the device: one is used while the next one arrives."""
 
@@ -150,6 +155,7 @@ class _Layer:
         mlp, attention: bytes while the MLP, and while attention, runs backward.
         messages: bytes of buffers for other ranks, while attention runs backward.
         idle, idle_messages: bytes of buffers, and of those for messages, that are held at all times.
+        calls: bytes that modules on tiles hold for their calls until backward, on the CPU.
     """
 
     def __init__(self, job: Job):
@@ -186,6 +192,9 @@ class _Layer:
             self.messages += 2 * keys * most_owners(job.cp - 1, tokens, shape)
             self.idle_messages = self.messages
             self.mlp += self.idle
+        self.calls = 0
+        if job.kernel == "cpu" and job.is_tiled:  # whose memory is that of the host
+            self.calls = TILED_MODULES * -(-tokens // job.mlp_tokens) * OF_TILE
         kept = (hidden if size == WIDE and not job.is_tiled else 0) if job.checkpointing else self.saved
         self.mlp, self.attention = self.mlp - kept, max(0.0, self.attention - kept)
         if job.keeps_attention:
@@ -208,7 +217,7 @@ def _kept(job: Job, layer: _Layer) -> tuple[float, float, float]:
     if job.offload:
         host += hidden * layers
         hidden *= on_device
-    return hidden, attention, host
+    return hidden + layer.calls, attention, host
 
 
 def _positions(job: Job) -> float:
