@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import hf_context_parallel as hcp
@@ -213,6 +214,35 @@ def test_a_norm_keeps_its_input_in_float32_unless_it_runs_on_tiles(size, wide):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.dtype) or x, lambda x: x):
         model(**labelled(1, 32))
     assert (torch.float32 in of_norm) == wide
+
+
+class WholeTensors(TorchDispatchMode):
+    """Counts the tensors of a size that operators make: views of others do not count."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self._size, self.count = size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.count += isinstance(made, torch.Tensor) and made._base is None and made.numel() == self._size
+        return made
+
+
+def whole_tensors_of_backward(size: int) -> int:
+    """Count the tensors that backward of a model makes in the size of its hidden states."""
+    model = model_with("causal", "llama", "context_parallel").train()
+    hcp.parallelize(model, context(tile_tokens=size))
+    batch = labelled(1, 64)
+    loss = model(**batch).loss
+    with WholeTensors(64 * model.config.hidden_size) as whole:
+        loss.backward()
+    return whole.count
+
+
+def test_backward_makes_no_whole_tensor_for_each_tile():
+    few, many = (whole_tensors_of_backward(size) for size in (32, 4))
+    assert many <= few
 
 
 def test_a_model_without_such_modules_is_refused():
