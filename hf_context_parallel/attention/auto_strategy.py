@@ -243,14 +243,13 @@ class Share(NamedTuple):
 
     def in_groups(self, groups: int, results: int) -> Share:
         """Share of a rank that computes groups of heads, and holds further bytes for the results of all of them."""
-        traffic = (part._replace(messages=groups * part.messages) for part in (self.hidden, self.shown))
-        hidden, shown = traffic
+        hidden, shown = (part._replace(messages=groups * part.messages) for part in (self.hidden, self.shown))
         return self._replace(
             calls=groups * self.calls,
             hidden=hidden,
             shown=shown,
             peak=self.peak + results,
-            copied=self.copied + 4 * results,
+            copied=self.copied + 4 * results,  # results and gradients are read and written, in both passes
         )
 
     def seconds(self, shape: Shape, machine: Machine) -> Estimate:

@@ -192,7 +192,7 @@ class _Layer:
             self.messages += 2 * keys * most_owners(job.cp - 1, tokens, shape)
             self.idle_messages = self.messages
             self.mlp += self.idle
-        self.calls = 0
+        self.calls = 0.0
         if job.kernel == "cpu" and job.is_tiled:  # whose memory is that of the host
             self.calls = TILED_MODULES * -(-tokens // job.mlp_tokens) * OF_TILE
         kept = (hidden if size == WIDE and not job.is_tiled else 0) if job.checkpointing else self.saved
@@ -205,7 +205,7 @@ def _kept(job: Job, layer: _Layer) -> tuple[float, float, float]:
     """Count what a layer keeps for backward: inputs, outputs of attention, and bytes on the host for all layers."""
     hidden: float = job.rank_tokens * job.facts.hidden * job.dtype.itemsize
     if not job.checkpointing:
-        return layer.saved, 0.0, 0.0
+        return layer.saved + layer.calls, 0.0, 0.0
     layers, host, attention = job.facts.layers, 0.0, 0.0
     attending = (layers - job.facts.linear_layers) / layers
     if job.keeps_attention:
