@@ -61,14 +61,16 @@ def attention(
     # All ranks have the same seed, so the rank is mixed in to make their dropout differ.
     scores = scores.of(strategy.rank)
     heads = heads_of_groups(query.shape[1], key.shape[1], strategy.inner, strategy.groups)
-    groups = [HeadGroup(*each) for each in heads]
-    how: dict[str, Any] = {"kernel": kernel, "sinks": sinks, "groups": groups}
+    how: dict[str, Any] = {"kernel": kernel, "sinks": sinks}
     parts = []
     if strategy.plan is not None:
         how |= {"scores": scores, "exchange": strategy.outer(exchange)}
-        shared = [strategy.shared_heads(exchange, len(own), len(keys), query.device) for own, keys in heads]
-        of_plan = [group._replace(shared=exchanged) for group, exchanged in zip(groups, shared)]
-        parts.append(planned_attention(query, key, value, plan=strategy.plan, **{**how, "groups": of_plan}))
+        how["groups"] = [
+            HeadGroup(own, keys, strategy.shared_heads(exchange, len(own), len(keys), query.device))
+            for own, keys in heads
+        ]
+        parts.append(planned_attention(query, key, value, plan=strategy.plan, **how))
+    how["groups"] = [HeadGroup(*each) for each in heads]
     if strategy.own is not None:
         how |= {"scores": scores.of("own"), "exchange": exchange}
         parts.append(planned_attention(query, key, value, plan=strategy.own, **how))

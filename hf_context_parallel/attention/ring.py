@@ -166,7 +166,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Computed(NamedTuple):
-    """What a group was computed with, and its output and LSE: what backward needs."""
+    """Tensors of a group that backward needs: its queries and keys/values, its output and its LSE."""
 
     query: torch.Tensor
     key_value: torch.Tensor

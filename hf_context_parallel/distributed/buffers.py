@@ -114,7 +114,7 @@ _pool = BufferPool()
 
 
 class _Keeping(threading.local):
-    """Whether memory of the buffers that a thread makes is kept."""
+    """State of a thread: `on` while memory of the buffers that it makes is kept."""
 
     on = True
 
