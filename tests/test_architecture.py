@@ -22,6 +22,7 @@ LEVELS = (
     "integration.model_registry",
     "integration.active_batch",
     "integration.outer_call",
+    "integration.deferred",
     "integration.patches",
     "integration.interfaces",
     "integration.mixers",

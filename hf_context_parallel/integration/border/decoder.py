@@ -21,14 +21,13 @@ from ...compat import set_compiler, tree_leaves, tree_map
 from ...cp_group import CPGroup
 from ...data.batch import CONSUMED, PADDING, PASSED_ON, SHARD, take_columns
 from ...data.ready import shard_of
-from ...data.shard import Shard
 from ...distributed.agreement import collective, fingerprint
 from ...distributed.failures import FailureReport
-from ...distributed.host import beside, on_host
 from ..active_batch import ActiveBatch, active_batch, entered
 from ..checks.agreement import REMEDIES, SAME_BATCHES, check_weights, sample, sampled, shown, signature, structure
 from ..checks.inputs import accepted, check_range
 from ..checks.model import check_call
+from ..deferred import Deferred, made
 from ..installation import carry_batches
 from ..interfaces.compiled_attention import of_batch
 from ..interfaces.masks import check_chunks
@@ -40,7 +39,9 @@ from ..patches.module_patch import ModulePatch, by_name, has_hooks
 from ..patches.positions import MADE_BY_MODEL
 from ..patches.randomness import own_stream
 from ..switches import switches
+from .deferred_embeddings import DeferredEmbeddings
 from .head import HasGroup, HeadCall
+from .marks import Marks, Wanted
 
 OF_LOSSES = ("labels", "shift_labels", "num_items_in_batch")
 """Arguments that only losses use."""
@@ -118,6 +119,7 @@ class DecoderBorder(ModulePatch):
         try:
             given = by_name(forward, args, kwargs)
             if not self.shards(given):
+                args, kwargs = made((args, kwargs))
                 set_compiler(compiler)
                 return forward(*args, **kwargs)
             resumed = outer.compiler if compiler is None and outer is not None else compiler
@@ -130,6 +132,7 @@ class DecoderBorder(ModulePatch):
             call = _Call(module, given, self.cp.group)
             self.attention_checkpoints = call.batch.attention_checkpoints
             try:
+                call.take_media()
                 with entered(call.batch), own_stream(self.cp.group, module.training):
                     set_compiler(resumed)
                     try:
@@ -171,6 +174,12 @@ class _Call:
         _add_documents(decoder, given)
         compared: dict[str, torch.nn.Parameter] = {}
         model = decoder if call is None else call.model
+        embeddings = given.get("inputs_embeds")
+        if isinstance(embeddings, DeferredEmbeddings) and not embeddings.is_made:
+            given["inputs_embeds"] = embeddings.ids[..., None]  # which are sharded in their place
+        elif isinstance(embeddings, Deferred):
+            given["inputs_embeds"] = embeddings = embeddings.whole
+        given = {name: x.whole if isinstance(x, DeferredEmbeddings) else x for name, x in given.items()}
         with self.failure_report.opening():
             with collective(group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:
                 notes.alarm, notes.remedies = group.exchange.interrupted, REMEDIES
@@ -184,6 +193,7 @@ class _Call:
                 compared = sampled(decoder, group)
                 self.local = self._shard(_embedded(decoder, given))
                 shard = self.local[SHARD]
+                wanted = embeddings.wanted(shard) if isinstance(embeddings, DeferredEmbeddings) else []
                 labels = {} if call is None else {name: call.given.get(name) for name in OF_LOSSES[:2]}
                 labels = {name: value for name, value in labels.items() if isinstance(value, torch.Tensor)}
                 if isinstance(call, HeadCall):
@@ -215,6 +225,18 @@ class _Call:
         for mask in _planned(masks):
             of_batch(mask, self.batch)
         self.local |= masks
+        self._embeddings, self._wanted = embeddings, wanted
+
+    def take_media(self) -> None:
+        """Put features of media into the arguments for the shard, and into the embeddings of its tokens."""
+        others = [x for x in tree_leaves(self.local) if isinstance(x, Wanted)]
+        taken = Wanted.taken([*self._wanted, *others])
+        mine, found = taken[: len(self._wanted)], dict(zip(map(id, others), taken[len(self._wanted) :]))
+        if others:
+            self.local = tree_map(lambda x: found.get(id(x), x), self.local)
+        if isinstance(self._embeddings, DeferredEmbeddings):
+            ids = self.local["inputs_embeds"][..., 0]
+            self.local["inputs_embeds"] = self._embeddings.of_shard(ids, self._wanted, mine)
 
     def _shard(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments for the shard of this rank."""
@@ -227,17 +249,17 @@ class _Call:
             if name in known or name in ("use_cache", *CACHES):
                 continue
             inside = () if isinstance(value, torch.Tensor) else tree_leaves(value)
-            features = [leaf for leaf in inside if isinstance(leaf, torch.Tensor)]
+            features = [leaf for leaf in inside if isinstance(leaf, (torch.Tensor, Deferred))]
             if features:
-                marks = (_Marks(x, shard) for x in given.values() if _Marks.can_be(x, shard))
-                mark = next((mark for mark in marks if all(len(x) == mark.count for x in features)), None)
-                if mark is None:
+                every = (Marks(x, shard) for x in given.values() if Marks.can_be(x, shard))
+                marks = next((marks for marks in every if all(len(x) == marks.count for x in features)), None)
+                if marks is None:
                     raise ValueError(
                         f"{type(self._decoder).__name__} was given {name}, a {type(value).__name__} of tensors, which "
                         "cannot be sharded: they do not have a row for each token that a mask among the arguments "
                         "marks. Leave it out, or run the model in `with cp.whole(model):`."
                     )
-                value = tree_map(mark.take, value)
+                value = tree_map(partial(_wanted, marks=marks), value)
             if isinstance(value, torch.Tensor) and value.dim() and name not in OF_BATCHES:
                 if tuple(value.shape[:2]) != (shard.batch_size, shard.length):
                     raise ValueError(
@@ -291,29 +313,8 @@ class _Call:
         return tree_map(gather, value)
 
 
-class _Marks:
-    """Mask that marks some tokens, `[B, S]` or `[B, S, 1]`. Other arguments have a row for each token that is marked.
-
-    Such are the DeepStack features of images, which layers add to the hidden states of image tokens.
-    """
-
-    def __init__(self, marks: torch.Tensor, shard: Shard):
-        marks = on_host(marks).view(shard.batch_size, shard.length)
-        positions, length = shard.layout.positions(shard.rank), shard.layout.length
-        numbers = (marks.flatten().cumsum(0) - 1).view_as(marks)
-        local = take_columns(marks, positions, length, 0)
-        self.count = int(marks.sum())
-        self._rows = take_columns(numbers, positions, length, 0)[local]
-
-    @staticmethod
-    def can_be(x: Any, shard: Shard) -> bool:
-        """Return whether an argument is a mask that may mark tokens."""
-        of_batch = (shard.batch_size, shard.length)
-        return isinstance(x, torch.Tensor) and x.dtype == torch.bool and x.shape in (of_batch, (*of_batch, 1))
-
-    def take(self, x: Any) -> Any:
-        """Take the rows of the tokens of this rank, of a tensor `[count, ...]`."""
-        return x.index_select(0, beside(self._rows, x)) if isinstance(x, torch.Tensor) else x
+def _wanted(x: Any, marks: Marks) -> Any:
+    return Wanted(x, marks) if isinstance(x, (torch.Tensor, Deferred)) else x
 
 
 class AllTokens:

@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ...distributed.host import beside, values_of
+from ..deferred import Deferred
 from .chunked_loss import chunked_sum
 
 
@@ -53,7 +54,7 @@ class Step(NamedTuple):
 
 CASTS = ("float", "double", "half", "bfloat16", "to", "type", "contiguous")
 METHODS = (*CASTS, "tanh", "mul", "div", "add", "sub", "neg")
-"""Methods of tensors that act on each entry by itself. They are recorded."""
+"""Methods of tensors that act on each entry by itself."""
 FUNCTIONS = {
     torch.tanh,
     torch.mul,
@@ -62,21 +63,17 @@ FUNCTIONS = {
     torch.add,
     torch.sub,
     torch.neg,
+    operator.mul,
+    operator.truediv,
+    operator.add,
+    operator.sub,
+    operator.neg,
     *(getattr(torch.Tensor, name) for name in METHODS),
 }
 """Functions that act on each entry by itself. They are recorded."""
 
 
-def _operator(function: Callable, is_right: bool = False) -> Callable:
-    """Make a method for an operator, whose left or right operand is the logits."""
-
-    def method(self: DeferredLogits, *others: Any) -> Any:
-        return self._apply(function, (*others, self) if is_right else (self, *others), {})
-
-    return method
-
-
-class DeferredLogits:
+class DeferredLogits(Deferred):
     """Logits `[B, S, V]` of the whole batch, or `[B * S, V]`, that are made when they are used.
 
     Args:
@@ -107,9 +104,7 @@ class DeferredLogits:
         """Logits of this rank's tokens, `[B, S_local, V]`."""
         return self._logits(self._hidden)
 
-    @cached_property
-    def whole(self) -> torch.Tensor:
-        """Logits of all tokens, on every rank."""
+    def _make(self) -> torch.Tensor:
         logits = self._tokens.gather(self.local)
         return logits.flatten(0, 1) if self._flat else logits
 
@@ -138,22 +133,9 @@ class DeferredLogits:
         return self._hidden.device
 
     @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    def dim(self) -> int:
-        """Return the number of dimensions."""
-        return len(self.shape)
-
-    @property
     def is_flat(self) -> bool:
         """Return whether the logits are `[B * S, V]`."""
         return self._flat
-
-    def size(self, dim: int | None = None) -> Any:
-        """Return the shape of the whole logits, or one dimension of it."""
-        return self.shape if dim is None else self.shape[dim]
 
     def view(self, *shape: Any) -> Any:
         """Return the logits in another shape. `[B * S, V]` is recorded."""
@@ -209,54 +191,26 @@ class DeferredLogits:
         vars(made).update(changes)
         return made
 
-    def _apply(self, function: Callable, args: tuple, options: dict[str, Any]) -> Any:
-        """Record a function of these logits, or compute it if it is not token by token."""
+    def _recorded(self, function: Callable, args: tuple, options: dict[str, Any]) -> Any:
+        """Record a function that acts on each entry by itself, or compute a cross entropy."""
+        if function is cross_entropy:
+            given = inspect.signature(cross_entropy).bind(*args, **options)
+            given.apply_defaults()
+            return _deferred_loss(given.arguments)
+        if function not in FUNCTIONS:
+            return None
         place = next((number for number, x in enumerate(args) if x is self), None)
         others = [x for x in args if x is not self]
-        if place is not None and len(others) == len(args) - 1 and all(map(self._is_constant, others)):
-            step = Step(function, args[:place], args[place + 1 :], options)
-            return self._with(_steps=(*self._steps, step))
-        return _of_whole(function, args, options)
+        if place is None or len(others) != len(args) - 1 or not all(map(self._is_constant, others)):
+            return None
+        step = Step(function, args[:place], args[place + 1 :], options)
+        return self._with(_steps=(*self._steps, step))
 
     def _is_constant(self, x: Any) -> bool:
         """Return whether an argument is the same for all tokens."""
         if not isinstance(x, torch.Tensor):
-            return not isinstance(x, DeferredLogits)
+            return not isinstance(x, Deferred)
         return x.dim() == 0 or (x.numel() == x.shape[-1] == self._width)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name in METHODS:
-            method = getattr(torch.Tensor, name)
-            return lambda *args, **options: self._apply(method, (self, *args), options)
-        return getattr(self.whole, name)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        options = kwargs or {}
-        if function is cross_entropy:
-            given = inspect.signature(cross_entropy).bind(*args, **options)
-            given.apply_defaults()
-            loss = _deferred_loss(given.arguments)
-            if loss is not None:
-                return loss
-        deferred = next((x for x in args if isinstance(x, DeferredLogits)), None)
-        if deferred is not None and function in FUNCTIONS:
-            return deferred._apply(function, args, options)
-        return _of_whole(function, args, options)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.whole[index]
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    __mul__, __rmul__ = _operator(operator.mul), _operator(operator.mul, is_right=True)
-    __add__, __radd__ = _operator(operator.add), _operator(operator.add, is_right=True)
-    __truediv__, __sub__, __neg__ = _operator(operator.truediv), _operator(operator.sub), _operator(operator.neg)
 
 
 LOSS_ARGUMENTS = {"input", "target", "ignore_index", "reduction", "label_smoothing"}
@@ -275,20 +229,3 @@ def _deferred_loss(given: Mapping[str, Any]) -> torch.Tensor | None:
     if reduction not in ("sum", "mean") or any(given[name] is not None for name in given.keys() - LOSS_ARGUMENTS):
         return None
     return logits.cross_entropy(target, given["ignore_index"], reduction, given["label_smoothing"])
-
-
-def _of_whole(function: Callable, args: tuple, options: dict[str, Any]) -> Any:
-    """Compute a function of whole logits."""
-    return function(*_made(args), **dict(zip(options, _made(tuple(options.values())))))
-
-
-def _made(values: tuple) -> tuple:
-    """Replace deferred logits by the whole ones, also inside of a list."""
-    return tuple(
-        value.whole
-        if isinstance(value, DeferredLogits)
-        else type(value)(_made(tuple(value)))
-        if type(value) in (list, tuple)
-        else value
-        for value in values
-    )

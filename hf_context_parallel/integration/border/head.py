@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ...compat import language_model_classes, set_compiler
+from ...compat import language_model_classes, set_compiler, tree_leaves
 from ...config import ContextParallelConfig
 from ...cp_group import CPGroup
 from ...data.batch import IGNORED
@@ -25,6 +25,7 @@ from ...distributed.failures import FailureReport
 from ...distributed.host import Twin, on_host
 from ..checks.media import explained
 from ..checks.model import has_forward_of, stock_class
+from ..deferred import Deferred, made
 from ..model_registry import decoder_of
 from ..outer_call import OuterCall, in_call, outer_call
 from ..patches.module_patch import ModulePatch, by_name, has_hooks
@@ -136,9 +137,9 @@ class HeadCall(OuterCall):
         return DeferredLogits(self._tokens, hidden, embed, trained, self._config.loss_chunk_tokens)
 
     def finished(self, output: Any) -> Any:
-        """Return the output of the model with logits, or with None in their place.
+        """Return the output of the model with logits and features of media, or with None in their place.
 
-        Logits are left out in training with labels, unless `config.logits` asks for them.
+        Both are left out in training with labels, unless `config.logits` asks for them.
 
         Raises:
             ValueError: if the model made its logits without calling its output embeddings.
@@ -153,11 +154,10 @@ class HeadCall(OuterCall):
         return tuple(map(self._made, output)) if isinstance(output, tuple) else self._made(output)
 
     def _made(self, value: Any) -> Any:
-        if not isinstance(value, DeferredLogits):
-            return value
-        if self._config.logits == "shard":
+        if isinstance(value, DeferredLogits) and self._config.logits == "shard":
             return value.local
-        return None if self._leaves_out_logits else value.whole
+        is_deferred = any(isinstance(x, Deferred) for x in tree_leaves(value))
+        return None if is_deferred and self._leaves_out_logits else made(value)
 
 
 class OuterPatch(ModulePatch):
@@ -188,7 +188,7 @@ class OuterPatch(ModulePatch):
             if not stays_on_shard(module, given):
                 with in_call(OuterCall(module, decoder_of(module), given, alone)) as call, self._together(call):
                     set_compiler(compiler)
-                    return forward(*args, **kwargs)
+                    return made(forward(*args, **kwargs))
             call = HeadCall(module, decoder_of(module), given, alone, self._border.cp.group.config, compiler)
             for name in LABELS:
                 if isinstance(kwargs.get(name), torch.Tensor):

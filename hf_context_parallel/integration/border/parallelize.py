@@ -18,6 +18,7 @@ from ..patches.module_patch import patch_of
 from ..tensor_parallel.checks import check_parallelism
 from ..towers.shared import share_towers
 from .decoder import DecoderBorder
+from .deferred_embeddings import InputEmbeddingsPatch
 from .head import EmbeddingsPatch, HasGroup, OuterPatch
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -65,7 +66,9 @@ def parallelize(model: Model, cp: HasGroup) -> Model:
         border.replace(decoder)
         if inner is not decoder:
             OuterPatch(border).replace(inner)
-            share_towers(inner, decoder, border)
+            inputs = decoder.get_input_embeddings()
+            if share_towers(inner, decoder, border) and isinstance(inputs, torch.nn.Module):
+                InputEmbeddingsPatch().replace(inputs)
             embeddings = inner.get_output_embeddings()
             if isinstance(embeddings, torch.nn.Module):
                 EmbeddingsPatch().replace(embeddings)

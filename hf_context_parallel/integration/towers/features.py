@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from ...compat import tree_leaves
 from ...distributed.agreement import fingerprint
+from .deferred_features import DeferredFeatures
 from .division import Division
 
 FEATURES = "pooler_output"
@@ -103,18 +104,17 @@ class Parts(list[Part]):
             return [rows] + [0] * (len(items) - 1)
         raise ValueError(f"{rows} rows cannot be divided by {len(items)} items.")
 
-    def joined(self, values: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> ModelOutput:
+    def joined(self, values: Sequence[DeferredFeatures]) -> ModelOutput:
         """Make the output of all items.
 
         Args:
             values: for each part, the features of all items in their order.
-            rows: for each part, the number of rows of each item.
         """
         fields: dict[str, Any] = {}
-        for part, whole, numbers in zip(self, values, rows):
+        for part, whole in zip(self, values):
             value: Any = whole
             if part.kind is not None:
-                value = part.kind([whole] if self._division.one_row else whole.split(list(numbers)))
+                value = part.kind([whole] if self._division.one_row else whole.of_items())
             if part.name == LEVELS:
                 fields.setdefault(LEVELS, []).append(value)
             else:

@@ -19,11 +19,13 @@ from ...distributed.agreement import collective, odd_rank
 from ...distributed.mesh import Ranks, world
 from ...distributed.process_groups import Groups
 from ..checks.agreement import SAME_BATCHES, sample
+from ..deferred import made
 from ..outer_call import in_call, outer_call
 from ..patches.module_patch import by_name
+from .deferred_features import DeferredFeatures, Encoded
 from .division import GRIDS, Division, divide
 from .features import Parts, same_features
-from .gathering import Placement, gather_rows
+from .gathering import Placement
 
 TOWERS = {
     "get_image_features": "vision_config",
@@ -47,20 +49,25 @@ class Border(Protocol):
     cp: HasGroup
 
 
-def share_towers(model: torch.nn.Module, decoder: torch.nn.Module, border: Border) -> None:
+def share_towers(model: torch.nn.Module, decoder: torch.nn.Module, border: Border) -> bool:
     """Let the ranks of a group share what the towers of a model encode. A second call changes nothing.
 
     Args:
         model: the outermost Transformers model.
         decoder: its decoder.
         border: the border of the decoder.
+
+    Returns:
+        True if the model has towers.
     """
-    patch = SharedTowers(decoder, border)
+    patch, found = SharedTowers(decoder, border), False
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             for name in TOWERS:
                 if callable(getattr(module, name, None)):
                     patch.replace(module, name)
+                    found = True
+    return found
 
 
 class SharedTowers:
@@ -154,7 +161,7 @@ class SharedTowers:
 def _tried(function: Callable, division: Division, group: Groups) -> tuple[bool, Any]:
     """Run a tower whole, and return whether the features of shares are the same, with its output."""
     with torch.no_grad():
-        found = _encoded(function, division, group)
+        found = made(_encoded(function, division, group))
     with collective(group.same_batch) as notes:
         output = function(**division.given)
         notes.alarm = found is None or not same_features(found, output)
@@ -162,7 +169,7 @@ def _tried(function: Callable, division: Division, group: Groups) -> tuple[bool,
 
 
 def _encoded(function: Callable, division: Division, group: Groups) -> ModelOutput | None:
-    """Encode the share of this rank, and gather the features of all items; None if this is not exact.
+    """Encode the share of this rank, and return the features of all items; None if this is not exact.
 
     Raises:
         ValueError: on every rank alike, if one of them raised.
@@ -179,7 +186,8 @@ def _encoded(function: Callable, division: Division, group: Groups) -> ModelOutp
         return None
     rows = _rows_of_all(parts, len(division.costs), shares[group.rank], group)
     placements = [Placement(shares, numbers, group) for numbers in rows]
-    return parts.joined(gather_rows([part.values for part in parts], placements), rows)
+    encoded = Encoded([part.values for part in parts], placements)
+    return parts.joined([DeferredFeatures(encoded, number, numbers) for number, numbers in enumerate(rows)])
 
 
 def _runs_in_step(module: torch.nn.Module, group: Groups) -> bool:

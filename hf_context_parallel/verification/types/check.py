@@ -17,9 +17,9 @@ from ...config import ContextParallelConfig
 from ...context_parallel import ContextParallel
 from ...data.batch import IGNORED
 from ...distributed.mesh import mesh_of
-from ...integration.border.deferred_logits import DeferredLogits
 from ...integration.border.parallelize import borders_of, decoders_of, parallelize
 from ...integration.checks.proofs import keep_proof
+from ...integration.deferred import Deferred
 from ...integration.model_registry import NAME, UNSHIFTED, known_states
 from ...integration.switches import allow_unchecked_models
 from .media import Batch, auto_class, media_batches
@@ -50,9 +50,9 @@ class Unrounded(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if DeferredLogits in types:  # a mode is off while it handles a function, and this one calls others
+        if any(issubclass(x, Deferred) for x in types):  # a mode is off while it handles a function
             with self:
-                return DeferredLogits.__torch_function__(function, types, args, kwargs)
+                return Deferred.__torch_function__(function, types, args, kwargs)
         if function is torch.Tensor.float:
             return args[0].double()
         if function is torch.Tensor.__setitem__ and isinstance(args[2], torch.Tensor):  # such as positions
