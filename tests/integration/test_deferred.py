@@ -141,6 +141,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "cast": lambda x: x.to(torch.float64).contiguous(),
     "scaled": lambda x: x * 3,
     "scaled from the left": lambda x: 3 * x,
+    "filled": lambda x: x.masked_fill(torch.arange(x.shape[1])[None, :, None] % 3 == 0, 0.5),
     "added": lambda x: x + 1,
     "compared": lambda x: torch.where((x > 0)[..., :1], x, -x),
     "written to": write_to,
@@ -182,6 +183,10 @@ def test_deferred_embeddings_answer_like_tensors():
     assert deferred.numel() == 32 and deferred.dtype == torch.float64 and deferred.device.type == "cpu"
     half = deferred.to(torch.float32) * 2
     mask = ids > 2
+    assert deferred[mask[..., None].expand_as(deferred)].numel() == 16
+    filled = half.masked_fill((ids == 1)[..., None].expand_as(half), 0.0)
+    assert not half.is_made and torch.equal(filled.whole[:, 1:], half.whole[:, 1:]) and not filled.whole[:, 0].any()
+    half = deferred.to(torch.float32) * 2
     assert deferred[mask].numel() == 16 and deferred[mask].shape == (2, 8) and not deferred.is_made
     placed = half.masked_scatter(mask[..., None], torch.ones(2, 8))
     assert placed.dtype == torch.float32 and not half.is_made

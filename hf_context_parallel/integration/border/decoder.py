@@ -236,7 +236,7 @@ class _Call:
             self.local = tree_map(lambda x: found.get(id(x), x), self.local)
         if isinstance(self._embeddings, DeferredEmbeddings):
             ids = self.local["inputs_embeds"][..., 0]
-            self.local["inputs_embeds"] = self._embeddings.of_shard(ids, self._wanted, mine)
+            self.local["inputs_embeds"] = self._embeddings.of_shard(ids, self.batch.shard, self._wanted, mine)
 
     def _shard(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments for the shard of this rank."""

@@ -41,6 +41,16 @@ class Placed:
         return x.masked_scatter(self.mask, made(self.features))
 
 
+class Filled:
+    """Step that gives marked tokens, `[B, S, 1]`, the same number everywhere."""
+
+    def __init__(self, mask: torch.Tensor, value: float):
+        self.mask, self.value = mask, value
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x.masked_fill(self.mask, self.value)
+
+
 class DeferredEmbeddings(Deferred):
     """Embeddings `[B, S, D]` of a whole batch.
 
@@ -71,11 +81,14 @@ class DeferredEmbeddings(Deferred):
                 )
         return found
 
-    def of_shard(self, ids: torch.Tensor, wanted: Sequence[Wanted], taken: Sequence[torch.Tensor]) -> torch.Tensor:
+    def of_shard(
+        self, ids: torch.Tensor, shard: Shard, wanted: Sequence[Wanted], taken: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         """Embed the tokens of a shard, `[B, S_local, D]`.
 
         Args:
             ids: `[B, S_local]`.
+            shard: the shard.
             wanted: what `wanted` returned.
             taken: these features.
         """
@@ -84,6 +97,8 @@ class DeferredEmbeddings(Deferred):
             if isinstance(step, Placed):
                 place, features = next(rest)
                 x = x.masked_scatter(beside(place.marks.local, x)[..., None], features)
+            elif isinstance(step, Filled):
+                x = x.masked_fill(beside(Marks(step.mask, shard).local, x)[..., None], step.value)
             else:
                 x = step(x)
         return x
@@ -110,10 +125,14 @@ class DeferredEmbeddings(Deferred):
         """Record features that are put in, casts, and products with a number."""
         if function is torch.Tensor.requires_grad_:  # the hook that asks for it runs again on what is made
             return self
+        if function is torch.Tensor.expand_as and isinstance(args[0], torch.Tensor):  # a mask of tokens
+            return args[0].expand(self.shape)
         if self.is_made or args[0] is not self:
             return None
         if function in (torch.Tensor.masked_scatter, torch.masked_scatter) and len(args) == 3:
             return self._with_features(*args[1:])
+        if function in (torch.Tensor.masked_fill, torch.masked_fill) and len(args) == 3:
+            return self._filled(*args[1:])
         others = (*args[1:], *options.values())
         if function in CASTS and not any(isinstance(x, (torch.Tensor, Deferred)) for x in others):
             return self._after(lambda x: function(x, *args[1:], **options))
@@ -123,18 +142,28 @@ class DeferredEmbeddings(Deferred):
 
     def _with_features(self, mask: torch.Tensor, features: Any) -> DeferredEmbeddings | None:
         """Put features in, if the mask marks whole tokens and there is a vector for each."""
-        by_token = mask.dim() == 3 and mask.shape[:2] == self.ids.shape
-        if not by_token or (mask.shape[2] > 1 and mask.stride(2)) or isinstance(features, DeferredEmbeddings):
+        if not self._is_by_token(mask) or isinstance(features, DeferredEmbeddings):
             return None
         if features.dtype != self.dtype or features.dim() < 2 or features.shape[-1] != self.shape[-1]:
             return None
-        placed = copy.copy(self)
-        placed._steps = (*self._steps, Placed(mask[..., :1], features))
-        return placed
+        return self._after(Placed(mask[..., :1], features), some=self._some)
 
-    def _after(self, step: Callable[[torch.Tensor], torch.Tensor]) -> DeferredEmbeddings:
+    def _filled(self, mask: torch.Tensor, value: Any) -> DeferredEmbeddings | None:
+        """Give marked tokens a number, if the mask marks whole tokens."""
+        if not self._is_by_token(mask) or not isinstance(value, (int, float)):
+            return None
+        return self._after(Filled(mask[..., :1], value), some=self._some)
+
+    def _is_by_token(self, mask: torch.Tensor) -> bool:
+        """Return whether a mask marks whole tokens: `[B, S, 1]`, or this expanded."""
+        return mask.dim() == 3 and mask.shape[:2] == self.ids.shape and (mask.shape[2] == 1 or not mask.stride(2))
+
+    def _after(
+        self, step: Callable[[torch.Tensor], torch.Tensor], some: torch.Tensor | None = None
+    ) -> DeferredEmbeddings:
+        """Record a step. Without `some`, it acts on each entry by itself."""
         changed = copy.copy(self)
-        changed._steps, changed._some = (*self._steps, step), step(self._some)
+        changed._steps, changed._some = (*self._steps, step), step(self._some) if some is None else some
         return changed
 
     def __getitem__(self, index: Any) -> Any:
