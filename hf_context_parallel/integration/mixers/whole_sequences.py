@@ -31,6 +31,9 @@ from .resharding import Resharding, Sequence
 PADDING_MASKS = {"attention_mask", "conv_mask", "conv"}
 """Names of arguments that hold a padding mask. Modules get None for them on a shard."""
 
+ROUTERS = "router_logits"
+"""Output of a model that holds the logits of its routers, `[B * S, experts]` for each layer."""
+
 
 class _Call(NamedTuple):
     """One call of a module, with sequences of one length.
@@ -83,10 +86,8 @@ class WholeSequences:
             arguments = self._arguments(module, parameters, leaves, dict(zip(local, given)), form, call)
             with entered(None), stock_attention(module):
                 output = forward(**arguments)
-            if isinstance(
-                output, ModelOutput
-            ):  # of a whole model; its other tensors may look as if they had a value for each token
-                output = type(output)(last_hidden_state=output.last_hidden_state)
+            if isinstance(output, ModelOutput):
+                output = _of_whole_model(output, call)
             outputs, output_form = tree_flatten(output)
             outputs = [_rows(leaf, call) for leaf in outputs]
             if not call.sequences:
@@ -98,7 +99,10 @@ class WholeSequences:
         joined = [torch.cat(by_call[index]) for index in computed]
         for index, tensor in zip(computed, _together(resharding.sharded, joined, leading=1)):
             output[index] = tensor
-        return tree_unflatten(output, output_form)
+        made = tree_unflatten(output, output_form)
+        if isinstance(made, ModelOutput) and made.get(ROUTERS):
+            made[ROUTERS] = tuple(logits.flatten(0, 1) for logits in made[ROUTERS])
+        return made
 
     def _arguments(self, module, parameters, leaves: list, given: dict[int, torch.Tensor], form, call: _Call) -> dict:
         """Build the arguments of the module for the sequences of `call`.
@@ -192,6 +196,17 @@ def _calls(mine: list[Sequence], least: int, local_length: int) -> list[_Call]:
         calls.append(_Call(alike, slice(begin, end), (len(alike), alike[0].length)))
         begin = end
     return calls + [_Call([], slice(0), (1, min(3, local_length)))] * (least - len(calls))
+
+
+def _of_whole_model(output: ModelOutput, call: _Call) -> ModelOutput:
+    """Keep the hidden states of a whole model, and the logits of its routers as `[rows, length, experts]`.
+
+    Its other tensors may look as if they had a value for each token.
+    """
+    kept = {"last_hidden_state": output.last_hidden_state}
+    if output.get(ROUTERS):
+        kept[ROUTERS] = tuple(logits.view(*call.shape, -1) for logits in output[ROUTERS])
+    return type(output)(**kept)
 
 
 def _rows(leaf: Any, call: _Call) -> Any:

@@ -22,13 +22,11 @@ from ...integration.checks.proofs import keep_proof
 from ...integration.deferred import Deferred
 from ...integration.model_registry import NAME, UNSHIFTED, known_states
 from ...integration.switches import allow_unchecked_models
-from .media import Batch, auto_class, media_batches
+from .media import AUXILIARY, Batch, auto_class, media_batches
 from .tiny import TEXT, configuration, is_encoder, tiny_model
 
 DOCUMENTS = (11, 1, 2, 20, 7)
 """Lengths of the documents in the packed batch."""
-AUXILIARY = "auxiliary loss"
-"""Kind of batch that runs with the auxiliary loss of the router, for models that have one."""
 ONLY_FLOAT32 = {"inkling2_loop_text", "inkling2_text", "xglm"}
 """Types that do not run in float64."""
 
@@ -57,6 +55,8 @@ class Unrounded(TorchFunctionMode):
             return args[0].double()
         if function is torch.Tensor.__setitem__ and isinstance(args[2], torch.Tensor):  # such as positions
             args = *args[:2], args[2].to(args[0].dtype)
+        if function is torch.Tensor.scatter_add_:  # such as tokens of experts, which a padding mask weighs
+            args = *args[:3], args[3].to(args[0].dtype)
         is_cast = function in (torch.Tensor.to, torch.Tensor.type)
         if is_cast:  # casts of all dtypes, since the results meet tensors that stay in float64
             args = args[:1] + tuple(torch.float64 if x is torch.float32 else x for x in args[1:])
@@ -150,7 +150,7 @@ def errors(
 def error_of(case: Case, kind: str, sharded: PreTrainedModel, cp: ContextParallel) -> Errors:
     """Run the model on shards with a batch of one kind, and compare it with one process."""
     sharded.zero_grad(set_to_none=True)
-    sharded.config.output_router_logits = kind == AUXILIARY
+    sharded.config.get_text_config().output_router_logits = kind == AUXILIARY
     with allow_unchecked_models(), unrounded(case.config):
         parallelize(sharded, cp)
         loss = sharded(**case.batches()[kind].inputs).loss
@@ -260,7 +260,7 @@ def _reference(case: Case, kind: str) -> tuple[torch.Tensor, list]:
     # In earlier versions of Transformers, SDPA ignored softcaps, and the causal mask of Doge without padding.
     is_eager = config.model_type == "doge" or getattr(config.get_text_config(), "attn_logit_softcapping", None)
     model = case.model("eager" if is_eager else None)
-    model.config.output_router_logits = kind == AUXILIARY
+    model.config.get_text_config().output_router_logits = kind == AUXILIARY
     with finite_masks(), unrounded(config):
         loss = _sum_of_parts(model, case.batches()[kind].parts)
     return loss, [parameter.grad for parameter in model.parameters()]

@@ -23,6 +23,9 @@ from .tiny import TEXT
 KINDS = ("image", "video", "audio")
 """Kinds of media. The number of each, counted from 1, is the type of its tokens in `mm_token_type_ids`."""
 
+AUXILIARY = "auxiliary loss"
+"""Kind of batch that runs with the auxiliary loss of the router, for models that have one."""
+
 
 class Medium(NamedTuple):
     """An image, a video or a sound."""
@@ -100,6 +103,8 @@ def media_batches(model: PreTrainedModel) -> dict[str, Batch]:
         rows = [[4, medium, 5], [6, medium, 7, medium, 8], [30]]
         for side in ("left", "right"):
             found[f"padded {side}"] = _padded(model, rows, random, side)
+        if "output_router_logits" in _parameters(model):
+            found[AUXILIARY] = found["padded left"]  # padding counts in no mean of the router
         if model.config.model_type not in _UNPACKED and not _needs_media(model):
             found["packed"] = _packed(
                 model, [[6, medium, 5], [3], [9, large or medium, 4, medium, 2], [11], [8]], random

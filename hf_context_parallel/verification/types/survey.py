@@ -245,7 +245,8 @@ the largest difference of the loss and of every parameter's gradient, relative t
 the tensor; those of towers and projectors are among them.
 
 Rows have several images, of two sizes where a type takes such, and one row has none. Images lie across the
-borders of shards. Padded and packed batches have images, or else sounds or videos, too."""
+borders of shards. Padded and packed batches have images, or else sounds or videos, too. The auxiliary loss
+of a router is compared for padded rows, with the types that compute one."""
 
 
 def page_of(content: dict, media: bool = False) -> str:

@@ -22,6 +22,8 @@ SAMPLE = {
     "qwen3_vl": (3,),  # DeepStack
     "idefics3": (2,),  # images listed by rows
     "florence2": (2,),  # an encoder and a decoder
+    "qwen3_vl_moe": (2,),  # auxiliary loss of the router
+    "glm5_next": (3,),  # the same, of a decoder that sees whole sequences
 }
 """Types of several families, and the sizes of the CP groups that they are checked on."""
 SELDOM = SAMPLE.keys() - {"llava", "qwen2_vl", "glmasr"}
@@ -61,6 +63,14 @@ def test_documents_of_a_packed_batch_have_positions_of_their_own():
     assert positions[0, 0].tolist() == [place for length in lengths for place in range(length)]
     assert not torch.equal(positions[0], positions[2])  # rows of an image have the same place in time
     assert torch.equal(torch.cat([part["input_ids"] for part in batch.parts], 1), batch.inputs["input_ids"])
+
+
+def test_the_auxiliary_loss_of_a_router_is_compared_beside_images_and_padding():
+    batch = batches_of("qwen3_vl_moe")[media.AUXILIARY]
+    assert {"pixel_values", "attention_mask"} <= batch.inputs.keys() and not batch.inputs["attention_mask"].all()
+    case = check.Case(tiny_config("qwen3_vl_moe"), media=True)
+    plain, with_router = (check._reference(case, kind)[0] for kind in ("padded left", media.AUXILIARY))
+    assert with_router > plain
 
 
 def test_types_that_cannot_be_tested_are_refused_without_a_run():
