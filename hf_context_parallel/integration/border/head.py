@@ -23,7 +23,7 @@ from ...data.batch import IGNORED
 from ...distributed.agreement import collective, is_agreed
 from ...distributed.failures import FailureReport
 from ...distributed.host import Twin, on_host
-from ..checks.media import explained
+from ..checks.media import explained, warn_of_missing_media
 from ..checks.model import has_forward_of, stock_class
 from ..deferred import Deferred, made
 from ..model_registry import decoder_of
@@ -179,8 +179,10 @@ class OuterPatch(ModulePatch):
             if not self._border.shards(given):
                 set_compiler(compiler)
                 return forward(*args, **kwargs)
-            alone = self._border.is_alone(given)
-            if not alone and "use_cache" in inspect.signature(forward).parameters:
+            alone, parameters = self._border.is_alone(given), inspect.signature(forward).parameters
+            if not alone:
+                warn_of_missing_media(module, parameters, given)
+            if not alone and "use_cache" in parameters:
                 args, kwargs = (
                     (),
                     {**given, "use_cache": False},
