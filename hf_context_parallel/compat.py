@@ -175,11 +175,26 @@ def multimodal_classes() -> dict[str, str]:
 
 def processor_classes(config: PreTrainedConfig) -> tuple[type, type]:
     """Return the classes of the processor of a model type, and of the processor of images that uses Pillow."""
+    processors = lookup("transformers.models.auto.processing_auto", "PROCESSOR_MAPPING", "a processor without files")
+    return processors[type(config)], pillow_processor(config)
+
+
+def pillow_processor(config: PreTrainedConfig) -> type:
+    """Return the class of the processor of images of a model type that uses Pillow.
+
+    A type without one of its own has that of a type with the same processor, and a thinker that of its model.
+
+    Raises:
+        KeyError: if there is none.
+    """
     module, needed_by = "transformers.models.auto.image_processing_auto", "a processor without files"
-    by_backend = lookup(module, "IMAGE_PROCESSOR_MAPPING_NAMES", needed_by)[config.model_type]
-    images = lookup(module, "get_image_processor_class_from_name", needed_by)(by_backend["pil"])
-    processors = lookup("transformers.models.auto.processing_auto", "PROCESSOR_MAPPING", needed_by)
-    return processors[type(config)], images
+    by_type = lookup(module, "IMAGE_PROCESSOR_MAPPING_NAMES", needed_by)
+    processors = lookup("transformers.models.auto.processing_auto", "PROCESSOR_MAPPING_NAMES", needed_by)
+    name = config.model_type.removesuffix("_thinker")
+    if name not in by_type and name in processors:
+        name = next((other for other in by_type if processors.get(other) == processors[name]), name)
+    found: type = lookup(module, "get_image_processor_class_from_name", needed_by)(by_type[name]["pil"])
+    return found
 
 
 @functools.cache

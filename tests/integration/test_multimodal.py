@@ -120,7 +120,7 @@ def test_training_with_images_is_that_of_one_process(on_ranks, way):
 
 @pytest.mark.exhaustive
 def test_tensor_parallelism_of_the_decoder(on_ranks):
-    for found, _ in on_ranks(4, check.errors_of, "qwen3_vl", {}, 2, False, None, True):
+    for found, _, _ in on_ranks(4, check.errors_of, "qwen3_vl", {}, 2, False, None, True):
         assert max(max(errors.loss, errors.gradients) for errors in found.values()) < 1e-8
 
 

@@ -168,12 +168,17 @@ def errors_of(
     trust_remote_code: bool,
     module: str | None,
     media: bool = False,
-) -> tuple[dict[str, Errors], dict[str, list[str]]]:
+) -> tuple[dict[str, Errors], dict[str, list[str]], bool]:
     """Make the configuration of a model in this process, and run `errors`. The arguments are those of both.
 
     A class that comes with a model is made in each process: it cannot be sent there.
+
+    Returns:
+        What `errors` returns, and True if the processor of the type made the images.
     """
-    return errors(configuration(model, trust_remote_code, module), settings, tp_size, media)
+    config = configuration(model, trust_remote_code, module)
+    found, handled = errors(config, settings, tp_size, media)
+    return found, handled, any(batch.by_processor for batch in Case(config, media).batches().values())
 
 
 def _prove(model: PreTrainedModel, found: dict[str, Errors]) -> None:

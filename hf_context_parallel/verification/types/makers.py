@@ -18,7 +18,8 @@ def media_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return getattr(config, "thinker_config", config)
 
 
-def _vision(config: PreTrainedConfig) -> PreTrainedConfig:
+def vision_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the part of a model that takes images."""
     config = getattr(config, "encoder", config)
     return getattr(config, "vision_config", config)
 
@@ -37,7 +38,8 @@ def _channels(vision: PreTrainedConfig) -> int:
     return _first(vision, "num_channels", "in_channels", "in_chans", default=3)
 
 
-def _patch(vision: PreTrainedConfig) -> int:
+def patch_of(vision: PreTrainedConfig) -> int:
+    """Return the side of a patch, in pixels."""
     return _first(vision, "patch_size", default=14)
 
 
@@ -46,12 +48,12 @@ _GRIDS = ((6, 8), (4, 8))
 
 
 def _side(vision: PreTrainedConfig) -> int:
-    return _first(vision, "image_size", default=4 * _patch(vision))
+    return _first(vision, "image_size", default=4 * patch_of(vision))
 
 
 def _pixels(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image of the only size that a model takes."""
-    vision = _vision(config)
+    vision = vision_of(config)
     pixels = _random(random, 1, _channels(vision), _side(vision), _side(vision))
     sharper = _vision_named(config, "high_res_vision_config")
     return {
@@ -62,12 +64,12 @@ def _pixels(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inp
 
 
 def _vision_named(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    return getattr(config, name, _vision(config))
+    return getattr(config, name, vision_of(config))
 
 
 def _frames(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make a video of two frames."""
-    vision = _vision(config)
+    vision = vision_of(config)
     return {"pixel_values_videos": _random(random, 1, 2, _channels(vision), _side(vision), _side(vision))}
 
 
@@ -79,7 +81,7 @@ def _frames_of_a_question(config: PreTrainedConfig, size: int, random: torch.Gen
 
 def _tiles_of_a_row(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image of several tiles of a model whose images are listed by rows."""
-    vision = _vision(config)
+    vision = vision_of(config)
     tiles, side = vision.max_num_tiles, _side(vision)
     return {
         "pixel_values": _random(random, 1, 1, tiles, _channels(vision), side, side),
@@ -98,8 +100,8 @@ def _grid(frames: int, names: tuple[str, str]) -> Callable:
     """Return the maker of patches in a grid of time, height and width."""
 
     def make(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
-        vision = _vision(config)
-        patch, steps = _patch(vision), _first(vision, "temporal_patch_size", default=1)
+        vision = vision_of(config)
+        patch, steps = patch_of(vision), _first(vision, "temporal_patch_size", default=1)
         if config.model_type in _TWO_FRAMES:
             steps = 2
         height, width = _GRIDS[size]
@@ -125,15 +127,15 @@ _UNFLATTENED = {"kimi_k25", "paddleocr_vl"}
 
 def _of_its_size(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image of its own size, which is padded beside larger ones."""
-    patch = _patch(_vision(config))
+    patch = patch_of(vision_of(config))
     height, width = (patch * sides for sides in ((4, 4), (4, 2))[size])
-    pixels = _random(random, 1, _channels(_vision(config)), height, width)
+    pixels = _random(random, 1, _channels(vision_of(config)), height, width)
     return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
 
 
 def _tiled(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image that is cut into tiles, beside a tile with all of it."""
-    vision = _vision(config)
+    vision = vision_of(config)
     side = _side(vision)
     height, width = config.image_grid_pinpoints[size]
     tiles = 1 + (height // side) * (width // side)
@@ -143,8 +145,8 @@ def _tiled(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inpu
 
 def _of_patches(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image of flattened patches, with a mask of the real ones."""
-    vision = _vision(config)
-    patch, (height, width) = _patch(vision), _GRIDS[size]
+    vision = vision_of(config)
+    patch, (height, width) = patch_of(vision), _GRIDS[size]
     return {
         "pixel_values": _random(random, 1, height * width, _channels(vision) * patch**2),
         "pixel_attention_mask": torch.ones(1, height * width, dtype=torch.int64),
@@ -156,7 +158,7 @@ def _placed(frames: int, names: tuple[str, str]) -> Callable:
     """Return the maker of flattened patches, each with its place."""
 
     def make(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
-        vision = _vision(config)
+        vision = vision_of(config)
         patch = _first(vision, "model_patch_size", "patch_size")
         height, width = ((9, 12), (6, 9))[size] if patch == vision.patch_size else ((3, 4), (2, 3))[size]
         places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1)
@@ -173,8 +175,8 @@ def _in_a_line(names: tuple[str, str]) -> Callable:
     """Return the maker of patches side by side in one line, for all images together."""
 
     def make(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
-        vision = _vision(config)
-        patch, (height, width) = _patch(vision), ((8, 16), (8, 8))[size]
+        vision = vision_of(config)
+        patch, (height, width) = patch_of(vision), ((8, 16), (8, 8))[size]
         pixels = _random(random, 1, _channels(vision), patch, patch * height * width)
         return {names[0]: pixels, names[1]: torch.tensor([[height, width]])}
 
@@ -183,7 +185,7 @@ def _in_a_line(names: tuple[str, str]) -> Callable:
 
 def _of_a_row(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image of a model whose images are listed by rows."""
-    side = _side(_vision(config))
+    side = _side(vision_of(config))
     return {
         "pixel_values": _random(random, 1, 1, 3, side, side),
         "pixel_attention_mask": torch.ones(1, 1, side, side, dtype=torch.bool),
@@ -192,7 +194,7 @@ def _of_a_row(config: PreTrainedConfig, size: int, random: torch.Generator) -> I
 
 def _tile_of_a_row(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image of one or two tiles of a model whose tiles are listed by rows."""
-    side = _side(_vision(config))
+    side = _side(vision_of(config))
     return {
         "pixel_values": _random(random, 1, 2 - size, 3, side, side),
         "pixel_attention_mask": torch.ones(1, 2 - size, dtype=torch.bool),
@@ -201,8 +203,8 @@ def _tile_of_a_row(config: PreTrainedConfig, size: int, random: torch.Generator)
 
 def _flat_grid(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make flattened patches in a grid of height and width."""
-    vision = _vision(config)
-    patch, (height, width) = _patch(vision), _GRIDS[size]
+    vision = vision_of(config)
+    patch, (height, width) = patch_of(vision), _GRIDS[size]
     return {
         "pixel_values": _random(random, height * width, 3 * patch**2),
         "image_grid_hw": torch.tensor([[height, width]]),
@@ -216,14 +218,14 @@ def _all_patches(config: PreTrainedConfig, size: int, random: torch.Generator) -
 
 def _pooled(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image whose tokens are pools of patches: 4 of the whole image, and some of its crops."""
-    vision = _vision(config)
-    side = _side(vision) // _patch(vision)
+    vision = vision_of(config)
+    side = _side(vision) // patch_of(vision)
     crops = (2, 1)[size]
     grid = torch.tensor([[2, 2, 2 * (crops - 1), 2]])
     tokens = 4 * crops
     pools = torch.arange(tokens * 4).view(tokens, 4) % (crops * side * side)
     return {
-        "pixel_values": _random(random, crops, side * side, 3 * _patch(vision) ** 2),
+        "pixel_values": _random(random, crops, side * side, 3 * patch_of(vision) ** 2),
         "image_token_pooling": pools,
         "image_grids": grid,
         "image_num_crops": torch.tensor([crops]),
@@ -232,9 +234,9 @@ def _pooled(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inp
 
 def _blocks(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make an image of blocks of pixels, one for each token."""
-    vision = _vision(config)
+    vision = vision_of(config)
     height, width = (side // 2 for side in _GRIDS[size])
-    side = _patch(vision) * vision.spatial_merge_size
+    side = patch_of(vision) * vision.spatial_merge_size
     return {
         "pixel_values": _random(random, height * width, side, side, _channels(vision)),
         "image_grid_thw": torch.tensor([[1, height, width]]),
@@ -243,10 +245,10 @@ def _blocks(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inp
 
 def _pooled_video(config: PreTrainedConfig, size: int, random: torch.Generator) -> Inputs:
     """Make a video of two frames, whose tokens are pools of patches."""
-    vision = _vision(config)
-    patches = (_side(vision) // _patch(vision)) ** 2
+    vision = vision_of(config)
+    patches = (_side(vision) // patch_of(vision)) ** 2
     return {
-        "pixel_values_videos": _random(random, 2, patches, 3 * _patch(vision) ** 2),
+        "pixel_values_videos": _random(random, 2, patches, 3 * patch_of(vision) ** 2),
         "video_token_pooling": torch.arange(2 * patches).view(8, -1),
         "video_grids": torch.tensor([[2, 2, 2]]),
     }

@@ -1,8 +1,9 @@
 """Batches with images, video and sound for tiny models of all image-text and audio-text types.
 
 Each medium is made by the *maker* of its family: the arguments of a model's forward tell which family it belongs to.
-The number of its placeholder tokens is counted by the model itself, which encodes it once. No processor is needed,
-since the pixels are random, and the tokens that processors put around images are text to the model.
+Its tensors are random, but images are made by the type's own processor where one works without torchvision. The number
+of placeholder tokens is counted by the model itself, which encodes each medium once. The tokens that processors put
+around images are text to the model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, 
 from ...compat import causal_lm_classes, image_text_classes, multimodal_classes
 from ...data.batch import IGNORED
 from .makers import MAKERS, SOUND_ALONG, Inputs, media_config
+from .processors import processed
 from .tiny import TEXT
 
 KINDS = ("image", "video", "audio")
@@ -37,6 +39,8 @@ class Medium(NamedTuple):
     """Its tokens `[n]`: placeholders, and marks around them."""
     token: int
     """The id of its placeholders."""
+    by_processor: bool = False
+    """True if the processor of the type made it."""
 
 
 class Batch(NamedTuple):
@@ -45,6 +49,8 @@ class Batch(NamedTuple):
     inputs: Inputs
     parts: list[Inputs]
     """The documents of a packed batch, each alone; else the batch."""
+    by_processor: bool = False
+    """True if the processor of the type made its images."""
 
 
 def media_types() -> list[str]:
@@ -96,6 +102,8 @@ def media_batches(model: PreTrainedModel) -> dict[str, Batch]:
     if model.config.model_type in SOUND_ALONG:
         kinds = {"audio": [[loud], [loud]]}
     found = {kind: _whole(model, rows, random) for kind, rows in kinds.items() if rows}
+    if small and large:
+        found["images"] = found["images"]._replace(by_processor=small.by_processor and large.by_processor)
     if model.config.model_type in SOUND_ALONG:
         return found
     medium = next((medium for medium in (small, long, loud) if medium), None)
@@ -265,8 +273,10 @@ def _medium(model: PreTrainedModel, kind: str, size: int, random: torch.Generato
         ):
             inputs = maker(config, size, random)
             inputs = {name: value for name, value in inputs.items() if name in taken}
-            token = _placeholder(config, kind)
-            return Medium(kind, inputs, _tokens(model, kind, token, _features(model, kind, inputs)), token)
+            own = processed(config, size, inputs) if kind == "image" else None
+            inputs, token = own or inputs, _placeholder(config, kind)
+            ids = _tokens(model, kind, token, _features(model, kind, inputs))
+            return Medium(kind, inputs, ids, token, own is not None)
     return None
 
 

@@ -41,6 +41,7 @@ class Finding:
         errors: for each kind of batch, the largest error of loss and gradients.
         handled: for each class of modules that mix tokens, the ways it was computed.
         reason: the reason of a refusal, or of a wrong result.
+        by_processor: the image processor of the type made the images of the batches.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Finding:
     errors: dict[str, float] = field(default_factory=dict)
     handled: dict[str, list[str]] = field(default_factory=dict)
     reason: str = ""
+    by_processor: bool = False
 
 
 def model_types(media: bool = False) -> list[str]:
@@ -126,10 +128,11 @@ def examine(
         return Finding(model, "refused", reason=REFUSED[config.model_type])
     worst: dict[str, float] = {}
     handled: dict[str, list[str]] = {}
+    by_processor = False
     for size in ranks:
         try:
             asked = model, settings, tp_size, trust_remote_code, module, media
-            found, handled = pool(size * tp_size, errors_of, *asked)[0]
+            found, handled, by_processor = pool(size * tp_size, errors_of, *asked)[0]
         except AssertionError as error:
             line = last_line(error)
             if media and _is_refusal(error):
@@ -141,7 +144,7 @@ def examine(
                 return Finding(model, "wrong", worst | {kind: error}, handled, _wrong(size, kind, of_kind))
             worst[kind] = max(worst.get(kind, 0.0), error)
     whole = any("whole sequences" in how for how in handled.values())
-    return Finding(model, "exact by resharding" if whole else "exact", worst, handled)
+    return Finding(model, "exact by resharding" if whole else "exact", worst, handled, by_processor=by_processor)
 
 
 def survey_tensor_parallel(
@@ -215,6 +218,9 @@ def write(findings: Iterable[Finding], known: Path, page: Path, media: bool = Fa
     kept = {finding.name: asdict(finding) for finding in findings}
     for finding in kept.values():
         del finding["name"]
+        if not finding["by_processor"]:
+            del finding["by_processor"]
+        finding["reason"] = finding.pop("reason")  # at the end
         finding["errors"] = {kind: bound(error) for kind, error in finding["errors"].items()}
         if finding["state"] == "wrong":
             finding |= {"state": "refused", "errors": {}, "handled": {}}
@@ -267,7 +273,7 @@ def page_of(content: dict, media: bool = False) -> str:
             + ", ".join(f"{count} {state}" for state, count in counts.items())
             + ".",
             "",
-            _WITH_MEDIA if media else _TEXT_ALONE,
+            _WITH_MEDIA + _processors(types) if media else _TEXT_ALONE,
             "",
             "- **exact**: attention is a ring; other mixers, if any, share their heads or exchange halos.",
             "- **exact by resharding**: the modules marked *whole sequences* see each sequence whole, on one rank.",
@@ -277,6 +283,15 @@ def page_of(content: dict, media: bool = False) -> str:
             tabulate(rows, ["type", "state", *kinds, "how"], tablefmt="github"),
             "",
         ]
+    )
+
+
+def _processors(types: dict[str, dict]) -> str:
+    """Say for how many types a processor made the images."""
+    count = sum(finding.get("by_processor", False) for finding in types.values())
+    return (
+        f"\n\nThe image processors of {count} types made their images from noise, by Pillow. Other images, videos\n"
+        "and sounds are random tensors of the right shapes."
     )
 
 

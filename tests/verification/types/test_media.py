@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from hf_context_parallel.compat import pillow_processor
 from hf_context_parallel.data.batch import IGNORED
 from hf_context_parallel.integration.model_registry import KNOWN_MULTIMODAL
 from hf_context_parallel.verification.types import check, media, survey
+from hf_context_parallel.verification.types.processors import processed
 from hf_context_parallel.verification.types.tiny import tiny_config
 from tests.helpers.models import needs_the_tables_version
 
@@ -37,6 +39,7 @@ def test_what_is_known_of_a_type_with_media_is_so(on_ranks, model_type):
     found = survey.examine(on_ranks, model_type, SAMPLE[model_type], {}, media=True)
     known = json.loads(KNOWN_MULTIMODAL.read_text())["types"][model_type]
     assert (found.state, found.handled) == (known["state"], known["handled"]), found.reason
+    assert found.by_processor == known.get("by_processor", False)
 
 
 def batches_of(model_type: str) -> dict[str, media.Batch]:
@@ -53,6 +56,32 @@ def test_batches_have_several_images_of_two_sizes_and_a_row_without_any():
     assert placeholders.tolist() == [20, 8, 0] and sum(grids.prod(1).tolist()) // 4 == 28
     assert len(inputs["pixel_values"]) == grids.prod(1).sum()
     assert (inputs["labels"][inputs["mm_token_type_ids"] > 0] == IGNORED).all()  # nothing is learned of images
+
+
+def test_images_are_made_by_the_processor_of_a_type():
+    pixels = batches_of("qwen2_vl")["images"].inputs["pixel_values"]
+    assert pixels.dtype == torch.float64 and 1.5 < pixels.abs().max() < 3  # bytes in the range of normalised colours
+    assert batches_of("qwen2_vl")["images"].by_processor and not batches_of("glmasr")["audio"].by_processor
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen2_vl", "Qwen2VLImageProcessorPil"),
+        ("qwen3_vl_moe", "Qwen2VLImageProcessorPil"),  # has that of Qwen3-VL
+        ("qwen3_omni_moe_thinker", "Qwen2VLImageProcessorPil"),  # has that of the whole model
+        ("mistral3", "PixtralImageProcessorPil"),
+    ],
+)
+def test_types_without_a_processor_of_images_have_that_of_another(model_type, name):
+    assert pillow_processor(tiny_config(model_type)).__name__ == name
+
+
+def test_tensors_take_the_place_of_a_processor_that_needs_torchvision_or_other_sizes():
+    made = {"pixel_values": torch.ones(1, 3, 56, 56)}
+    for model_type in ("molmo2", "aria"):
+        assert processed(tiny_config(model_type), 0, made) is None
+    assert processed(tiny_config("llava"), 0, made)["pixel_values"].shape == (1, 3, 56, 56)
 
 
 def test_documents_of_a_packed_batch_have_positions_of_their_own():
