@@ -150,8 +150,8 @@ _INDICES = (
     "global_attn_indexes",
     "intermediate_layers_indices",
 )
-# Names of the fields that hold ids of special tokens.
-_SPECIAL = re.compile(r"\w*_(token|start|end|newline|patch|bos|eos|pad)_(id|ids|index)")
+# Names of the fields that hold ids of special tokens, and not indices of layers.
+_SPECIAL = re.compile(r"(?!moe_layer_)\w*_(token|start|end|newline|patch|bos|eos|pad)_(id|ids|index)")
 # Fields that a type needs in addition to the names above.
 _OWN: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 12}, "max_value_projector_patch_to_query_dict": 12},

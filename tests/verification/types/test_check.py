@@ -10,7 +10,7 @@ import torch
 from hf_context_parallel.integration import model_registry
 from hf_context_parallel.integration.model_registry import known_states, known_tensor_parallel
 from hf_context_parallel.verification.types import check, survey
-from hf_context_parallel.verification.types.tiny import tiny_config
+from hf_context_parallel.verification.types.tiny import tiny_config, tiny_model
 from tests.helpers.models import needs_chunks_of_documents, needs_sharding_while_loading
 
 SAMPLE = {
@@ -121,3 +121,8 @@ def test_unrounded_models_compute_in_float64():
         assert x.float().dtype == x.to(torch.float32).dtype == x.softmax(-1, dtype=torch.float32).dtype == x.dtype
         assert x.to(torch.int64).dtype == torch.int64
     assert x.float().dtype == torch.float32
+
+
+def test_a_tiny_ernie_keeps_a_layer_with_experts():
+    model = tiny_model(tiny_config("ernie4_5_moe"), None)
+    assert [hasattr(layer.mlp, "experts") for layer in model.model.layers] == [False, True]
