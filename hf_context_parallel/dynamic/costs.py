@@ -52,6 +52,7 @@ class Costs:
         far_key: the same in groups that are larger than a node.
         node: ranks of a node.
         overlap: of computing pairs and moving keys, the share of the shorter that the longer hides, 0 to 1.
+        product: cost of a product of two numbers in a tower.
         in_step: True if all ranks wait for each other in every run, as they do when weights are gathered for it.
             Otherwise a rank waits for the ranks of its group alone.
     """
@@ -65,6 +66,7 @@ class Costs:
     far_key: float = 0.0
     node: int = 8
     overlap: float = 1.0
+    product: float = 0.0
     in_step: bool = False
 
     @classmethod
@@ -92,28 +94,40 @@ class Costs:
             far_key=sent / machine.node_bandwidth,
             node=machine.node,
             overlap=machine.overlap,
+            product=2 / machine.linear,  # a product and a sum
             in_step=sharded,
         )
 
-    def sample(self, lengths: np.ndarray, size: int) -> np.ndarray:
+    def sample(self, lengths: np.ndarray, size: int, media: np.ndarray | None = None) -> np.ndarray:
         """Estimate the cost that each sample adds to every rank of a group, `[samples]`, as if it ran alone.
 
         Args:
             lengths: tokens of each sample.
             size: ranks of the group.
+            media: as for `rows`.
         """
         pairs = lengths * (lengths + 1) / 2 / size
-        return self.token * lengths / size + self._attention(pairs, lengths * (size - 1) / size, size)
+        text = self.token * lengths / size + self._attention(pairs, lengths * (size - 1) / size, size)
+        return text if media is None else text + self._encoding(media, size)
 
     def group(self, size: int) -> float:
         """Compute the fixed cost of a run in a group of `size` ranks."""
         return self.run + (size - 1) * self.step
 
-    def rows(self, lengths: np.ndarray, documents: np.ndarray, size: int, layout: str = "zigzag") -> np.ndarray:
+    def rows(
+        self,
+        lengths: np.ndarray,
+        documents: np.ndarray,
+        size: int,
+        layout: str = "zigzag",
+        media: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Estimate the cost of a run of each row on its slowest rank, `[rows]`.
 
         Args:
             lengths, documents, size, layout: as for `counts`.
+            media: for each document, the products that towers take for all its items and for the largest,
+                `[documents, 2]`.
         """
         tokens = np.diff(_edges(lengths)[_edges(documents)])
         chunks = fewest_chunks(layout) * size
@@ -122,7 +136,16 @@ class Costs:
         if layout not in FIXED_LAYOUTS:  # rows that are long enough are balanced
             pairs = np.where((tokens >= LEAST * size)[:, None], pairs.mean(axis=1, keepdims=True), pairs)
         attention = self._attention(pairs, keys, size).max(axis=1)
-        return self.group(size) + linear + attention
+        encoding: np.ndarray | float = 0.0
+        if media is not None:
+            begins = _edges(documents)[:-1]
+            items = np.add.reduceat(media[:, 0], begins), np.maximum.reduceat(media[:, 1], begins)
+            encoding = self._encoding(np.stack(items, axis=1), size)
+        return self.group(size) + linear + attention + encoding
+
+    def _encoding(self, media: np.ndarray, size: int) -> np.ndarray:
+        """Estimate the cost of towers on the rank with the most items, which are dealt to all ranks of a group."""
+        return self.product * np.maximum(media[:, 0] / size, media[:, 1])
 
     def _attention(self, pairs: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
         computed, moved = self.pair * pairs, (self.key if size <= self.node else self.far_key) * keys

@@ -48,11 +48,21 @@ class Dealer:
         holds: the tokens that a row has room for, by the size of its group, ascending.
         costs: the costs that the schedule minimises.
         layout: the layout of the rows.
+        media: for each sample, the products that towers take for it; see `Costs.rows`.
     """
 
-    def __init__(self, lengths: np.ndarray, ranks: int, holds: dict[int, int], costs: Costs, layout: str):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        ranks: int,
+        holds: dict[int, int],
+        costs: Costs,
+        layout: str,
+        media: np.ndarray | None = None,
+    ):
         self._lengths, self._ranks, self._holds, self._costs, self._layout = lengths, ranks, holds, costs, layout
-        self._alone = {size: costs.sample(lengths, size) for size in holds}
+        self._media = media
+        self._alone = {size: costs.sample(lengths, size, media) for size in holds}
 
     def greedy(self) -> Schedule:
         """Make the schedule of the greedy rule.
@@ -94,7 +104,9 @@ class Dealer:
                 every += [*idle[end : group.first], group]
                 end = group.first + group.size
             completed.append((*every, *idle[end:]))
-        return Schedule(tuple(self._lengths.tolist()), self._ranks, tuple(completed), self._costs, self._layout)
+        media = None if self._media is None else tuple((int(a), int(b)) for a, b in self._media)
+        lengths = tuple(self._lengths.tolist())
+        return Schedule(lengths, self._ranks, tuple(completed), self._costs, self._layout, media)
 
     def _part(self) -> Dealer:
         """Make a dealer for about `TRIED` of the samples, drawn evenly by length, and proportionally fewer ranks."""
@@ -104,7 +116,9 @@ class Dealer:
             return self
         tried = count * ranks // self._ranks
         middles = (2 * np.arange(tried) + 1) * count // (2 * tried)
-        return Dealer(np.sort(self._lengths)[middles], ranks, self._holds, self._costs, self._layout)
+        chosen = self._lengths.argsort(kind="stable")[middles]
+        media = None if self._media is None else self._media[chosen]
+        return Dealer(self._lengths[chosen], ranks, self._holds, self._costs, self._layout, media)
 
     def _ways(self) -> list[tuple[int, float]]:
         """List the ways to try: a number of rounds, and the limit for the cost of a sample in its group."""
@@ -180,7 +194,7 @@ class Dealer:
         """
         order = sizes.argsort(kind="stable")
         rows, sizes = [rows[number] for number in order.tolist()], sizes[order]
-        taken = row_costs(rows, sizes, self._lengths, self._costs, self._layout)
+        taken = row_costs(rows, sizes, self._lengths, self._costs, self._layout, self._media)
         slowest = np.zeros(0)  # the cost of each block
         blocks, firsts = np.zeros((2, 0), dtype=np.int64)  # the block of each row, and its first rank in the block
         for size, larger in pairwise([*self._holds, self._ranks]):
@@ -200,7 +214,7 @@ class Dealer:
         Rows that a rank runs alone one after another are joined as far as there is room, since a single rank is
         always balanced.
         """
-        costs = row_costs(rows, sizes, self._lengths, self._costs, self._layout)
+        costs = row_costs(rows, sizes, self._lengths, self._costs, self._layout, self._media)
         lengths = self._lengths.tolist()
         placed = []
         width, free = self._ranks, [(0.0, 0, 0)]  # for blocks of ranks: end time, number, runs so far

@@ -42,6 +42,7 @@ class Schedule:
             every rank runs the model once a round.
         costs: the costs that the schedule was made for.
         layout: the layout of the rows.
+        media: for each sample, the products that towers take for it; see `Costs.rows`.
     """
 
     lengths: tuple[int, ...]
@@ -49,13 +50,15 @@ class Schedule:
     rounds: tuple[tuple[Group, ...], ...]
     costs: Costs
     layout: str = "zigzag"
+    media: tuple[tuple[int, int], ...] | None = None
 
     @cached_property
     def work(self) -> np.ndarray:
         """Estimated time of each run, `[rounds, ranks]`. It is 0 for a group without samples."""
         runs = [(number, group) for number, groups in enumerate(self.rounds) for group in groups if group.samples]
         rows, sizes = [group.samples for _, group in runs], np.array([group.size for _, group in runs])
-        taken = row_costs(rows, sizes, np.array(self.lengths), self.costs, self.layout)
+        media = None if self.media is None else np.array(self.media, dtype=np.float64)
+        taken = row_costs(rows, sizes, np.array(self.lengths), self.costs, self.layout, media)
         work = np.zeros((len(self.rounds), self.ranks))
         for (number, (first, size, _)), cost in zip(runs, taken.tolist()):
             work[number, first : first + size] = cost
@@ -100,7 +103,12 @@ def capacity(size: int, max_tokens_per_rank: int, layout: str = "zigzag") -> int
 
 
 def row_costs(
-    rows: Sequence[Sequence[int]], sizes: np.ndarray, lengths: np.ndarray, costs: Costs, layout: str
+    rows: Sequence[Sequence[int]],
+    sizes: np.ndarray,
+    lengths: np.ndarray,
+    costs: Costs,
+    layout: str,
+    media: np.ndarray | None = None,
 ) -> np.ndarray:
     """Estimate the cost of each row, `[rows]`.
 
@@ -110,6 +118,7 @@ def row_costs(
         lengths: tokens of each sample.
         costs: the costs of the model on the machine.
         layout: the layout of the rows.
+        media: for each sample, the products that towers take for it; see `Costs.rows`.
     """
     taken = np.zeros(len(rows))
     for size in np.unique(sizes).tolist():
@@ -117,5 +126,6 @@ def row_costs(
         for numbers in (alike[begin : begin + some] for begin in range(0, len(alike), some)):
             packed = [rows[number] for number in numbers.tolist()]
             samples = np.fromiter(chain.from_iterable(packed), dtype=np.int64)
-            taken[numbers] = costs.rows(lengths[samples], np.array(list(map(len, packed))), size, layout)
+            own = None if media is None else media[samples]
+            taken[numbers] = costs.rows(lengths[samples], np.array(list(map(len, packed))), size, layout, own)
     return taken

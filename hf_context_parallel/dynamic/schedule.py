@@ -22,6 +22,7 @@ def make_schedule(
     costs: Costs,
     layout: str = "zigzag",
     names: Sequence[str] | None = None,
+    media: Sequence[tuple[int, int]] | None = None,
 ) -> Schedule:
     """Deal samples to groups so that the last rank finishes as early as possible.
 
@@ -37,6 +38,7 @@ def make_schedule(
         costs: the costs of the model on the machine.
         layout: the layout of the rows.
         names: the names of the samples in errors.
+        media: for each sample, the products that towers take for it; see `Costs.rows`.
 
     Raises:
         ValueError: if there is no sample, or a sample is too long for the largest group.
@@ -51,18 +53,25 @@ def make_schedule(
             f"{name} has {lengths[longest]} tokens, and a group of all {extent} ranks holds {holds[extent]} with "
             f"max_tokens_per_rank={max_tokens_per_rank}. Raise max_tokens_per_rank or size, or cut the sample."
         )
-    static = [in_order(lengths, ranks, extent, room, costs, layout) for room in (0, holds[extent])]
-    dealer = Dealer(np.array(lengths), ranks, holds, costs, layout)
+    static = [in_order(lengths, ranks, extent, room, costs, layout, media) for room in (0, holds[extent])]
+    works = None if media is None else np.array(media, dtype=np.float64)
+    dealer = Dealer(np.array(lengths), ranks, holds, costs, layout, works)
     return min((dealer.fastest(), dealer.greedy(), *static), key=lambda schedule: schedule.total)
 
 
 def in_order(
-    lengths: Sequence[int], ranks: int, extent: int, most: int, costs: Costs, layout: str = "zigzag"
+    lengths: Sequence[int],
+    ranks: int,
+    extent: int,
+    most: int,
+    costs: Costs,
+    layout: str = "zigzag",
+    media: Sequence[tuple[int, int]] | None = None,
 ) -> Schedule:
     """Make the schedule of static CP: groups of `extent` ranks take the samples in turns.
 
     Args:
-        lengths, ranks, extent, costs, layout: as for `make_schedule`.
+        lengths, ranks, extent, costs, layout, media: as for `make_schedule`.
         most: the most tokens of a row. A sample that does not fit into the row of its group begins a new one. With 0,
             each sample has a row of its own.
     """
@@ -82,4 +91,4 @@ def in_order(
         )
         for turn in range(max(map(len, rows)))
     )
-    return Schedule(tuple(lengths), ranks, rounds, costs, layout)
+    return Schedule(tuple(lengths), ranks, rounds, costs, layout, None if media is None else tuple(media))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import widest_layer
 from ..config import refuse
 from ..context_parallel import ContextParallel
-from ..data.batch import CONSUMED, IGNORED, read_batch
+from ..data.batch import IGNORED
 from ..distributed.agreement import collective, fingerprint
 from ..distributed.mesh import world
 from ..distributed.process_groups import build_columns
@@ -23,10 +24,37 @@ from ..integration.patches.rope import follows_length
 from ..planning.balanced import fewest_chunks
 from .costs import Costs, ModelShape
 from .groups import Group, Schedule, sizes
+from .media import TYPES, MediaOfModel, text_parameters
+from .samples import CARRIED, NO_BYTES, NOT_GIVEN, Sample, bytes_of, compared, cut, media_of
 from .schedule import make_schedule
 
-CARRIED = ("input_ids", "shift_labels", "position_ids")
-"""Inputs of a sample that are sent to the ranks that compute it."""
+
+class _Known(NamedTuple):
+    """Knowledge of all ranks about a sample.
+
+    Args:
+        length: its tokens.
+        nbytes: bytes of its media as they are sent.
+        work: products of two numbers that towers take for it.
+        largest: those for its largest item.
+        targets: number of targets of the batch that it comes from.
+        forms: see `MediaOfModel.forms`.
+    """
+
+    length: int
+    nbytes: int
+    work: int
+    largest: int
+    targets: int
+    forms: tuple[int, ...]
+
+    @classmethod
+    def of(cls, entries: list[int]) -> _Known:
+        *numbers, forms = *entries[:NUMBERS], tuple(entries[NUMBERS:])
+        return cls(*numbers, forms)
+
+
+NUMBERS = len(_Known._fields) - 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,7 @@ class Round:
     Args:
         size: the size of the group that this rank is in.
         batch: the whole batch of the group, which holds its samples as documents of one row.
+        weights: `[1, length]`, the weight of each target in the mean over its own batch.
         tokens: the tokens of the samples. It is 0 if the group has no sample and runs so that others need not wait,
             on a row without targets.
         longest: tokens of the longest sample.
@@ -43,6 +72,7 @@ class Round:
 
     size: int
     batch: dict[str, torch.Tensor]
+    weights: torch.Tensor
     tokens: int
     longest: int
 
@@ -75,6 +105,9 @@ class Scheduler:
         self._column = build_columns(cp.size, cp.mesh)
         cp.keep(self._column)
         machine = cp.group.machine(next(model.parameters()).device)
+        self._model = transformers_model(model)
+        self._media = MediaOfModel(self._model)
+        self._rows = (*CARRIED, *["axis"] * self._media.axes, *self._media.types)
         self._costs = Costs.of(model_shape(model), machine, sharded)
         self._settings = fingerprint({"costs": self._costs, "config": cp.config})
         self._busy = self._passed = 0.0
@@ -92,27 +125,34 @@ class Scheduler:
         """
         mark = 0
         with collective(world(), "models or settings", "Give every process the same model and settings.") as notes:
-            samples = [sample for batch in batches for sample in cut(batch)]
+            parts = [cut(batch, self._media) for batch in batches]
+            samples = [sample for part in parts for sample in part]
+            targets = [count for part in parts for count in [sum(x.targets for x in part)] * len(part)]
+            if any(sample.media for sample in samples):
+                _refuse_sharded_towers(self._model)
+            packed = [bytes_of(sample.media) for sample in samples]
             if self._cp.config.check_batch:
-                mark = fingerprint({f"{number}": sample for number, sample in enumerate(samples)})
+                mark = fingerprint({f"{number}": content for number, content in enumerate(map(compared, samples))})
             notes.fingerprint, notes.number = self._settings, len(samples)
-        lengths = self._gathered_lengths(samples, mark, notes.numbers)
+        known = self._gathered(samples, packed, targets, mark, notes.numbers)
+        names = [
+            f"sample {number} of data rank {rank}" for rank, share in enumerate(known) for number in range(len(share))
+        ]
+        every = [sample for share in known for sample in share]
+        self._refuse_different(every, names)
         schedule = make_schedule(
-            [length for share in lengths for length in share],
-            self._extent.size * len(lengths),
+            [sample.length for sample in every],
+            self._extent.size * len(known),
             self._extent.size,
             self._cp.config.max_tokens_per_rank,
             self._costs,
             self._cp.config.layout,
-            [
-                f"sample {number} of data rank {rank}"
-                for rank, share in enumerate(lengths)
-                for number in range(len(share))
-            ],
+            names,
+            [(sample.work, sample.largest) for sample in every] if any(sample.work for sample in every) else None,
         )
         self._busy += schedule.work.mean(axis=1).sum()
         self._passed += schedule.total
-        return self._routed(schedule, samples, [len(share) for share in lengths])
+        return self._routed(schedule, samples, packed, known)
 
     def idle_share(self) -> float:
         """Estimate the share of time that ranks have waited since the last call, by the costs of the schedules."""
@@ -120,11 +160,15 @@ class Scheduler:
         self._busy = self._passed = 0.0
         return share
 
-    def _gathered_lengths(self, samples: list[torch.Tensor], mark: int, counts: list[int]) -> list[list[int]]:
-        """Gather the lengths of all samples, one list for each data rank.
+    def _gathered(
+        self, samples: list[Sample], packed: list[torch.Tensor], targets: list[int], mark: int, counts: list[int]
+    ) -> list[list[_Known]]:
+        """Gather what all ranks must know of all samples, one list for each data rank.
 
         Args:
             samples: this rank's samples.
+            packed: the bytes of their media.
+            targets: for each, the number of targets of its batch.
             mark: the fingerprint of this rank's samples.
             counts: the number of samples of each rank.
 
@@ -132,28 +176,51 @@ class Scheduler:
             ValueError: if two ranks of a CP group have loaded different samples.
         """
         everyone = world()
-        own = torch.zeros(max(counts) + 2, dtype=torch.int64)
+        width = NUMBERS + len(self._media.names)
+        own = torch.zeros(2 + max(counts) * width, dtype=torch.int64)
         own[0], own[1] = self._extent.data_rank, mark
-        own[2 : 2 + len(samples)] = torch.tensor([sample.shape[1] for sample in samples], dtype=torch.int64)
+        entries = []
+        for sample, content, count in zip(samples, packed, targets):
+            work, forms = self._media.work(sample.media), self._media.forms(sample.media)
+            entries.append((sample.table.shape[1], len(content), *work, count, *forms))
+        own[2 : 2 + len(samples) * width] = torch.tensor(entries, dtype=torch.int64).flatten()
         notes = [own]
         if everyone.size > 1:
             own = own.to(everyone.device)
             notes = [torch.empty_like(own) for _ in counts]
             dist.all_gather(notes, own)
-        lengths: dict[int, tuple[int, int, list[int]]] = {}
+        found: dict[int, tuple[int, int, list[_Known]]] = {}
         for rank, (count, note) in enumerate(zip(counts, notes)):
-            share, mark, *rest = note.tolist()
-            first, *known = lengths.setdefault(share, (rank, mark, rest[:count]))
-            if known != [mark, rest[:count]]:
+            share, mark = note[:2].tolist()
+            mine = [_Known.of(entry) for entry in note[2 : 2 + count * width].view(count, width).tolist()]
+            first, *known = found.setdefault(share, (rank, mark, mine))
+            if known != [mark, mine]:
                 raise ValueError(
                     f"ranks {first} and {rank} are in one CP group and have loaded different samples. Use "
                     "ContextParallelTrainer or cp.prepare_data_loader(), which deal samples to CP groups."
                 )
-        return [lengths[share][2] for share in sorted(lengths)]
+        return [found[share][2] for share in sorted(found)]
 
-    def _routed(self, schedule: Schedule, samples: list[torch.Tensor], counts: list[int]) -> list[Round]:
+    def _refuse_different(self, samples: Sequence[_Known], names: Sequence[str]) -> None:
+        """Refuse media that cannot be joined in a row."""
+        for place, name in enumerate(self._media.names):
+            forms: dict[int, str] = {}
+            for sample, title in zip(samples, names):
+                if sample.forms[place]:
+                    forms.setdefault(sample.forms[place], title)
+            if len(forms) > 1:
+                first, second, *_ = forms.values()
+                raise ValueError(
+                    f"dynamic=True joins the media of samples, and {name} of {first} and of {second} differ in dtype "
+                    "or in a dimension beside the number of items. Let the processor make all images of one size, or "
+                    "set dynamic=False."
+                )
+
+    def _routed(
+        self, schedule: Schedule, samples: list[Sample], packed: list[torch.Tensor], known: list[list[_Known]]
+    ) -> list[Round]:
         """Make the rounds of this rank, with the samples that other data ranks loaded and send."""
-        share, size = self._extent.data_rank, self._extent.size
+        share, size, counts = self._extent.data_rank, self._extent.size, list(map(len, known))
         begins = [sum(counts[:rank]) for rank in range(len(counts) + 1)]
         mine = _wanted(schedule, share * size + self._extent.rank)
         here = {begins[share] + number: sample for number, sample in enumerate(samples)}
@@ -162,81 +229,84 @@ class Scheduler:
             for other in range(len(counts)):
                 wanted = _wanted(schedule, other * size + self._extent.rank)
                 sent.append([sample for sample in wanted if sample in here])
-            received = [sample for begin, end in zip(begins, begins[1:]) for sample in mine if begin <= sample < end]
-            here = self._exchanged(sent, received, here, schedule.lengths, begins)
+            received = [[sample for sample in mine if a <= sample < b] for a, b in zip(begins, begins[1:])]
+            tables = {number: sample.table.T for number, sample in here.items()}
+            tables = self._exchanged(sent, received, tables, torch.int64, len(self._rows), schedule.lengths)
+            nbytes = [sample.nbytes for part in known for sample in part]
+            media = dict.fromkeys(tables, NO_BYTES)
+            if any(nbytes):
+                own = {begins[share] + number: content[:, None] for number, content in enumerate(packed)}
+                media = self._exchanged(sent, received, own, torch.uint8, 1, nbytes)
+            here = {number: Sample(table.T, media_of(media[number])) for number, table in tables.items()}
         rank = share * size + self._extent.rank
-        return [self._round(_group_of(groups, rank), here) for groups in schedule.rounds]
+        targets = [sample.targets for part in known for sample in part]
+        return [self._round(_group_of(groups, rank), here, targets) for groups in schedule.rounds]
 
-    def _exchanged(self, sent, received, here, lengths, begins) -> dict[int, torch.Tensor]:
+    def _exchanged(
+        self,
+        sent: list[list[int]],
+        received: list[list[int]],
+        here: Mapping[int, torch.Tensor],
+        dtype: torch.dtype,
+        width: int,
+        lengths: Sequence[int],
+    ) -> dict[int, torch.Tensor]:
         """Exchange samples, so that this rank has those that it computes.
 
         Args:
             sent: for each rank of the column, the samples that this rank sends it.
-            received: the samples that this rank receives, in the order of the ranks that send them.
-            here: the samples that this rank has loaded, `[3, length]` each.
-            lengths: tokens of each sample.
-            begins: the first sample of each rank of the column, and the number of samples.
+            received: for each rank of the column, the samples that it sends to this rank.
+            here: the samples that this rank has loaded, `[length, width]` each.
+            dtype, width: the dtype and the width of all samples.
+            lengths: the length of each sample.
         """
         device = self._extent.device
-        out = torch.cat([here[sample] for to in sent for sample in to] or [torch.empty(len(CARRIED), 0)], dim=1)
-        out = out.T.contiguous().to(device, torch.int64)
-        into = torch.empty(sum(lengths[sample] for sample in received), len(CARRIED), dtype=torch.int64, device=device)
-        gets = [
-            sum(lengths[sample] for sample in received if begin <= sample < end)
-            for begin, end in zip(begins, begins[1:])
-        ]
-        gives = [sum(lengths[sample] for sample in to) for to in sent]
+        parts = [here[sample].to(dtype) for to in sent for sample in to]
+        out = torch.cat([torch.empty(0, width, dtype=dtype), *parts]).to(device)
+        gives, gets = ([sum(lengths[sample] for sample in group) for group in groups] for groups in (sent, received))
+        into = torch.empty(sum(gets), width, dtype=dtype, device=device)
         dist.all_to_all_single(into, out, gets, gives, group=self._column.group)
-        parts = into.cpu().split([lengths[sample] for sample in received])
-        return {sample: part.T for sample, part in zip(received, parts)}
+        order = [sample for group in received for sample in group]
+        return dict(zip(order, into.cpu().split([lengths[sample] for sample in order])))
 
-    def _round(self, group: Group, here: dict[int, torch.Tensor]) -> Round:
+    def _round(self, group: Group, here: Mapping[int, Sample], targets: Sequence[int]) -> Round:
         if not group.samples:
             length = fewest_chunks(self._cp.config.layout) * group.size
-            row, lengths = torch.zeros(len(CARRIED), length, dtype=torch.int64), []
+            row, lengths = torch.zeros(len(self._rows), length, dtype=torch.int64), []
             row[CARRIED.index("shift_labels")] = IGNORED
             row[CARRIED.index("position_ids")] = torch.arange(length)
-            edges = [0, length]
+            row[len(CARRIED) : len(CARRIED) + self._media.axes] = torch.arange(length)
+            edges, media, weights = [0, length], {}, torch.zeros(length)
         else:
-            row = torch.cat([here[sample] for sample in group.samples], dim=1)
-            lengths = [here[sample].shape[1] for sample in group.samples]
+            samples = [here[sample] for sample in group.samples]
+            row = torch.cat([sample.table for sample in samples], dim=1)
+            lengths = [sample.table.shape[1] for sample in samples]
             edges = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
+            media = self._media.joined([sample.media for sample in samples])
+            means = torch.tensor([1 / max(1, targets[sample]) for sample in group.samples], dtype=torch.float64)
+            weights = means.repeat_interleave(torch.tensor(lengths))
         batch = {name: values[None].contiguous() for name, values in zip(CARRIED, row)}
         batch["labels"] = batch["shift_labels"]  # without labels a model computes no loss
-        batch["cu_seq_lens_q"] = torch.tensor(edges, dtype=torch.int32)
-        return Round(group.size, batch, sum(lengths), max(lengths, default=0))
+        if media:
+            batch |= media | self._of_media(row)
+        else:
+            batch["cu_seq_lens_q"] = torch.tensor(edges, dtype=torch.int32)
+        return Round(group.size, batch, weights[None], sum(lengths), max(lengths, default=0))
 
+    def _of_media(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the inputs that go with media: types of tokens, and positions on several axes.
 
-def cut(batch: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Cut a batch into samples, which are its documents.
-
-    Returns:
-        The samples, `[3, length]` each, whose rows are the inputs `CARRIED`.
-
-    Raises:
-        ValueError: if the batch cannot be cut into samples without a change to its loss.
-    """
-    batch, rows, whole = read_batch(batch)
-    for name in batch:
-        if name not in (*CARRIED, "labels", *CONSUMED):
-            raise ValueError(
-                f"the batch has {name!r}, and with dynamic=True samples are dealt to groups with "
-                f"{', '.join(CARRIED)} alone. Leave it out, or set dynamic=False."
-            )
-    if "shift_labels" not in whole:
-        raise ValueError("the batch has no labels, and dynamic=True divides losses by their count. Add labels.")
-    table = torch.stack([whole[name].long() for name in CARRIED])
-    samples = []
-    for number, documents in enumerate(rows):
-        for document in documents:
-            (start, stop), *others = document
-            if others or ("attention_mask" in batch and start):
-                raise ValueError(
-                    f"row {number} has padding before or between its tokens, which dynamic=True cannot cut off. Pack "
-                    "rows or pad them on the right (padding_side='right'), or set dynamic=False."
-                )
-            samples.append(table[:, number, start:stop])
-    return samples
+        Documents are told by positions that begin again, since towers would be given `cu_seq_lens_q` too.
+        """
+        found = {
+            name: values.clamp(min=0)[None]
+            for name, values in zip(self._rows, row)
+            if name in TYPES and bool((values != NOT_GIVEN).any())
+        }
+        if self._media.axes:
+            axes = row[len(CARRIED) : len(CARRIED) + self._media.axes]
+            found["position_ids"] = torch.cat([row[CARRIED.index("position_ids")][None], axes])[:, None].contiguous()
+        return found
 
 
 def model_shape(model: torch.nn.Module) -> ModelShape:
@@ -267,8 +337,21 @@ def _met_by_a_token(module: PreTrainedModel, config: PreTrainedConfig) -> int:
     fields = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((getattr(config, field) for field in fields if getattr(config, field, None)), 0)
     others = experts - (getattr(config, "num_experts_per_tok", None) or experts)
-    stacked = sum(p.numel() for p in module.parameters() if p.dim() == 3 and p.shape[0] == experts)
-    return module.num_parameters(exclude_embeddings=True) - stacked * others // max(experts, 1)
+    embeddings = {id(x.weight) for x in module.modules() if isinstance(x, torch.nn.Embedding)}
+    own = [p for p in text_parameters(module) if id(p) not in embeddings]
+    stacked = sum(p.numel() for p in own if p.dim() == 3 and p.shape[0] == experts)
+    return sum(p.numel() for p in own) - stacked * others // max(experts, 1)
+
+
+def _refuse_sharded_towers(model: PreTrainedModel) -> None:
+    """Refuse towers that FSDP shards: all ranks wait for each other in a tower, and some groups have no media."""
+    inside = {id(x) for x in text_parameters(model)}
+    sharded = [name for name, x in model.named_parameters() if isinstance(x, DTensor) and id(x) not in inside]
+    if sharded:
+        raise ValueError(
+            f"dynamic=True gives media to some groups and none to others, and FSDP shards {sharded[0]}, whose tower "
+            "all ranks must run together. Train with DDP, or set dynamic=False."
+        )
 
 
 def _wanted(schedule: Schedule, rank: int) -> list[int]:

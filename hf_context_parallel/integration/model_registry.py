@@ -193,10 +193,15 @@ def known_states() -> dict[str, dict]:
 
 
 @cache
+def known_multimodal() -> dict[str, dict]:
+    """Read the results of all types that take media, by type."""
+    return json.loads(KNOWN_MULTIMODAL.read_text())["types"] if KNOWN_MULTIMODAL.exists() else {}
+
+
+@cache
 def known_decoders() -> dict[str, dict]:
     """Read the results of all types whose decoders may be sharded, by type. A type of both tables has that of text."""
-    multimodal = json.loads(KNOWN_MULTIMODAL.read_text())["types"] if KNOWN_MULTIMODAL.exists() else {}
-    return {**multimodal, **known_states()}
+    return {**known_multimodal(), **known_states()}
 
 
 def is_decided(name: str) -> bool:

@@ -295,11 +295,6 @@ class Recipe:
                 f"model.attention={attention!r} does not split the sequence, and context_parallel.size="
                 f"{self.context_parallel.size} asks for it. Set model.attention='context_parallel', or size=1."
             )
-        if self.context_parallel.dynamic and self.data.images is not None:
-            raise ValueError(
-                "context_parallel.dynamic=true deals the rows of a batch to groups, and images belong to a whole "
-                "batch. Leave out dynamic or data.images."
-            )
         if self.distributed is not None:
             self._check_sizes()
 

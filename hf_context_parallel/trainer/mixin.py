@@ -29,6 +29,7 @@ from ..distributed.failures import noted, reported_failures
 from ..distributed.mesh import mesh_of, world
 from ..distributed.process_groups import set_timeout_of_world
 from ..dynamic.scheduler import Scheduler
+from ..integration.border.head import TARGET_WEIGHTS
 from ..integration.border.parallelize import models_to_shard, parallelize
 from ..integration.checks.proofs import Unproven
 from ..integration.patches.randomness import share_streams, take_streams_of_processes
@@ -317,7 +318,11 @@ class ContextParallelMixin:
                 self.cp.switch(round.size)
                 self._count(round.tokens, round.longest)
                 self.accelerator.gradient_state._set_sync_gradients(sync and last)
-                batch = moved(round.batch, self.args.device)
+                batch = dict(round.batch)
+                if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+                    # The loss is the mean over batches of means over targets, and gradients a mean over all ranks.
+                    batch[TARGET_WEIGHTS] = round.weights * (self._config.size / round.size)
+                batch = moved(batch, self.args.device)
                 with nullcontext() if last else self._without_reduction(model):
                     loss = loss + super().training_step(model, batch, num_items_in_batch)
         finally:

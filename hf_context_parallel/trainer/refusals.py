@@ -90,9 +90,5 @@ def check_trainer(trainer: Trainer, config: ContextParallelConfig) -> None:
                 not trainer.args.average_tokens_across_devices,
                 "average_tokens_across_devices=True. Set that",
             ),
-            (
-                not trainer.model_accepts_loss_kwargs,
-                "a model whose loss is divided by num_items_in_batch. Use such a model",
-            ),
         )
         refuse(cases, "context parallelism: dynamic=True needs {}, or set dynamic=False.")

@@ -33,9 +33,13 @@ def image_history(kind, folder, model_type, options) -> tuple:
     return steps, weights, trainer.evaluate(rows[:3])["eval_loss"], trainer.state.num_input_tokens_seen
 
 
+DYNAMIC = {"dynamic": True, "max_tokens_per_rank": 64}
 CASES = {
     "images of two sizes": (4, "qwen3_vl", {}),
     "image blocks": (2, "gemma3", {}),
+    "dynamic groups": (2, "qwen3_vl", {"settings": DYNAMIC}),
+    "dynamic groups of two data ranks": (4, "qwen3_vl", {"settings": DYNAMIC}),
+    "dynamic groups and image blocks": (4, "gemma3", {"settings": DYNAMIC}),
     "a stream": (4, "gemma3", {"is_stream": True}),
     "checkpointing": (2, "qwen3_vl", {"gradient_checkpointing": True, "ddp_find_unused_parameters": True}),
 }

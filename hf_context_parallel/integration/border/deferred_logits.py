@@ -40,6 +40,18 @@ class Tokens(Protocol):
         """Sum a tensor over all ranks that hold tokens of the batch."""
 
 
+class TargetWeights:
+    """Weights `[B, S]` of the targets of a batch, which one loss takes in place of its mean."""
+
+    def __init__(self, weights: torch.Tensor):
+        self._weights, self.uses = weights, 0
+
+    def taken(self) -> torch.Tensor:
+        """Return the weights, and count the use."""
+        self.uses += 1
+        return self._weights
+
+
 class Step(NamedTuple):
     """Function that is applied to the logits of each token, with its other arguments."""
 
@@ -82,6 +94,7 @@ class DeferredLogits(Deferred):
         embeddings: the function of `[..., D]` that computes `[..., V]`.
         parameters: the parameters of that function that are trained.
         chunk: number of tokens whose logits are held at a time; None chooses it by the vocabulary.
+        weights: weights of the targets of the whole batch.
         steps: what is applied to the logits.
         flat: True for `[B * S, V]`.
     """
@@ -93,11 +106,12 @@ class DeferredLogits(Deferred):
         embeddings: Callable[[torch.Tensor], torch.Tensor],
         parameters: list[torch.Tensor],
         chunk: int | None,
+        weights: TargetWeights | None = None,
         steps: tuple[Step, ...] = (),
         flat: bool = False,
     ):
         self._tokens, self._hidden, self._embeddings, self._parameters = tokens, hidden, embeddings, parameters
-        self._chunk, self._steps, self._flat = chunk, steps, flat
+        self._chunk, self._weights, self._steps, self._flat = chunk, weights, steps, flat
 
     @cached_property
     def local(self) -> torch.Tensor:
@@ -150,7 +164,7 @@ class DeferredLogits(Deferred):
     def cross_entropy(
         self, target: torch.Tensor, ignore_index: int, reduction: str, label_smoothing: float
     ) -> torch.Tensor:
-        """Compute the cross entropy of all tokens of the batch, on every rank.
+        """Compute the cross entropy of all tokens of the batch, on every rank. With weights, it is their weighted sum.
 
         Args:
             target: `[B * S]`, the targets of the whole batch.
@@ -165,14 +179,21 @@ class DeferredLogits(Deferred):
         chosen = beside((shard_of(known) != ignore_index).nonzero()[:, 0], target)
         mine = shard_of(target).index_select(0, chosen)
 
+        weights = None
+        if self._weights is not None:
+            weights = self._tokens.take(self._weights.taken(), 0).flatten().index_select(0, chosen)
+
         def loss(hidden: torch.Tensor, tokens: slice) -> torch.Tensor:
             logits = self._logits(hidden)
-            return cross_entropy(logits, mine[tokens], reduction="sum", label_smoothing=label_smoothing)
+            if weights is None:
+                return cross_entropy(logits, mine[tokens], reduction="sum", label_smoothing=label_smoothing)
+            losses = cross_entropy(logits, mine[tokens], reduction="none", label_smoothing=label_smoothing)
+            return losses @ weights[tokens].to(losses.dtype)
 
         trained = [*self._parameters, *self._trained_arguments()]
         hidden = self._hidden.flatten(0, 1).index_select(0, chosen)
         total = self._tokens.sum(chunked_sum(hidden, loss, self._width, trained, self._chunk))
-        return total if reduction == "sum" else total / (target != ignore_index).sum()
+        return total if reduction == "sum" or weights is not None else total / (target != ignore_index).sum()
 
     def _trained_arguments(self) -> list[torch.Tensor]:
         arguments = (x for step in self._steps for x in (*step.before, *step.after))

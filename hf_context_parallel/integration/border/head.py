@@ -29,10 +29,13 @@ from ..deferred import Deferred, made
 from ..model_registry import decoder_of
 from ..outer_call import OuterCall, in_call, outer_call
 from ..patches.module_patch import ModulePatch, by_name, has_hooks
-from .deferred_logits import DeferredLogits, Tokens
+from .deferred_logits import DeferredLogits, TargetWeights, Tokens
 
 LABELS = ("labels", "shift_labels")
 """Arguments of a language model that hold its targets."""
+TARGET_WEIGHTS = "target_weights"
+"""Argument `[B, S]` with a weight for each target: the loss is the weighted sum, where it was a mean.
+It is this package's own, for dynamic CP, and no model sees it."""
 Z_LOSS = "z_loss_coefficient"
 """Field of a configuration that weighs a mean over all logits, those of padding too."""
 
@@ -67,6 +70,7 @@ class HeadCall(OuterCall):
         is_alone: True if one rank computes the whole batch.
         config: the CP settings.
         compiler: what compiles the decoder. The head is not compiled.
+        weights: weights of the targets.
     """
 
     def __init__(
@@ -77,9 +81,11 @@ class HeadCall(OuterCall):
         is_alone: bool,
         config: ContextParallelConfig,
         compiler: Any,
+        weights: torch.Tensor | None,
     ):
         super().__init__(model, decoder, given, is_alone, compiler)
         self._config = config
+        self._weights = None if weights is None else TargetWeights(weights)
         self._tokens: Tokens | None = None
         self._has_deferred = False
 
@@ -134,7 +140,7 @@ class HeadCall(OuterCall):
 
         self._has_deferred = True
         trained = [parameter for parameter in embeddings.parameters() if parameter.requires_grad]
-        return DeferredLogits(self._tokens, hidden, embed, trained, self._config.loss_chunk_tokens)
+        return DeferredLogits(self._tokens, hidden, embed, trained, self._config.loss_chunk_tokens, self._weights)
 
     def finished(self, output: Any) -> Any:
         """Return the output of the model with logits and features of media, or with None in their place.
@@ -142,13 +148,15 @@ class HeadCall(OuterCall):
         Both are left out in training with labels, unless `config.logits` asks for them.
 
         Raises:
-            ValueError: if the model made its logits without calling its output embeddings.
+            ValueError: if the model made its logits without calling its output embeddings, or has not weighed targets.
         """
         if self._tokens is not None and not self._has_deferred:
             raise ValueError(
                 f"{type(self.model).__name__} did not call its output embeddings, so that its logits are those of a "
                 "shard. Take the base model and a head of your own, or run the model in `with cp.whole(model):`."
             )
+        if self._weights is not None and self._weights.uses != 1:
+            raise _no_weights(self.model)
         if isinstance(output, Mapping):
             return type(output)(**{name: self._made(value) for name, value in output.items()})
         return tuple(map(self._made, output)) if isinstance(output, tuple) else self._made(output)
@@ -174,6 +182,7 @@ class OuterPatch(ModulePatch):
     @partial(torch.compiler.disable, recursive=False)
     def run(self, module: torch.nn.Module, forward: Callable, turn: Any, *args: Any, **kwargs: Any) -> Any:
         compiler = set_compiler(None)
+        weights = kwargs.pop(TARGET_WEIGHTS, None)
         try:
             given = by_name(forward, args, kwargs)
             if not self._border.shards(given):
@@ -188,10 +197,12 @@ class OuterPatch(ModulePatch):
                     {**given, "use_cache": False},
                 )  # else some make a cache for the decoder
             if not stays_on_shard(module, given):
+                if weights is not None:
+                    raise _no_weights(module)
                 with in_call(OuterCall(module, decoder_of(module), given, alone)) as call, self._together(call):
                     set_compiler(compiler)
                     return made(forward(*args, **kwargs))
-            call = HeadCall(module, decoder_of(module), given, alone, self._border.cp.group.config, compiler)
+            call = HeadCall(module, decoder_of(module), given, alone, self._border.cp.group.config, compiler, weights)
             for name in LABELS:
                 if isinstance(kwargs.get(name), torch.Tensor):
                     kwargs[name] = Twin.of(kwargs[name])
@@ -232,6 +243,14 @@ class EmbeddingsPatch(ModulePatch):
             if deferred is not None:
                 return deferred
         return forward(*args, **kwargs)
+
+
+def _no_weights(model: PreTrainedModel) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} computes its loss in a way in which its targets cannot be weighed. With dynamic=True "
+        "they must be, since samples of several batches share a row, and the loss is a mean over each batch. Set "
+        "dynamic=False."
+    )
 
 
 def stays_on_shard(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:

@@ -95,7 +95,7 @@ def divide(given: Mapping[str, Any], pixels: str, config: Any) -> Division | Non
         config: the configuration of the tower, or None.
 
     Returns:
-        The division; None if the call cannot be divided, or has a single item.
+        The division; None if the call cannot be divided.
     """
     values = {name: value for name, value in given.items() if value is not None}
     x = values.get(pixels)
@@ -110,7 +110,7 @@ def divide(given: Mapping[str, Any], pixels: str, config: Any) -> Division | Non
     found = (
         _by_grid(values, pixels, described, grids[0], config) if grids else _by_row(values, pixels, described, config)
     )
-    return None if found is None or len(found.costs) < 2 else found._replace(given=given)
+    return None if found is None else found._replace(given=given)
 
 
 def _by_grid(
@@ -141,7 +141,7 @@ def _by_row(values: Mapping[str, Any], pixels: str, described: tuple[str, ...], 
     if x.dim() == 5 and len(x) == 1 and pixels == "pixel_values" and SIZES not in described:
         if any(values[name].shape[:2] != x.shape[:2] for name in described):
             return None
-        return Division(values, pixels, described, [1] * x.shape[1], one_row=True)
+        return Division(values, pixels, described, [_cost_of_image(x[0], config)] * x.shape[1], one_row=True)
     if any(len(values[name]) != len(x) for name in described):
         return None
     if SIZES in described:
@@ -154,8 +154,21 @@ def _by_row(values: Mapping[str, Any], pixels: str, described: tuple[str, ...], 
             return None
         costs = [tower.cost(1, max(1, h // patch), max(1, w // patch)) for h, w in on_host(sizes).tolist()]
         return Division(values, pixels, described, costs, in_order=False)
-    costs = on_host(values[LENGTHS]).sum(-1).tolist() if LENGTHS in described else [1] * len(x)
-    return Division(values, pixels, described, [max(1, int(cost)) for cost in costs])
+    if LENGTHS in described:
+        tower = TowerSizes.of(config)
+        frames = on_host(values[LENGTHS]).sum(-1).tolist()
+        return Division(values, pixels, described, [tower.cost(1, 1, max(1, int(count))) for count in frames])
+    return Division(values, pixels, described, [_cost_of_image(x, config)] * len(x))
+
+
+def _cost_of_image(x: torch.Tensor, config: Any) -> int:
+    """Compute the cost of an item of pixels `[n, ..., H, W]`, or of sounds `[n, ..., frames]`, all of one size."""
+    patch = getattr(config, "patch_size", None)
+    if x.dim() < 4 or not isinstance(patch, int):
+        return TowerSizes.of(config).cost(1, 1, x.shape[-1])
+    height, width = (max(1, side // patch) for side in x.shape[-2:])
+    several = x.shape[-4] if x.dim() > 4 else 1  # images of a row, or tiles of an image
+    return TowerSizes.of(config).cost(several, height, width)
 
 
 def _has_empty(x: torch.Tensor) -> bool:

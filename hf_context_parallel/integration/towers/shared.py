@@ -33,6 +33,8 @@ TOWERS = {
     "get_audio_features": "audio_config",
 }
 """Functions that encode media, with the field that holds the configuration of the tower."""
+UNTRIED, FOUND_EXACT, FAILED = range(3)
+"""Results of a trial that ranks tell each other."""
 
 
 class HasGroup(Protocol):
@@ -121,28 +123,32 @@ class SharedTowers:
                 return function(*args, **kwargs)
             with in_call(None):  # masks that towers make are not those of the decoder
                 output = None
-                if group.size > 1 and self._may_share(module, name):
+                if group.size > 1 and self._is_steady(module):
                     output = self._shared(module, name, function, by_name(function, args, kwargs))
                 return function(*args, **kwargs) if output is None else output
         finally:
             set_compiler(compiler)
 
-    def _may_share(self, module: PreTrainedModel, name: str) -> bool:
-        """Return whether nothing is known that lets a tower run whole."""
+    def _is_steady(self, module: PreTrainedModel) -> bool:
+        """Return whether a tower is the same function of each item, as far as its modules say."""
         steady = self._steady.setdefault(module, {})
         if module.training not in steady:
             steady[module.training] = not self._varies(module)
-        return steady[module.training] and self._exact.setdefault(module, {}).get(name, True)
+        return steady[module.training]
 
     def _shared(self, module: PreTrainedModel, name: str, function: Callable, given: dict[str, Any]) -> Any:
         """Encode the share of this rank, and return the features of all items; None if the tower must run whole."""
-        group, exact = self._border.cp.group.groups, self._exact[module]
+        group, exact = self._border.cp.group.groups, self._exact.setdefault(module, {})
         with collective(group.same_batch, "batches or models", SAME_BATCHES) as notes:
             division = divide(given, next(iter(given), ""), getattr(module.config, TOWERS[name], None))
             notes.compare({"the tower": name, **_described(given, self._border.cp.group)})
-        if division is None:
+            notes.number = UNTRIED if name not in exact else FOUND_EXACT if exact[name] else FAILED
+        # Ranks that were in other groups before know of other trials.
+        if FAILED in notes.numbers:
+            exact[name] = False
+        if division is None or len(division.costs) < 2 or exact.get(name) is False:
             return None
-        if name not in exact:
+        if UNTRIED in notes.numbers:
             if not _runs_in_step(module, group):
                 exact[name], output = _tried(function, division, group)
                 return output

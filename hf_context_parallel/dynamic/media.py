@@ -1,0 +1,257 @@
+"""Images, videos and sounds of samples: cut out of batches, joined in rows, and weighed by the work of towers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..distributed.agreement import fingerprint
+from ..distributed.host import on_host
+from ..integration.model_registry import decoder_of, known_multimodal
+from ..integration.towers.dealing import TowerSizes
+from ..integration.towers.division import LENGTHS, SIZES, Division, divide
+from ..integration.towers.shared import TOWERS
+
+TYPES = ("token_type_ids", "mm_token_type_ids")
+"""Inputs `[B, S]` that say of which kind a token is."""
+AXES = 3
+"""Number of axes of positions that models with images have: frames, rows and columns."""
+PADDED_BY = (SIZES, "pixel_attention_mask", "pixel_mask")
+"""Inputs that say which part of an image is padding, so that images of several sizes are padded with zeros."""
+PACKED = "packed"
+"""Kind of batch that shows that the documents of a row with media are told apart."""
+
+Media = dict[str, torch.Tensor]
+Span = tuple[int, int, int]
+"""Row, first token, and the token after the last one, of a document."""
+_ENDINGS = ("token_id", "token_index", "patch_id")
+_BATCH_OF_ONE = "Make batches of one sample (per_device_train_batch_size=1, with gradient accumulation)"
+
+
+class Kind(NamedTuple):
+    """Images, videos or sounds, as a model takes them.
+
+    Args:
+        name: `"image"`, `"video"` or `"audio"`.
+        arguments: inputs of the model for them. The first holds what is encoded.
+        config: the configuration of the tower, or None.
+        placeholders: ids of the tokens whose places the features take.
+        products: products of two numbers that a unit of the cost of an item takes, in all passes of a step.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    config: PreTrainedConfig | None
+    placeholders: frozenset[int]
+    products: int
+
+    def divided(self, media: Mapping[str, Any]) -> Division | None:
+        """Divide what a batch has of this kind into items, or return None if it has none.
+
+        Raises:
+            ValueError: if it cannot be divided.
+        """
+        given = {name: media[name] for name in self.arguments if media.get(name) is not None}
+        if not given:
+            return None
+        division = divide(given, self.arguments[0], self.config)
+        if division is None:
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
+            raise ValueError(
+                f"dynamic=True deals samples to groups with their {self.name}s, and these inputs cannot be divided by "
+                f"{self.name}s: {shapes}. {_BATCH_OF_ONE}, or set dynamic=False."
+            )
+        return division
+
+
+class MediaOfModel:
+    """Media that a model takes.
+
+    Args:
+        module: a Transformers model.
+    """
+
+    def __init__(self, module: PreTrainedModel):
+        self._module = module
+        taken = inspect.signature(module.forward).parameters
+        self.kinds = [kind for name in TOWERS if (kind := _kind(module, name, taken)) is not None]
+        self.types = tuple(name for name in TYPES if name in taken) if self.kinds else ()
+        """Those of `TYPES` that the model takes."""
+        self.names = tuple(dict.fromkeys(name for kind in self.kinds for name in kind.arguments))
+        """Inputs that hold media."""
+        self._index: Callable | None = next(
+            (part.get_rope_index for part in module.modules() if hasattr(part, "get_rope_index")), None
+        )
+        self.axes = AXES if self.kinds and self._index is not None else 0
+        """Number of axes of positions beside those in the text."""
+
+    def cut(self, batch: Mapping[str, Any], ids: torch.Tensor, spans: Sequence[Span]) -> list[Media]:
+        """Cut the media of a batch into those of its documents.
+
+        Args:
+            batch: the batch, of which inputs of media are read.
+            ids: `[B, S]`.
+            spans: the documents.
+
+        Raises:
+            ValueError: if it is not clear which are those of which document, or documents of a row cannot have media.
+        """
+        media = {name: _host(batch[name]) for name in self.names if batch.get(name) is not None}
+        found: list[Media] = [{} for _ in spans]
+        for kind in self.kinds:
+            division = kind.divided(media)
+            if division is None:
+                continue
+            self._check(batch)
+            counts = [sum(int((ids[row, a:b] == token).sum()) for token in kind.placeholders) for row, a, b in spans]
+            for number, items in enumerate(_items(division, counts, kind)):
+                if items:
+                    found[number] |= {name: _host(x) for name, x in division.taken(items).items() if x is not None}
+        return found
+
+    def positions(self, ids: torch.Tensor, types: Mapping[str, torch.Tensor], media: Media) -> torch.Tensor:
+        """Return the positions of a document on the axes of images, `[AXES, length]`.
+
+        Args:
+            ids: `[length]`.
+            types: those of its `TYPES` that the batch has, `[length]` each.
+        """
+        plain = torch.arange(len(ids)).expand(AXES, -1)
+        if self._index is None or not media:
+            return plain
+        given = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **media}
+        given |= {name: x[None] for name, x in types.items()}
+        taken = inspect.signature(self._index).parameters
+        found = self._index(**{name: x for name, x in given.items() if name in taken})[0]
+        return found[:, 0].long() if found.dim() == 3 and len(found) == AXES else plain
+
+    def work(self, media: Media) -> tuple[int, int]:
+        """Count the products of two numbers that towers take for a sample: for all its items, and for the largest."""
+        costs = [
+            kind.products * cost
+            for kind in self.kinds
+            if (division := kind.divided(media)) is not None
+            for cost in division.costs
+        ]
+        return sum(costs), max(costs, default=0)
+
+    def joined(self, samples: Sequence[Media]) -> Media:
+        """Join the media of the samples of a row."""
+        result = {}
+        for kind in self.kinds:
+            for name in kind.arguments:
+                parts = [media[name] for media in samples if name in media]
+                if parts:
+                    by_row = any(_by_row(media, kind) for media in samples)
+                    result[name] = _concatenated(parts, dim=1 if by_row else 0)
+        return result
+
+    def forms(self, media: Media) -> list[int]:
+        """Return for each of `names` a number that joined samples have in common, or 0 if there is no such input."""
+        padded = any(name in media for name in PADDED_BY)
+        found = dict.fromkeys(self.names, 0)
+        for kind in self.kinds:
+            for name in kind.arguments:
+                if (x := media.get(name)) is not None:
+                    others = None if padded else tuple(x.shape[2 if _by_row(media, kind) else 1 :])
+                    found[name] = fingerprint({"dtype": str(x.dtype), "dimensions": x.dim(), "others": others})
+        return list(found.values())
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        """Refuse media that documents of a row cannot have, or that lack the types of their tokens."""
+        name = self._module.config.model_type
+        known = known_multimodal().get(name)
+        if known is not None and PACKED not in known["errors"]:
+            raise ValueError(
+                f"dynamic=True packs samples as the documents of a row, and {name} has not been found exact with "
+                "images in packed rows (docs/multimodal.md). Set dynamic=False."
+            )
+        missing = [name for name in self.types if batch.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"the batch has media and no {missing[0]}, which {type(self._module).__name__} takes. Make batches by "
+                "the processor of the model, which returns it beside input_ids."
+            )
+
+
+def _kind(module: PreTrainedModel, name: str, taken: Mapping[str, Any]) -> Kind | None:
+    """Describe the media that a function of a model encodes, or return None if the model has no such function."""
+    owner = next((x for x in module.modules() if isinstance(x, PreTrainedModel) and hasattr(x, name)), None)
+    if owner is None:
+        return None
+    function = getattr(owner, name)
+    arguments = tuple(x for x in inspect.signature(function).parameters if x in taken and x not in _SETTINGS)
+    if not arguments:
+        return None
+    kind, config = name.split("_")[1], getattr(owner.config, TOWERS[name], None)
+    ids = (getattr(owner.config, f"{kind}_{ending}", None) for ending in _ENDINGS)
+    text = {id(x) for x in text_parameters(module)}
+    trained = any(x.requires_grad for x in owner.parameters() if id(x) not in text)
+    passes = 3 if trained else 1  # backward takes twice as much as forward
+    placeholders = frozenset(x for x in ids if isinstance(x, int))
+    return Kind(kind, arguments, config, placeholders, passes * 2 * TowerSizes.of(config).width)
+
+
+def text_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """List the parameters of the decoder and of the output embeddings, and none of towers."""
+    parts = [decoder_of(model), model.get_output_embeddings()]
+    found = {id(x): x for part in parts if part is not None for x in part.parameters()}
+    return list(found.values())
+
+
+_SETTINGS = ("kwargs", "return_dict", "output_hidden_states", "output_attentions", "use_cache")
+
+
+def _items(division: Division, counts: Sequence[int], kind: Kind) -> list[list[int]]:
+    """Find the items of each document, in order.
+
+    Args:
+        counts: number of placeholders of each document.
+
+    Raises:
+        ValueError: if this is not clear.
+    """
+    every = list(range(len(division.costs)))
+    holders = [number for number, count in enumerate(counts) if count]
+    if len(counts) == 1 or len(holders) == 1:
+        only = holders[0] if holders else 0
+        return [every if number == only else [] for number in range(len(counts))]
+    equal = division.patches is None and not {SIZES, LENGTHS} & set(division.by_item)
+    weights = division.patches or ([1] * len(every) if equal else [])
+    # A document has the items whose share of all patches is its share of all placeholders.
+    total = sum(counts)
+    ends = {end * total: number for number, end in enumerate(accumulate(weights), start=1)}
+    edges = [0, *(ends.get(end * sum(weights), 0) for end in accumulate(counts))]
+    if not weights or not total or any(count and not end for count, end in zip(counts, edges[1:])):
+        raise ValueError(
+            f"dynamic=True deals samples to groups with their {kind.name}s, and it is not clear which of the "
+            f"{len(every)} {kind.name}s belong to which of {len(counts)} samples with {list(counts)} placeholders. "
+            f"{_BATCH_OF_ONE}, or set dynamic=False."
+        )
+    return [every[begin:end] if count else [] for count, begin, end in zip(counts, accumulate(edges, max), edges[1:])]
+
+
+def _by_row(media: Media, kind: Kind) -> bool:
+    """Return whether the images of a row are listed along the second dimension, `[1, n, C, H, W]`."""
+    pixels = media.get(kind.arguments[0])
+    return pixels is not None and pixels.dim() == 5 and kind.name == "image" and SIZES not in media
+
+
+def _concatenated(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate tensors, which are padded with zeros to the largest in their other dimensions."""
+    shape = [max(sizes) for sizes in zip(*(x.shape for x in parts))]
+    padded = []
+    for x in parts:
+        target = x.new_zeros(*shape[:dim], x.shape[dim], *shape[dim + 1 :])
+        target[tuple(slice(size) for size in x.shape)] = x
+        padded.append(target)
+    return torch.cat(padded, dim)
+
+
+def _host(x: Any) -> torch.Tensor:
+    return on_host(x if isinstance(x, torch.Tensor) else torch.as_tensor(x))
