@@ -24,7 +24,8 @@ import hf_context_parallel as hcp
 from hf_context_parallel.distributed.worker_pool import WorkerPool
 from hf_context_parallel.integration.outer_call import OuterCall, in_call
 from hf_context_parallel.integration.switches import allow_unchecked_models
-from hf_context_parallel.integration.towers.dealing import TowerSizes, dealt
+from hf_context_parallel.integration.towers.dealing import dealt
+from hf_context_parallel.memory.tower_facts import TowerSizes
 
 from . import report
 from .turns import in_turns, timed

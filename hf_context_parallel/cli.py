@@ -124,6 +124,10 @@ def plan(
         str | None,
         typer.Option(help="dtype of weights, gradients and optimizer; bfloat16 with --lora, else float32"),
     ] = None,
+    image_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="share of tokens that are of images; 1 for a model with a vision tower"),
+    ] = None,
     node: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 8,
     network: Annotated[float, typer.Option(min=0.001, help="GB/s that a GPU sends to other nodes")] = 50.0,
     longest: Annotated[bool, typer.Option("--longest", help="how long sequences can be")] = False,
@@ -153,6 +157,7 @@ def plan(
         tokens=tokens_per_batch,
         rows=rows,
         weights=weights,
+        images=image_share,
         node=node,
         network=network,
         trust_remote_code=trust_remote_code,

@@ -23,6 +23,7 @@ PARTS = {
     "layer": "working set of a layer",
     "messages": "buffers of keys/values and their gradients",
     "loss": "logits and what the loss needs",
+    "tower": "images: pixels, the vision tower, features",
 }
 """Names of the parts of memory, in words."""
 

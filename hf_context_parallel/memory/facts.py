@@ -7,9 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GradientCheckpointingLayer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..compat import widest_layer
+from .tower_facts import TowerFacts, tower_of
 
 LINEAR = "linear_attention"
 """Kind of layers that mix tokens by a state. All other kinds than `full_attention` have a window."""
@@ -17,11 +28,17 @@ LINEAR = "linear_attention"
 
 STORED_BITS = {4: 4.5, 8: 8.0}
 """Bits of a quantised weight in memory, by the bits of bitsandbytes. Blocks of 64 weights in 4 bits share a scale."""
+_TEXT = (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)
+_IMAGES = (
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+)
+"""Classes that make a model of a configuration, with the types that they know."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Numbers of a causal language model.
+    """Numbers of a causal language model, alone or with towers.
 
     Args:
         layers: number of decoder layers.
@@ -30,7 +47,7 @@ class ModelFacts:
         heads, key_heads: query heads, and heads of keys and values.
         query_dim, value_dim: dims of a head of queries and keys, and of values.
         vocabulary: number of logits of a token.
-        parameters: all parameters; those of LoRA are not among them.
+        parameters: all parameters, those of towers included; those of LoRA are not among them.
         layer_parameters: parameters of the largest layer.
         head_parameters: parameters of the output embeddings.
         tied: True if the output embeddings are the input embeddings too.
@@ -42,6 +59,7 @@ class ModelFacts:
         quantized_parameters: those of linear layers in decoder layers, if they are frozen and quantised.
         quantized_bits: bits of each of these in memory.
         dequantized: parameters of the largest of these layers, which is made in full precision to be used.
+        tower: the vision tower, or None.
     """
 
     layers: int
@@ -65,6 +83,7 @@ class ModelFacts:
     quantized_parameters: int = 0
     quantized_bits: float = 0.0
     dequantized: int = 0
+    tower: TowerFacts | None = None
 
     @property
     def full_layers(self) -> int:
@@ -74,10 +93,29 @@ class ModelFacts:
     @property
     def trained_parameters(self) -> int:
         """Parameters that have gradients and states of the optimizer."""
-        return self.parameters if self.lora_parameters is None else self.lora_parameters
+        if self.lora_parameters is not None:
+            return self.lora_parameters
+        return self.parameters - (self.tower_parameters - self.trained_of_tower)
+
+    @property
+    def tower_parameters(self) -> int:
+        """Parameters of the vision tower and its projector."""
+        return 0 if self.tower is None else self.tower.parameters
+
+    @property
+    def trained_of_tower(self) -> int:
+        """Those of them that are trained."""
+        return self.tower_parameters if self.tower is not None and self.tower.trained else 0
 
 
-def facts_of(config: PreTrainedConfig, lora_rank: int | None = None, bits: int | None = None) -> ModelFacts:
+def has_images(config: PreTrainedConfig) -> bool:
+    """Return whether Transformers makes a model with a vision tower of a configuration."""
+    return hasattr(config, "vision_config") and any(type(config) in known for _, known in _IMAGES)
+
+
+def facts_of(
+    config: PreTrainedConfig, lora_rank: int | None = None, bits: int | None = None, images: bool = False
+) -> ModelFacts:
     """Read the facts of the causal language model of a configuration.
 
     Its parameters are those of the model, which is made without memory. Nothing is downloaded.
@@ -85,14 +123,27 @@ def facts_of(config: PreTrainedConfig, lora_rank: int | None = None, bits: int |
     Args:
         lora_rank: rank of the adapters of all linear layers in decoder layers, the only weights that are then trained.
         bits: bits of the weights of these linear layers, 4 or 8, if bitsandbytes quantises them.
+        images: True for the model with its towers, where both are there. A model that is there with its towers alone
+            is taken with them in either case.
 
     Raises:
-        ValueError: if Transformers has no causal language model of this type, or its layers are not found.
+        ValueError: if Transformers has no language model of this type, or its layers are not found.
     """
+    ways = (*_IMAGES, _TEXT) if images else (_TEXT, *_IMAGES)
+    text = config.get_text_config(decoder=True)
+    found = [(way, each) for each in (config, text) for way, known in ways if type(each) in known]
+    if not found:
+        raise ValueError(
+            f"Transformers has no language model of type {config.model_type!r}. Give a model that it has."
+        )
+    way, config = found[0]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    lora = None if lora_rank is None else lora_rank * sum(map(_lora_dims, layers_of(model)))
-    facts = replace(facts_of_model(model), lora_parameters=lora)
+        model = way.from_config(config)
+    facts = facts_of_model(model)
+    if lora_rank is not None:
+        lora = lora_rank * sum(map(_lora_dims, layers_of(model)))
+        tower = None if facts.tower is None else replace(facts.tower, trained=False)
+        facts = replace(facts, lora_parameters=lora, tower=tower)
     if bits is None:
         return facts
     sizes = [linear.weight.numel() for layer in layers_of(model) for linear in _linear(layer)]
@@ -120,6 +171,11 @@ def facts_of_model(model: PreTrainedModel) -> ModelFacts:
         of_window = len(layers)
     head = getattr(model.get_output_embeddings(), "weight", None)
     parameters, trained = _count(model), _count(model, trained=True)
+    tied = head is not None and head is model.get_input_embeddings().weight
+    head_parameters = 0 if head is None else number_of(head)
+    of_text = _count(model.get_decoder()) + (0 if tied else head_parameters)
+    tower = tower_of(model, parameters - of_text)
+    frozen = 0 if tower is None or tower.trained else tower.parameters
     return ModelFacts(
         layers=len(layers),
         hidden=text.hidden_size,
@@ -133,14 +189,15 @@ def facts_of_model(model: PreTrainedModel) -> ModelFacts:
         vocabulary=text.vocab_size if head is not None else 1,
         parameters=parameters,
         layer_parameters=max(map(_count, layers)),
-        head_parameters=0 if head is None else number_of(head),
-        tied=head is not None and head is model.get_input_embeddings().weight,
-        lora_parameters=trained if trained < parameters else None,
+        head_parameters=head_parameters,
+        tied=tied,
+        lora_parameters=trained if trained < parameters - frozen else None,
         experts=experts or 0,
         active_experts=_active_experts(text) if experts else 1,
         window=window if of_window else None,
         window_layers=of_window,
         linear_layers=kinds[LINEAR],
+        tower=tower,
     )
 
 

@@ -44,6 +44,8 @@ class Job:
         accumulates: True if gradients of earlier batches are held while a batch is computed.
         sharded: True if a group of one rank shards its batch too. Without, it runs the attention of Transformers,
             which is not kept.
+        image_tokens: tokens of the batch whose places features of images take.
+        batches: batches whose pixels are on the device. A Trainer has all those of a step of the optimizer.
 
     Raises:
         ValueError: if a name is not among those listed.
@@ -68,6 +70,8 @@ class Job:
     head_groups: int | None = None
     accumulates: bool = False
     sharded: bool = False
+    image_tokens: int = 0
+    batches: int = 1
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

@@ -17,6 +17,7 @@ from ..attention.prepared import LONG
 from ..attention.ring_steps import most_owners
 from ..distributed.messages import accumulation_dtype
 from .job import OPTIMIZER_STATES, Job
+from .tower_parts import TowerParts
 
 WIDE = 4
 """Bytes of a number in float32, in which norms, losses and LSE are computed."""
@@ -48,6 +49,7 @@ class Phase:
         layer: what one layer needs beyond these while it is computed again and backward.
         messages: keys/values of other ranks, and sums of gradients that travel.
         loss: logits of a chunk, and hidden states and their gradients around the loss.
+        tower: pixels, activations of the vision tower, and its features.
     """
 
     weights: float = 0
@@ -58,6 +60,7 @@ class Phase:
     layer: float = 0
     messages: float = 0
     loss: float = 0
+    tower: float = 0
 
     @property
     def total(self) -> float:
@@ -71,7 +74,9 @@ class Parts:
 
     Args:
         phases: by name: `loss`, `mlp of the last layer` and `attention of the last layer` (where backward begins), the
-            same of the first layer (where it ends), and `optimizer`.
+            same of the first layer (where it ends), and `optimizer`. With images there are three more: `tower`, where
+            images are encoded, `forward of the last layer`, when the features are still there, and `backward of the
+            tower`.
         host: bytes in pinned memory of the host, for what is offloaded.
     """
 
@@ -102,29 +107,35 @@ def parts_of(job: Job) -> Parts:
     saved = size - facts.quantized_bits / 8  # bytes that quantization takes off a parameter
     one = (facts.layer_parameters * size - facts.quantized_parameters / facts.layers * saved) / job.tp
     ends = facts.head_parameters * (1 if facts.tied else 2) / job.tp * size  # input and output embeddings
-    weights = (facts.parameters * size - facts.quantized_parameters * saved) / share
+    of_tower = facts.tower_parameters * size  # which tensor parallelism does not shard
+    weights = ((facts.parameters - facts.tower_parameters) * size - facts.quantized_parameters * saved) / share
+    weights += of_tower / job.fsdp
     trains_all = facts.lora_parameters is None
-    gradients = facts.trained_parameters / share * size
+    tower_gradients = facts.trained_of_tower / job.fsdp * size
+    gradients = (facts.trained_parameters - facts.trained_of_tower) / share * size + tower_gradients
     of_head = facts.head_parameters / share * size if trains_all else 0
     if job.fsdp > 1:
-        weights += 2 * one + ends  # FSDP2 gathers a layer while the one before computes, and keeps the outer weights
+        # FSDP2 gathers a layer while the one before computes, and keeps the outer weights, those of towers among them.
+        weights += 2 * one + ends + of_tower
     weights += facts.dequantized * size
     gathered = one if job.fsdp > 1 and trains_all else 0.0  # whole gradients of a layer, until they are scattered
     buckets = gradients if job.ddp else 0.0
     states = OPTIMIZER_STATES[job.optimizer] * gradients
-    layer = _Layer(job)
+    layer, tower = _Layer(job), TowerParts(job)
 
     kept, of_attention, host = _kept(job, layer)
     embeddings = _positions(job)
     before = gradients if job.accumulates else 0.0  # a step of the optimizer has set all others to None
-    common = Phase(weights=weights, gradients=buckets, optimizer=states, checkpoints=embeddings)
+    held = tower.pixels + tower.kept
+    common = Phase(weights=weights, gradients=buckets, optimizer=states, checkpoints=embeddings, tower=held)
     every = replace(common, checkpoints=embeddings + facts.layers * kept, attention=facts.layers * of_attention)
     last = replace(every, gradients=buckets + max(before, of_head + gathered))
     first = replace(
         common,
-        gradients=buckets + gradients + gathered,
+        gradients=buckets + max(before, gradients - tower_gradients) + gathered,
         checkpoints=embeddings + kept,
         attention=of_attention,
+        tower=held + tower.gradients,
     )
     phases = {
         "loss": replace(
@@ -133,13 +144,28 @@ def parts_of(job: Job) -> Parts:
             loss=_loss(job, hidden),
             messages=layer.idle_messages,
             layer=layer.idle,
+            tower=held + tower.features,
         )
     }
     for name, phase in (("last", last), ("first", first)):
         mlp = replace(phase, layer=layer.mlp, messages=layer.idle_messages)
         phases[f"mlp of the {name} layer"] = mlp
         phases[f"attention of the {name} layer"] = replace(phase, layer=layer.attention, messages=layer.messages)
-    phases["optimizer"] = replace(common, gradients=buckets + gradients, checkpoints=0)
+    if job.image_tokens and facts.tower is not None:
+        begun = replace(common, gradients=buckets + before, layer=layer.idle, messages=layer.idle_messages)
+        phases["tower"] = replace(begun, checkpoints=0, tower=held + tower.forward)
+        forward = replace(begun, checkpoints=every.checkpoints, attention=every.attention)
+        phases["forward of the last layer"] = replace(
+            forward, layer=layer.idle + layer.forward, tower=held + tower.features + tower.joined
+        )
+        whole = of_tower if job.fsdp > 1 and facts.tower.trained else tower_gradients
+        phases["backward of the tower"] = replace(
+            begun,
+            gradients=buckets + max(before, gradients - tower_gradients) + whole,
+            checkpoints=0,
+            tower=held + tower.backward,
+        )
+    phases["optimizer"] = replace(common, gradients=buckets + gradients, checkpoints=0, tower=tower.pixels)
     return Parts(phases, host)
 
 
@@ -153,6 +179,7 @@ class _Layer:
         saved: bytes that the layer saves for backward, without checkpointing.
         output: bytes of the output of attention, with its LSE.
         mlp, attention: bytes while the MLP, and while attention, runs backward.
+        forward: bytes while the layer runs forward.
         messages: bytes of buffers for other ranks, while attention runs backward.
         idle, idle_messages: bytes of buffers, and of those for messages, that are held at all times.
         calls: bytes that modules on tiles hold for their calls until backward, on the CPU.
@@ -181,6 +208,8 @@ class _Layer:
             if facts.lora_parameters is None and size < WIDE:
                 # A copy of the weights in float32, one that is cast for a tile, and the sum of their gradients.
                 self.mlp += facts.layer_parameters / job.tp * (2 * WIDE + size)
+        # Hidden states, those that are normed, and either those of attention or three tensors of the MLP.
+        self.forward = 0.0 if not job.checkpointing else wide + 2 * hidden + max(in_attention + keys, 3 * tile)
         own = _peak_of_attention(job, 1)
         # There are the gradients of the residual and of the output; keys are among those of `own`.
         self.attention = first + in_attention - keys + hidden + value + own

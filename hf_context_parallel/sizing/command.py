@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..integration.tensor_parallel.checks import check_tensor_parallel_type
-from ..memory.facts import ModelFacts, facts_of
+from ..memory.facts import ModelFacts, facts_of, has_images
 from ..recipe.errors import RecipeError
 from ..recipe.model import BYTES, load_config
 from ..recipe.reading import load_recipe
@@ -51,6 +51,7 @@ class Asked:
         tokens: tokens of an optimizer step, of all GPUs.
         rows: sequences that a CP group computes at a time.
         weights: dtype of weights, gradients and states of the optimizer.
+        images: share of the tokens that are of images. All are by default, where the model has a vision tower.
         node: GPUs of a node.
         network: GB a second that a GPU sends to other nodes.
         trust_remote_code: run the code that comes with the model.
@@ -65,6 +66,7 @@ class Asked:
     tokens: int | None = None
     rows: int | None = None
     weights: str | None = None
+    images: float | None = None
     node: int = 8
     network: float = 50.0
     trust_remote_code: bool = False
@@ -185,6 +187,7 @@ def _with_recipe(asked: Asked, recipe: Recipe) -> tuple[Asked, list[str]]:
         tokens=_first(asked.tokens, groups * rows * runs * length),
         rows=_first(asked.rows, rows),
         weights=_first(asked.weights, recipe.model.dtype if recipe.model.dtype in DTYPES else None),
+        images=asked.images if recipe.data.images is not None else 0.0,
         node=asked.node,
         network=asked.network,
     )
@@ -206,8 +209,9 @@ def _question(asked: Asked, config: PreTrainedConfig, any_length: bool) -> tuple
     if gpu is None:
         raise ValueError(f"--gpu is missing, and PyTorch sees none that is known. Give one of {', '.join(GPUS)}.")
     trained = "bfloat16" if asked.lora else "float32"
+    images = _images(asked.images, config)
     question = Question(
-        _facts(config, asked.lora, asked.bits),
+        _facts(config, asked.lora, asked.bits, images > 0),
         asked.gpus or 1,
         asked.length or 1024,
         rates_of(gpu, asked.node, asked.network * 1e9),
@@ -215,6 +219,7 @@ def _question(asked: Asked, config: PreTrainedConfig, any_length: bool) -> tuple
         asked.tokens,
         DTYPES[asked.weights or trained],
         asked.lora is None and _may_shard(config),
+        images,
     )
     if not any(question.meshes()):
         raise ValueError(
@@ -224,17 +229,27 @@ def _question(asked: Asked, config: PreTrainedConfig, any_length: bool) -> tuple
     return question, gpu.name
 
 
-def _facts(config: PreTrainedConfig, lora: int | None, bits: int | None) -> ModelFacts:
-    """Read the facts of a model, or of the text model of a composite one.
+def _images(asked: float | None, config: PreTrainedConfig) -> float:
+    """Return the share of the tokens that are of images.
+
+    Raises:
+        ValueError: if a share is asked for, and the model has no vision tower.
+    """
+    if has_images(config):
+        return 1.0 if asked is None else asked
+    if asked:
+        raise ValueError(f"--image-share={asked:g}: {config.model_type!r} has no vision tower. Leave it out.")
+    return 0.0
+
+
+def _facts(config: PreTrainedConfig, lora: int | None, bits: int | None, images: bool) -> ModelFacts:
+    """Read the facts of a model.
 
     Raises:
         ValueError: if its layers are not of a kind that is counted.
     """
-    text = config if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else config.get_text_config(decoder=True)
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{text.model_type!r} has no plan: Transformers has no causal language model of this type.")
     try:
-        return facts_of(text, lora, bits)
+        return facts_of(config, lora, bits, images)
     except (AttributeError, TypeError, KeyError) as error:  # a configuration without heads, or the like
         raise ValueError(f"{config.model_type!r} has no plan: its memory is not known ({error}).") from error
 
@@ -261,6 +276,20 @@ def _notes(config: PreTrainedConfig, question: Question) -> list[str]:
         notes.append("adapters of PEFT do not run on layers that tensor parallelism shards, so no mesh has it")
     elif not question.may_shard:
         notes.append(f"tensor parallelism has not been found exact for {config.model_type!r}, so no mesh has it")
+    if facts.tower is not None and question.images:
+        patches = round(question.images * question.length) * facts.tower.merge
+        state = "trained" if facts.tower.trained else "frozen"
+        notes.append(
+            f"{question.images:.0%} of the tokens count as those of images, which are {patches:,} patches of a "
+            f"sequence; --image-share says how many they are. The vision tower is {state}"
+        )
+    if facts.tower is not None and facts.tower.woken and not facts.tower.trained:
+        notes.append(
+            "gradients run through the frozen tower, since PEFT lets those of its embeddings be computed under "
+            "gradient checkpointing"
+        )
+    if getattr(config, "audio_config", None) is not None:
+        notes.append("of towers for sound, weights alone are counted")
     if facts.linear_layers:
         notes.append(f"{facts.linear_layers} layers mix tokens by a state, and count as their projections")
     return notes

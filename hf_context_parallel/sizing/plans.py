@@ -44,6 +44,7 @@ class Question:
         tokens: tokens of an optimizer step. None for one run of every group.
         weights: dtype of weights, gradients and states of the optimizer. Layers compute in bfloat16.
         may_shard: False if tensor parallelism is refused for the model.
+        images: share of the tokens that are of images.
     """
 
     facts: ModelFacts
@@ -54,6 +55,7 @@ class Question:
     tokens: int | None = None
     weights: torch.dtype = torch.bfloat16
     may_shard: bool = True
+    images: float = 0.0
 
     def meshes(self) -> Iterator[Mesh]:
         """List the meshes that need no more tokens in a step than are asked for, and shard no quantised weights."""
@@ -63,6 +65,10 @@ class Question:
                 continue  # quantised weights were compared with one process where each rank holds them whole
             if self.tokens is None or mesh.groups * self.rows * self.length <= self.tokens:
                 yield mesh
+
+    def image_tokens(self, length: int) -> int:
+        """Tokens of images in a sequence of `length` tokens."""
+        return round(self.images * length)
 
     def runs(self, mesh: Mesh) -> int:
         """Runs whose gradients make a step."""
@@ -86,8 +92,9 @@ class Plan:
     def step(self) -> Step:
         """Estimate of an optimizer step."""
         asked = self.question
-        work = work_of(asked.facts)
-        return step_of(work, self.mesh, self.choice, asked.length, asked.rows, asked.runs(self.mesh), asked.rates)
+        work, images = work_of(asked.facts), asked.image_tokens(asked.length)
+        runs = asked.runs(self.mesh)
+        return step_of(work, self.mesh, self.choice, asked.length, asked.rows, runs, asked.rates, images)
 
     @property
     def fits(self) -> bool:
@@ -132,6 +139,8 @@ class Plan:
             attention_checkpoints=choice.kept,
             tile_tokens=choice.tile_tokens,
             accumulates=asked.runs(mesh) > 1,
+            image_tokens=asked.rows * asked.image_tokens(length),
+            batches=asked.runs(mesh),
         )
 
     @property

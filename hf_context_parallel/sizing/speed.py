@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ..attention.auto_strategy import NOTHING, Counts, Share, Traffic, counts_of
 from ..attention.peak_memory import number_of_groups
 from ..attention.strategy import Shape, bytes_of_keys
 from ..memory.facts import ModelFacts
+from ..memory.tower_facts import ITEM, TowerFacts
 from ..planning.layout import zigzag
 from ..planning.machine import Machine, attention_flops
 from ..planning.mask import Mask, Pattern, whole_rows
@@ -34,6 +36,7 @@ ASSUMPTIONS = (
     "all computing; messages of tensor parallelism and exchanges of heads hide behind nothing",
     "scans of linear attention and Mamba count as their projections alone",
     "the loader is never waited for, and experts are equally busy",
+    f"an image has {ITEM:,} patches, unless the tower takes images of one size, and ranks encode as many patches each",
 )
 
 
@@ -65,6 +68,7 @@ class Work(NamedTuple):
         weights_trained: False if the matrices themselves are frozen, as under LoRA.
         attention: the attention layers, by kind.
         itemsize: bytes of a number that is computed with.
+        tower: the vision tower, or None.
     """
 
     layers: int
@@ -78,6 +82,7 @@ class Work(NamedTuple):
     weights_trained: bool
     attention: tuple[Attention, ...]
     itemsize: int = 2
+    tower: TowerFacts | None = None
 
 
 class Choice(NamedTuple):
@@ -137,7 +142,7 @@ class Step(NamedTuple):
 def work_of(facts: ModelFacts, dtype: torch.dtype = torch.bfloat16) -> Work:
     """Count the work of a model that computes in `dtype`. Layers with chunks count as layers with a window."""
     one = 3 * facts.hidden * facts.intermediate  # an expert, or the MLP, of a layer
-    in_layers = facts.parameters - facts.head_parameters * (1 if facts.tied else 2)
+    in_layers = facts.parameters - facts.tower_parameters - facts.head_parameters * (1 if facts.tied else 2)
     # Some layers may have no experts. The largest layers have them, and are at most so many.
     with_experts = min(facts.layers, in_layers // facts.layer_parameters)
     idle = max(0, facts.experts - facts.active_experts) * with_experts * one
@@ -155,16 +160,20 @@ def work_of(facts: ModelFacts, dtype: torch.dtype = torch.bfloat16) -> Work:
         weights_trained=facts.lora_parameters is None,
         attention=tuple(Attention(pattern, shape, layers) for pattern, layers in kinds if layers),
         itemsize=dtype.itemsize,
+        tower=facts.tower,
     )
 
 
-def step_of(work: Work, mesh: Mesh, choice: Choice, length: int, rows: int, runs: int, rates: Rates) -> Step:
+def step_of(
+    work: Work, mesh: Mesh, choice: Choice, length: int, rows: int, runs: int, rates: Rates, images: int = 0
+) -> Step:
     """Estimate an optimizer step under gradient checkpointing.
 
     Args:
         length: tokens of a sequence.
         rows: sequences that a CP group computes at a time.
         runs: forward and backward passes of the step, whose gradients are added up.
+        images: tokens of a sequence that are of images.
     """
     machine, tokens = rates.machine, rows * length / mesh.cp  # tokens of a rank in a run
     linear = _linear_flops(work, choice) * tokens / mesh.tp / machine.linear
@@ -177,6 +186,7 @@ def step_of(work: Work, mesh: Mesh, choice: Choice, length: int, rows: int, runs
     reducing = _tensor_parallel(work, mesh, tokens, machine)
     sharding, averaging = _sharded(work, mesh, machine)
     host = _host_bytes(work, mesh, choice, tokens)
+    encoding, gathering = _tower(work, mesh, rows * images, machine)
     of_layers = computing + attention.messages + _seconds(reducing, machine, 6 * work.layers)
     hidden = runs * (linear + elementwise)
     parts = {
@@ -190,29 +200,77 @@ def step_of(work: Work, mesh: Mesh, choice: Choice, length: int, rows: int, runs
             runs * _seconds(sharding, machine, 3 * work.layers) + _seconds(averaging, machine, work.layers), hidden
         ),
         "copies to the host": runs * _shown(2 * host / rates.host, computing),
+        "vision tower": runs * (encoding + _seconds(gathering, machine, 2)),
         "optimizer": OPTIMIZER_BYTES * work.trained / mesh.tp / mesh.fsdp / machine.memory,
     }
     messages = (
         Messages("CP: keys/values, heads", runs * attention.traffic.near, runs * attention.traffic.far),
         Messages("TP: activations", runs * reducing.near, runs * reducing.far),
+        Messages("towers: features", runs * gathering.near, runs * gathering.far),
         Messages("FSDP: weights, gradients", runs * sharding.near, runs * sharding.far),
         Messages("replicas: gradients", averaging.near, averaging.far),
         Messages("host: checkpoints, kept attention", host=runs * 2 * host),
     )
     all_tokens = rows * length * mesh.groups * runs
-    return Step(parts, messages, all_tokens, model_flops(work, length) * all_tokens / length, mesh.ranks)
+    flops = model_flops(work, length, images) * all_tokens / length
+    return Step(parts, messages, all_tokens, flops, mesh.ranks)
 
 
-def model_flops(work: Work, length: int) -> float:
+def model_flops(work: Work, length: int, images: int = 0) -> float:
     """Operations of a sequence, forward and backward, where nothing is computed again.
 
     Gradients of frozen matrices are not made. Attention's backward counts twice its forward, as is usual.
+
+    Args:
+        images: tokens of the sequence that are of images.
     """
     products = (6 if work.weights_trained else 4) * (work.active + work.head) * length
+    products += sum(_tower_flops(work.tower, images)) * _passes(work.tower)
     return products + 3 * sum(
         layer.layers * attention_flops(_pairs(layer.pattern, length), layer.shape.heads, *layer.shape[2:4])
         for layer in work.attention
     )
+
+
+def _tower_flops(tower: TowerFacts | None, images: int) -> tuple[float, float]:
+    """Operations of a tower forward: those of its matrices, and those of its attention."""
+    if tower is None or not images:
+        return 0.0, 0.0
+    sizes, patches = tower.sizes, images * tower.merge
+    side = isqrt(min(tower.item, patches))
+    of_item = sizes.pairs(1, side, side)
+    # A unit of the cost of an item is two multiplications and two additions for each number of the width.
+    unit, items = 4 * sizes.width, patches / side**2
+    return unit * items * (sizes.cost(1, side, side) - of_item), unit * items * of_item
+
+
+def _passes(tower: TowerFacts | None) -> int:
+    """Passes of a tower where nothing is computed again. Gradients of weights and those of inputs are one each."""
+    return 1 if tower is None else 3 if tower.trained else 2 if tower.woken else 1
+
+
+def _tower(work: Work, mesh: Mesh, images: int, machine: Machine) -> tuple[float, Traffic]:
+    """Estimate a tower in a run: seconds of a rank that encodes its share, and bytes of features that it sends.
+
+    Args:
+        images: tokens of images in the sequences of a CP group.
+    """
+    tower = work.tower
+    if tower is None or not images:
+        return 0.0, NOTHING
+    matrices, attention = (part / mesh.cp for part in _tower_flops(tower, images))
+    wide, narrow = ELEMENTWISE
+    numbers = tower.sizes.layers * images * tower.merge / mesh.cp
+    numbers *= wide * tower.sizes.width + narrow * tower.sizes.inner
+    has_graph = tower.trained or tower.woken
+    again = 1 + has_graph  # forward passes
+    backward = (2 if tower.trained else 1) * has_graph
+    seconds = (again + backward) * matrices / machine.linear
+    seconds += again * attention / machine.forward + has_graph * 2.5 * attention / machine.backward
+    seconds += (again + 2 * has_graph) * numbers * work.itemsize / machine.memory
+    features = (1 + tower.levels) * images * work.hidden
+    sent = features * (work.itemsize + 4 * has_graph)  # gradients are summed in float32
+    return seconds, _collective(sent, mesh.cp, mesh.tp, machine.node)
 
 
 def _linear_flops(work: Work, choice: Choice) -> float:

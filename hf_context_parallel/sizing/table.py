@@ -17,7 +17,7 @@ _LEFT = ("8 GPUs", "strategy", "kept", "inputs", "our best", "peak in", "ends by
 WIDTH = 118
 """Columns of the output."""
 _MESH = ("", "TP", "CP", "strategy", "FSDP", "copies", "kept", "inputs", "tile")
-_SHORT = ("weights", "gradients", "optimizer", "of inputs", "attention", "layer", "k/v", "loss")
+_SHORT = ("weights", "gradients", "optimizer", "of inputs", "attention", "layer", "k/v", "loss", "images")
 
 
 def table(plans: Sequence[Plan], rows: int = ROWS) -> str:

@@ -15,6 +15,14 @@ from hf_context_parallel.sizing.table import described
 from tests.helpers.recipe import RECIPES
 
 LLAMA_8B = {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
+SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+    "image_size": 896,
+}
 QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8}
 SIZES = {
     "deepseek_v2_lite_128k": {
@@ -38,14 +46,7 @@ SIZES = {
             "num_key_value_heads": 8,
             "sliding_window": 1024,
         },
-        "vision_config": {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 27,
-            "patch_size": 14,
-            "image_size": 896,
-        },
+        "vision_config": SIGLIP,
     },
     "gemma3_vlm": {
         "text_config": {
@@ -57,6 +58,7 @@ SIZES = {
             "num_key_value_heads": 4,
             "sliding_window": 1024,
         },
+        "vision_config": SIGLIP,
     },
     "gpt_oss_20b_lora_128k": {"num_hidden_layers": 24, "num_local_experts": 32},
     "llama3_3b_pretrain_packed": {
@@ -72,10 +74,14 @@ SIZES = {
     "llama3_8b_1m_two_nodes": LLAMA_8B,
     "llama3_8b_lora_128k": LLAMA_8B,
     "qwen3_5_9b_256k": {},
-    "qwen3_5_video": {},
+    "qwen3_5_video": {"vision_config": {"out_hidden_size": 4096}},
     "qwen3_8b_1m": QWEN3_8B,
     "qwen3_8b_fsdp2": QWEN3_8B,
     "qwen3_8b_qlora_64k": QWEN3_8B,
+    "qwen3_vl_8b_lora_pages_128k": {
+        "text_config": {**QWEN3_8B, "num_attention_heads": 32},
+        "vision_config": {"out_hidden_size": 4096},
+    },
 }
 """Sizes of the models of recipes that differ from the defaults of their types, by the recipe."""
 COMMAND = r"plan recipes/(\w+)\.yaml --gpu (\w+)(?: --gpus (\d+))? --all`"

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from omegaconf import OmegaConf
-from transformers import Gemma3Config, MambaConfig, Qwen2_5_VLConfig
+from transformers import Gemma3Config, MambaConfig, Qwen2_5_VLConfig, ViTConfig
 from typer.testing import CliRunner
 
 from hf_context_parallel.cli import app
@@ -98,11 +98,30 @@ def test_a_model_without_a_plan_is_named(tmp_path):
     assert "'mamba' has no plan: its memory is not known" in mistake("--model", tmp_path, "--seq-len", 1024, *ON_8)
 
 
-def test_the_text_model_of_a_composite_one(tmp_path):
-    Gemma3Config().save_pretrained(tmp_path)
-    assert "B parameters" in printed("--model", tmp_path, "--seq-len", 1024, *ON_8)
+def test_a_model_with_a_vision_tower(tmp_path):
     Qwen2_5_VLConfig().save_pretrained(tmp_path)
-    message = "'qwen2_5_vl_text' has no plan: Transformers has no causal language model of this type."
+    asked = ("--model", tmp_path, "--seq-len", 1024, "--lora", 8, "--gpus", 8, "--gpu", "b200")
+    every, none = printed(*asked), printed(*asked, "--image-share", 0)
+    said = " ".join(every.split())
+    assert "100% of the tokens count as those of images, which are 4,096 patches of a sequence" in said
+    assert "The vision tower is frozen." in said and "gradients run through the frozen tower" in said
+    assert "images: pixels, the vision tower, features" in said and "vision tower" in said
+    assert "patches of a sequence" not in none and "images: pixels" not in none
+    half = " ".join(printed(*asked, "--image-share", 0.5).split())
+    assert "50% of the tokens count as those of images, which are 2,048 patches" in half
+
+
+def test_a_composite_model_without_images(tmp_path, llama_8b):
+    Gemma3Config().save_pretrained(tmp_path)
+    assert "B parameters" in printed("--model", tmp_path, "--seq-len", 1024, "--image-share", 0, *ON_8)
+    assert "--image-share=0.5: 'llama' has no vision tower" in mistake(
+        "--model", llama_8b, "--seq-len", 1024, "--image-share", 0.5, *ON_8
+    )
+
+
+def test_a_type_without_a_language_model_is_named(tmp_path):
+    ViTConfig().save_pretrained(tmp_path)
+    message = "Transformers has no language model of type 'vit'. Give a model that it has."
     assert message in mistake("--model", tmp_path, "--seq-len", 1024, *ON_8)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_context_parallel.attention.strategy import Shape
+from hf_context_parallel.memory.tower_facts import TowerFacts, TowerSizes
 from hf_context_parallel.planning.machine import Machine
 from hf_context_parallel.planning.mask import Pattern
 from hf_context_parallel.sizing.gpus import Rates
@@ -124,6 +125,26 @@ def test_copies_to_the_host():
     computing = sum(step.parts[name] for name in ("matrix products", "attention", "element-wise work"))
     shown = step_of(WORK, ALONE, Choice("host", True), 100, 1, 1, slow).parts["copies to the host"]
     assert shown == pytest.approx(2 * moved / 1e5 - computing)
+
+
+@pytest.mark.parametrize(
+    "trained, woken, forward, backward", [(True, False, 2, 2), (False, True, 2, 1), (False, False, 1, 0)]
+)
+def test_a_tower(trained, woken, forward, backward):
+    tower = TowerFacts(TowerSizes(32, 64, 3), 1000, merge=4, item=16, levels=1, trained=trained, woken=woken)
+    work = WORK._replace(tower=tower)
+    step, text = (step_of(work, Mesh(1, 2, 2, 1), Choice(), 100, 1, 3, RATES, images) for images in (40, 0))
+    matrices, pairs = 160 * 3 * 4 * 32 * (2 * 32 + 64), 160 * 3 * 4 * 32 * 16
+    numbers = 160 * 3 * (16 * 32 + 4 * 64) * 2
+    graph = trained or woken
+    sent = 2 * 40 * 512 * (2 + 4 * graph) / 2
+    seconds = (forward + backward) * matrices / 2e9 + forward * pairs / 1e9 + graph * 2.5 * pairs / 5e8
+    seconds += (forward + 2 * graph) * numbers / 1e9
+    assert step.parts["vision tower"] == pytest.approx(3 * (seconds / 2 + sent / 1e8))
+    assert text.parts["vision tower"] == 0
+    assert messages(step)["towers"].near == pytest.approx(3 * sent)
+    passes = 3 if trained else 1 + woken
+    assert step.flops - text.flops == pytest.approx(3 * passes * (matrices + pairs))
 
 
 def test_short_steps_wait_for_launches():

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ...distributed.host import on_host
-from .dealing import TowerSizes, dealt, dealt_in_order
+from ...memory.tower_facts import TowerSizes
+from .dealing import dealt, dealt_in_order
 
 GRIDS = ("image_grid_thw", "video_grid_thw")
 """Arguments `[n, 3]` that hold the frames, rows and columns of the patches of each item."""

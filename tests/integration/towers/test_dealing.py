@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from hf_context_parallel.integration.towers.dealing import TowerSizes, dealt, dealt_in_order
+from hf_context_parallel.integration.towers.dealing import dealt, dealt_in_order
+from hf_context_parallel.memory.tower_facts import TowerSizes
 from tests.helpers.examples import examples
 
 COSTS = st.lists(st.integers(1, 1000), min_size=1, max_size=20)
