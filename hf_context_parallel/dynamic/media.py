@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..distributed.agreement import fingerprint
 from ..distributed.host import on_host
 from ..integration.model_registry import decoder_of, known_multimodal
-from ..integration.towers.dealing import TowerSizes
 from ..integration.towers.division import LENGTHS, SIZES, Division, divide
 from ..integration.towers.shared import TOWERS
+from ..memory.tower_facts import TowerSizes
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
 """Inputs `[B, S]` that say of which kind a token is."""

@@ -1,8 +1,7 @@
-"""Bytes of a vision tower on a rank, which encodes its share of the images of a batch and gathers all features."""
+"""Bytes of a vision tower on a rank, which encodes its share of images and takes the features of its own tokens."""
 
 from __future__ import annotations
 
-from ..distributed.messages import accumulation_dtype
 from .job import Job
 
 WIDE = 4
@@ -17,11 +16,11 @@ class TowerParts:
     Attributes:
         pixels: those of all batches on the device. Every rank has the pixels of all images of its group.
         kept: what the tower keeps until its backward; 0 if it has no graph.
-        forward: bytes while a layer runs forward, or features are gathered, beyond these.
-        features: features of all images that the output of the model holds until the loss is there.
-        joined: those that its forward joins from them, while layers of the decoder run.
+        forward: bytes while a layer runs forward, or features are exchanged, beyond these.
+        features: features of the images of this rank, which the output of the model holds until the loss is there.
+        joined: those of the tokens of this rank, while layers of the decoder run.
         gradients: gradients of those that DeepStack adds, when backward has reached the first layer.
-        backward: bytes while a layer runs backward, or gradients of features are summed, beyond `kept`.
+        backward: bytes while a layer runs backward, or gradients of features are exchanged, beyond `kept`.
     """
 
     def __init__(self, job: Job):
@@ -32,19 +31,19 @@ class TowerParts:
         width, inner, layers = tower.sizes[:3]
         patches = -(-job.image_tokens * tower.merge // job.cp)
         one, mlp = patches * width, patches * inner
-        all_features = job.image_tokens * job.facts.hidden * size
+        level = job.image_tokens / job.cp * job.facts.hidden * size  # of the features of this rank
         levels = tower.levels
         self.pixels = job.batches * job.image_tokens * tower.merge * tower.numbers * WIDE
-        of_rank = (patches * tower.numbers * WIDE if job.cp > 1 else 0) + levels * all_features / job.cp
+        of_rank = (patches * tower.numbers * WIDE if job.cp > 1 else 0) + levels * level
         positions = one * WIDE * (1 + 2 / tower.heads)  # embedded, and their cosines and sines
         # A layer has hidden states, queries, keys and values, and then either terms of the rotation in float32, or
         # the outputs of attention, or the MLP.
         rotating = 5 * one * size + 4 * one * WIDE + (2 * one * WIDE if size < WIDE else 0)
         encoding = of_rank + positions + max(rotating, 10 * one * size, (3 * one + 2 * mlp) * size)
-        # Features of all ranks in pieces, joined, and in their order.
-        gathering = (levels + 3) * all_features if job.cp > 1 else 0.0
-        self.forward = max(encoding, gathering)
-        self.features = self.joined = (levels + 1) * all_features
+        # Features that are there, those that were taken, and one level that is sent and received.
+        exchanging = (2 * (levels + 1) + 2) * level if job.cp > 1 else 0.0
+        self.forward = max(encoding, exchanging)
+        self.features = self.joined = (levels + 1) * level
         if not tower.trained and not (tower.woken and job.checkpointing):
             return
         # A layer saves its input, both normed states, queries, keys and values, those that are rotated, the output of
@@ -55,9 +54,8 @@ class TowerParts:
         self.kept += (levels + 1) * merger + 2 / tower.heads * one * WIDE
         if tower.trained and size < WIDE:
             self.kept += patches * tower.numbers * size  # pixels, cast
-        self.gradients = levels * all_features
-        wide = job.image_tokens * job.facts.hidden * accumulation_dtype(job.dtype).itemsize
-        summing = (levels + 1) * all_features + (2 * wide if job.cp > 1 else 0.0)
+        self.gradients = levels * level
+        summing = (levels + 1) * level + ((levels + 3) * level if job.cp > 1 else 0.0)
         # The merger is done. Of the MLP's tensors one is freed when the gradients of both are there.
         again = saved if job.checkpointing else 0.0
         self.backward = max(summing, again + (mlp + one) * size - merger)

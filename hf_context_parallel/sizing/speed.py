@@ -186,7 +186,7 @@ def step_of(
     reducing = _tensor_parallel(work, mesh, tokens, machine)
     sharding, averaging = _sharded(work, mesh, machine)
     host = _host_bytes(work, mesh, choice, tokens)
-    encoding, gathering = _tower(work, mesh, rows * images, machine)
+    encoding, exchange = _tower(work, mesh, rows * images, machine)
     of_layers = computing + attention.messages + _seconds(reducing, machine, 6 * work.layers)
     hidden = runs * (linear + elementwise)
     parts = {
@@ -200,13 +200,13 @@ def step_of(
             runs * _seconds(sharding, machine, 3 * work.layers) + _seconds(averaging, machine, work.layers), hidden
         ),
         "copies to the host": runs * _shown(2 * host / rates.host, computing),
-        "vision tower": runs * (encoding + _seconds(gathering, machine, 2)),
+        "vision tower": runs * (encoding + _seconds(exchange, machine, 2)),
         "optimizer": OPTIMIZER_BYTES * work.trained / mesh.tp / mesh.fsdp / machine.memory,
     }
     messages = (
         Messages("CP: keys/values, heads", runs * attention.traffic.near, runs * attention.traffic.far),
         Messages("TP: activations", runs * reducing.near, runs * reducing.far),
-        Messages("towers: features", runs * gathering.near, runs * gathering.far),
+        Messages("towers: features", runs * exchange.near, runs * exchange.far),
         Messages("FSDP: weights, gradients", runs * sharding.near, runs * sharding.far),
         Messages("replicas: gradients", averaging.near, averaging.far),
         Messages("host: checkpoints, kept attention", host=runs * 2 * host),
@@ -250,7 +250,7 @@ def _passes(tower: TowerFacts | None) -> int:
 
 
 def _tower(work: Work, mesh: Mesh, images: int, machine: Machine) -> tuple[float, Traffic]:
-    """Estimate a tower in a run: seconds of a rank that encodes its share, and bytes of features that it sends.
+    """Estimate a tower in a run: seconds of a rank for its share, and bytes of features and gradients that it sends.
 
     Args:
         images: tokens of images in the sequences of a CP group.
@@ -268,9 +268,9 @@ def _tower(work: Work, mesh: Mesh, images: int, machine: Machine) -> tuple[float
     seconds = (again + backward) * matrices / machine.linear
     seconds += again * attention / machine.forward + has_graph * 2.5 * attention / machine.backward
     seconds += (again + 2 * has_graph) * numbers * work.itemsize / machine.memory
-    features = (1 + tower.levels) * images * work.hidden
-    sent = features * (work.itemsize + 4 * has_graph)  # gradients are summed in float32
-    return seconds, _collective(sent, mesh.cp, mesh.tp, machine.node)
+    # Features go to the ranks of their tokens, and gradients back.
+    sent = (1 + tower.levels) * images / mesh.cp * work.hidden * work.itemsize * (1 + has_graph)
+    return seconds, _all_to_all(sent, mesh.cp, mesh.tp, machine.node)
 
 
 def _linear_flops(work: Work, choice: Choice) -> float:
@@ -371,6 +371,12 @@ def _collective(total: float, size: int, stride: int, node: int) -> Traffic:
     nodes = -(-size // together)
     near = total * (size - 1) / size if together > 1 else 0.0
     return Traffic(near, total * (nodes - 1) / nodes / together, 0)
+
+
+def _all_to_all(total: float, size: int, stride: int, node: int) -> Traffic:
+    """Bytes that a rank sends when `size` ranks, `stride` apart, exchange `total` bytes of each evenly."""
+    together = max(1, min(size, node // stride))
+    return Traffic(total * (together - 1) / size, total * (size - together) / size, 0)
 
 
 def _add(*parts: Traffic) -> Traffic:

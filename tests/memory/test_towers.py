@@ -83,7 +83,7 @@ def test_bytes_of_a_tower():
     assert (still.kept, still.backward, still.gradients) == (0, 0, 0) and still.forward == parts.forward
     assert TowerParts(replace(job(), batches=3)).pixels == 3 * parts.pixels
     shared = TowerParts(job(cp=2))
-    assert shared.kept == parts.kept / 2 and shared.pixels == parts.pixels and shared.features == parts.features
+    assert shared.kept == parts.kept / 2 and shared.pixels == parts.pixels and shared.features == parts.features / 2
     without = TowerParts(replace(job(), image_tokens=0))
     assert set(vars(without).values()) == {0}
 

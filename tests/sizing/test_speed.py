@@ -137,7 +137,7 @@ def test_a_tower(trained, woken, forward, backward):
     matrices, pairs = 160 * 3 * 4 * 32 * (2 * 32 + 64), 160 * 3 * 4 * 32 * 16
     numbers = 160 * 3 * (16 * 32 + 4 * 64) * 2
     graph = trained or woken
-    sent = 2 * 40 * 512 * (2 + 4 * graph) / 2
+    sent = 2 * 40 / 2 * 512 * 2 * (1 + graph) / 2  # half of a rank's features, and of their gradients
     seconds = (forward + backward) * matrices / 2e9 + forward * pairs / 1e9 + graph * 2.5 * pairs / 5e8
     seconds += (forward + 2 * graph) * numbers / 1e9
     assert step.parts["vision tower"] == pytest.approx(3 * (seconds / 2 + sent / 1e8))
