@@ -12,24 +12,26 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distributed.agreement import fingerprint
 from ..distributed.host import on_host
+from ..integration.checks.media import PLACEHOLDERS
 from ..integration.model_registry import decoder_of, known_multimodal
-from ..integration.towers.division import LENGTHS, SIZES, Division, divide
+from ..integration.towers.division import GRIDS, SIZES, Division, divide, lists_by_row
 from ..integration.towers.shared import TOWERS
 from ..memory.tower_facts import TowerSizes
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
 """Inputs `[B, S]` that say of which kind a token is."""
-AXES = 3
+IMAGE_AXES = 3
 """Number of axes of positions that models with images have: frames, rows and columns."""
 PADDED_BY = (SIZES, "pixel_attention_mask", "pixel_mask")
 """Inputs that say which part of an image is padding, so that images of several sizes are padded with zeros."""
 PACKED = "packed"
-"""Kind of batch that shows that the documents of a row with media are told apart."""
+"""Kind of batch in the table of types. A type that has it was found exact with images in packed rows."""
+EQUAL = {"pixel_attention_mask", "pixel_mask", "high_res_pixel_values"}
+"""Inputs of towers that give all images equally many tokens, or as many as their grids say."""
 
 Media = dict[str, torch.Tensor]
 Span = tuple[int, int, int]
 """Row, first token, and the token after the last one, of a document."""
-_ENDINGS = ("token_id", "token_index", "patch_id")
 _BATCH_OF_ONE = "Make batches of one sample (per_device_train_batch_size=1, with gradient accumulation)"
 
 
@@ -41,7 +43,7 @@ class Kind(NamedTuple):
         arguments: inputs of the model for them. The first holds what is encoded.
         config: the configuration of the tower, or None.
         placeholders: ids of the tokens whose places the features take.
-        products: products of two numbers that a unit of the cost of an item takes, in all passes of a step.
+        products: products of two numbers in a unit of `TowerSizes.cost`, in all passes of a step.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Kind(NamedTuple):
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
             raise ValueError(
                 f"dynamic=True deals samples to groups with their {self.name}s, and these inputs cannot be divided by "
-                f"{self.name}s: {shapes}. {_BATCH_OF_ONE}, or set dynamic=False."
+                f"{self.name}s: {shapes}. Set dynamic=False."
             )
         return division
 
@@ -87,7 +89,7 @@ class MediaOfModel:
         self._index: Callable | None = next(
             (part.get_rope_index for part in module.modules() if hasattr(part, "get_rope_index")), None
         )
-        self.axes = AXES if self.kinds and self._index is not None else 0
+        self.axes = IMAGE_AXES if self.kinds and self._index is not None else 0
         """Number of axes of positions beside those in the text."""
 
     def cut(self, batch: Mapping[str, Any], ids: torch.Tensor, spans: Sequence[Span]) -> list[Media]:
@@ -115,23 +117,24 @@ class MediaOfModel:
         return found
 
     def positions(self, ids: torch.Tensor, types: Mapping[str, torch.Tensor], media: Media) -> torch.Tensor:
-        """Return the positions of a document on the axes of images, `[AXES, length]`.
+        """Return the positions of a document on the axes of images, `[IMAGE_AXES, length]`.
 
         Args:
             ids: `[length]`.
             types: those of its `TYPES` that the batch has, `[length]` each.
+            media: its media. Without any, positions count tokens on all axes.
         """
-        plain = torch.arange(len(ids)).expand(AXES, -1)
+        plain = torch.arange(len(ids)).expand(IMAGE_AXES, -1)
         if self._index is None or not media:
             return plain
         given = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **media}
         given |= {name: x[None] for name, x in types.items()}
         taken = inspect.signature(self._index).parameters
         found = self._index(**{name: x for name, x in given.items() if name in taken})[0]
-        return found[:, 0].long() if found.dim() == 3 and len(found) == AXES else plain
+        return found[:, 0].long() if found.dim() == 3 and len(found) == IMAGE_AXES else plain
 
     def work(self, media: Media) -> tuple[int, int]:
-        """Count the products of two numbers that towers take for a sample: for all its items, and for the largest."""
+        """Count the products of two numbers that towers take for a sample: `(all items, the largest item)`."""
         costs = [
             kind.products * cost
             for kind in self.kinds
@@ -147,23 +150,25 @@ class MediaOfModel:
             for name in kind.arguments:
                 parts = [media[name] for media in samples if name in media]
                 if parts:
-                    by_row = any(_by_row(media, kind) for media in samples)
+                    by_row = any(_is_listed_by_row(media, kind) for media in samples)
                     result[name] = _concatenated(parts, dim=1 if by_row else 0)
         return result
 
     def forms(self, media: Media) -> list[int]:
-        """Return for each of `names` a number that joined samples have in common, or 0 if there is no such input."""
-        padded = any(name in media for name in PADDED_BY)
-        found = dict.fromkeys(self.names, 0)
+        """Return a fingerprint for each of `kinds`, 0 without such media. Samples of a row must have the same ones."""
+        found = []
         for kind in self.kinds:
-            for name in kind.arguments:
-                if (x := media.get(name)) is not None:
-                    others = None if padded else tuple(x.shape[2 if _by_row(media, kind) else 1 :])
-                    found[name] = fingerprint({"dtype": str(x.dtype), "dimensions": x.dim(), "others": others})
-        return list(found.values())
+            given = {name: media[name] for name in kind.arguments if name in media}
+            padded = any(name in given for name in PADDED_BY)
+            form: dict[str, Any] = {}
+            for name, x in given.items():
+                others = None if padded else tuple(x.shape[2 if _is_listed_by_row(given, kind) else 1 :])
+                form[name] = str(x.dtype), x.dim(), others
+            found.append(fingerprint(form) if form else 0)
+        return found
 
     def _check(self, batch: Mapping[str, Any]) -> None:
-        """Refuse media that documents of a row cannot have, or that lack the types of their tokens."""
+        """Refuse types that are not exact in packed rows, and batches without types of tokens that the model takes."""
         name = self._module.config.model_type
         known = known_multimodal().get(name)
         if known is not None and PACKED not in known["errors"]:
@@ -189,7 +194,7 @@ def _kind(module: PreTrainedModel, name: str, taken: Mapping[str, Any]) -> Kind 
     if not arguments:
         return None
     kind, config = name.split("_")[1], getattr(owner.config, TOWERS[name], None)
-    ids = (getattr(owner.config, f"{kind}_{ending}", None) for ending in _ENDINGS)
+    ids = (getattr(owner.config, f"{kind}_{ending}", None) for ending in PLACEHOLDERS)
     text = {id(x) for x in text_parameters(module)}
     trained = any(x.requires_grad for x in owner.parameters() if id(x) not in text)
     passes = 3 if trained else 1  # backward takes twice as much as forward
@@ -221,13 +226,17 @@ def _items(division: Division, counts: Sequence[int], kind: Kind) -> list[list[i
     if len(counts) == 1 or len(holders) == 1:
         only = holders[0] if holders else 0
         return [every if number == only else [] for number in range(len(counts))]
-    equal = division.patches is None and not {SIZES, LENGTHS} & set(division.by_item)
-    weights = division.patches or ([1] * len(every) if equal else [])
-    # A document has the items whose share of all patches is its share of all placeholders.
-    total = sum(counts)
-    ends = {end * total: number for number, end in enumerate(accumulate(weights), start=1)}
-    edges = [0, *(ends.get(end * sum(weights), 0) for end in accumulate(counts))]
-    if not weights or not total or any(count and not end for count, end in zip(counts, edges[1:])):
+    # All items have equally many placeholders, or all their patches.
+    weights = division.patches or [1] * len(every)
+    tokens, patches = sum(counts), sum(weights)
+    is_known = tokens and not set(division.by_item) - {*EQUAL, *GRIDS}
+    if division.patches is None:
+        is_known = is_known and tokens % patches == 0
+    else:
+        is_known = is_known and patches % tokens == 0 and all(one % (patches // tokens) == 0 for one in weights)
+    ends = {end * tokens: number for number, end in enumerate(accumulate(weights), start=1)}
+    edges = [0, *(ends.get(end * patches, 0) for end in accumulate(counts))]
+    if not is_known or any(count and not end for count, end in zip(counts, edges[1:])):
         raise ValueError(
             f"dynamic=True deals samples to groups with their {kind.name}s, and it is not clear which of the "
             f"{len(every)} {kind.name}s belong to which of {len(counts)} samples with {list(counts)} placeholders. "
@@ -236,10 +245,10 @@ def _items(division: Division, counts: Sequence[int], kind: Kind) -> list[list[i
     return [every[begin:end] if count else [] for count, begin, end in zip(counts, accumulate(edges, max), edges[1:])]
 
 
-def _by_row(media: Media, kind: Kind) -> bool:
-    """Return whether the images of a row are listed along the second dimension, `[1, n, C, H, W]`."""
-    pixels = media.get(kind.arguments[0])
-    return pixels is not None and pixels.dim() == 5 and kind.name == "image" and SIZES not in media
+def _is_listed_by_row(media: Media, kind: Kind) -> bool:
+    """Return whether a sample lists its images along the second dimension."""
+    name = kind.arguments[0]
+    return name in media and lists_by_row(name, media[name], media)
 
 
 def _concatenated(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

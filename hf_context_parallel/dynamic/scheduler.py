@@ -50,11 +50,13 @@ class _Known(NamedTuple):
 
     @classmethod
     def of(cls, entries: list[int]) -> _Known:
+        """Read an entry of what was gathered."""
         *numbers, forms = *entries[:NUMBERS], tuple(entries[NUMBERS:])
         return cls(*numbers, forms)
 
 
 NUMBERS = len(_Known._fields) - 1
+"""Numbers of an entry before the forms."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ class Scheduler:
         with collective(world(), "models or settings", "Give every process the same model and settings.") as notes:
             parts = [cut(batch, self._media) for batch in batches]
             samples = [sample for part in parts for sample in part]
-            targets = [count for part in parts for count in [sum(x.targets for x in part)] * len(part)]
+            targets: list[int] = []
+            for part in parts:
+                targets += [sum(sample.targets for sample in part)] * len(part)
             if any(sample.media for sample in samples):
                 _refuse_sharded_towers(self._model)
             packed = [bytes_of(sample.media) for sample in samples]
@@ -176,7 +180,7 @@ class Scheduler:
             ValueError: if two ranks of a CP group have loaded different samples.
         """
         everyone = world()
-        width = NUMBERS + len(self._media.names)
+        width = NUMBERS + len(self._media.kinds)
         own = torch.zeros(2 + max(counts) * width, dtype=torch.int64)
         own[0], own[1] = self._extent.data_rank, mark
         entries = []
@@ -191,10 +195,10 @@ class Scheduler:
             dist.all_gather(notes, own)
         found: dict[int, tuple[int, int, list[_Known]]] = {}
         for rank, (count, note) in enumerate(zip(counts, notes)):
-            share, mark = note[:2].tolist()
+            share, other_mark = note[:2].tolist()
             mine = [_Known.of(entry) for entry in note[2 : 2 + count * width].view(count, width).tolist()]
-            first, *known = found.setdefault(share, (rank, mark, mine))
-            if known != [mark, mine]:
+            first, *known = found.setdefault(share, (rank, other_mark, mine))
+            if known != [other_mark, mine]:
                 raise ValueError(
                     f"ranks {first} and {rank} are in one CP group and have loaded different samples. Use "
                     "ContextParallelTrainer or cp.prepare_data_loader(), which deal samples to CP groups."
@@ -203,7 +207,7 @@ class Scheduler:
 
     def _refuse_different(self, samples: Sequence[_Known], names: Sequence[str]) -> None:
         """Refuse media that cannot be joined in a row."""
-        for place, name in enumerate(self._media.names):
+        for place, kind in enumerate(self._media.kinds):
             forms: dict[int, str] = {}
             for sample, title in zip(samples, names):
                 if sample.forms[place]:
@@ -211,9 +215,9 @@ class Scheduler:
             if len(forms) > 1:
                 first, second, *_ = forms.values()
                 raise ValueError(
-                    f"dynamic=True joins the media of samples, and {name} of {first} and of {second} differ in dtype "
-                    "or in a dimension beside the number of items. Let the processor make all images of one size, or "
-                    "set dynamic=False."
+                    f"dynamic=True joins the media of samples, and the {kind.name}s of {first} and of {second} differ "
+                    f"in which of {', '.join(kind.arguments)} there are, in a dtype, or in a dimension beside their "
+                    "number. Let the processor make them alike, or set dynamic=False."
                 )
 
     def _routed(

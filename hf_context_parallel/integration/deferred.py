@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,19 +11,22 @@ from typing import Any
 
 import torch
 
-from ..compat import tree_map
+from ..compat import tree_leaves, tree_map
 
 COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
 """Names of operators that compare, in the module `operator`."""
-COMPUTED = ("add", "sub", "mul", "truediv", "pow", "matmul")
-"""Names of operators of two tensors that have a method for a tensor on the right."""
+COMPUTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+"""Names of operators that Python looks up on the right operand too, as `__radd__`."""
+LIKE = (torch.Tensor.to, torch.Tensor.type_as)
+"""Methods that cast to the dtype, and `to` to the device, of another tensor."""
 
 
 class Deferred(ABC):
     """Tensor that is made when it is used.
 
-    A class says what it can record, or answer without the tensor. Anything else makes the tensor. Since that may
-    write to the tensor, a tensor that was made is used from then on.
+    A class says what it can record, or answer without the tensor. Other methods, functions and operators of tensors
+    make it. Since they may write to it, a tensor that was made is used from then on. This is no `torch.Tensor`, and
+    `isinstance` says so.
     """
 
     @cached_property
@@ -82,8 +86,14 @@ class Deferred(ABC):
 
     def _call(self, function: Callable, *args: Any, **options: Any) -> Any:
         """Record a method of tensors, or compute it."""
-        result = self._recorded(function, (self, *args), options)
-        return function(*made((self, *args)), **made(options)) if result is None else result
+        return _computed(function, (self, *args), options)
+
+    def _changed(self, **fields: Any) -> Any:
+        """Return a copy with other fields, whose tensor is not made."""
+        changed = copy.copy(self)
+        vars(changed).pop("whole", None)
+        vars(changed).update(fields)
+        return changed
 
     def __getitem__(self, index: Any) -> Any:
         return self.whole[made(index)]
@@ -95,12 +105,7 @@ class Deferred(ABC):
     def __torch_function__(
         cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        listed = (x for value in args if isinstance(value, (list, tuple)) for x in value)
-        for x in (*args, *listed):
-            result = x._recorded(function, args, kwargs or {}) if isinstance(x, Deferred) else None
-            if result is not None:
-                return result
-        return function(*made(args), **made(kwargs or {}))
+        return _computed(function, args, kwargs or {})
 
     def _recorded(self, function: Callable, args: tuple, options: dict[str, Any]) -> Any:
         """Record a function of tensors, this one among them. Return its result, or None if it is to be computed."""
@@ -111,14 +116,26 @@ def _operator(name: str, is_right: bool = False) -> Callable:
     function = getattr(operator, name)
 
     def apply(self: Deferred, *others: Any) -> Any:
-        args = (*others, self) if is_right else (self, *others)
-        result = self._recorded(function, args, {})
-        return function(*made(args)) if result is None else result
+        return _computed(function, (*others, self) if is_right else (self, *others), {})
 
     return apply
 
 
-for _name in ("neg", *COMPARED, *COMPUTED):
+def _computed(function: Callable, args: tuple, options: dict[str, Any]) -> Any:
+    """Record a function of tensors that are deferred, or compute it."""
+    if function in LIKE and len(args) > 1 and isinstance(args[1], Deferred):
+        function, args = torch.Tensor.to, (args[0], args[1].device, args[1].dtype, *args[2:])
+        if not isinstance(args[0], Deferred):
+            return function(*args, **options)
+    listed = (x for value in args if isinstance(value, (list, tuple)) for x in value)
+    for x in (*args, *listed):
+        result = x._recorded(function, args, options) if isinstance(x, Deferred) else None
+        if result is not None:
+            return result
+    return function(*made(args), **made(options))
+
+
+for _name in ("neg", "abs", *COMPARED, *COMPUTED):
     setattr(Deferred, f"__{_name}__", _operator(_name))
 for _name in COMPUTED:
     setattr(Deferred, f"__r{_name}__", _operator(_name, is_right=True))
@@ -127,4 +144,11 @@ Deferred.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is 
 
 def made(tree: Any) -> Any:
     """Replace the deferred tensors in nested containers by those that they stand for."""
+    if not has_deferred(tree):  # some outputs of models cannot be made anew
+        return tree
     return tree_map(lambda x: x.whole if isinstance(x, Deferred) else x, tree)
+
+
+def has_deferred(tree: Any) -> bool:
+    """Return whether there is a deferred tensor in nested containers."""
+    return any(isinstance(x, Deferred) for x in tree_leaves(tree))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 ITEM = 4096
-"""Patches of an image, if the tower takes images of any size."""
+"""Patches that an image counts as, where the tower takes images of any size. It is assumed."""
 
 
 class TowerSizes(NamedTuple):
@@ -49,9 +49,9 @@ class TowerSizes(NamedTuple):
         return frames * ((self.layers - self.windowed) * full + self.windowed * windows)
 
     def cost(self, frames: int, height: int, width: int) -> int:
-        """Compute the cost of an item, in products of two numbers, over twice the width.
+        """Compute the cost of an item, in units of `2 * width` products of two numbers.
 
-        A layer takes `2 * width * (2 * width + inner)` products for a patch, and `2 * width` for a pair.
+        A patch costs `2 * width + inner` in a layer, and a pair of patches 1.
         """
         patches = frames * height * width
         return self.layers * patches * (2 * self.width + self.inner) + self.pairs(frames, height, width)
@@ -66,7 +66,7 @@ class TowerFacts:
         parameters: all parameters of the model outside of its decoder and its head.
         merge: patches that make one token of the decoder.
         heads: heads of its attention.
-        numbers: numbers of a patch as the processor gives it.
+        numbers: numbers of a patch among the pixels: channels x side x side x frames of a patch.
         item: patches of an image.
         levels: features of a token beside those that take its place: those that DeepStack adds in layers.
         trained: True if its parameters are trained.

@@ -14,12 +14,12 @@ class TowerParts:
     Counted are layers of two norms, attention with rotated queries and keys, and an MLP of two matrices.
 
     Attributes:
-        pixels: those of all batches on the device. Every rank has the pixels of all images of its group.
+        pixels: pixels of all batches of a step. A rank has those of all images of its group.
         kept: what the tower keeps until its backward; 0 if it has no graph.
-        forward: bytes while a layer runs forward, or features are exchanged, beyond these.
-        features: features of the images of this rank, which the output of the model holds until the loss is there.
-        joined: those of the tokens of this rank, while layers of the decoder run.
-        gradients: gradients of those that DeepStack adds, when backward has reached the first layer.
+        forward: bytes beside `pixels` and `kept` while the tower runs forward, or features are exchanged.
+        features: features that this rank has encoded. The output of the model holds them until the loss is computed.
+        joined: features that the tokens of this rank take, while the decoder runs.
+        gradients: gradients of the features of DeepStack, when backward has reached the first layer.
         backward: bytes while a layer runs backward, or gradients of features are exchanged, beyond `kept`.
     """
 
@@ -31,7 +31,9 @@ class TowerParts:
         width, inner, layers = tower.sizes[:3]
         patches = -(-job.image_tokens * tower.merge // job.cp)
         one, mlp = patches * width, patches * inner
-        level = job.image_tokens / job.cp * job.facts.hidden * size  # of the features of this rank
+        level = (
+            job.image_tokens / job.cp * job.facts.hidden * size
+        )  # bytes of one feature of each image token of this rank
         levels = tower.levels
         self.pixels = job.batches * job.image_tokens * tower.merge * tower.numbers * WIDE
         of_rank = (patches * tower.numbers * WIDE if job.cp > 1 else 0) + levels * level
@@ -40,7 +42,7 @@ class TowerParts:
         # the outputs of attention, or the MLP.
         rotating = 5 * one * size + 4 * one * WIDE + (2 * one * WIDE if size < WIDE else 0)
         encoding = of_rank + positions + max(rotating, 10 * one * size, (3 * one + 2 * mlp) * size)
-        # Features that are there, those that were taken, and one level that is sent and received.
+        # Features encoded here, features taken, and the buffers in which one level is sent and received.
         exchanging = (2 * (levels + 1) + 2) * level if job.cp > 1 else 0.0
         self.forward = max(encoding, exchanging)
         self.features = self.joined = (levels + 1) * level
@@ -56,6 +58,6 @@ class TowerParts:
             self.kept += patches * tower.numbers * size  # pixels, cast
         self.gradients = levels * level
         summing = (levels + 1) * level + ((levels + 3) * level if job.cp > 1 else 0.0)
-        # The merger is done. Of the MLP's tensors one is freed when the gradients of both are there.
+        # The merger has freed what it saved. Of the MLP's tensors one is freed when the gradients of both are there.
         again = saved if job.checkpointing else 0.0
         self.backward = max(summing, again + (mlp + one) * size - merger)

@@ -113,6 +113,25 @@ def test_batches_that_cannot_be_cut_are_refused(change, said):
         cut(change(batch), media)
 
 
+def test_images_of_unequal_tokens_are_not_told_apart_by_shares():
+    """Refuse images that have tokens by their shapes, where two small ones weigh as much as a large one."""
+    media, _, _ = media_of("llava")
+    ids = torch.full((2, 20), 5)
+    ids[0, :8] = ids[1, :16] = 48
+    spans = [(0, 0, 20), (1, 0, 20)]
+    batch = {"pixel_values": drawn(3, 3, 56, 56)}
+    [kind] = [x for x in media.kinds if x.name == "image"]
+    for described in ("spatial_shapes", "image_merge_sizes"):
+        media.kinds = [kind._replace(arguments=("pixel_values", described))]
+        media.names = media.kinds[0].arguments
+        with pytest.raises(ValueError, match="not clear which of the 3 images belong to which of 2 samples"):
+            media.cut({**batch, described: torch.tensor([[2, 2], [2, 2], [4, 4]])}, ids, spans)
+        assert media.cut({**batch, described: torch.ones(3, 2)}, ids, spans[:1])[0].keys() == {
+            "pixel_values",
+            described,
+        }
+
+
 def test_types_without_packed_rows_are_refused():
     model = image_model("qwen3_vl", None)
     _, _, batch = media_of("qwen3_vl")
@@ -141,7 +160,7 @@ def test_media_that_cannot_be_dealt_are_refused_on_every_rank(on_ranks):
     found = on_ranks(4, messages_of_ranks)
     assert all(x == found[0] for x in found)
     shapes, sharded = found[0]
-    assert "pixel_values of sample 0 of data rank 0 and of sample 0 of data rank 1 differ" in shapes
+    assert "the images of sample 0 of data rank 0 and of sample 0 of data rank 1 differ" in shapes
     assert "FSDP shards model.vision_tower." in sharded
 
 

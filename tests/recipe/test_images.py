@@ -136,10 +136,6 @@ def test_documents_keep_what_the_collator_reads():
         (["data.images=scans", "data.format=tokens"], "does not fit format='tokens'"),
         (["data.images=drawn", "data.format=chat"], "texts for images='drawn'"),
         (["data.image_options={do_resize: false}"], "Name their column in images"),
-        (
-            ["data.images=drawn", "context_parallel={size: 2, dynamic: true, max_tokens_per_rank: 64}"],
-            "dynamic=true deals",
-        ),
         (["data.images=scans", "trainer=sft"], "data.images is for recipes without a trainer of TRL"),
     ],
 )

@@ -1,9 +1,9 @@
 """The border of a decoder: whole batches come in, shards are computed, whole outputs go out.
 
-What lies outside of the border (embeddings of images, heads, losses, metrics, loops) is stock and sees whole batches.
-All N ranks compute it alike, each with the whole loss. The gradient of one process is then the *mean* over the ranks,
-as DDP and FSDP2 compute it. What a rank computes of its shard alone gets N times its gradient, since all N losses
-depend on it, and the mean divides by N again.
+What lies outside of the border (towers, heads, losses, metrics, loops) is stock and is called with whole batches. For
+some large tensors it gets stand-ins, see `deferred.py`. All N ranks compute the rest alike, each with the whole loss.
+The gradient of one process is then the *mean* over the ranks, as DDP and FSDP2 compute it. What a rank computes of its
+shard alone gets N times its gradient, since all N losses depend on it, and the mean divides by N again.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ embeddings return an object that records this, and the border of the decoder com
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from ...data.shard import Shard
 from ...distributed.host import beside
 from ..active_batch import active_batch
+from ..checks.media import REMEDY
 from ..deferred import Deferred, made
 from ..outer_call import in_call, outer_call
 from ..patches.module_patch import ModulePatch, has_hooks
@@ -76,8 +76,7 @@ class DeferredEmbeddings(Deferred):
             count = features.shape[:-1].numel()
             if count < marks.count:
                 raise ValueError(
-                    f"{marks.count} tokens take the place of media, and there are {count} features for them. Make the "
-                    "whole batch by the processor of the model, and cut no row within an image."
+                    f"{marks.count} tokens take the place of media, and there are {count} features for them. {REMEDY}."
                 )
         return found
 
@@ -162,8 +161,8 @@ class DeferredEmbeddings(Deferred):
         self, step: Callable[[torch.Tensor], torch.Tensor], some: torch.Tensor | None = None
     ) -> DeferredEmbeddings:
         """Record a step. Without `some`, it acts on each entry by itself."""
-        changed = copy.copy(self)
-        changed._steps, changed._some = (*self._steps, step), step(self._some) if some is None else some
+        some = step(self._some) if some is None else some
+        changed: DeferredEmbeddings = self._changed(_steps=(*self._steps, step), _some=some)
         return changed
 
     def __getitem__(self, index: Any) -> Any:

@@ -8,7 +8,6 @@ other use makes the logits, and gathers them.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections.abc import Callable, Mapping
@@ -206,10 +205,8 @@ class DeferredLogits(Deferred):
         return logits
 
     def _with(self, **changes: Any) -> DeferredLogits:
-        made = copy.copy(self)
-        for name in ("local", "whole"):  # these are computed anew
-            vars(made).pop(name, None)
-        vars(made).update(changes)
+        made: DeferredLogits = self._changed(**changes)
+        vars(made).pop("local", None)  # which is computed anew
         return made
 
     def _recorded(self, function: Callable, args: tuple, options: dict[str, Any]) -> Any:

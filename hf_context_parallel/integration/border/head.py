@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ...compat import language_model_classes, set_compiler, tree_leaves
+from ...compat import language_model_classes, set_compiler
 from ...config import ContextParallelConfig
 from ...cp_group import CPGroup
 from ...data.batch import IGNORED
@@ -25,7 +25,7 @@ from ...distributed.failures import FailureReport
 from ...distributed.host import Twin, on_host
 from ..checks.media import explained, warn_of_missing_media
 from ..checks.model import has_forward_of, stock_class
-from ..deferred import Deferred, made
+from ..deferred import has_deferred, made
 from ..model_registry import decoder_of
 from ..outer_call import OuterCall, in_call, outer_call
 from ..patches.module_patch import ModulePatch, by_name, has_hooks
@@ -164,8 +164,7 @@ class HeadCall(OuterCall):
     def _made(self, value: Any) -> Any:
         if isinstance(value, DeferredLogits) and self._config.logits == "shard":
             return value.local
-        is_deferred = any(isinstance(x, Deferred) for x in tree_leaves(value))
-        return None if is_deferred and self._leaves_out_logits else made(value)
+        return None if self._leaves_out_logits and has_deferred(value) else made(value)
 
 
 class OuterPatch(ModulePatch):
@@ -192,10 +191,7 @@ class OuterPatch(ModulePatch):
             if not alone:
                 warn_of_missing_media(module, parameters, given)
             if not alone and "use_cache" in parameters:
-                args, kwargs = (
-                    (),
-                    {**given, "use_cache": False},
-                )  # else some make a cache for the decoder
+                args, kwargs = (), {**given, "use_cache": False}  # else some make a cache for the decoder
             if not stays_on_shard(module, given):
                 if weights is not None:
                     raise _no_weights(module)

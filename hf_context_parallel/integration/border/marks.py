@@ -1,4 +1,4 @@
-"""Tokens that a mask marks, among those of each rank. Other tensors have a row for each token that is marked."""
+"""Tokens that a mask marks, such as those of images, and the features that they take: a vector for each."""
 
 from __future__ import annotations
 
@@ -71,5 +71,6 @@ class Wanted:
         return [received[id(x)] if id(x) in received else x._of_whole() for x in wanted]
 
     def _of_whole(self) -> torch.Tensor:
+        """Take the vectors of this rank, of features that every rank has."""
         features = self.features.whole if isinstance(self.features, DeferredFeatures) else self.features
         return self.marks.take(features.flatten(0, -2))

@@ -61,7 +61,7 @@ def _is_ours(error: Exception) -> bool:
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(__package__.split(".")[0])
 
 
-_ENDINGS = ("token_id", "token_index", "patch_id")
+PLACEHOLDERS = ("token_id", "token_index", "patch_id")
 """Endings of the fields of a configuration that hold the id of a placeholder."""
 _IMAGES = ("pixel_values", "pixel_values_images", "image_patches", "image_embeds")
 _VIDEOS = ("pixel_values_videos",)
@@ -118,7 +118,7 @@ def _placeholders(model: PreTrainedModel, parameters: Container[str]) -> dict[in
     videos = _VIDEOS if any(name in parameters for name in _VIDEOS) else _IMAGES
     found: dict[int, tuple[str, tuple[str, ...]]] = {}
     for kind, names in (("images", (*_IMAGES, *_VIDEOS)), ("videos", videos), ("audio", _SOUNDS)):
-        fields = (getattr(model.config, f"{kind.removesuffix('s')}_{ending}", None) for ending in _ENDINGS)
+        fields = (getattr(model.config, f"{kind.removesuffix('s')}_{ending}", None) for ending in PLACEHOLDERS)
         token = next((field for field in fields if isinstance(field, int)), None)
         if token is not None and token not in {*padding, *found} and any(name in parameters for name in names):
             found[token] = kind, names

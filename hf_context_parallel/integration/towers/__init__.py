@@ -1,1 +1,1 @@
-"""Towers of multimodal models: each rank encodes some of the images, videos or sounds, and gathers all features."""
+"""Towers of multimodal models: each rank encodes some of the images, videos or sounds, and sends features on."""

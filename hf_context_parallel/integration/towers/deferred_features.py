@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,10 +17,11 @@ from .gathering import Placement, gather_rows
 
 CASTS = tuple(getattr(torch.Tensor, name) for name in ("to", "float", "double", "half", "bfloat16", "contiguous"))
 """Methods of tensors that act on each entry by itself."""
+SHAPES = (torch.Tensor.view, torch.Tensor.reshape)
 
 
-class Marks(Protocol):
-    """Tokens of a batch, each of which takes a feature."""
+class Takers(Protocol):
+    """Tokens of a batch that take a feature each; see `border.marks.Marks`."""
 
     def rows_of(self, rank: int) -> torch.Tensor:
         """Return the rows of the features that the tokens of a rank take, in the order of these tokens."""
@@ -57,6 +57,7 @@ class DeferredFeatures(Deferred):
     def __init__(self, encoded: Encoded, number: int, rows: Sequence[int], item: int | None = None):
         self._encoded, self._number, self._rows, self._item = encoded, number, rows, item
         self._casts: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
+        self._is_flat = False
 
     def of_items(self) -> list[DeferredFeatures]:
         """Return the features of each item."""
@@ -68,14 +69,10 @@ class DeferredFeatures(Deferred):
         return self._placement.ranks
 
     @property
-    def tokens(self) -> int:
-        """Number of vectors `[D]` of all items."""
-        return self.shape[:-1].numel()
-
-    @property
     def shape(self) -> torch.Size:
         rows = sum(self._rows) if self._item is None else self._rows[self._item]
-        return torch.Size((rows, *self._values.shape[1:]))
+        shape = torch.Size((rows, *self._values.shape[1:]))
+        return torch.Size((shape[:-1].numel(), shape[-1])) if self._is_flat else shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +84,7 @@ class DeferredFeatures(Deferred):
 
     @property
     def local(self) -> torch.Tensor:
-        """Vectors `[n, D]` of this rank."""
+        """Vectors `[n, D]` that this rank has encoded, cast."""
         return self._cast(self._values).flatten(0, -2)
 
     def owners(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,17 +109,22 @@ class DeferredFeatures(Deferred):
 
     def _make(self) -> torch.Tensor:
         whole = self._encoded.gathered[self._number]
-        return self._cast(whole if self._item is None else whole.split(list(self._rows))[self._item])
+        whole = self._cast(whole if self._item is None else whole.split(list(self._rows))[self._item])
+        return whole.flatten(0, -2) if self._is_flat else whole
 
     def _recorded(self, function: Callable, args: tuple, options: dict[str, Any]) -> Any:
-        """Record casts, and the concatenation of all items."""
+        """Record casts, the concatenation of all items, and the shape `[n, D]`."""
         if self.is_made:
             return None
-        if function in CASTS and args[0] is self and not any(isinstance(x, torch.Tensor) for x in args[1:]):
-            cast = copy.copy(self)
-            cast._casts = (*self._casts, lambda x: function(x, *args[1:], **options))
-            return cast
-        if function is torch.cat and (*args[1:], *options.values()) in ((), (0,)) and self._are_all(args[0]):
+        others, width = (*args[1:], *options.values()), self.shape[-1]
+        if args[0] is self and not any(isinstance(x, (torch.Tensor, Deferred)) for x in others):
+            if function in CASTS:
+                return self._changed(_casts=(*self._casts, lambda x: function(x, *args[1:], **options)))
+            if function in SHAPES and others in ((-1, width), ((-1, width),)):
+                return self._changed(_is_flat=True)
+            if function is torch.Tensor.flatten and others == (0, 1) and self.ndim == 3:
+                return self._changed(_is_flat=True)
+        if function is torch.cat and others in ((), (0,)) and self._are_all(args[0]):
             return DeferredFeatures(self._encoded, self._number, self._rows)
         return None
 
@@ -137,13 +139,16 @@ class DeferredFeatures(Deferred):
         )
 
 
-def exchanged(wanted: Sequence[tuple[DeferredFeatures, Marks]]) -> tuple[torch.Tensor, ...]:
-    """Send features to the ranks whose tokens take them: vectors `[n, D]` for the tokens of this rank.
+def exchanged(wanted: Sequence[tuple[DeferredFeatures, Takers]]) -> tuple[torch.Tensor, ...]:
+    """Send features to the ranks whose tokens take them.
 
     All are sent in one node of the graph, so that ranks return gradients in the same order.
 
     Args:
-        wanted: features, each with the tokens that take them. They are the same on all ranks.
+        wanted: features, each with the tokens that take them. The entries and their order are the same on all ranks.
+
+    Returns:
+        For each entry, vectors `[n, D]` in the order of the tokens of this rank.
     """
     if not wanted:
         return ()
@@ -155,17 +160,17 @@ def exchanged(wanted: Sequence[tuple[DeferredFeatures, Marks]]) -> tuple[torch.T
 class _Route:
     """Way of vectors to the ranks that take them."""
 
-    def __init__(self, features: DeferredFeatures, marks: Marks):
+    def __init__(self, features: DeferredFeatures, takers: Takers):
         self._ranks = features.ranks
         owners, rows = features.owners()
-        every = [marks.rows_of(rank) for rank in range(self._ranks.size)]
+        every = [takers.rows_of(rank) for rank in range(self._ranks.size)]
         sent = [rows[numbers][owners[numbers] == self._ranks.rank] for numbers in every]
         self._sent, self._gives = torch.cat(sent), [len(numbers) for numbers in sent]
         taken = owners[every[self._ranks.rank]]
         self._gets = taken.bincount(minlength=self._ranks.size).tolist()
-        order = taken.argsort(stable=True)
-        self._places = order.argsort()
-        self._order = order
+        # Vectors arrive by the ranks that send them, and are taken in the order of the tokens.
+        self._order = taken.argsort(stable=True)
+        self._places = self._order.argsort()
 
     def send(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the tokens of this rank take, of the vectors of all ranks."""

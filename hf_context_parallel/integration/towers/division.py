@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ GRIDS = ("image_grid_thw", "video_grid_thw")
 SIZES = "image_sizes"
 """Argument `[n, 2]` that holds the height and width of each image."""
 LENGTHS = "feature_attention_mask"
-"""Argument `[n, frames]` of towers that encode no padding."""
+"""Argument `[n, frames]` of sounds, which have features by their length: the tower encodes no padding."""
 BY_ITEM = (
     SIZES,
     LENGTHS,
@@ -45,7 +46,7 @@ class Division(NamedTuple):
         by_item: names of the arguments `[n, ...]`.
         costs: the cost of each item.
         patches: number of patches of each item, if the pixels are `[patches, ...]` and not `[n, ...]`.
-        in_order: True if the items of a rank follow those of the rank before.
+        in_order: True if each rank gets consecutive items, in the order of the ranks.
         one_row: True if the items are the images of the only row of `[1, n, C, H, W]`.
     """
 
@@ -79,6 +80,19 @@ class Division(NamedTuple):
             local[self.pixels] = torch.cat([pieces[item] for item in items])
         return local
 
+    def some(self, ranks: int) -> Division:
+        """Return the call for the cheapest items: as many as cost no more than the share of a rank, but two at least.
+
+        A trial with them needs no more memory than the call itself.
+        """
+        cheapest = sorted(range(len(self.costs)), key=lambda item: (self.costs[item], item))
+        loads = list(accumulate(self.costs[item] for item in cheapest))
+        count = max(2, sum(load * ranks <= loads[-1] for load in loads))
+        items = sorted(cheapest[:count])
+        costs = [self.costs[item] for item in items]
+        patches = None if self.patches is None else [self.patches[item] for item in items]
+        return self._replace(given=self.taken(items), costs=costs, patches=patches)
+
     def _rows(self, value: Any, items: Sequence[int]) -> Any:
         if not isinstance(value, torch.Tensor):
             return [value[item] for item in items]
@@ -109,7 +123,9 @@ def divide(given: Mapping[str, Any], pixels: str, config: Any) -> Division | Non
     if any(name not in (*GRIDS, *BY_ITEM) for name in described) or len(grids) > 1:
         return None
     found = (
-        _by_grid(values, pixels, described, grids[0], config) if grids else _by_row(values, pixels, described, config)
+        _by_grid(values, pixels, described, grids[0], config)
+        if grids
+        else _by_first(values, pixels, described, config)
     )
     return None if found is None else found._replace(given=given)
 
@@ -132,25 +148,22 @@ def _by_grid(
     return Division(values, pixels, described, [sizes.cost(*row) for row in rows], patches, in_order=False)
 
 
-def _by_row(values: Mapping[str, Any], pixels: str, described: tuple[str, ...], config: Any) -> Division | None:
+def _by_first(values: Mapping[str, Any], pixels: str, described: tuple[str, ...], config: Any) -> Division | None:
     """Divide pixels `[n, ...]`, or the images of `[1, n, C, H, W]`."""
     x = values[pixels]
     if x.dim() < 3 or not x.numel():
         return None
     if x.dim() == 5 and SIZES not in described and _has_empty(x):  # models leave out the images that pad a row
         return None
-    if x.dim() == 5 and len(x) == 1 and pixels == "pixel_values" and SIZES not in described:
+    if lists_by_row(pixels, x, described):
         if any(values[name].shape[:2] != x.shape[:2] for name in described):
             return None
         return Division(values, pixels, described, [_cost_of_image(x[0], config)] * x.shape[1], one_row=True)
     if any(len(values[name]) != len(x) for name in described):
         return None
     if SIZES in described:
-        sizes, tower, patch = (
-            torch.as_tensor(values[SIZES]),
-            TowerSizes.of(config),
-            getattr(config, "patch_size", None),
-        )
+        sizes, tower = torch.as_tensor(values[SIZES]), TowerSizes.of(config)
+        patch = getattr(config, "patch_size", None)
         if sizes.dim() != 2 or sizes.shape[1] != 2 or not isinstance(patch, int):
             return None
         costs = [tower.cost(1, max(1, h // patch), max(1, w // patch)) for h, w in on_host(sizes).tolist()]
@@ -170,6 +183,11 @@ def _cost_of_image(x: torch.Tensor, config: Any) -> int:
     height, width = (max(1, side // patch) for side in x.shape[-2:])
     several = x.shape[-4] if x.dim() > 4 else 1  # images of a row, or tiles of an image
     return TowerSizes.of(config).cost(several, height, width)
+
+
+def lists_by_row(name: str, x: torch.Tensor, described: Container[str]) -> bool:
+    """Return whether pixels are the images of one row, `[1, n, C, H, W]`."""
+    return x.dim() == 5 and len(x) == 1 and name == "pixel_values" and SIZES not in described
 
 
 def _has_empty(x: torch.Tensor) -> bool:

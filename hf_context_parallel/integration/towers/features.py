@@ -17,7 +17,7 @@ FEATURES = "pooler_output"
 LEVELS = "deepstack_features"
 """Field that holds a list of features, one for each of some layers of the tower."""
 INSIDE = ("last_hidden_state", "hidden_states", "attentions")
-"""Fields that hold what a tower computes inside. The decoder gets nothing of them, so they are not gathered."""
+"""Fields that hold what a tower computes inside. The decoder gets nothing of them, so they are left out."""
 
 
 class Part(NamedTuple):
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     Args:
         name: the field of the output.
         values: `[rows, ...]`, the rows of the items in their order.
-        rows: number of rows of each item. In order of the batch, the first item may have those of all.
+        rows: number of rows of each item. Where only the order of items is known, the first item has those of all.
         kind: the type that holds the tensors of the items, or None for one tensor.
     """
 
@@ -61,7 +61,7 @@ class Parts(list[Part]):
         self.kind = type(output)
         self._division, self._ratios = division, []
         for name, value in output.items():
-            if name in INSIDE or value is None:
+            if name in INSIDE or not _has_values(value):
                 continue
             if name == LEVELS and isinstance(value, (list, tuple)):
                 self.extend(self._part(name, level, items) for level in value)
@@ -129,7 +129,12 @@ def same_features(found: ModelOutput, expected: ModelOutput) -> bool:
         counts = len(tree_leaves(value)), len(tree_leaves(expected.get(name)))
         if counts[0] != counts[1] or not all(_close(a, b) for a, b in pairs):
             return False
-    return {name for name, value in expected.items() if value is not None} <= {*found, *INSIDE}
+    return {name for name, value in expected.items() if _has_values(value)} <= {*found, *INSIDE}
+
+
+def _has_values(value: Any) -> bool:
+    """Return whether a field of an output holds anything. What a tower does not have is None or empty."""
+    return value is not None and not (isinstance(value, (list, tuple)) and not value)
 
 
 def _close(found: Any, expected: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Patch of the functions by which models encode media: each rank encodes a share, and gets the features of all."""
+"""Patch of the functions by which models encode media: each rank encodes a share, and features are deferred."""
 
 from __future__ import annotations
 
@@ -76,12 +76,13 @@ class SharedTowers:
     """Replaces the functions of models that encode media.
 
     In a call of a prepared model that is going to be sharded, the items are dealt to the ranks by their costs. Each
-    rank encodes its share, and the features are gathered. A rank without an item encodes the cheapest one, so that
-    all ranks take part in what hooks of towers do, and its parameters get a gradient of zero.
+    rank encodes its share, and the function returns deferred features. A rank without an item encodes the cheapest
+    one, so that all ranks take part in what hooks of towers do, and its parameters get a gradient of zero.
 
-    The first call that can be divided is a *trial*: it runs whole, and the features of the shares are compared with
-    those. What is not found equal runs whole on every rank from then on: arguments that are not known, features that
-    cannot be told apart by items, and towers that mix items, draw random numbers or have statistics of batches.
+    Before the first call that can be divided comes a *trial*: some of its items are encoded whole and by shares, and
+    the features are compared. What is not found equal runs whole on every rank from then on: arguments that are not
+    known, features that cannot be told apart by items, and towers that mix items, draw random numbers or have
+    statistics of batches.
 
     Args:
         decoder: the decoder, which is no part of a tower.
@@ -149,10 +150,10 @@ class SharedTowers:
         if division is None or len(division.costs) < 2 or exact.get(name) is False:
             return None
         if UNTRIED in notes.numbers:
-            if not _runs_in_step(module, group):
-                exact[name], output = _tried(function, division, group)
-                return output
-            exact[name] = division.patches is not None  # grids say what an item is
+            if _runs_in_step(module, group):
+                exact[name] = division.patches is not None  # grids say what an item is
+            else:
+                exact[name] = _is_same(function, division.some(group.size), group)
         output = _encoded(function, division, group) if exact[name] else None
         exact[name] = output is not None
         return output
@@ -164,14 +165,16 @@ class SharedTowers:
         return any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) or _drops(part) for part in parts)
 
 
-def _tried(function: Callable, division: Division, group: Groups) -> tuple[bool, Any]:
-    """Run a tower whole, and return whether the features of shares are the same, with its output."""
+def _is_same(function: Callable, division: Division, group: Groups) -> bool:
+    """Return whether the features of shares are those of the tower that runs whole."""
+    state = _random_state(group.device)
     with torch.no_grad():
         found = made(_encoded(function, division, group))
-    with collective(group.same_batch) as notes:
-        output = function(**division.given)
-        notes.alarm = found is None or not same_features(found, output)
-    return not notes.alarm, output
+        with collective(group.same_batch) as notes:
+            expected = function(**division.given)
+            notes.alarm = found is None or not same_features(found, expected)
+    _restore(state, group.device)
+    return not notes.alarm
 
 
 def _encoded(function: Callable, division: Division, group: Groups) -> ModelOutput | None:
