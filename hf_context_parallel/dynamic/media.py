@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distributed.agreement import fingerprint
 from ..distributed.host import on_host
-from ..integration.checks.media import PLACEHOLDERS
-from ..integration.model_registry import decoder_of, known_multimodal
+from ..integration.checks.media import PLACEHOLDERS, explained
+from ..integration.model_registry import decoder_of, known_multimodal, models_inside
 from ..integration.towers.division import GRIDS, SIZES, Division, divide, lists_by_row
 from ..integration.towers.shared import TOWERS
 from ..memory.tower_facts import TowerSizes
@@ -103,7 +103,7 @@ class MediaOfModel:
         Raises:
             ValueError: if it is not clear which are those of which document, or documents of a row cannot have media.
         """
-        media = {name: _host(batch[name]) for name in self.names if batch.get(name) is not None}
+        media = {name: _host(name, batch[name]) for name in self.names if batch.get(name) is not None}
         found: list[Media] = [{} for _ in spans]
         for kind in self.kinds:
             division = kind.divided(media)
@@ -113,7 +113,9 @@ class MediaOfModel:
             counts = [sum(int((ids[row, a:b] == token).sum()) for token in kind.placeholders) for row, a, b in spans]
             for number, items in enumerate(_items(division, counts, kind)):
                 if items:
-                    found[number] |= {name: _host(x) for name, x in division.taken(items).items() if x is not None}
+                    found[number] |= {
+                        name: _host(name, x) for name, x in division.taken(items).items() if x is not None
+                    }
         return found
 
     def positions(self, ids: torch.Tensor, types: Mapping[str, torch.Tensor], media: Media) -> torch.Tensor:
@@ -130,7 +132,10 @@ class MediaOfModel:
         given = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **media}
         given |= {name: x[None] for name, x in types.items()}
         taken = inspect.signature(self._index).parameters
-        found = self._index(**{name: x for name, x in given.items() if name in taken})[0]
+        try:
+            found = self._index(**{name: x for name, x in given.items() if name in taken})[0]
+        except Exception as error:  # of any kind, if placeholders do not fit
+            raise explained(error, self._module, given) from error
         return found[:, 0].long() if found.dim() == 3 and len(found) == IMAGE_AXES else plain
 
     def work(self, media: Media) -> tuple[int, int]:
@@ -209,6 +214,15 @@ def text_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     return list(found.values())
 
 
+def trains_towers(model: torch.nn.Module | None) -> bool:
+    """Return whether parameters are trained that a batch without media does not use."""
+    module = None if model is None else next(models_inside(model), None)
+    if module is None:
+        return False
+    text = {id(x) for x in text_parameters(module)}
+    return bool(MediaOfModel(module).kinds) and any(x.requires_grad for x in module.parameters() if id(x) not in text)
+
+
 _SETTINGS = ("kwargs", "return_dict", "output_hidden_states", "output_attentions", "use_cache")
 
 
@@ -262,5 +276,15 @@ def _concatenated(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat(padded, dim)
 
 
-def _host(x: Any) -> torch.Tensor:
-    return on_host(x if isinstance(x, torch.Tensor) else torch.as_tensor(x))
+def _host(name: str, x: Any) -> torch.Tensor:
+    """Return an input on the host. Sizes of images may be a list.
+
+    Raises:
+        ValueError: for another list.
+    """
+    if not isinstance(x, torch.Tensor) and name != SIZES:
+        raise ValueError(
+            f"{name} is a {type(x).__name__}, and with dynamic=True it must be a tensor, which is divided by items. "
+            "Let the processor return tensors (return_tensors='pt'), or set dynamic=False."
+        )
+    return on_host(torch.as_tensor(x))

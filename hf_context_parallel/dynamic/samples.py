@@ -111,6 +111,8 @@ def cut(batch: Mapping[str, Any], media: MediaOfModel) -> list[Sample]:
         more = []
         if AXES in whole:
             more.append(whole[AXES][row, start:stop, -media.axes :].T.long())
+        elif media.axes and "position_ids" in text:
+            more.append(part[CARRIED.index("position_ids")].expand(media.axes, -1))
         elif media.axes:
             more.append(media.positions(ids, own_types, content))
         more += [own_types.get(name, torch.full_like(ids, NOT_GIVEN))[None] for name in media.types]

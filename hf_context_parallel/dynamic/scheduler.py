@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import widest_layer
@@ -290,7 +291,8 @@ class Scheduler:
             means = torch.tensor([1 / max(1, targets[sample]) for sample in group.samples], dtype=torch.float64)
             weights = means.repeat_interleave(torch.tensor(lengths))
         batch = {name: values[None].contiguous() for name, values in zip(CARRIED, row)}
-        batch["labels"] = batch["shift_labels"]  # without labels a model computes no loss
+        # Without labels a model computes no loss, and losses of a user shift them.
+        batch["labels"] = pad(batch["shift_labels"][:, :-1], (1, 0), value=IGNORED)
         if media:
             batch |= media | self._of_media(row)
         else:

@@ -28,6 +28,7 @@ from ..distributed.agreement import agreed_error, collective, of_first_rank
 from ..distributed.failures import noted, reported_failures
 from ..distributed.mesh import mesh_of, world
 from ..distributed.process_groups import set_timeout_of_world
+from ..dynamic.media import trains_towers
 from ..dynamic.scheduler import Scheduler
 from ..integration.border.head import TARGET_WEIGHTS
 from ..integration.border.parallelize import models_to_shard, parallelize
@@ -50,7 +51,7 @@ from .generations import count_generations
 from .loss_watch import LossWatch
 from .metrics import StepWatch, count_steps, throughput
 from .out_of_memory import advised
-from .refusals import check_trainer, check_versions
+from .refusals import check_trainer, check_versions, use_unused_parameters
 from .run_lock import only_run_in
 from .saving import CheckpointSaving
 from .step_state import StepState
@@ -133,6 +134,8 @@ class ContextParallelMixin:
             verify(self._unproven.pop(), self.cp)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        if self._config.dynamic and self.args.world_size > 1 and not self.args.fsdp and trains_towers(self.model):
+            use_unused_parameters(self.args)
         arguments = super()._build_accelerator_args(**kwargs)
         self._fsdp_plugin = arguments.get("fsdp_plugin")
         settings = arguments.get("parallelism_config")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import PartialState
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..compat import require
 from ..config import ContextParallelConfig, refuse
@@ -87,8 +87,33 @@ def check_trainer(trainer: Trainer, config: ContextParallelConfig) -> None:
                 "DDP or FSDP2, since DeepSpeed counts each run of the model as a step of accumulation. Use FSDP2",
             ),
             (
+                trainer.args.label_smoothing_factor and not trainer.model_accepts_loss_kwargs,
+                f"label_smoothing_factor=0, where it is {trainer.args.label_smoothing_factor}: this model's loss is a "
+                "mean over each batch, and smoothed losses are not weighed. Set that",
+            ),
+            (
                 not trainer.args.average_tokens_across_devices,
                 "average_tokens_across_devices=True. Set that",
             ),
         )
         refuse(cases, "context parallelism: dynamic=True needs {}, or set dynamic=False.")
+
+
+def use_unused_parameters(args: TrainingArguments) -> None:
+    """Let DDP find the parameters of towers that a group without media does not use.
+
+    Raises:
+        ValueError: if the arguments say not to, or ask for a checkpointing that cannot go with it.
+    """
+    if args.ddp_find_unused_parameters is False:
+        raise ValueError(
+            "dynamic=True gives media to some groups and none to others, and ddp_find_unused_parameters=False lets "
+            "DDP wait for gradients of towers that groups without media do not have. Leave it out, freeze the towers, "
+            "or set dynamic=False."
+        )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "dynamic=True with towers that are trained needs ddp_find_unused_parameters, which does not go with "
+            "reentrant checkpointing. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or dynamic=False."
+        )
+    args.ddp_find_unused_parameters = True

@@ -19,6 +19,7 @@ from tests.helpers.images import MARKS, image_collator, image_model, image_sampl
 from tests.helpers.towers import FAMILIES, drawn, multimodal
 
 IMAGES = ((0,), (1, 0), (), (1,))
+BY_TOKEN = ("input_ids", "labels", "mm_token_type_ids")
 
 
 def media_of(model_type: str, images=IMAGES) -> tuple[MediaOfModel, list[dict], dict]:
@@ -44,8 +45,7 @@ def test_each_sample_gets_its_own_images(model_type):
 
 def test_documents_of_a_packed_row_get_their_own_images():
     media, samples, _ = media_of("qwen3_vl")
-    by_token = ("input_ids", "labels", "mm_token_type_ids")
-    batch = {name: torch.cat([sample[name] for sample in samples])[None] for name in by_token}
+    batch = {name: torch.cat([sample[name] for sample in samples])[None] for name in BY_TOKEN}
     batch |= {name: torch.cat([x[name] for x in samples if name in x]) for name in media.names if name in samples[0]}
     batch["position_ids"] = torch.cat([torch.arange(len(x["input_ids"])) for x in samples])[None]
     found = cut(batch, media)
@@ -64,6 +64,25 @@ def test_positions_are_those_of_a_sample_alone():
             expected = index(own["input_ids"][None], mm_token_type_ids=types, image_grid_thw=own["image_grid_thw"])
             expected = expected[0][:, 0]
         assert torch.equal(sample.table[3:6], expected)
+
+
+def test_positions_that_a_batch_gives_are_those_of_all_axes():
+    """Keep positions of packed documents as they were given, as Transformers does."""
+    media, samples, _ = media_of("qwen3_vl", ((0,),))
+    batch = {name: x[None] if name in BY_TOKEN else x for name, x in samples[0].items() if name != "attention_mask"}
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+    [sample] = cut(batch, media)
+    assert torch.equal(sample.table[3:6], batch["position_ids"].expand(3, -1))
+
+
+def test_placeholders_that_do_not_fit_are_explained():
+    media, samples, batch = media_of("qwen3_vl", ((0,),))
+    wrong = with_another_number(batch)
+    wrong["mm_token_type_ids"] = (wrong["input_ids"] == MARKS["qwen3_vl"][1]).long()
+    with pytest.raises(ValueError, match="Make the whole batch by the processor of the model"):
+        cut(wrong, media)
+    with pytest.raises(ValueError, match="pixel_values is a list, and with dynamic=True it must be a tensor"):
+        cut({**batch, "pixel_values": list(samples[0]["pixel_values"])}, media)
 
 
 def test_joined_samples_are_one_batch():

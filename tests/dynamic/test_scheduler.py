@@ -152,6 +152,7 @@ CASES = {
     "packing": {"collator": "packed"},
     "accumulation": {"gradient_accumulation_steps": 2},
     "means of batches": {"gradient_accumulation_steps": 2, "accepts": False},
+    "label smoothing": {"label_smoothing_factor": 0.1, "collator": "packed"},
     "gradient checkpointing": {"gradient_checkpointing": True, "collator": "packed"},
     "reentrant checkpointing": {
         "gradient_checkpointing": True,

@@ -20,7 +20,7 @@ from hf_context_parallel.integration.switches import allow_unchecked_models
 from hf_context_parallel.verification.types import tiny
 from hf_context_parallel.verification.types.check import unrounded
 from tests.helpers.border import mean_gradients
-from tests.helpers.models import context
+from tests.helpers.models import context, tiny_model, tokens
 from tests.helpers.towers import batch_of, drawn, multimodal
 
 WIDTH = 32
@@ -89,8 +89,8 @@ def vectors_of_rank() -> tuple[int, int]:
 
 
 def test_no_rank_holds_whole_embeddings_or_features(on_ranks):
-    for vectors, tokens in on_ranks(4, vectors_of_rank):
-        assert tokens / 4 <= vectors < tokens / 2, (vectors, tokens)  # images are not dealt evenly
+    for vectors, count in on_ranks(4, vectors_of_rank):
+        assert count / 4 <= vectors < count / 2, (vectors, count)  # images are not dealt evenly
 
 
 # Ways in which models are prepared
@@ -170,6 +170,91 @@ def errors_of_use(use: str) -> float:
     return errors(whole, sharded, batch_of("qwen3_vl", 4))
 
 
+def each_image_by_itself(*args: Any, model: Any, ids: torch.Tensor, x: Any, pieces: Any) -> Any:
+    """Put the features of each image in by a `masked_scatter` of its own."""
+    places = (ids == model.config.image_token_id).flatten().nonzero()[:, 0].split([len(piece) for piece in pieces])
+    for piece, own in zip(pieces, places):
+        mask = torch.zeros(ids.numel(), dtype=torch.bool).index_fill(0, own, True).view(*ids.shape, 1)
+        x = x.masked_scatter(mask, piece)
+    return x
+
+
+def errors_by_image() -> float:
+    """Compare models that put features in image by image, after zeros that their forward puts in."""
+    whole, sharded = models()
+    batch = batch_of("qwen3_vl", 4)
+    for model in (whole, sharded):
+        decoder, encode, pieces = model.model.language_model, model.model.get_image_features, []
+
+        def features(*args: Any, encode: Callable = encode, pieces: list = pieces, **kwargs: Any) -> Any:
+            output = encode(*args, **kwargs)
+            pieces[:] = output.pooler_output
+            return type(output)(
+                pooler_output=[torch.zeros(x.shape, dtype=x.dtype) for x in pieces],
+                deepstack_features=output.deepstack_features,
+            )
+
+        def forward(*args: Any, decoder: Any = decoder, stock: Any = decoder.forward, pieces: list = pieces, **given):
+            x = given["inputs_embeds"]
+            given["inputs_embeds"] = each_image_by_itself(model=whole, ids=batch["input_ids"], x=x, pieces=pieces)
+            return stock(*args, **given)
+
+        model.model.get_image_features, decoder.forward = features, forward
+    return errors(whole, sharded, batch)
+
+
+def test_features_of_single_images(on_ranks):
+    assert max(on_ranks(2, errors_by_image)) < 1e-7
+
+
+class ByPlace(torch.nn.Embedding):
+    """Embedding that depends on the place of a token in its row."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * torch.arange(1, ids.shape[1] + 1).sqrt()[:, None].to(self.weight)
+
+
+def errors_of_embeddings_by_place(media: bool) -> float:
+    """Compare models with such embeddings."""
+    if media:
+        whole, sharded = (multimodal("qwen3_vl", name).train() for name in (None, "context_parallel"))
+        batch = batch_of("qwen3_vl", 3)
+    else:
+        whole, sharded = (tiny_model("llama", name).train() for name in (None, "context_parallel"))
+        ids = tokens(2, 21)
+        batch = {"input_ids": ids, "labels": ids}
+    for model in (whole, sharded):
+        stock = model.get_input_embeddings()
+        own = ByPlace(*stock.weight.shape, dtype=stock.weight.dtype)
+        own.weight = stock.weight
+        model.set_input_embeddings(own)
+    with allow_unchecked_models():
+        hcp.parallelize(sharded, context())
+    return errors(whole, sharded, batch)
+
+
+@pytest.mark.parametrize("media", [True, False])
+def test_embeddings_that_depend_on_the_row_are_made_whole(on_ranks, media):
+    assert max(on_ranks(2, errors_of_embeddings_by_place, media)) < 1e-7
+
+
+def message_of_an_unknown_id() -> str:
+    """Give a model an id outside of its vocabulary, which one rank holds, and then a right batch."""
+    _, sharded = models()
+    batch = batch_of("qwen3_vl", 3)
+    wrong = {**batch, "input_ids": batch["input_ids"].clone()}
+    wrong["input_ids"][0, -1] = 10**6
+    with pytest.raises(ValueError) as caught:
+        sharded(**wrong)
+    assert sharded(**batch).loss.isfinite()
+    return str(caught.value)
+
+
+def test_an_unknown_id_is_refused_on_all_ranks(on_ranks):
+    first, second = on_ranks(2, message_of_an_unknown_id)
+    assert first == second and "input_ids has 1000000" in first
+
+
 @pytest.mark.parametrize("use", USES)
 def test_any_use_gives_what_tensors_give(on_ranks, use):
     assert max(on_ranks(2, errors_of_use, use)) < 1e-7
@@ -193,5 +278,10 @@ def test_deferred_embeddings_answer_like_tensors():
     expected = (table[ids].float() * 2).masked_scatter(mask[..., None], torch.ones(2, 8))
     assert torch.equal(made([placed])[0], expected)
     assert placed.is_made and torch.equal(placed + 1, expected + 1)
+    assert torch.equal(abs(half) // 2, half.whole.abs() // 2)
+    assert table.to(deferred) is table and not deferred.is_made
+    assert deferred.whole is deferred.whole and not deferred._changed().is_made
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        bool(deferred)
     with pytest.raises(AttributeError, match="missing"):
         placed.missing  # noqa: B018

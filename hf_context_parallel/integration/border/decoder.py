@@ -35,7 +35,7 @@ from ..interfaces.planned_mask import PlannedMask
 from ..kept_attention import agreed_place, proposed_place
 from ..model_registry import DEPENDS_ON_ATTN_NAME, NAME
 from ..outer_call import outer_call
-from ..patches.module_patch import ModulePatch, by_name, has_hooks
+from ..patches.module_patch import ModulePatch, acts_by_token, by_name
 from ..patches.positions import MADE_BY_MODEL
 from ..patches.randomness import own_stream
 from ..switches import switches
@@ -174,8 +174,9 @@ class _Call:
         _add_documents(decoder, given)
         compared: dict[str, torch.nn.Parameter] = {}
         model = decoder if call is None else call.model
-        embeddings = given.get("inputs_embeds")
+        embeddings, ids = given.get("inputs_embeds"), {}
         if isinstance(embeddings, DeferredEmbeddings) and not embeddings.is_made:
+            ids = {"input_ids": embeddings.ids}
             given["inputs_embeds"] = embeddings.ids[..., None]  # which are sharded in their place
         elif isinstance(embeddings, Deferred):
             given["inputs_embeds"] = embeddings = embeddings.whole
@@ -197,7 +198,7 @@ class _Call:
                 labels = {} if call is None else {name: call.given.get(name) for name in OF_LOSSES[:2]}
                 labels = {name: value for name, value in labels.items() if isinstance(value, torch.Tensor)}
                 if isinstance(call, HeadCall):
-                    check_range(call.model, {**given, **labels}, shard, values=group.config.check_batch)
+                    check_range(call.model, {**given, **labels, **ids}, shard, values=group.config.check_batch)
                 else:
                     check_range(decoder, given, shard, values=group.config.check_batch)
                 for mask in _planned(masks):
@@ -216,7 +217,7 @@ class _Call:
                     others = call.given.keys() - {*OF_LOSSES}
                     whole |= sample({x: call.given[x] for x in others if call.given[x] is not given.get(x)}, group)
                 notes.fingerprint = fingerprint({"batch": shard.fingerprint, **whole})
-                notes.shown = {**shown(given, group), **whole}
+                notes.shown = {**shown(ids or given, group), **whole}
             if notes.alarm:
                 group.exchange.settle(group.groups)
             check_weights(model, compared, group)
@@ -390,19 +391,19 @@ def reads_ids(decoder: PreTrainedModel) -> bool:
 
 
 def _embedded(decoder: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """Embed whole rows if hooks change what the embedding returns, as NEFTune's noise does by the length of rows."""
+    """Embed whole rows if embeddings may depend on the row, as NEFTune's hook lets them depend on its length."""
     embeddings = decoder.get_input_embeddings()
     if "input_ids" not in given or not isinstance(embeddings, torch.nn.Module):
         return given
-    if not has_hooks(embeddings):
+    if acts_by_token(embeddings):
         return given
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
         return given
     if reads_ids(decoder):
         raise ValueError(
             f"{type(decoder).__name__} reads input_ids beside their embeddings, and hooks on its embedding, such as "
-            "those of NEFTune, need embeddings of whole rows. Remove the hooks, or run the model in "
-            "`with cp.whole(model):`."
+            "those of NEFTune, or a class of your own, need embeddings of whole rows. Remove them, or run the model "
+            "in `with cp.whole(model):`."
         )
     given = dict(given)
     return given | {"inputs_embeds": embeddings(given.pop("input_ids"))}

@@ -18,7 +18,7 @@ from ..active_batch import active_batch
 from ..checks.media import REMEDY
 from ..deferred import Deferred, made
 from ..outer_call import in_call, outer_call
-from ..patches.module_patch import ModulePatch, has_hooks
+from ..patches.module_patch import ModulePatch, acts_by_token
 from ..towers.deferred_features import CASTS, DeferredFeatures
 from .marks import Marks, Wanted
 
@@ -199,7 +199,13 @@ class InputEmbeddingsPatch(ModulePatch):
         if torch.compiler.is_compiling() or kwargs or len(args) != 1:
             return forward(*args, **kwargs)
         call, ids = outer_call(), args[0]
-        if call is None or call.is_alone or call.met_decoder or active_batch() is not None or has_hooks(module):
+        if (
+            call is None
+            or call.is_alone
+            or call.met_decoder
+            or active_batch() is not None
+            or not acts_by_token(module)
+        ):
             return forward(ids)
         given = call.given.get("input_ids")
         if not isinstance(given, torch.Tensor) or given.shape != ids.shape:

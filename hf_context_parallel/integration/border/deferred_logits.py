@@ -187,7 +187,7 @@ class DeferredLogits(Deferred):
             if weights is None:
                 return cross_entropy(logits, mine[tokens], reduction="sum", label_smoothing=label_smoothing)
             losses = cross_entropy(logits, mine[tokens], reduction="none", label_smoothing=label_smoothing)
-            return losses @ weights[tokens].to(losses.dtype)
+            return (losses * weights[tokens].to(losses.dtype)).sum()  # a product of matrices would be autocast
 
         trained = [*self._parameters, *self._trained_arguments()]
         hidden = self._hidden.flatten(0, 1).index_select(0, chosen)

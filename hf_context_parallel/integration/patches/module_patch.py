@@ -26,6 +26,10 @@ FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
 checkpointing begins, and those of PEFT and of scripts that were written like it."""
 
 
+OF_EMBEDDINGS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+"""Packages whose embeddings, and wrappers around them, take each id by itself."""
+
+
 class ModulePatch(ABC):
     """Replaces the forward of modules by its method `run`."""
 
@@ -138,6 +142,13 @@ def has_hooks(module: torch.nn.Module) -> bool:
         getattr(hook, "__module__", "").startswith(KEEP_VALUES) or getattr(hook, "__name__", "") in FOR_GRADIENTS
         for hook in hooks
     )
+
+
+def acts_by_token(embeddings: torch.nn.Module) -> bool:
+    """Return whether embeddings take each id by itself: their library is known, and no hook changes them."""
+    forward = inside_patches(embeddings.forward)
+    function = forward.func if isinstance(forward, partial) else getattr(forward, "__func__", forward)
+    return function.__module__.split(".")[0] in OF_EMBEDDINGS and not has_hooks(embeddings)
 
 
 def by_name(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

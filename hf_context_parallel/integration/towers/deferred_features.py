@@ -88,8 +88,10 @@ class DeferredFeatures(Deferred):
         return self._cast(self._values).flatten(0, -2)
 
     def owners(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return for each vector of all items the rank that has it, and its row there, on the host."""
+        """Return for each vector the rank that has it, and its row there, on the host."""
         places, most = self._placement.places, self._placement.most
+        if self._item is not None:
+            places = places.split(list(self._rows))[self._item]
         inner = self._values.shape[1:-1].numel()
         rows = (places % most)[:, None] * inner + torch.arange(inner)
         return (places // most).repeat_interleave(inner), rows.flatten()

@@ -59,6 +59,8 @@ class Parts(list[Part]):
         if not isinstance(output, ModelOutput) or output.get(FEATURES) is None:
             raise ValueError("a tower returned no features.")
         self.kind = type(output)
+        self._again = [name for name in INSIDE if output.get(name) is output[FEATURES]]
+        """Fields that hold the features a second time."""
         self._division, self._ratios = division, []
         for name, value in output.items():
             if name in INSIDE or not _has_values(value):
@@ -119,7 +121,7 @@ class Parts(list[Part]):
                 fields.setdefault(LEVELS, []).append(value)
             else:
                 fields[part.name] = value
-        return self.kind(**fields)
+        return self.kind(**fields, **dict.fromkeys(self._again, fields[FEATURES]))
 
 
 def same_features(found: ModelOutput, expected: ModelOutput) -> bool:

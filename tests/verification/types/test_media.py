@@ -25,6 +25,7 @@ SAMPLE = {
     "idefics3": (2,),  # images listed by rows
     "florence2": (2,),  # an encoder and a decoder
     "qwen3_vl_moe": (2,),  # auxiliary loss of the router
+    "qwen2_5_omni_thinker": (2,),  # features under two names
     "glm5_next": (3,),  # the same, of a decoder that sees whole sequences
 }
 """Types of several families, and the sizes of the CP groups that they are checked on."""
