@@ -52,6 +52,11 @@ class Kind(NamedTuple):
     placeholders: frozenset[int]
     products: int
 
+    @property
+    def items(self) -> str:
+        """Word for several of them, in errors."""
+        return "sounds" if self.name == "audio" else f"{self.name}s"
+
     def divided(self, media: Mapping[str, Any]) -> Division | None:
         """Divide what a batch has of this kind into items, or return None if it has none.
 
@@ -65,8 +70,8 @@ class Kind(NamedTuple):
         if division is None:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
             raise ValueError(
-                f"dynamic=True deals samples to groups with their {self.name}s, and these inputs cannot be divided by "
-                f"{self.name}s: {shapes}. Set dynamic=False."
+                f"dynamic=True deals samples to groups with their {self.items}, and these inputs cannot be divided by "
+                f"{self.items}: {shapes}. Set dynamic=False."
             )
         return division
 
@@ -252,8 +257,8 @@ def _items(division: Division, counts: Sequence[int], kind: Kind) -> list[list[i
     edges = [0, *(ends.get(end * patches, 0) for end in accumulate(counts))]
     if not is_known or any(count and not end for count, end in zip(counts, edges[1:])):
         raise ValueError(
-            f"dynamic=True deals samples to groups with their {kind.name}s, and it is not clear which of the "
-            f"{len(every)} {kind.name}s belong to which of {len(counts)} samples with {list(counts)} placeholders. "
+            f"dynamic=True deals samples to groups with their {kind.items}, and it is not clear which of the "
+            f"{len(every)} {kind.items} belong to which of {len(counts)} samples with {list(counts)} placeholders. "
             f"{_BATCH_OF_ONE}, or set dynamic=False."
         )
     return [every[begin:end] if count else [] for count, begin, end in zip(counts, accumulate(edges, max), edges[1:])]

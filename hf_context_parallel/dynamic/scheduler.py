@@ -216,7 +216,7 @@ class Scheduler:
             if len(forms) > 1:
                 first, second, *_ = forms.values()
                 raise ValueError(
-                    f"dynamic=True joins the media of samples, and the {kind.name}s of {first} and of {second} differ "
+                    f"dynamic=True joins the media of samples, and the {kind.items} of {first} and of {second} differ "
                     f"in which of {', '.join(kind.arguments)} there are, in a dtype, or in a dimension beside their "
                     "number. Let the processor make them alike, or set dynamic=False."
                 )
