@@ -266,6 +266,7 @@ def test_deferred_embeddings_answer_like_tensors():
     deferred = DeferredEmbeddings(lambda ids: table[ids], ids, table[ids[:, :1]])
     assert (deferred.shape, deferred.ndim, deferred.size(-1), len(deferred)) == (torch.Size((1, 4, 8)), 3, 8, 1)
     assert deferred.numel() == 32 and deferred.dtype == torch.float64 and deferred.device.type == "cpu"
+    assert deferred.to(torch.float64).contiguous() is deferred  # so that what is written to one is written to both
     half = deferred.to(torch.float32) * 2
     mask = ids > 2
     assert deferred[mask[..., None].expand_as(deferred)].numel() == 16

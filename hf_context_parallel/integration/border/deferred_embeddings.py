@@ -134,6 +134,8 @@ class DeferredEmbeddings(Deferred):
             return self._filled(*args[1:])
         others = (*args[1:], *options.values())
         if function in CASTS and not any(isinstance(x, (torch.Tensor, Deferred)) for x in others):
+            if function(self._some, *args[1:], **options) is self._some:  # a cast of tensors returns the tensor itself
+                return self
             return self._after(lambda x: function(x, *args[1:], **options))
         if function in SCALES and all(isinstance(x, (int, float)) for x in others):
             return self._after(lambda x: function(x, *args[1:], **options))

@@ -121,6 +121,9 @@ class DeferredFeatures(Deferred):
         others, width = (*args[1:], *options.values()), self.shape[-1]
         if args[0] is self and not any(isinstance(x, (torch.Tensor, Deferred)) for x in others):
             if function in CASTS:
+                some = self._cast(self._values[:0])
+                if function(some, *args[1:], **options) is some:  # a cast of tensors returns the tensor itself
+                    return self
                 return self._changed(_casts=(*self._casts, lambda x: function(x, *args[1:], **options)))
             if function in SHAPES and others in ((-1, width), ((-1, width),)):
                 return self._changed(_is_flat=True)
