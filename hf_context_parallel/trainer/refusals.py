@@ -111,7 +111,9 @@ def use_unused_parameters(args: TrainingArguments) -> None:
             "DDP wait for gradients of towers that groups without media do not have. Leave it out, freeze the towers, "
             "or set dynamic=False."
         )
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the new name, and that of older versions
+    options = next((x for name in names if (x := getattr(args, f"{name}_kwargs", None))), {})
+    if any(getattr(args, name, False) for name in names) and options.get("use_reentrant"):
         raise ValueError(
             "dynamic=True with towers that are trained needs ddp_find_unused_parameters, which does not go with "
             "reentrant checkpointing. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or dynamic=False."

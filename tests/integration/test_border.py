@@ -400,7 +400,13 @@ def embedded_lengths(adapted: bool) -> list[int]:
         model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     hcp.parallelize(model, context())
-    torch.nn.Embedding.forward = lambda self, ids: seen.append(ids.shape[1]) or forward(self, ids)
+
+    @functools.wraps(forward)
+    def seeing(self, ids):
+        seen.append(ids.shape[1])
+        return forward(self, ids)
+
+    torch.nn.Embedding.forward = seeing
     try:
         model(**labelled()).loss.backward()
     finally:
