@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
@@ -201,3 +201,11 @@ class CPGroup:
             scores=call.scores,
             sinks=sinks,
         )
+
+
+class HasGroup(Protocol):
+    """Object that knows the CP group that is in use, such as `ContextParallel`."""
+
+    @property
+    def group(self) -> CPGroup:
+        """The CP group that is in use."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distributed.agreement import fingerprint
 from ..distributed.host import on_host
-from ..integration.checks.media import PLACEHOLDERS, explained
+from ..integration.checks.media import explained, placeholders
 from ..integration.model_registry import decoder_of, known_multimodal, models_inside
 from ..integration.towers.division import GRIDS, SIZES, Division, divide, lists_by_row
 from ..integration.towers.shared import TOWERS
@@ -204,12 +204,11 @@ def _kind(module: PreTrainedModel, name: str, taken: Mapping[str, Any]) -> Kind 
     if not arguments:
         return None
     kind, config = name.split("_")[1], getattr(owner.config, TOWERS[name], None)
-    ids = (getattr(owner.config, f"{kind}_{ending}", None) for ending in PLACEHOLDERS)
     text = {id(x) for x in text_parameters(module)}
     trained = any(x.requires_grad for x in owner.parameters() if id(x) not in text)
     passes = 3 if trained else 1  # backward takes twice as much as forward
-    placeholders = frozenset(x for x in ids if isinstance(x, int))
-    return Kind(kind, arguments, config, placeholders, passes * 2 * TowerSizes.of(config).width)
+    ids = frozenset(placeholders(owner.config, kind))
+    return Kind(kind, arguments, config, ids, passes * 2 * TowerSizes.of(config).width)
 
 
 def text_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:

@@ -39,15 +39,16 @@ class Sample(NamedTuple):
         return int((self.table[CARRIED.index("shift_labels")] != IGNORED).sum())
 
 
-NO_BYTES = torch.empty(0, 1, dtype=torch.uint8)
+NO_BYTES = torch.empty(0, dtype=torch.uint8)
+"""Bytes of no media."""
 
 
 def bytes_of(media: Media) -> torch.Tensor:
     """Return media as bytes `[n]`, none if there are no media."""
     if not media:
-        return NO_BYTES[:, 0]
+        return NO_BYTES
     file = io.BytesIO()
-    torch.save({name: x.contiguous().clone() for name, x in media.items()}, file)
+    torch.save({name: x.clone(memory_format=torch.contiguous_format) for name, x in media.items()}, file)
     return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
 
 
@@ -98,9 +99,8 @@ def cut(batch: Mapping[str, Any], media: MediaOfModel) -> list[Sample]:
     spans = _spans(rows, padded="attention_mask" in text)
     table = torch.stack([whole[name].long() for name in CARRIED])
     types = {name: on_host(given[name]) for name in media.types if given.get(name) is not None}
-    found = media.cut(given, table[0], spans) if media.names else [{} for _ in spans]
     samples = []
-    for (row, start, stop), content in zip(spans, found):
+    for (row, start, stop), content in zip(spans, media.cut(given, table[0], spans)):
         part = table[:, row, start:stop]
         ids, own_types = part[0], {name: x[row, start:stop].long() for name, x in types.items()}
         if content and not torch.equal(part[CARRIED.index("position_ids")], torch.arange(len(ids))):

@@ -135,7 +135,8 @@ class Scheduler:
                 targets += [sum(sample.targets for sample in part)] * len(part)
             if any(sample.media for sample in samples):
                 _refuse_sharded_towers(self._model)
-            packed = [bytes_of(sample.media) for sample in samples]
+            # With one data rank nothing is sent.
+            packed = [bytes_of(sample.media) if self._column.size > 1 else NO_BYTES for sample in samples]
             if self._cp.config.check_batch:
                 mark = fingerprint({f"{number}": content for number, content in enumerate(map(compared, samples))})
             notes.fingerprint, notes.number = self._settings, len(samples)

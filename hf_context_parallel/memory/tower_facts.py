@@ -133,7 +133,7 @@ def _has_embeddings(module: torch.nn.Module) -> bool:
         return False
     try:
         return isinstance(module.get_input_embeddings(), torch.nn.Module)
-    except NotImplementedError:
+    except NotImplementedError:  # as models raise that have none
         return False
 
 

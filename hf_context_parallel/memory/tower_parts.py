@@ -31,9 +31,8 @@ class TowerParts:
         width, inner, layers = tower.sizes[:3]
         patches = -(-job.image_tokens * tower.merge // job.cp)
         one, mlp = patches * width, patches * inner
-        level = (
-            job.image_tokens / job.cp * job.facts.hidden * size
-        )  # bytes of one feature of each image token of this rank
+        # One feature of each image token of this rank.
+        level = job.image_tokens / job.cp * job.facts.hidden * size
         levels = tower.levels
         self.pixels = job.batches * job.image_tokens * tower.merge * tower.numbers * WIDE
         of_rank = (patches * tower.numbers * WIDE if job.cp > 1 else 0) + levels * level

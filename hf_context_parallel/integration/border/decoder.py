@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...compat import set_compiler, tree_leaves, tree_map
-from ...cp_group import CPGroup
+from ...cp_group import CPGroup, HasGroup
 from ...data.batch import CONSUMED, PADDING, PASSED_ON, SHARD, take_columns
 from ...data.ready import shard_of
 from ...distributed.agreement import collective, fingerprint
@@ -40,7 +40,7 @@ from ..patches.positions import MADE_BY_MODEL
 from ..patches.randomness import own_stream
 from ..switches import switches
 from .deferred_embeddings import DeferredEmbeddings
-from .head import HasGroup, HeadCall
+from .head import HeadCall
 from .marks import Marks, Wanted
 
 OF_LOSSES = ("labels", "shift_labels", "num_items_in_batch")
@@ -180,6 +180,7 @@ class _Call:
             given["inputs_embeds"] = embeddings.ids[..., None]  # which are sharded in their place
         elif isinstance(embeddings, Deferred):
             given["inputs_embeds"] = embeddings = embeddings.whole
+        # A model may pass embeddings on under another name too.
         given = {name: x.whole if isinstance(x, DeferredEmbeddings) else x for name, x in given.items()}
         with self.failure_report.opening():
             with collective(group.groups.same_batch, "batches or models", SAME_BATCHES) as notes:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ...compat import language_model_classes, set_compiler
 from ...config import ContextParallelConfig
-from ...cp_group import CPGroup
+from ...cp_group import HasGroup
 from ...data.batch import IGNORED
 from ...distributed.agreement import collective, is_agreed
 from ...distributed.failures import FailureReport
@@ -38,14 +38,6 @@ TARGET_WEIGHTS = "target_weights"
 It is this package's own, for dynamic CP, and no model sees it."""
 Z_LOSS = "z_loss_coefficient"
 """Field of a configuration that weighs a mean over all logits, those of padding too."""
-
-
-class HasGroup(Protocol):
-    """Object that knows the CP group that is in use, such as `ContextParallel`."""
-
-    @property
-    def group(self) -> CPGroup:
-        """The CP group that is in use."""
 
 
 class Border(Protocol):

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...compat import attention_name
+from ...cp_group import HasGroup
 from ..checks.model import check_decoder, stock_class
 from ..checks.peft import check_loss_of_tuners
 from ..installation import install
@@ -19,7 +20,7 @@ from ..tensor_parallel.checks import check_parallelism
 from ..towers.shared import share_towers
 from .decoder import DecoderBorder
 from .deferred_embeddings import InputEmbeddingsPatch
-from .head import EmbeddingsPatch, HasGroup, OuterPatch
+from .head import EmbeddingsPatch, OuterPatch
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

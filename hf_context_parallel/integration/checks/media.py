@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...distributed.host import on_host
 from ...distributed.mesh import world
@@ -61,7 +61,7 @@ def _is_ours(error: Exception) -> bool:
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(__package__.split(".")[0])
 
 
-PLACEHOLDERS = ("token_id", "token_index", "patch_id")
+_ENDINGS = ("token_id", "token_index", "patch_id")
 """Endings of the fields of a configuration that hold the id of a placeholder."""
 _IMAGES = ("pixel_values", "pixel_values_images", "image_patches", "image_embeds")
 _VIDEOS = ("pixel_values_videos",)
@@ -108,6 +108,12 @@ def warn_of_missing_media(model: PreTrainedModel, parameters: Container[str], gi
             )
 
 
+def placeholders(config: PreTrainedConfig, kind: str) -> list[int]:
+    """List the ids of placeholders that a configuration has for `"image"`, `"video"` or `"audio"`."""
+    fields = (getattr(config, f"{kind}_{ending}", None) for ending in _ENDINGS)
+    return [field for field in fields if isinstance(field, int)]
+
+
 def _placeholders(model: PreTrainedModel, parameters: Container[str]) -> dict[int, tuple[str, tuple[str, ...]]]:
     """Return the kind of media that each placeholder of a model stands for, and the arguments that may hold these.
 
@@ -118,8 +124,7 @@ def _placeholders(model: PreTrainedModel, parameters: Container[str]) -> dict[in
     videos = _VIDEOS if any(name in parameters for name in _VIDEOS) else _IMAGES
     found: dict[int, tuple[str, tuple[str, ...]]] = {}
     for kind, names in (("images", (*_IMAGES, *_VIDEOS)), ("videos", videos), ("audio", _SOUNDS)):
-        fields = (getattr(model.config, f"{kind.removesuffix('s')}_{ending}", None) for ending in PLACEHOLDERS)
-        token = next((field for field in fields if isinstance(field, int)), None)
+        token = next(iter(placeholders(model.config, kind.removesuffix("s"))), None)
         if token is not None and token not in {*padding, *found} and any(name in parameters for name in names):
             found[token] = kind, names
     return found

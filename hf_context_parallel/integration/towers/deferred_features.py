@@ -28,7 +28,7 @@ class Takers(Protocol):
 
 
 class Encoded:
-    """What the ranks have encoded in one call of a tower.
+    """Features that the ranks have encoded in one call of a tower.
 
     Args:
         values: tensors `[rows, ...]` of this rank. Rows that belong to none of its items follow the others.
@@ -48,7 +48,7 @@ class DeferredFeatures(Deferred):
     """Features of all items, `[rows, ..., D]`, or of one item, of which a rank has those that it has encoded.
 
     Args:
-        encoded: what the ranks have encoded.
+        encoded: the features that the ranks have encoded.
         number: number of the tensor in it.
         rows: number of rows of each item.
         item: the item, or None for all.

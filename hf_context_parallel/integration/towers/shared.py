@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...compat import set_compiler
-from ...cp_group import CPGroup
+from ...cp_group import CPGroup, HasGroup
 from ...distributed.agreement import collective, odd_rank
 from ...distributed.mesh import Ranks, world
 from ...distributed.process_groups import Groups
@@ -35,14 +35,6 @@ TOWERS = {
 """Functions that encode media, with the field that holds the configuration of the tower."""
 UNTRIED, FOUND_EXACT, FAILED = range(3)
 """Results of a trial that ranks tell each other."""
-
-
-class HasGroup(Protocol):
-    """Object that knows the CP group that is in use, such as `ContextParallel`."""
-
-    @property
-    def group(self) -> CPGroup:
-        """The CP group that is in use."""
 
 
 class Border(Protocol):

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, 
 
 from ...compat import causal_lm_classes, image_text_classes, multimodal_classes
 from ...data.batch import IGNORED
+from ...integration.checks.media import placeholders
 from .makers import MAKERS, SOUND_ALONG, Inputs, media_config
 from .processors import processed
 from .tiny import TEXT
@@ -340,8 +341,7 @@ def _placeholder(config: PreTrainedConfig, kind: str) -> int:
     kinds = [kind, "image"] if kind == "video" else [kind]
     if kind == "video" and config.model_type in _VIDEOS_AS_IMAGES:
         kinds = ["image"]
-    names = [f"{name}_{ending}" for name in kinds for ending in ("token_id", "token_index", "patch_id")]
-    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), IGNORED)
+    return next((token for name in kinds for token in placeholders(config, name)), IGNORED)
 
 
 _VIDEOS_AS_IMAGES = {"glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "glm5_next", "nemotron_h_omni"}
